@@ -1,0 +1,67 @@
+"""The autoencoder between pictures and the latents that diffusion works on (Rombach et al. 2022)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import instantiate_from_config, printable
+
+logger = logging.getLogger(__name__)
+
+
+class AutoencoderKL(nn.Module):
+    """Pictures [B, 3, H, W] in [-1, 1] <-> latents [B, embed_dim, H/f, W/f].
+
+    `ddconfig` describes encoder and decoder. `image_key` and `monitor` are for training; `ckpt_path` is not
+    read: weights come from the checkpoint that the user names.
+    """
+
+    def __init__(
+        self,
+        ddconfig: Mapping[str, Any],
+        lossconfig: Mapping[str, Any],
+        embed_dim: int,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        image_key: str = "image",
+        colorize_nlabels: int | None = None,
+        monitor: str | None = None,
+    ):
+        super().__init__()
+        if ckpt_path is not None:
+            logger.warning("the config's ckpt_path %s is ignored", printable(ckpt_path))
+        self.image_key, self.monitor = image_key, monitor
+        self.ignore_keys, self.colorize_nlabels = ignore_keys, colorize_nlabels
+        self.encoder = Encoder(**ddconfig)
+        self.decoder = Decoder(**ddconfig)
+        self.loss = instantiate_from_config(lossconfig)
+        z_channels = ddconfig["z_channels"]
+        self.embed_dim = embed_dim
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+
+    @property
+    def downsampling(self) -> int:
+        """How many pixels one latent value spans along each side."""
+        return 2 ** (len(self.decoder.up) - 1)
+
+    def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
+        """Pictures in [-1, 1] -> the distribution of their latents."""
+        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (unscaled) -> pictures, meant to lie in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def forward(
+        self, input: Tensor, sample_posterior: bool = True
+    ) -> tuple[Tensor, DiagonalGaussianDistribution]:
+        """The reconstruction and the latent distribution of `input`."""
+        posterior = self.encode(input)
+        return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior

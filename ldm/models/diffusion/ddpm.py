@@ -1,0 +1,196 @@
+"""Latent diffusion: the U-Net, the autoencoder and the text model as one (Rombach et al. 2022)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.models.diffusion.guidance import Conditioning
+from ldm.models.diffusion.schedule import diffusion_buffers, make_beta_schedule
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.ema import LitEma
+from ldm.util import InputError, instantiate_from_config, printable
+
+logger = logging.getLogger(__name__)
+
+
+class DiffusionWrapper(nn.Module):
+    """Hands conditionings to the U-Net: beside x as channels (concat), as context (crossattn), or both (hybrid)."""
+
+    KEYS = (None, "concat", "crossattn", "hybrid")
+
+    def __init__(self, diff_model_config: Mapping[str, Any], conditioning_key: str | None):
+        super().__init__()
+        if conditioning_key not in self.KEYS:
+            raise InputError(f"conditioning_key {conditioning_key!r} is not one of {self.KEYS}")
+        self.diffusion_model = instantiate_from_config(diff_model_config)
+        self.conditioning_key = conditioning_key
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Sequence[Tensor] | None = None,
+        c_crossattn: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        if c_concat:
+            x = torch.cat([x, *c_concat], dim=1)
+        context = torch.cat(list(c_crossattn), dim=1) if c_crossattn else None
+        return self.diffusion_model(x, t, context=context)
+
+
+class LatentDiffusion(nn.Module):
+    """Text to latents to pictures: a noise predictor over the latents of a frozen autoencoder.
+
+    Parameters are those of the published configs. Sampling reads the schedule (`timesteps`, `linear_start`,
+    `linear_end`, `beta_schedule`, `cosine_s`, `given_betas`, `v_posterior`), `parameterization` ("eps"),
+    `conditioning_key`, `scale_factor`, `channels`, `image_size` and the configs of the three networks;
+    `use_ema` keeps averaged weights under `model_ema`. The rest (`num_timesteps_cond`, `log_every_t`,
+    `first_stage_key`, `cond_stage_key`, `cond_stage_trainable`, `monitor`, `scheduler_config`) serves training
+    and is kept in `training_params`. `ckpt_path` is not read.
+    """
+
+    def __init__(
+        self,
+        unet_config: Mapping[str, Any],
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any],
+        timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+        given_betas: Sequence[float] | None = None,
+        v_posterior: float = 0.0,
+        parameterization: str = "eps",
+        conditioning_key: str | None = "crossattn",
+        scale_factor: float = 1.0,
+        image_size: int = 256,
+        channels: int = 3,
+        use_ema: bool = True,
+        ckpt_path: str | None = None,
+        num_timesteps_cond: int | None = None,
+        log_every_t: int = 100,
+        first_stage_key: str = "image",
+        cond_stage_key: str = "image",
+        cond_stage_trainable: bool = False,
+        monitor: str = "val/loss",
+        scheduler_config: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        if parameterization != "eps":
+            raise InputError(f"parameterization {parameterization!r} is not supported; v1 models predict eps")
+        if ckpt_path is not None:
+            logger.warning("the config's ckpt_path %s is ignored", printable(ckpt_path))
+        self.parameterization = parameterization
+        self.scale_factor = scale_factor
+        self.image_size, self.channels = image_size, channels
+        self.training_params = {
+            "num_timesteps_cond": num_timesteps_cond,
+            "log_every_t": log_every_t,
+            "first_stage_key": first_stage_key,
+            "cond_stage_key": cond_stage_key,
+            "cond_stage_trainable": cond_stage_trainable,
+            "monitor": monitor,
+            "scheduler_config": scheduler_config,
+        }
+        self.betas: Tensor
+        self.alphas_cumprod: Tensor
+        self.alphas_cumprod_prev: Tensor
+        self.sqrt_alphas_cumprod: Tensor
+        self.sqrt_one_minus_alphas_cumprod: Tensor
+        self._register_schedule(
+            beta_schedule, timesteps, linear_start, linear_end, cosine_s, given_betas, v_posterior
+        )
+        self.model = DiffusionWrapper(unet_config, conditioning_key)
+        self.use_ema = use_ema
+        if use_ema:
+            self.model_ema = LitEma(self.model)
+        self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
+        self.cond_stage_model = instantiate_from_config(cond_stage_config)
+
+    def _register_schedule(
+        self,
+        beta_schedule: str,
+        timesteps: int,
+        linear_start: float,
+        linear_end: float,
+        cosine_s: float,
+        given_betas: Sequence[float] | None,
+        v_posterior: float,
+    ) -> None:
+        betas = (
+            make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+            if given_betas is None
+            else np.asarray(given_betas, dtype=np.float64)
+        )
+        for name, values in diffusion_buffers(betas, v_posterior).items():
+            # computed values, so they are never left on the meta device that a model may be built on
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32, device="cpu"))
+        self.num_timesteps = len(betas)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.betas.device
+
+    @contextmanager
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Within it the U-Net has its averaged weights; `context` names the purpose in the log."""
+        if not self.use_ema:
+            yield
+            return
+        self.model_ema.store(self.model.parameters())
+        self.model_ema.copy_to(self.model)
+        logger.debug("averaged weights in use: %s", context)
+        try:
+            yield
+        finally:
+            self.model_ema.restore(self.model.parameters())
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Clean latents [N, ...] noised to timesteps t [N] (DDPM, equation 4)."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        shape = (-1, *[1] * (x_start.dim() - 1))
+        signal = self.sqrt_alphas_cumprod[t].reshape(shape)
+        return signal * x_start + self.sqrt_one_minus_alphas_cumprod[t].reshape(shape) * noise
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The noise in latents [N, C, h, w] at timesteps t [N].
+
+        `cond` is a tensor, a list of tensors, or a dict with `c_crossattn` and `c_concat` lists.
+        """
+        if not isinstance(cond, dict):
+            conds = list(cond) if isinstance(cond, list | tuple) else [cond]
+            cond = {"c_concat" if self.model.conditioning_key == "concat" else "c_crossattn": conds}
+        return self.model(x_noisy, t, **cond)
+
+    def get_learned_conditioning(self, c: Sequence[str]) -> Tensor:
+        """Prompts -> what the U-Net's cross-attention looks at [N, tokens, width]."""
+        return self.cond_stage_model.encode(c)
+
+    def get_unconditional_conditioning(self, batch_size: int, null_label: str | None = None) -> Tensor:
+        """The conditioning of the empty prompt (or of `null_label`), `batch_size` times."""
+        return self.get_learned_conditioning([null_label or ""]).expand(batch_size, -1, -1)
+
+    def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution:
+        """Pictures [N, 3, H, W] in [-1, 1] -> the distribution of their (unscaled) latents."""
+        return self.first_stage_model.encode(x)
+
+    def get_first_stage_encoding(
+        self, encoder_posterior: DiagonalGaussianDistribution | Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        """Latents scaled for diffusion: a draw from the distribution (with `noise` if given), or a tensor's own."""
+        if isinstance(encoder_posterior, DiagonalGaussianDistribution):
+            encoder_posterior = encoder_posterior.sample(noise)
+        return self.scale_factor * encoder_posterior
+
+    def decode_first_stage(self, z: Tensor) -> Tensor:
+        """Scaled latents [N, C, h, w] -> pictures [N, 3, f * h, f * w], meant to lie in [-1, 1]."""
+        return self.first_stage_model.decode(z / self.scale_factor)

@@ -1,0 +1,246 @@
+"""The one denoising loop, the one update rule, and the public API of every sampler."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.guidance import Conditioning, guided_noise
+from ldm.models.diffusion.noise import NoiseSource, TorchNoise
+from ldm.models.diffusion.schedule import Step, StepTable, make_timesteps
+
+logger = logging.getLogger(__name__)
+
+Intermediates = dict[str, list[Tensor]]
+# (x, step, timestep of the step after it) -> (next x, predicted clean latent)
+TakeStep = Callable[[Tensor, Step, int], tuple[Tensor, Tensor]]
+
+
+def clean_latent(x: Tensor, eps: Tensor, step: Step) -> Tensor:
+    """The latent without noise that `eps`, the noise predicted in `x`, points to."""
+    return (x - (1 - step.alpha) ** 0.5 * eps) / step.alpha**0.5
+
+
+def previous_latent(pred_x0: Tensor, eps: Tensor, step: Step) -> Tensor:
+    """The latent one step less noisy, before fresh noise is added (DDIM, Song et al. 2021, equation 12)."""
+    return step.alpha_prev**0.5 * pred_x0 + (1 - step.alpha_prev - step.sigma**2) ** 0.5 * eps
+
+
+@dataclass(frozen=True)
+class Walk:
+    """All that one run of the loop holds fixed: the model, its guidance, and where noise comes from."""
+
+    model: Any
+    noise: NoiseSource
+    cond: Conditioning
+    uncond: Conditioning = None
+    scale: float = 1.0
+    mask: Tensor | None = None
+    x0: Tensor | None = None
+    temperature: float = 1.0
+    noise_dropout: float = 0.0
+    quantize_x0: bool = False
+    score_corrector: Any = None
+    corrector_kwargs: Mapping[str, Any] | None = None
+
+    def predict(self, x: Tensor, t: int) -> Tensor:
+        """The guided noise in `x` at timestep `t`."""
+        times = self._times(x, t)
+        eps = guided_noise(self.model, x, times, self.cond, self.uncond, self.scale)
+        if self.score_corrector is not None:
+            kwargs = self.corrector_kwargs or {}
+            eps = self.score_corrector.modify_score(self.model, eps, x, times, self.cond, **kwargs)
+        return eps
+
+    def advance(self, x: Tensor, eps: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The update rule: the next latent and the clean one, from the noise `eps` to be taken out of `x`."""
+        pred_x0 = clean_latent(x, eps, step)
+        if self.quantize_x0:
+            pred_x0 = self.model.first_stage_model.quantize(pred_x0)[0]
+        x_prev = previous_latent(pred_x0, eps, step)
+        if step.sigma == 0:
+            self.noise.skip(x.shape)
+        else:
+            fresh = self.noise.draw(x.shape)
+            if self.noise_dropout > 0:
+                fresh = torch.nn.functional.dropout(fresh, p=self.noise_dropout)
+            x_prev = x_prev + step.sigma * self.temperature * fresh
+        return x_prev, pred_x0
+
+    def keep_masked(self, x: Tensor, step: Step) -> Tensor:
+        """`x` with the masked part replaced by `x0` at the noise level of this step."""
+        if self.mask is None or self.x0 is None:
+            return x
+        noise = self.noise.draw(self.x0.shape)
+        original = self.model.q_sample(self.x0, self._times(x, step.t), noise=noise)
+        return original * self.mask + (1.0 - self.mask) * x
+
+    @staticmethod
+    def _times(x: Tensor, t: int) -> Tensor:
+        return torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)
+
+
+class Sampler:
+    """Draws latents from a model; a subclass says in `_stepper` how one step is taken.
+
+    The model offers `apply_model`, `q_sample`, `alphas_cumprod`, `num_timesteps` and `device`. Noise comes from
+    a `NoiseSource`; the default is torch's global generator on the model's device, drawn in the order of the
+    original: start noise, then per step the re-noised original (masked runs) and the step's own noise, the
+    latter also where its factor is 0.
+    """
+
+    allows_eta: ClassVar[bool] = True
+
+    def __init__(self, model: Any, schedule: str = "linear"):
+        self.model = model
+        self.schedule = schedule
+        self.ddpm_num_timesteps: int = model.num_timesteps
+
+    def make_schedule(
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str = "uniform",
+        ddim_eta: float = 0.0,
+        verbose: bool = True,
+    ) -> None:
+        """Chooses the timesteps (`uniform`, `compvis` or `quad` spacing) and computes the steps' coefficients."""
+        if ddim_eta != 0 and not self.allows_eta:
+            raise ValueError(f"{type(self).__name__} needs eta 0, not {ddim_eta}")
+        self.table = self._table(
+            make_timesteps(ddim_discretize, ddim_num_steps, self.ddpm_num_timesteps), ddim_eta
+        )
+        self.ddim_timesteps = self.table.timesteps
+        self.ddim_alphas = self.table.alphas
+        self.ddim_alphas_prev = self.table.alphas_prev
+        self.ddim_sigmas = self.table.sigmas
+        self.ddim_sqrt_one_minus_alphas = np.sqrt(1 - self.table.alphas)
+        if verbose:
+            logger.info("%s: %d steps, eta %g", type(self).__name__, len(self.table), ddim_eta)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        S: int,
+        batch_size: int,
+        shape: Sequence[int],
+        conditioning: Conditioning = None,
+        callback: Callable[[int], object] | None = None,
+        normals_sequence: None = None,
+        img_callback: Callable[[Tensor, int], object] | None = None,
+        quantize_x0: bool = False,
+        eta: float = 0.0,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
+        verbose: bool = True,
+        x_T: Tensor | None = None,
+        log_every_t: int = 100,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Conditioning = None,
+        ddim_discretize: str = "uniform",
+        noise: NoiseSource | None = None,
+    ) -> tuple[Tensor, Intermediates]:
+        """`S` steps from noise to latents [batch_size, *shape]: the latents, and what lay on the way.
+
+        `x_T` is the start noise, drawn if absent. `mask` [batch or 1, 1, h, w] is 1 where the latent `x0` is
+        kept. `callback(i)` and `img_callback(pred_x0, i)` are called behind step i. The intermediates
+        `x_inter` and `pred_x0` hold the start and every `log_every_t`-th step. `temperature` scales the fresh
+        noise, `noise_dropout` is the share of it that is zeroed; `score_corrector.modify_score(model, eps, x, t,
+        cond, **corrector_kwargs)` may alter the predicted noise; `quantize_x0` sends the predicted clean
+        latent through the first stage's quantizer. `normals_sequence` is accepted and has never had a use.
+        """
+        self.make_schedule(S, ddim_discretize=ddim_discretize, ddim_eta=eta, verbose=verbose)
+        walk = Walk(
+            self.model,
+            self._noise(noise),
+            conditioning,
+            unconditional_conditioning,
+            unconditional_guidance_scale,
+            mask,
+            x0,
+            temperature,
+            noise_dropout,
+            quantize_x0,
+            score_corrector,
+            corrector_kwargs,
+        )
+        x = walk.noise.draw((batch_size, *shape)) if x_T is None else x_T
+        return self._run(walk, x, list(self.table.downwards()), callback, img_callback, log_every_t)
+
+    @torch.no_grad()
+    def stochastic_encode(
+        self, x0: Tensor, t: Tensor, use_original_steps: bool = False, noise: Tensor | None = None
+    ) -> Tensor:
+        """Noises clean latents to row `t` [N] of the step table (or of the whole training schedule)."""
+        alphas = self._table_for(use_original_steps).alphas[t.cpu().numpy()]
+        alpha = torch.as_tensor(alphas, device=x0.device).reshape(-1, *[1] * (x0.dim() - 1))
+        noise = torch.randn_like(x0) if noise is None else noise
+        return alpha.sqrt().to(x0.dtype) * x0 + (1 - alpha).sqrt().to(x0.dtype) * noise
+
+    @torch.no_grad()
+    def decode(
+        self,
+        x_latent: Tensor,
+        cond: Conditioning,
+        t_start: int,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Conditioning = None,
+        use_original_steps: bool = False,
+        callback: Callable[[int], object] | None = None,
+        noise: NoiseSource | None = None,
+    ) -> Tensor:
+        """Denoises latents through the last `t_start` steps of the schedule made by `make_schedule`."""
+        walk = Walk(
+            self.model,
+            self._noise(noise),
+            cond,
+            unconditional_conditioning,
+            unconditional_guidance_scale,
+        )
+        steps = list(self._table_for(use_original_steps).downwards(t_start))
+        return self._run(walk, x_latent, steps, callback)[0]
+
+    def _stepper(self, walk: Walk) -> TakeStep:
+        """How this method takes a step; called once per run, so that history belongs to the run."""
+        raise TypeError(f"{type(self).__name__} does not define _stepper")
+
+    def _run(
+        self,
+        walk: Walk,
+        x: Tensor,
+        steps: Sequence[Step],
+        callback: Callable[[int], object] | None = None,
+        img_callback: Callable[[Tensor, int], object] | None = None,
+        log_every_t: int = 100,
+    ) -> tuple[Tensor, Intermediates]:
+        take_step = self._stepper(walk)
+        trail: Intermediates = {"x_inter": [x], "pred_x0": [x]}
+        for i, step in enumerate(steps):
+            following = steps[min(i + 1, len(steps) - 1)]
+            x, pred_x0 = take_step(walk.keep_masked(x, step), step, following.t)
+            if callback is not None:
+                callback(i)
+            if img_callback is not None:
+                img_callback(pred_x0, i)
+            if step.index % log_every_t == 0 or i == 0:
+                trail["x_inter"].append(x)
+                trail["pred_x0"].append(pred_x0)
+        return x, trail
+
+    def _table(self, timesteps: np.ndarray, eta: float) -> StepTable:
+        return StepTable.build(self.model.alphas_cumprod.double().cpu().numpy(), timesteps, eta)
+
+    def _table_for(self, use_original_steps: bool) -> StepTable:
+        return self._table(np.arange(self.ddpm_num_timesteps), 0.0) if use_original_steps else self.table
+
+    def _noise(self, noise: NoiseSource | None) -> NoiseSource:
+        return TorchNoise(None, self.model.device) if noise is None else noise

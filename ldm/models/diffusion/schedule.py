@@ -1,0 +1,138 @@
+"""All schedule mathematics: betas, timestep subsets, and the coefficients of each denoising step.
+
+Letters as in DDIM (Song et al. 2021), with alpha the cumulative product that DDPM (Ho et al. 2020) writes
+alpha-bar: a noisy latent is sqrt(alpha_t) x0 + sqrt(1 - alpha_t) eps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm.util import InputError
+
+Array = NDArray[np.float64]
+
+ORIGINAL_EXACT_COUNTS = (1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500)
+
+
+def make_beta_schedule(
+    schedule: str,
+    n_timestep: int,
+    linear_start: float = 1e-4,
+    linear_end: float = 2e-2,
+    cosine_s: float = 8e-3,
+) -> Array:
+    """Noise variances beta_0 .. beta_{n-1} in float64.
+
+    "linear" is linear in the square root (what Stable Diffusion calls linear), "sqrt_linear" linear, "sqrt" the
+    square root of that, "cosine" that of Nichol and Dhariwal 2021, equation 17, clipped to 0.999.
+    """
+    if schedule == "linear":
+        return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep, dtype=np.float64) ** 2
+    if schedule == "sqrt_linear":
+        return np.linspace(linear_start, linear_end, n_timestep, dtype=np.float64)
+    if schedule == "sqrt":
+        return np.linspace(linear_start, linear_end, n_timestep, dtype=np.float64) ** 0.5
+    if schedule == "cosine":
+        times = np.arange(n_timestep + 1, dtype=np.float64) / n_timestep + cosine_s
+        alphas = np.cos(times / (1 + cosine_s) * np.pi / 2) ** 2
+        return np.clip(1 - alphas[1:] / alphas[:-1], 0, 0.999)
+    raise InputError(f"unknown beta_schedule {schedule!r}; it is linear, sqrt_linear, sqrt or cosine")
+
+
+def diffusion_buffers(betas: Array, v_posterior: float = 0.0) -> dict[str, Array]:
+    """The twelve tables that a checkpoint carries, by name (DDPM, equations 4 to 7)."""
+    alphas = 1.0 - betas
+    alphas_cumprod = np.cumprod(alphas)
+    previous = np.append(1.0, alphas_cumprod[:-1])
+    variance = (1 - v_posterior) * betas * (1 - previous) / (1 - alphas_cumprod) + v_posterior * betas
+    return {
+        "betas": betas,
+        "alphas_cumprod": alphas_cumprod,
+        "alphas_cumprod_prev": previous,
+        "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_cumprod),
+        "log_one_minus_alphas_cumprod": np.log(1 - alphas_cumprod),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_cumprod),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_cumprod - 1),
+        "posterior_variance": variance,
+        # the first variance is 0
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+        "posterior_mean_coef1": betas * np.sqrt(previous) / (1 - alphas_cumprod),
+        "posterior_mean_coef2": (1 - previous) * np.sqrt(alphas) / (1 - alphas_cumprod),
+    }
+
+
+def make_timesteps(spacing: str, steps: int, total: int = 1000) -> NDArray[np.int64]:
+    """The ascending timesteps that `steps` denoising steps visit, out of 0 .. total-1.
+
+    "uniform": i * total // steps + 1, exactly `steps` of them for 1 to total-1. "compvis": the original's list,
+    every (total // steps)-th timestep plus 1, which can hold more entries than asked for; counts at which
+    the original ran off its table are refused. "quad": squares, plus 1.
+    """
+    if not 1 <= steps < total:
+        raise InputError(f"{steps} steps are not possible; give 1 to {total - 1}")
+    if spacing == "uniform":
+        return np.arange(steps) * total // steps + 1
+    if spacing == "compvis":
+        timesteps = np.arange(0, total, total // steps) + 1
+        if timesteps[-1] >= total:
+            nearest = min(ORIGINAL_EXACT_COUNTS, key=lambda count: abs(count - steps))
+            raise InputError(
+                f"{steps} steps with compvis spacing reach beyond timestep {total - 1}, where the original "
+                f"crashed; use {nearest} steps, or uniform spacing"
+            )
+        return timesteps
+    if spacing == "quad":
+        return (np.linspace(0, np.sqrt(total * 0.8), steps) ** 2).astype(np.int64) + 1
+    raise InputError(f"unknown timestep spacing {spacing!r}; it is uniform, compvis or quad")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One denoising step: from noise level `alpha` at timestep `t` to `alpha_prev`, adding `sigma` fresh noise.
+
+    `index` counts down to 0, the last step.
+    """
+
+    index: int
+    t: int
+    alpha: float
+    alpha_prev: float
+    sigma: float
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """The coefficients of every step, ascending in time, in float64 (DDIM, equations 12 and 16)."""
+
+    timesteps: NDArray[np.int64]
+    alphas: Array
+    alphas_prev: Array
+    sigmas: Array
+
+    @classmethod
+    def build(cls, alphas_cumprod: Array, timesteps: NDArray[np.int64], eta: float) -> StepTable:
+        """The table for an ascending subset of timesteps; the last step ends at the level of timestep 0."""
+        alphas = alphas_cumprod[timesteps]
+        previous = np.append(alphas_cumprod[0], alphas[:-1])
+        sigmas = eta * np.sqrt((1 - previous) / (1 - alphas) * (1 - alphas / previous))
+        return cls(timesteps, alphas, previous, sigmas)
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def downwards(self, count: int | None = None) -> Iterator[Step]:
+        """The steps in the order they are run: from the noisiest of the first `count`, down to index 0."""
+        for i in reversed(range(len(self) if count is None else count)):
+            yield Step(
+                i,
+                int(self.timesteps[i]),
+                float(self.alphas[i]),
+                float(self.alphas_prev[i]),
+                float(self.sigmas[i]),
+            )

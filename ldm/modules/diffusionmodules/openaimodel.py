@@ -1,0 +1,250 @@
+"""The U-Net that predicts the noise in a latent (Dhariwal and Nichol 2021, with cross-attention to text)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.util import (
+    checkpoint,
+    conv_nd,
+    linear,
+    normalization,
+    timestep_embedding,
+    zero_module,
+)
+
+
+class TimestepBlock(nn.Module):
+    """A module whose `forward` also takes the timestep embedding."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not define forward(x, emb)")
+
+
+class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
+    """Runs its children in turn and hands each what it takes: the time embedding, the context, the size."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        emb: Tensor,
+        context: Tensor | None = None,
+        output_size: Sequence[int] | None = None,
+    ) -> Tensor:
+        """`output_size` (height, width) is what an upsampling child grows to; twice its input by default."""
+        for layer in self:
+            if isinstance(layer, TimestepBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            elif isinstance(layer, Upsample):
+                x = layer(x, output_size)
+            else:
+                x = layer(x)
+        return x
+
+
+class Upsample(nn.Module):
+    """Doubles height and width (nearest neighbour), then smooths with a convolution unless `use_conv` is off."""
+
+    def __init__(
+        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
+    ):
+        super().__init__()
+        self.channels = channels
+        self.conv = (
+            conv_nd(dims, channels, out_channels or channels, 3, padding=padding)
+            if use_conv
+            else nn.Identity()
+        )
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        size = output_size or [2 * side for side in x.shape[2:]]
+        return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """Halves height and width (odd sizes round up) with a strided convolution, or by averaging."""
+
+    def __init__(
+        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
+    ):
+        super().__init__()
+        self.channels = channels
+        self.op = (
+            conv_nd(dims, channels, out_channels or channels, 3, stride=2, padding=padding)
+            if use_conv
+            else nn.AvgPool2d(2, ceil_mode=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class ResBlock(TimestepBlock):
+    """Two convolutions with the time embedding added between them, around a residual connection."""
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int | None = None,
+        use_conv: bool = False,
+        use_scale_shift_norm: bool = False,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+    ):
+        super().__init__()
+        out_channels = out_channels or channels
+        self.channels, self.out_channels = channels, out_channels
+        self.use_checkpoint, self.use_scale_shift_norm = use_checkpoint, use_scale_shift_norm
+        self.in_layers = nn.Sequential(
+            normalization(channels), nn.SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
+        )
+        emb_width = 2 * out_channels if use_scale_shift_norm else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), linear(emb_channels, emb_width))
+        self.out_layers = nn.Sequential(
+            normalization(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
+        )
+        if out_channels == channels:
+            self.skip_connection = nn.Identity()
+        else:
+            kernel = 3 if use_conv else 1
+            self.skip_connection = conv_nd(dims, channels, out_channels, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x)
+        emb = self.emb_layers(emb)
+        emb = emb.reshape(*emb.shape, *[1] * (h.dim() - 2))
+        if self.use_scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(x) + h
+
+
+class UNetModel(nn.Module):
+    """Predicts noise: x [N, in_channels, H, W], timesteps [N], context [N, M, context_dim] -> like x.
+
+    `channel_mult` gives each level's width in units of `model_channels`; levels whose downsampling factor is
+    in `attention_resolutions` get transformers with `num_heads` heads, or heads of `num_head_channels`.
+    H and W are any positive sizes: each upsampling grows to the size of the skip connection it meets.
+    `image_size` and `legacy` are part of the published configs and change nothing here.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        use_scale_shift_norm: bool = False,
+        use_spatial_transformer: bool = False,
+        transformer_depth: int = 1,
+        context_dim: int | None = None,
+        legacy: bool = True,
+    ):
+        super().__init__()
+        if not use_spatial_transformer:
+            raise ValueError("UNetModel needs use_spatial_transformer: true; attention without text is not built")
+        if (num_heads == -1) == (num_head_channels == -1):
+            raise ValueError("UNetModel needs exactly one of num_heads and num_head_channels")
+        self.image_size, self.legacy = image_size, legacy
+        self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
+        time_width = 4 * model_channels
+
+        def res_block(ch: int, out: int) -> ResBlock:
+            return ResBlock(
+                ch,
+                time_width,
+                dropout,
+                out_channels=out,
+                dims=dims,
+                use_checkpoint=use_checkpoint,
+                use_scale_shift_norm=use_scale_shift_norm,
+            )
+
+        def transformer(ch: int) -> SpatialTransformer:
+            heads = num_heads if num_head_channels == -1 else ch // num_head_channels
+            return SpatialTransformer(
+                ch,
+                heads,
+                ch // heads,
+                depth=transformer_depth,
+                context_dim=context_dim,
+                use_checkpoint=use_checkpoint,
+            )
+
+        self.time_embed = nn.Sequential(
+            linear(model_channels, time_width), nn.SiLU(), linear(time_width, time_width)
+        )
+        ch = model_channels
+        self.input_blocks = nn.ModuleList(
+            [TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))]
+        )
+        skips = [ch]
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [res_block(ch, mult * model_channels)]
+                ch = mult * model_channels
+                if 2**level in attention_resolutions:
+                    layers.append(transformer(ch))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                skips.append(ch)
+            if level < len(channel_mult) - 1:
+                self.input_blocks.append(TimestepEmbedSequential(Downsample(ch, conv_resample, dims=dims)))
+                skips.append(ch)
+        self.middle_block = TimestepEmbedSequential(res_block(ch, ch), transformer(ch), res_block(ch, ch))
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                layers = [res_block(ch + skips.pop(), mult * model_channels)]
+                ch = mult * model_channels
+                if 2**level in attention_resolutions:
+                    layers.append(transformer(ch))
+                if level > 0 and i == num_res_blocks:
+                    layers.append(Upsample(ch, conv_resample, dims=dims))
+                self.output_blocks.append(TimestepEmbedSequential(*layers))
+        self.out = nn.Sequential(
+            normalization(ch), nn.SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.out[2].weight.dtype
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
+        h = x.to(self.dtype)
+        skips: list[Tensor] = []
+        for block in self.input_blocks:
+            h = block(h, emb, context)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for block in self.output_blocks:
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = block(h, emb, context, output_size=skips[-1].shape[2:] if skips else None)
+        return self.out(h).to(x.dtype)

@@ -1,0 +1,42 @@
+"""The distribution that the encoder of a KL autoencoder describes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class DiagonalGaussianDistribution:
+    """A normal distribution per latent value, from `parameters` [B, 2C, h, w] = (mean, log variance).
+
+    The log variance is clamped to [-30, 20]. `deterministic` takes the variance as 0.
+    """
+
+    def __init__(self, parameters: Tensor, deterministic: bool = False):
+        self.parameters = parameters
+        self.deterministic = deterministic
+        self.mean, logvar = parameters.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.std = torch.zeros_like(self.mean) if deterministic else torch.exp(0.5 * self.logvar)
+        self.var = self.std**2
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """One draw; `noise` is standard normal and shaped like the mean, by default from the CPU's generator."""
+        if noise is None:
+            noise = torch.randn(self.mean.shape)
+        return self.mean + self.std * noise.to(self.mean)
+
+    def mode(self) -> Tensor:
+        """The most likely latent: the mean."""
+        return self.mean
+
+    def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
+        """Divergence from `other`, or from the standard normal, summed over all but the batch axis: [B]."""
+        if self.deterministic:
+            return self.mean.new_zeros(1)
+        if other is None:
+            terms = self.mean**2 + self.var - 1.0 - self.logvar
+        else:
+            terms = (self.mean - other.mean) ** 2 / other.var + self.var / other.var - 1.0
+            terms = terms - self.logvar + other.logvar
+        return 0.5 * terms.flatten(1).sum(dim=1)

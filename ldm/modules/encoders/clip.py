@@ -1,0 +1,118 @@
+"""The CLIP text tower, with the parameter names of published v1 checkpoints (Radford et al. 2021)."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class CLIPEmbeddings(nn.Module):
+    """Token plus position embeddings: ids [B, L] -> [B, L, width], L at most `positions`."""
+
+    position_ids: Tensor
+
+    def __init__(self, tokens: int, positions: int, width: int):
+        super().__init__()
+        self.token_embedding = nn.Embedding(tokens, width)
+        self.position_embedding = nn.Embedding(positions, width)
+        # a computed value, so it is never left on the meta device that a model may be built on
+        self.register_buffer("position_ids", torch.arange(positions, device="cpu")[None])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
+
+
+class CLIPAttention(nn.Module):
+    """Multi-head self-attention in which a token sees itself and those before it."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            rearrange(y, "b n (h d) -> b h n d", h=self.heads)
+            for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(rearrange(out, "b h n d -> b n (h d)"))
+
+
+class CLIPMLP(nn.Module):
+    """Two linear layers with CLIP's quick GELU, x * sigmoid(1.702 x), between them."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc1(x)
+        return self.fc2(h * torch.sigmoid(1.702 * h))
+
+
+class CLIPEncoderLayer(nn.Module):
+    """Attention and feed-forward, each behind a layer norm and a residual."""
+
+    def __init__(self, width: int, heads: int, inner: int):
+        super().__init__()
+        self.self_attn = CLIPAttention(width, heads)
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.mlp = CLIPMLP(width, inner)
+        self.layer_norm2 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, width: int, layers: int, heads: int, inner: int):
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPEncoderLayer(width, heads, inner) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class CLIPTextTransformer(nn.Module):
+    """Ids [B, L] -> hidden states [B, L, width] of the last layer, after the final layer norm."""
+
+    def __init__(self, tokens: int, positions: int, width: int, layers: int, heads: int, inner: int):
+        super().__init__()
+        self.embeddings = CLIPEmbeddings(tokens, positions, width)
+        self.encoder = CLIPEncoder(width, layers, heads, inner)
+        self.final_layer_norm = nn.LayerNorm(width)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
+
+
+class CLIPTextModel(nn.Module):
+    """The text tower under the name `text_model`, the level that published checkpoints have."""
+
+    def __init__(
+        self,
+        tokens: int = 49408,
+        positions: int = 77,
+        width: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+        inner: int | None = None,
+    ):
+        super().__init__()
+        self.text_model = CLIPTextTransformer(tokens, positions, width, layers, heads, inner or 4 * width)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Ids [B, L] -> hidden states [B, L, width]."""
+        return self.text_model(input_ids)

@@ -1,0 +1,202 @@
+"""CLIP's tokenizer without a network: text to token ids exactly as OpenAI's own tokenizer gives them.
+
+Cleaning and splitting are Python, the byte-pair merges run in the Rust library `tokenizers`. Nothing here
+needs torch, and the libraries are imported only when a tokenizer is built.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import importlib.util
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+from ldm.util import InputError, printable
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+END_OF_WORD = "</w>"
+VOCABULARY_SIZE = 49408
+CONTEXT_LENGTH = 77
+
+_TABLE = "bpe_simple_vocab_16e6.txt.gz"
+_WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+_KNOWN_TEXT = "a photograph of an astronaut riding a horse"
+_KNOWN_IDS = [49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558, 49407]
+
+
+class CLIPTokenizer:
+    """Turns prompts into CLIP token ids and back.
+
+    Build it with `openai()` or `from_folder()`. Ids lie in [0, 49408); `begin_id` is 49406, `end_id` 49407.
+    Any vocabulary but CLIP's is an `InputError`: a wrong one would ruin every picture without a word.
+    """
+
+    def __init__(self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], source: str) -> None:
+        """Builds from token ids and merges in order of rank; `source` names their origin in messages."""
+        import regex
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        _check_table(vocabulary, merges, source)
+        self.begin_id, self.end_id = vocabulary[BEGIN], vocabulary[END]
+        self._words = regex.compile(_WORD, regex.IGNORECASE)
+        self._bpe = Tokenizer(
+            models.BPE(vocab=dict(vocabulary), merges=list(merges), end_of_word_suffix=END_OF_WORD)
+        )
+        self._bpe.add_special_tokens([BEGIN, END])
+        self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._bpe.decoder = decoders.ByteLevel()
+        if self.encode(_KNOWN_TEXT) != _KNOWN_IDS:
+            raise InputError(f"{source} is not CLIP's token table: it gives other ids for a known sentence")
+
+    @classmethod
+    def openai(cls) -> CLIPTokenizer:
+        """The tokenizer from the table that the installed package `openai-clip` ships (not imported)."""
+        spec = importlib.util.find_spec("clip")
+        folders = (spec.submodule_search_locations if spec else None) or []
+        table = next((path for folder in folders if (path := Path(folder) / _TABLE).is_file()), None)
+        if table is None:
+            raise InputError(f"CLIP's token table {_TABLE} is not installed: run `pip install openai-clip`")
+        merges = _read_openai_merges(table)
+        return cls(_openai_vocabulary(merges), merges, printable(table))
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> CLIPTokenizer:
+        """The tokenizer from a folder with `vocab.json` and `merges.txt`, the layout of transformers."""
+        folder = Path(path)
+        return cls(
+            _read_vocabulary(folder / "vocab.json"), _read_merges(folder / "merges.txt"), printable(folder)
+        )
+
+    def __call__(
+        self, texts: Sequence[str], max_length: int = CONTEXT_LENGTH, pad_id: int | None = None
+    ) -> list[list[int]]:
+        """The ids of each text, cut or padded to `max_length` (at least 2).
+
+        A text that is cut keeps the end token as its last; padding is `pad_id`, by default the end token.
+        """
+        padding = self.end_id if pad_id is None else pad_id
+        rows = [_cut(self.encode(text), max_length) for text in texts]
+        return [row + [padding] * (max_length - len(row)) for row in rows]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the whole text between the begin and the end token, however many.
+
+        A text that UTF-8 cannot hold (lone surrogates) is an `InputError`.
+        """
+        words = self._words.findall(clean(text))
+        return [self.begin_id, *self._bpe.encode(words, is_pretokenized=True).ids, self.end_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids in lower case, a space between words, without begin, end and padding."""
+        text = self._bpe.decode(list(ids), skip_special_tokens=True)
+        return text.replace(END_OF_WORD, " ").rstrip()
+
+    def cut_words(self, text: str, max_length: int = CONTEXT_LENGTH) -> str:
+        """The end of the cleaned text that does not fit into `max_length` tokens; empty if all fits."""
+        cleaned = clean(text)
+        words = list(self._words.finditer(cleaned))
+        encoding = self._bpe.encode([word.group() for word in words], is_pretokenized=True)
+        kept = max_length - 2  # besides begin and end
+        if len(encoding.ids) <= kept:
+            return ""
+        word = encoding.word_ids[kept]
+        assert word is not None
+        return cleaned[words[word].start() + encoding.offsets[kept][0] :]
+
+
+def clean(text: str) -> str:
+    """The text as CLIP reads it: encoding faults mended, HTML entities resolved, lower case.
+
+    Raises `InputError` for lone surrogates, which come from command lines that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the prompt is not valid text ({printable(text[error.start])} at position {error.start});"
+            " pass it as UTF-8"
+        ) from None
+    if not (text.isascii() and text.isprintable()):  # ftfy leaves plain text alone, but takes 40 ms to import
+        import ftfy
+
+        text = ftfy.fix_text(text)
+    return " ".join(html.unescape(html.unescape(text)).split()).lower()
+
+
+def _cut(ids: list[int], max_length: int) -> list[int]:
+    if max_length < 2:
+        raise ValueError(f"max_length is {max_length}, but begin and end token need 2")
+    return ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]]
+
+
+def _byte_characters() -> list[str]:
+    """The characters that stand for the 256 bytes, in the order of their ids: printable ones first."""
+    printable_bytes = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = 256 - len(printable_bytes)
+    return [chr(code) for code in (*printable_bytes, *range(256, 256 + others))]
+
+
+def _openai_vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """Token ids by OpenAI's rule: bytes, bytes that end a word, merges by rank, begin, end."""
+    characters = _byte_characters()
+    tokens = [*characters, *(c + END_OF_WORD for c in characters), *(a + b for a, b in merges), BEGIN, END]
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def _read_openai_merges(table: Path) -> list[tuple[str, str]]:
+    count = VOCABULARY_SIZE - 2 * 256 - 2
+    try:
+        with gzip.open(table, "rt", encoding="utf-8", newline="\n") as file:
+            return _parse_merges(islice(file, 1, 1 + count), table)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise _unreadable(table, error) from None
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return _parse_merges((line for line in file if not line.startswith("#version")), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _parse_merges(lines: Iterable[str], path: Path) -> list[tuple[str, str]]:
+    merges = []
+    for line in lines:
+        left, _, right = line.rstrip("\n").partition(" ")
+        if not left or not right:
+            raise InputError(f"{printable(path)} is no list of merges: {line[:80]!a} is not a pair")
+        merges.append((left, right))
+    return merges
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    try:
+        vocabulary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, error) from None
+    if not isinstance(vocabulary, dict) or not all(type(index) is int for index in vocabulary.values()):
+        raise InputError(f"{printable(path)} is no vocabulary: it must map tokens to whole numbers")
+    return vocabulary
+
+
+def _check_table(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], source: str) -> None:
+    if sorted(vocabulary.values()) != list(range(VOCABULARY_SIZE)):
+        raise InputError(
+            f"{source} is not CLIP's token table: it has {len(vocabulary)} tokens where"
+            f" {VOCABULARY_SIZE} with ids from 0 are expected"
+        )
+    if (vocabulary.get(BEGIN), vocabulary.get(END)) != (VOCABULARY_SIZE - 2, VOCABULARY_SIZE - 1):
+        raise InputError(f"{source} is not CLIP's token table: its last two tokens are not {BEGIN} and {END}")
+    for left, right in merges:
+        if not (left in vocabulary and right in vocabulary and left + right in vocabulary):
+            raise InputError(f"{source}: the merge {printable(f'{left} {right}')!r} is not in the vocabulary")
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return InputError(f"cannot read the token table {printable(path)}: {printable(reason)}")

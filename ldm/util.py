@@ -1,0 +1,66 @@
+"""What every room needs: building objects from configs, the error users see, and safe display of text."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong: one line says what, with which value, and what to do.
+
+    The command line turns it into exit code 2 (faults met before anything is generated).
+    """
+
+
+def printable(text: object) -> str:
+    """`text` with every character that could drive a terminal (controls, bidi marks, surrogates) escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def get_obj_from_str(string: str, reload: bool = False) -> Any:
+    """The object that a dotted name such as `ldm.models.autoencoder.AutoencoderKL` stands for."""
+    module_name, _, name = string.rpartition(".")
+    module = importlib.import_module(module_name)
+    if reload:
+        module = importlib.reload(module)
+    return getattr(module, name)
+
+
+def instantiate_from_config(config: Mapping[str, Any], **overrides: Any) -> Any:
+    """Builds `config["target"]` with the keyword arguments in `config["params"]`.
+
+    This function imports whatever the config names. For configs that somebody else wrote, check the targets
+    first (`ldm.pipeline.read_config` does). An unknown parameter is an `InputError` that names it.
+    """
+    if "target" not in config:
+        raise InputError(f"a config entry lacks `target`: it has {sorted(map(str, config)) or 'nothing'}")
+    cls = get_obj_from_str(config["target"])
+    params = {**(config.get("params") or {}), **overrides}
+    _check_parameters(config["target"], cls, params)
+    return cls(**params)
+
+
+def _check_parameters(target: str, cls: Any, params: Mapping[str, Any]) -> None:
+    import inspect
+
+    try:
+        signature = inspect.signature(cls)
+    except (TypeError, ValueError):  # builtins without a signature check their own arguments
+        return
+    accepted = signature.parameters
+    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        return
+    unknown = [name for name in params if name not in accepted]
+    if unknown:
+        raise InputError(
+            f"{target} takes no parameter {', '.join(map(repr, unknown))}; it takes {', '.join(accepted)}"
+        )
+    missing = [
+        name
+        for name, p in accepted.items()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in params
+    ]
+    if missing:
+        raise InputError(f"{target} needs the parameter {', '.join(map(repr, missing))}")
