@@ -116,11 +116,12 @@ class SpatialTransformer(nn.Module):
         dropout: float = 0.0,
         context_dim: int | None = None,
         use_checkpoint: bool = True,
+        num_groups: int = 32,
     ):
         super().__init__()
         inner = n_heads * d_head
         self.in_channels = in_channels
-        self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.norm = nn.GroupNorm(num_groups, in_channels, eps=1e-6)
         self.proj_in = nn.Conv2d(in_channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner, n_heads, d_head, dropout, context_dim, checkpoint=use_checkpoint)
@@ -143,5 +144,3 @@ def pixel_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # one head is one batch axis more: without it the CPU has no fused kernel for three dimensions
     out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
     return rearrange(out, "b (h w) c -> b c h w", h=height)
-
-

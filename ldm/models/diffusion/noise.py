@@ -124,7 +124,7 @@ def _stream(rng: str, seed: int, device: torch.device | str) -> NoiseSource:
 
 
 def philox_normal(seed: int, offset: int, count: int, threads: int = A100_THREADS) -> npt.NDArray[np.float32]:
-    """The `count` numbers that `torch.randn(count, device="cuda")` gives, to about 1e-6, as float32 [count].
+    """The `count` numbers that `torch.randn(count, device="cuda")` gives, to some 1e-6, as float32 [count].
 
     `seed` is the generator's 64-bit seed, `offset` the Philox blocks that every thread has used in earlier
     draws (the sum of their `blocks_per_thread`). Thread j of T uses the blocks with counter
@@ -148,7 +148,7 @@ def blocks_per_thread(count: int, threads: int) -> int:
 
 
 def philox(counter: tuple[Words, Words, Words, Words], key: int) -> tuple[Words, Words, Words, Words]:
-    """Philox-4x32 with 10 rounds (Salmon et al. 2011): four random words for each counter and a 64-bit key."""
+    """Philox-4x32-10 (Salmon et al. 2011): four random 32-bit words for each counter, by a 64-bit key."""
     x0, x1, x2, x3 = counter
     low, high = np.uint64(key & 0xFFFFFFFF), np.uint64(key >> 32 & 0xFFFFFFFF)
     for _ in range(10):
@@ -162,7 +162,7 @@ def _normal(words: tuple[Words, Words, Words, Words], i: int) -> npt.NDArray[np.
     """The i-th of the four normal numbers of a Philox block (Box and Muller's transform).
 
     The uniform numbers are rounded to float32 where the GPU rounds them; the rest is computed in float64, so
-    that every processor gives the same float32 numbers.
+    that what processors differ in is rounded away.
     """
     x, y = (words[2 * (i // 2) + j].astype(np.float32).astype(np.float64) for j in (0, 1))
     turn = float(np.float32(2 * np.pi))

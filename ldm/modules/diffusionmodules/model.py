@@ -41,12 +41,14 @@ class Downsample(nn.Module):
 class ResnetBlock(nn.Module):
     """Two convolutions around a residual connection."""
 
-    def __init__(self, *, in_channels: int, out_channels: int | None = None, dropout: float = 0.0):
+    def __init__(
+        self, *, in_channels: int, out_channels: int | None = None, dropout: float = 0.0, num_groups: int = 32
+    ):
         super().__init__()
         out_channels = out_channels or in_channels
-        self.norm1 = Normalize(in_channels)
+        self.norm1 = Normalize(in_channels, num_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = Normalize(out_channels)
+        self.norm2 = Normalize(out_channels, num_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if out_channels != in_channels:
@@ -63,10 +65,10 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention between pixels, residual."""
 
-    def __init__(self, in_channels: int):
+    def __init__(self, in_channels: int, num_groups: int = 32):
         super().__init__()
         self.in_channels = in_channels
-        self.norm = Normalize(in_channels)
+        self.norm = Normalize(in_channels, num_groups)
         self.q = nn.Conv2d(in_channels, in_channels, 1)
         self.k = nn.Conv2d(in_channels, in_channels, 1)
         self.v = nn.Conv2d(in_channels, in_channels, 1)
@@ -80,11 +82,11 @@ class AttnBlock(nn.Module):
 class Middle(nn.Module):
     """The lowest level: block, attention, block."""
 
-    def __init__(self, channels: int, dropout: float):
+    def __init__(self, channels: int, dropout: float, num_groups: int):
         super().__init__()
-        self.block_1 = ResnetBlock(in_channels=channels, dropout=dropout)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(in_channels=channels, dropout=dropout)
+        self.block_1 = ResnetBlock(in_channels=channels, dropout=dropout, num_groups=num_groups)
+        self.attn_1 = AttnBlock(channels, num_groups)
+        self.block_2 = ResnetBlock(in_channels=channels, dropout=dropout, num_groups=num_groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -93,13 +95,14 @@ class Middle(nn.Module):
 class Level(nn.Module):
     """One resolution: residual blocks, each with attention behind it where the level has any."""
 
-    def __init__(self, channels: Sequence[int], attention: bool, dropout: float):
+    def __init__(self, channels: Sequence[int], attention: bool, dropout: float, num_groups: int):
         super().__init__()
         pairs = list(zip(channels, channels[1:], strict=False))
         self.block = nn.ModuleList(
-            ResnetBlock(in_channels=a, out_channels=b, dropout=dropout) for a, b in pairs
+            ResnetBlock(in_channels=a, out_channels=b, dropout=dropout, num_groups=num_groups)
+            for a, b in pairs
         )
-        self.attn = nn.ModuleList(AttnBlock(b) for _, b in pairs if attention)
+        self.attn = nn.ModuleList(AttnBlock(b, num_groups) for _, b in pairs if attention)
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -112,8 +115,16 @@ class Level(nn.Module):
 class DownLevel(Level):
     """A level of the encoder; all but the last halve the size behind it."""
 
-    def __init__(self, channels: Sequence[int], attention: bool, dropout: float, shrink: bool, conv: bool):
-        super().__init__(channels, attention, dropout)
+    def __init__(
+        self,
+        channels: Sequence[int],
+        attention: bool,
+        dropout: float,
+        num_groups: int,
+        shrink: bool,
+        conv: bool,
+    ):
+        super().__init__(channels, attention, dropout, num_groups)
         self.downsample = Downsample(channels[-1], conv) if shrink else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,8 +134,16 @@ class DownLevel(Level):
 class UpLevel(Level):
     """A level of the decoder; all but the last double the size behind it."""
 
-    def __init__(self, channels: Sequence[int], attention: bool, dropout: float, grow: bool, conv: bool):
-        super().__init__(channels, attention, dropout)
+    def __init__(
+        self,
+        channels: Sequence[int],
+        attention: bool,
+        dropout: float,
+        num_groups: int,
+        grow: bool,
+        conv: bool,
+    ):
+        super().__init__(channels, attention, dropout, num_groups)
         self.upsample = Upsample(channels[-1], conv) if grow else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,6 +154,7 @@ class Encoder(nn.Module):
     """Pictures [B, in_channels, H, W] in [-1, 1] -> features [B, 2 * z_channels, H/f, W/f], f = 2^(levels - 1).
 
     `ddconfig` of the published configs describes encoder and decoder at once: `out_ch` is the decoder's.
+    `num_groups` is that of every group norm; with one channel a group, a norm wipes out the mean colour.
     """
 
     def __init__(
@@ -151,6 +171,7 @@ class Encoder(nn.Module):
         dropout: float = 0.0,
         resamp_with_conv: bool = True,
         double_z: bool = True,
+        num_groups: int = 32,
     ):
         super().__init__()
         widths = [ch * mult for mult in ch_mult]
@@ -160,13 +181,14 @@ class Encoder(nn.Module):
                 [entering, *[width] * num_res_blocks],
                 attention=resolution // 2**i in attn_resolutions,
                 dropout=dropout,
+                num_groups=num_groups,
                 shrink=i < len(widths) - 1,
                 conv=resamp_with_conv,
             )
             for i, (entering, width) in enumerate(zip([ch, *widths], widths, strict=False))
         )
-        self.mid = Middle(widths[-1], dropout)
-        self.norm_out = Normalize(widths[-1])
+        self.mid = Middle(widths[-1], dropout, num_groups)
+        self.norm_out = Normalize(widths[-1], num_groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels if double_z else z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,22 +219,24 @@ class Decoder(nn.Module):
         dropout: float = 0.0,
         resamp_with_conv: bool = True,
         double_z: bool = True,
+        num_groups: int = 32,
     ):
         super().__init__()
         widths = [ch * mult for mult in ch_mult]
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], dropout)
+        self.mid = Middle(widths[-1], dropout, num_groups)
         self.up = nn.ModuleList(
             UpLevel(
                 [entering, *[width] * (num_res_blocks + 1)],
                 attention=resolution // 2**i in attn_resolutions,
                 dropout=dropout,
+                num_groups=num_groups,
                 grow=i > 0,
                 conv=resamp_with_conv,
             )
             for i, (entering, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
-        self.norm_out = Normalize(widths[0])
+        self.norm_out = Normalize(widths[0], num_groups)
         self.conv_out = nn.Conv2d(widths[0], out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

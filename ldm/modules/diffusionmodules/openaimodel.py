@@ -99,18 +99,21 @@ class ResBlock(TimestepBlock):
         use_scale_shift_norm: bool = False,
         dims: int = 2,
         use_checkpoint: bool = False,
+        num_groups: int = 32,
     ):
         super().__init__()
         out_channels = out_channels or channels
         self.channels, self.out_channels = channels, out_channels
         self.use_checkpoint, self.use_scale_shift_norm = use_checkpoint, use_scale_shift_norm
         self.in_layers = nn.Sequential(
-            normalization(channels), nn.SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
+            normalization(channels, num_groups),
+            nn.SiLU(),
+            conv_nd(dims, channels, out_channels, 3, padding=1),
         )
         emb_width = 2 * out_channels if use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), linear(emb_channels, emb_width))
         self.out_layers = nn.Sequential(
-            normalization(out_channels),
+            normalization(out_channels, num_groups),
             nn.SiLU(),
             nn.Dropout(dropout),
             zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
@@ -141,7 +144,7 @@ class UNetModel(nn.Module):
 
     `channel_mult` gives each level's width in units of `model_channels`; levels whose downsampling factor is
     in `attention_resolutions` get transformers with `num_heads` heads, or heads of `num_head_channels`.
-    H and W are any positive sizes: each upsampling grows to the size of the skip connection it meets.
+    Every group norm has `num_groups` groups. H and W are any positive sizes: each upsampling grows to the size of the skip connection it meets.
     `image_size` and `legacy` are part of the published configs and change nothing here.
     """
 
@@ -165,10 +168,13 @@ class UNetModel(nn.Module):
         transformer_depth: int = 1,
         context_dim: int | None = None,
         legacy: bool = True,
+        num_groups: int = 32,
     ):
         super().__init__()
         if not use_spatial_transformer:
-            raise ValueError("UNetModel needs use_spatial_transformer: true; attention without text is not built")
+            raise ValueError(
+                "UNetModel needs use_spatial_transformer: true; attention without text is not built"
+            )
         if (num_heads == -1) == (num_head_channels == -1):
             raise ValueError("UNetModel needs exactly one of num_heads and num_head_channels")
         self.image_size, self.legacy = image_size, legacy
@@ -184,6 +190,7 @@ class UNetModel(nn.Module):
                 dims=dims,
                 use_checkpoint=use_checkpoint,
                 use_scale_shift_norm=use_scale_shift_norm,
+                num_groups=num_groups,
             )
 
         def transformer(ch: int) -> SpatialTransformer:
@@ -195,6 +202,7 @@ class UNetModel(nn.Module):
                 depth=transformer_depth,
                 context_dim=context_dim,
                 use_checkpoint=use_checkpoint,
+                num_groups=num_groups,
             )
 
         self.time_embed = nn.Sequential(
@@ -228,7 +236,9 @@ class UNetModel(nn.Module):
                     layers.append(Upsample(ch, conv_resample, dims=dims))
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
         self.out = nn.Sequential(
-            normalization(ch), nn.SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
+            normalization(ch, num_groups),
+            nn.SiLU(),
+            zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)),
         )
 
     @property

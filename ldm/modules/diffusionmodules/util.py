@@ -48,9 +48,9 @@ def linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
     return nn.Linear(in_features, out_features, bias=bias)
 
 
-def normalization(channels: int) -> nn.GroupNorm:
-    """The U-Net's norm: 32 groups, eps 1e-5. The kernels keep statistics in float32 for half-precision input."""
-    return nn.GroupNorm(32, channels)
+def normalization(channels: int, num_groups: int = 32) -> nn.GroupNorm:
+    """The U-Net's norm, eps 1e-5. The kernels keep statistics in float32 for half-precision input."""
+    return nn.GroupNorm(num_groups, channels)
 
 
 def zero_module(module: nn.Module) -> nn.Module:

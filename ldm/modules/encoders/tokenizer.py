@@ -31,8 +31,9 @@ _KNOWN_IDS = [49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558, 49407]
 class CLIPTokenizer:
     """Turns prompts into CLIP token ids and back.
 
-    Build it with `openai()` or `from_folder()`. Ids lie in [0, 49408); `begin_id` is 49406, `end_id` 49407.
-    Any vocabulary but CLIP's is an `InputError`: a wrong one would ruin every picture without a word.
+    Build it with `openai()` or `from_folder()`. Ids lie in [0, size); `begin_id` is size - 2, `end_id` size - 1.
+    A table of OpenAI's size (49,408) that is not OpenAI's, or one that is not laid out as CLIP's, is an
+    `InputError`: a wrong one would ruin every picture without a word.
     """
 
     def __init__(self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], source: str) -> None:
@@ -49,7 +50,8 @@ class CLIPTokenizer:
         self._bpe.add_special_tokens([BEGIN, END])
         self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._bpe.decoder = decoders.ByteLevel()
-        if self.encode(_KNOWN_TEXT) != _KNOWN_IDS:
+        self.size = len(vocabulary)
+        if self.size == VOCABULARY_SIZE and self.encode(_KNOWN_TEXT) != _KNOWN_IDS:
             raise InputError(f"{source} is not CLIP's token table: it gives other ids for a known sentence")
 
     @classmethod
@@ -151,9 +153,12 @@ def _read_openai_merges(table: Path) -> list[tuple[str, str]]:
     count = VOCABULARY_SIZE - 2 * 256 - 2
     try:
         with gzip.open(table, "rt", encoding="utf-8", newline="\n") as file:
-            return _parse_merges(islice(file, 1, 1 + count), table)
+            merges = _parse_merges(islice(file, 1, 1 + count), table)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise _unreadable(table, error) from None
+    if len(merges) != count:
+        raise InputError(f"{printable(table)} is damaged: it holds {len(merges)} merges instead of {count}")
+    return merges
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
@@ -185,13 +190,13 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
 
 
 def _check_table(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], source: str) -> None:
-    if sorted(vocabulary.values()) != list(range(VOCABULARY_SIZE)):
+    size = len(vocabulary)
+    if size < 2 * 256 + 2 or sorted(vocabulary.values()) != list(range(size)):
         raise InputError(
-            f"{source} is not CLIP's token table: it has {len(vocabulary)} tokens where"
-            f" {VOCABULARY_SIZE} with ids from 0 are expected"
+            f"{source} is no token table: its {size} tokens do not have the ids 0 to {size - 1}, or are fewer than 514"
         )
-    if (vocabulary.get(BEGIN), vocabulary.get(END)) != (VOCABULARY_SIZE - 2, VOCABULARY_SIZE - 1):
-        raise InputError(f"{source} is not CLIP's token table: its last two tokens are not {BEGIN} and {END}")
+    if (vocabulary.get(BEGIN), vocabulary.get(END)) != (size - 2, size - 1):
+        raise InputError(f"{source} is no CLIP token table: its last two tokens are not {BEGIN} and {END}")
     for left, right in merges:
         if not (left in vocabulary and right in vocabulary and left + right in vocabulary):
             raise InputError(f"{source}: the merge {printable(f'{left} {right}')!r} is not in the vocabulary")

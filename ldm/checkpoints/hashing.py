@@ -1,0 +1,78 @@
+"""SHA-256 of checkpoint files, remembered from run to run in a small file in the user's cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 2**20
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file as 64 hex digits; computed again only if its size, time or inode has changed.
+
+    Raises `OSError` if the file cannot be read. A cache that cannot be read or written is only logged.
+    """
+    resolved = Path(path).resolve()
+    state = _state(resolved)
+    cached = _read_cache().get(str(resolved))
+    if isinstance(cached, dict) and cached.get("state") == state and isinstance(cached.get("sha256"), str):
+        return cached["sha256"]
+    digest = _digest(resolved)
+    if _state(resolved) == state:
+        _remember(str(resolved), {"state": state, "sha256": digest})
+    return digest
+
+
+def _state(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
+
+
+def _digest(path: Path) -> str:
+    sha = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            sha.update(buffer[:count])
+    return sha.hexdigest()
+
+
+def _cache_file() -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(folder) / "ldm-v1" / "sha256.json"
+
+
+def _read_cache() -> dict[str, Any]:
+    try:
+        cache = json.loads(_cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        logger.debug("no cache of checksums: %s", error)
+        return {}
+    return cache if isinstance(cache, dict) else {}
+
+
+def _remember(path: str, entry: dict[str, Any]) -> None:
+    """Writes the cache anew beside the old one and puts it in its place in one step."""
+    target = _cache_file()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                json.dump({**_read_cache(), path: entry}, file, indent=1)
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        logger.debug("checksum not remembered: %s", error)

@@ -1,0 +1,209 @@
+"""Pours a checkpoint into a model: strict about keys and shapes, without a second copy of the weights."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ldm.checkpoints.reader import Checkpoint
+from ldm.checkpoints.recognise import looks_like
+from ldm.checkpoints.sniff import CheckpointError
+from ldm.util import printable
+
+logger = logging.getLogger(__name__)
+
+Ema = Literal["auto", "on", "off"]
+
+# Computed from the config by the model itself, in float64 and rounded once: the file's copy is not needed.
+SCHEDULE_BUFFERS = frozenset(
+    {
+        "betas",
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+    }
+)
+_EMA_PREFIX = "model_ema."
+_EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
+_HARMLESS_PREFIXES = (_EMA_PREFIX, "first_stage_model.loss.")
+_TEXT_TOWER = re.compile(r"^(cond_stage_model\.transformer\.)(?=embeddings\.|encoder\.|final_layer_norm\.)")
+_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What happened in `load_into`.
+
+    `weights` says which of a file's two sets of U-Net weights is in use; `computed` are the keys whose own
+    values the model kept, `ignored` are harmless leftovers of the file, `unknown` its other leftovers,
+    `cast_from` the types that were converted.
+    """
+
+    weights: Literal["ema", "plain"]
+    computed: tuple[str, ...]
+    ignored: tuple[str, ...]
+    unknown: tuple[str, ...]
+    cast_from: tuple[torch.dtype, ...]
+
+
+def load_into(
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None = None, ema: Ema = "auto"
+) -> LoadReport:
+    """Gives `model`, built on the meta device, the tensors of `checkpoint` themselves, cast only if need be.
+
+    `dtype` is what floating-point weights are cast to; None keeps the file's types. Buffers that the model
+    computed on the CPU (the noise schedule, position ids) keep their values. With `ema` "auto" the moving
+    averages `model_ema.*` replace the U-Net's weights if the file has them; "on" demands them, "off" ignores
+    them. A model with averages of its own, for a file without, gets its weights as averages (the same
+    tensors). Parameters no longer require gradients. Missing keys, wrong shapes and missing EMA weights are a
+    `CheckpointError`, raised before any tensor is read.
+    """
+    expected = model.state_dict()
+    found = {_TEXT_TOWER.sub(r"\1text_model.", key): tensor for key, tensor in checkpoint.state_dict.items()}
+    weights = _choose_weights(found, checkpoint, ema)
+    parameters = {name for name, _ in model.named_parameters()}
+    chosen = _match(expected, parameters, found, weights)
+    _check_keys(expected, chosen, checkpoint, weights)
+    _check_shapes(expected, {**found, **chosen}, checkpoint)
+
+    cast_from = {tensor.dtype for tensor in chosen.values() if _needs_cast(tensor, dtype)}
+    computed = tuple(key for key in expected if _keeps_own(key, expected[key]))
+    values = {
+        key: tensor.to(dtype) if _needs_cast(tensor, dtype) else tensor for key, tensor in chosen.items()
+    }
+    values.update((key, expected[key]) for key in computed)
+    model.load_state_dict(values, strict=True, assign=True)
+    model.requires_grad_(False)
+    on_meta = [name for name, tensor in _all_tensors(model).items() if tensor.is_meta]
+    assert not on_meta, f"buffers that no state dict holds were built on the meta device: {on_meta}"
+
+    leftover = [key for key in found if key not in expected]
+    report = LoadReport(
+        weights,
+        computed,
+        tuple(key for key in leftover if _is_harmless(key)),
+        tuple(key for key in leftover if not _is_harmless(key)),
+        tuple(sorted(cast_from, key=str)),
+    )
+    _log(report, checkpoint, dtype)
+    return report
+
+
+def _choose_weights(
+    found: Mapping[str, torch.Tensor], checkpoint: Checkpoint, ema: Ema
+) -> Literal["ema", "plain"]:
+    has_ema = any(key.startswith(_EMA_PREFIX) and key not in _EMA_COUNTERS for key in found)
+    if ema == "on" and not has_ema:
+        raise _error(checkpoint, "has no EMA weights (model_ema.*); load it with ema off")
+    return "ema" if has_ema and ema != "off" else "plain"
+
+
+def ema_key(key: str) -> str:
+    """The key of the moving average of the weight `key`: the name after `model.` with all dots removed."""
+    return _EMA_PREFIX + key.removeprefix("model.").replace(".", "")
+
+
+def _match(
+    expected: Mapping[str, torch.Tensor],
+    parameters: set[str],
+    found: Mapping[str, torch.Tensor],
+    weights: Literal["ema", "plain"],
+) -> dict[str, torch.Tensor]:
+    """The file's tensor for every key of the model that has one and does not keep its own value."""
+    source = {key: key for key in expected}
+    averaged = {key: ema_key(key) for key in parameters if key.startswith("model.")}
+    if weights == "ema":
+        source.update(averaged)
+    source.update((average, source[key]) for key, average in averaged.items() if average not in found)
+    return {
+        key: found[source[key]]
+        for key, own in expected.items()
+        if source[key] in found and not _keeps_own(key, own)
+    }
+
+
+def _keeps_own(key: str, own: torch.Tensor) -> bool:
+    return _is_computed(key) and not own.is_meta
+
+
+def _is_computed(key: str) -> bool:
+    return key in SCHEDULE_BUFFERS or key in _EMA_COUNTERS or key.endswith("position_ids")
+
+
+def _is_harmless(key: str) -> bool:
+    return _is_computed(key) or key == "lvlb_weights" or key.startswith(_HARMLESS_PREFIXES)
+
+
+def _needs_cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> bool:
+    return dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype
+
+
+def _check_keys(
+    expected: Mapping[str, torch.Tensor],
+    chosen: Mapping[str, torch.Tensor],
+    checkpoint: Checkpoint,
+    weights: Literal["ema", "plain"],
+) -> None:
+    missing = [key for key, own in expected.items() if key not in chosen and not _keeps_own(key, own)]
+    if missing:
+        names = (
+            [ema_key(key) if key.startswith("model.") else key for key in missing]
+            if weights == "ema"
+            else missing
+        )
+        hint = "; load it with ema off" if weights == "ema" else looks_like(checkpoint.state_dict)
+        raise _error(checkpoint, f"lacks {_count_and_names(names)} that the model needs{hint}")
+
+
+def _check_shapes(
+    expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], checkpoint: Checkpoint
+) -> None:
+    for key, own in expected.items():
+        tensor = found.get(key, own)
+        if tensor.shape != own.shape:
+            raise _error(
+                checkpoint,
+                f"{key} has shape {list(tensor.shape)}, the model expects {list(own.shape)}: "
+                f"config or checkpoint is of another model{looks_like(checkpoint.state_dict)}",
+            )
+        if own.is_floating_point() and not tensor.is_floating_point():
+            raise _error(
+                checkpoint, f"{key} is {tensor.dtype}, the model expects {own.dtype} (quantised weights?)"
+            )
+
+
+def _all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _log(report: LoadReport, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
+    path = printable(checkpoint.path)
+    logger.info("%s: using the %s weights", path, "EMA" if report.weights == "ema" else "plain")
+    if report.cast_from:
+        logger.info("%s: weights cast from %s to %s", path, ", ".join(map(str, report.cast_from)), dtype)
+    if report.unknown:
+        logger.warning("%s: ignored %s that the model does not have", path, _count_and_names(report.unknown))
+
+
+def _count_and_names(keys: tuple[str, ...] | list[str]) -> str:
+    more = ", ..." if len(keys) > _NAMED else ""
+    names = ", ".join(printable(key[:200]) for key in keys[:_NAMED])
+    return f"{len(keys)} {'keys' if len(keys) != 1 else 'key'} ({names}{more})"
+
+
+def _error(checkpoint: Checkpoint, reason: str) -> CheckpointError:
+    return CheckpointError(f"{printable(checkpoint.path)}: {reason}")

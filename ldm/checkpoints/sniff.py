@@ -1,0 +1,124 @@
+"""What a checkpoint file is, told by its bytes, not its name. Imports no torch: a wrong path fails fast."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Iterator
+from typing import BinaryIO, Literal
+
+from ldm.util import InputError, printable
+
+Kind = Literal["torch zip", "torch legacy", "safetensors"]
+
+ZIP_START = b"PK\x03\x04"
+# The number 0x1950a86a20f9469cfc6c, pickled: the first of the five pickles of the format before torch 1.6.
+LEGACY_START = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
+MAX_SAFETENSORS_HEADER = 100_000_000
+
+_HEAD_BYTES = 4096
+_SHORTEST = 16
+_MAX_REASON = 600
+
+# (offset, signature, what it is): formats that are recognised only to be named.
+_FOREIGN = (
+    (0, b"PK\x05\x06", "an empty zip archive"),
+    (0, b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (0, b"BZh", "a bzip2 archive; unpack it first"),
+    (0, b"\xfd7zXZ\x00", "an xz archive; unpack it first"),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it first"),
+    (0, b"Rar!", "a rar archive; unpack it first"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    (257, b"ustar", "a tar archive; unpack it first (torch.save of before 2017 wrote tar: save it again)"),
+    (0, b"GGUF", "a gguf file; this toolkit reads .ckpt and .safetensors"),
+    (0, b"\x89HDF", "an HDF5 file; this toolkit reads .ckpt and .safetensors"),
+    (0, b"\x89PNG", "a PNG picture"),
+    (0, b"\xff\xd8\xff", "a JPEG picture"),
+)
+
+
+class CheckpointError(InputError):
+    """A checkpoint file cannot be used: one line says which file, why, and what to do."""
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns whatever goes wrong inside into one `CheckpointError` line that begins with the path.
+
+    Files made by others reach deep into zipfile, pickletools and json, which raise many kinds of exception;
+    none of them is the caller's business, so this is the one guard that catches them all.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = printable(_reason(error)[:_MAX_REASON])
+        raise CheckpointError(f"{printable(os.fspath(path))}: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return "no such file; check the path"
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or error}"
+    return f"is damaged or incomplete ({type(error).__name__}: {error}); download it again"
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular, non-empty file for reading; a folder, pipe or device is refused and cannot hang us."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        if os.path.exists(os.path.join(path, "model_index.json")):
+            raise CheckpointError("is a folder in the diffusers layout; give one .ckpt or .safetensors file")
+        raise CheckpointError("is a directory; give the checkpoint file inside it")
+    if not stat.S_ISREG(mode):
+        raise CheckpointError("is a pipe, socket or device, not a regular file")
+    if os.stat(path).st_size == 0:
+        raise CheckpointError("is empty (0 bytes); download it again")
+    return open(path, "rb")
+
+
+def file_size(file: BinaryIO) -> int:
+    """Size of an open file in bytes."""
+    return os.fstat(file.fileno()).st_size
+
+
+def sniff(file: BinaryIO) -> Kind:
+    """The kind of an open checkpoint file, from its first bytes; any other content is named and refused."""
+    file.seek(0)
+    head = file.read(_HEAD_BYTES)
+    if len(head) < _SHORTEST:
+        raise CheckpointError(f"is incomplete: it has only {len(head)} bytes; download it again")
+    if head.startswith(ZIP_START):
+        return "torch zip"
+    if head.startswith(LEGACY_START):
+        return "torch legacy"
+    _refuse_known_content(head)
+    if head[8:9] == b"{":
+        return "safetensors"
+    raise CheckpointError(
+        f"is no checkpoint: unknown format (starts with {head[:8].hex(' ')}); "
+        "this toolkit reads .ckpt and .safetensors"
+    )
+
+
+def _refuse_known_content(head: bytes) -> None:
+    if not any(head):
+        raise CheckpointError("holds only zero bytes at its start (interrupted download); download it again")
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError("is a web page, not a checkpoint (login or licence page?); download it again")
+    if head.startswith(b"version https://git-lfs"):
+        size = re.search(rb"^size (\d{1,20})\s*$", head, re.MULTILINE)
+        whole = f" (the real file has {int(size[1]):,} bytes)" if size else ""
+        raise CheckpointError(f"is a git-lfs pointer{whole}; run: git lfs pull")
+    for offset, signature, name in _FOREIGN:
+        if head.startswith(signature, offset):
+            raise CheckpointError(f"is {name}")
+    if head[0] == 0x80 and 2 <= head[1] <= 5:
+        raise CheckpointError("is a pickle, but not one that torch.save wrote; it was not read")
+    if head[0] == 0x08 and head[2] == 0x12:  # protobuf: ir_version, then producer_name
+        raise CheckpointError("is an onnx file; this toolkit reads .ckpt and .safetensors")

@@ -1,0 +1,100 @@
+"""Byte ranges of a file as tensors: views on one private map of the file, or plain reads."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import torch
+
+from ldm.checkpoints.sniff import CheckpointError, file_size
+
+MAX_DIMENSIONS = 8
+
+
+class FileBytes:
+    """Hands out byte ranges of an open file.
+
+    With `use_mmap` they are views on one copy-on-write map, which lives as long as any tensor made from it
+    and costs memory only for the pages that are touched. The file must not be truncated meanwhile: the
+    operating system then kills the process (SIGBUS). Without it every range is read into memory of its own.
+    """
+
+    def __init__(self, file: BinaryIO, use_mmap: bool) -> None:
+        self.size = file_size(file)
+        self._file = file
+        self._map = (
+            memoryview(mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)) if use_mmap else None
+        )
+
+    def read(self, start: int, length: int) -> memoryview:
+        """The bytes [start, start + length) as a writable buffer; `CheckpointError` outside of the file."""
+        if not 0 <= start <= start + length <= self.size:
+            raise CheckpointError(f"is incomplete: it ends at byte {self.size}, its data at {start + length}")
+        if self._map is not None:
+            return self._map[start : start + length]
+        self._file.seek(start)
+        data = memoryview(bytearray(self._file.read(length)))
+        if len(data) != length:
+            raise CheckpointError("became shorter while it was read")
+        return data
+
+    def tensor(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """A flat CPU tensor of `count` little-endian elements that begin at byte `start`."""
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
+        data = self.read(start, count * dtype.itemsize)
+        flat = torch.frombuffer(data, dtype=dtype)
+        if flat.data_ptr() % dtype.itemsize:
+            flat = torch.frombuffer(bytearray(data), dtype=dtype)
+        return flat
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A run of `count` elements that a checkpoint keeps under the name `key`."""
+
+    key: str
+    dtype: torch.dtype
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A strided view of a storage, as the file describes it; offset and strides count elements."""
+
+    storage: Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def check(self) -> None:
+        """Raises `CheckpointError` unless every element lies in the storage and none is counted for many."""
+        size, stride, count = self.size, self.stride, self.storage.count
+        if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
+            raise CheckpointError(
+                f"has {len(size)} sizes and {len(stride)} strides (at most {MAX_DIMENSIONS})"
+            )
+        if not all(type(n) is int and n >= 0 for n in (self.offset, *size, *stride)):
+            raise CheckpointError("has a size, stride or offset that is no natural number")
+        elements = bounded_product(size)
+        last = (
+            self.offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if elements else 0
+        )
+        if elements > count or self.offset > count or (elements and last >= count):
+            raise CheckpointError(
+                f"of shape {list(size)} with strides {list(stride)} at {self.offset} "
+                f"does not fit its record of {count} elements"
+            )
+
+
+def bounded_product(sizes: Sequence[int]) -> int:
+    """The number of elements of a shape; `CheckpointError` where it, or any one size, overflows 63 bits."""
+    total = 1
+    for n in sizes:
+        total *= n
+        if max(total, n) >= 2**63:
+            raise CheckpointError(f"has a shape with too many elements: {list(sizes)}")
+    return total

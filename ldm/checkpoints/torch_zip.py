@@ -1,0 +1,115 @@
+"""Reads the zip format of `torch.save` (torch 1.6 and later) without running anything from the file."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import torch
+
+from ldm.checkpoints.pickle_reader import MAX_PICKLE_BYTES, build_tree, read_pickle
+from ldm.checkpoints.sniff import ZIP_START, CheckpointError
+from ldm.checkpoints.tensor_bytes import FileBytes, TensorSpec
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
+_ENCRYPTED = 0x1 | 0x40 | 0x2000
+
+
+def read_torch_zip(file: BinaryIO, use_mmap: bool) -> Any:
+    """What the file holds: dicts, lists, tuples, numbers, text and CPU tensors.
+
+    Call it inside `reading`. With `use_mmap` the tensors are views on one private map of the file.
+    """
+    with _open_zip(file) as archive:
+        records = _checked_records(archive)
+        described = read_pickle(io.BytesIO(archive.read(records["data.pkl"])))
+        return build_tree(described, _tensor_maker(FileBytes(file, use_mmap), records))
+
+
+def damaged_records(file: BinaryIO) -> list[str]:
+    """The names of all records whose bytes do not match their CRC. Reads the whole file."""
+    damaged = []
+    with _open_zip(file) as archive:
+        for record in _checked_records(archive).values():
+            try:
+                with archive.open(record) as content:
+                    while content.read(2**20):
+                        pass
+            except zipfile.BadZipFile:
+                damaged.append(record.filename)
+    return damaged
+
+
+def _open_zip(file: BinaryIO) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(file)
+    except zipfile.BadZipFile:
+        raise CheckpointError("is incomplete: no zip directory at its end; download it again") from None
+
+
+def _checked_records(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The members by their names below the one top folder, after checks on the directory as a whole."""
+    members = [member for member in archive.infolist() if not member.is_dir()]
+    pickles = [m.filename for m in members if m.filename.count("/") == 1 and m.filename.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CheckpointError(
+            f"is a zip archive with {len(pickles)} data.pkl, so not one checkpoint of torch.save"
+        )
+    top = pickles[0].removesuffix("data.pkl")
+    records = {member.filename.removeprefix(top): member for member in members}
+    if len({member.filename for member in members}) != len(members):
+        raise CheckpointError("is a zip archive that has the same member twice; refused")
+    if "constants.pkl" in records or any(name.startswith("code/") for name in records):
+        raise CheckpointError("is a TorchScript archive (a program); save the model's state_dict instead")
+    for member in members:
+        _check_member(member, top)
+    if records["data.pkl"].file_size > MAX_PICKLE_BYTES:
+        raise CheckpointError(f"has a data.pkl of more than {MAX_PICKLE_BYTES // 2**20} MB; refused")
+    if sum(member.file_size for member in members) > archive.start_dir:
+        raise CheckpointError("claims to hold more bytes than the file has; refused")
+    if "byteorder" in records:
+        with archive.open(records["byteorder"]) as order:
+            if order.read(8) != b"little":
+                raise CheckpointError("was saved on a big-endian machine; save it again as safetensors")
+    return records
+
+
+def _check_member(member: zipfile.ZipInfo, top: str) -> None:
+    if not member.filename.startswith(top):
+        raise CheckpointError(f"has {member.filename[:100]!r} outside of its folder {top[:100]!r}; refused")
+    if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+        raise CheckpointError(f"has a compressed member, {member.filename[:100]!r}; store it uncompressed")
+    if member.flag_bits & _ENCRYPTED:
+        raise CheckpointError(f"has an encrypted member, {member.filename[:100]!r}; refused")
+
+
+def _tensor_maker(
+    content: FileBytes, records: dict[str, zipfile.ZipInfo]
+) -> Callable[[TensorSpec], torch.Tensor]:
+    storages: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def make(spec: TensorSpec) -> torch.Tensor:
+        storage = spec.storage
+        if (storage.key, storage.dtype) not in storages:
+            record = records.get(f"data/{storage.key}")
+            declared = storage.count * storage.dtype.itemsize
+            if record is None or record.file_size != declared:
+                there = "no such record" if record is None else f"a record of {record.file_size} bytes"
+                raise CheckpointError(f"needs {declared} bytes, but the file has {there}")
+            start = _data_start(content, record)
+            storages[storage.key, storage.dtype] = content.tensor(start, storage.count, storage.dtype)
+        return storages[storage.key, storage.dtype].as_strided(spec.size, spec.stride, spec.offset)
+
+    return make
+
+
+def _data_start(content: FileBytes, record: zipfile.ZipInfo) -> int:
+    """Where the bytes of a record begin: torch pads the *local* header, which the directory does not know."""
+    header = content.read(record.header_offset, _LOCAL_HEADER.size)
+    signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    if signature != ZIP_START:
+        raise CheckpointError("has no header where the zip directory says it begins")
+    return record.header_offset + _LOCAL_HEADER.size + name_length + extra_length

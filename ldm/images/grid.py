@@ -1,0 +1,107 @@
+"""Contact sheets of many pictures, put together on disk while the pictures come in."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+PADDING = 2  # black pixels around every picture, and so between neighbours
+MAX_PAGE_PIXELS = 2**26  # below the size at which Pillow warns of a decompression bomb
+
+
+class GridWriter:
+    """Lays out pictures row by row, `columns` in a row, in black frames of 2 pixels, as `make_grid` does.
+
+    `add` takes pictures as they come; `finish` ends the sheet. Every finished sheet goes to `deliver` as a
+    read-only uint8 array [H, W, 3]. One sheet holds a whole run, except that a full page (67 million pixels,
+    252 pictures of 512x512 at 6 columns) or a picture of another size starts a new one. A sheet of one
+    picture has no frame; a last row that is not full is filled with black.
+
+    Finished rows wait in a nameless temporary file in `folder`: memory holds one row, however long the run.
+    """
+
+    def __init__(self, folder: str | Path, columns: int, deliver: Callable[[np.ndarray], None]) -> None:
+        if columns < 1:
+            raise ValueError(f"a grid needs at least 1 column, not {columns}")
+        self._folder, self._columns, self._deliver = Path(folder), columns, deliver
+        self._page: _Page | None = None
+
+    def __enter__(self) -> GridWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def add(self, picture: np.ndarray) -> None:
+        """Adds one uint8 picture [H, W, 3]. Raises OSError when the disk is full."""
+        if self._page is not None and not self._page.has_room_for(picture):
+            self.finish()
+        if self._page is None:
+            self._page = _Page(self._folder, self._columns, picture.shape)
+        self._page.add(picture)
+
+    def finish(self) -> None:
+        """Delivers the sheet in hand, if there is one; the next picture starts another."""
+        if self._page is not None:
+            sheet = self._page.sheet()
+            self.close()
+            self._deliver(sheet)
+
+    def close(self) -> None:
+        """Drops the sheet in hand."""
+        if self._page is not None:
+            self._page.close()
+            self._page = None
+
+
+class _Page:
+    """One sheet in the making: full rows in a file, the row in hand in memory."""
+
+    def __init__(self, folder: Path, columns: int, shape: tuple[int, ...]) -> None:
+        self._columns, self._shape = columns, shape
+        self._row: list[np.ndarray] = []
+        self._rows_written = 0
+        self._width = 0  # known with the first row
+        self._spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the page
+
+    def has_room_for(self, picture: np.ndarray) -> bool:
+        if picture.shape != self._shape:
+            return False
+        next_height = (self._rows_written + 1) * (self._shape[0] + PADDING) + PADDING
+        return self._rows_written == 0 or next_height * self._width <= MAX_PAGE_PIXELS
+
+    def add(self, picture: np.ndarray) -> None:
+        self._row.append(picture)
+        if len(self._row) == self._columns:
+            self._write_row()
+
+    def sheet(self) -> np.ndarray:
+        """The finished sheet, mapped from the file; it stays valid after `close`."""
+        if self._row:
+            self._write_row()
+        self._spool.write(bytes(PADDING * self._width * 3))
+        self._spool.flush()
+        height = self._rows_written * (self._shape[0] + PADDING) + PADDING
+        sheet = np.memmap(self._spool, np.uint8, mode="r", shape=(height, self._width, 3))
+        framed_single = (self._shape[0] + 2 * PADDING, self._shape[1] + 2 * PADDING, 3)
+        return sheet[PADDING:-PADDING, PADDING:-PADDING] if sheet.shape == framed_single else sheet
+
+    def close(self) -> None:
+        self._spool.close()
+
+    def _write_row(self) -> None:
+        height, width, _ = self._shape
+        self._width = self._width or len(self._row) * (width + PADDING) + PADDING
+        band = np.zeros((PADDING + height, self._width, 3), np.uint8)
+        for column, picture in enumerate(self._row):
+            left = PADDING + column * (width + PADDING)
+            band[PADDING:, left : left + width] = picture
+        self._spool.write(band.data)
+        self._rows_written += 1
+        self._row.clear()

@@ -1,0 +1,197 @@
+"""The text that a picture carries, in the form of AUTOMATIC1111's web UI, and the way back to a job.
+
+the prompt, on as many lines as it has
+Negative prompt: the negative prompt          (only if there is one)
+Steps: 50, Sampler: DDIM, CFG scale: 7.5, Seed: 42, Size: 512x512, Model hash: ..., RNG: NV, Version: ...
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from ldm.job import Job
+from ldm.util import InputError, printable
+
+NEGATIVE = "Negative prompt:"
+_EXACT_PROMPT, _EXACT_NEGATIVE = "Exact prompt", "Exact negative prompt"
+_FEWEST_PAIRS = 3  # a last line with fewer pairs is a part of the prompt
+
+_KEY = re.compile(r"\w[\w \-/]{1,80}")
+_PAIR = re.compile(rf'({_KEY.pattern}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_SIZE = re.compile(r"([0-9]+)x([0-9]+)")
+_UNSTORABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # controls and surrogates
+
+
+class _Codec(NamedTuple):
+    """How values of one `Job` field are written and read."""
+
+    write: Callable[[Any], str]
+    read: Callable[[str], Any]
+
+
+def _table(labels: Mapping[str, str]) -> _Codec:
+    """Names that have a label of their own in the text; any other name stands for itself."""
+    names = {label: name for name, label in labels.items()}
+    return _Codec(lambda name: labels.get(name, name), lambda label: names.get(label, label))
+
+
+def _number(value: float) -> str:
+    return repr(float(value)).removesuffix(".0")
+
+
+_INT, _FLOAT, _WORD = _Codec(str, int), _Codec(_number, float), _Codec(str, str)
+
+# Key in the text, field of Job, codec. The web UI says GPU where the sampling device draws the noise, and NV
+# where CUDA's Philox noise is computed on another. A text without RNG is taken for NV: as a rule its picture
+# was drawn on a CUDA device, whose noise philox reproduces on every machine.
+_ALWAYS = (
+    ("Steps", "steps", _INT),
+    ("Sampler", "sampler", _table({"ddim": "DDIM", "plms": "PLMS"})),
+    ("CFG scale", "scale", _FLOAT),
+    ("Seed", "seed", _INT),
+)
+_RNG = ("RNG", "rng", _table({"philox": "NV", "cpu": "CPU", "device": "GPU"}))
+_UNLESS_DEFAULT = (
+    ("Eta DDIM", "eta", _FLOAT),
+    ("Timestep spacing", "timestep_spacing", _WORD),
+    ("Seed mode", "seed_mode", _WORD),
+    ("Batch index", "batch_index", _INT),
+)
+_DEFAULTS = {field.name: field.default for field in fields(Job)}
+
+
+def infotext(job: Job, extras: Mapping[str, str]) -> str:
+    """The text from which `job` can be made again, with `extras` (Model hash, Model, Version, ...) beside it.
+
+    Where the plain form would lose something of a prompt (control characters, a line in it that begins with
+    `Negative prompt:`), the entries `Exact prompt` and `Exact negative prompt` carry it as JSON. Empty extras
+    are left out. Raises ValueError for an extra whose name cannot be written or belongs to the job.
+    """
+    pairs = _pairs(job, {key: value for key, value in extras.items() if value})
+    shown = [_storable(job.prompt)] if job.prompt else []
+    if job.negative_prompt:
+        shown.append(f"{NEGATIVE} {_storable(job.negative_prompt)}")
+    prompt, negative, _ = _split("\n".join([*shown, _line(pairs)]))
+    exact = {
+        key: _plain_json(wanted)
+        for key, wanted, read in (
+            (_EXACT_PROMPT, job.prompt, prompt),
+            (_EXACT_NEGATIVE, job.negative_prompt, negative),
+        )
+        if read != wanted
+    }
+    return "\n".join([*shown, _line(pairs | exact)])
+
+
+def parse_infotext(text: str) -> dict[str, str]:
+    """The entries of an infotext by name, with the prompts under `Prompt` and `Negative prompt`.
+
+    A size such as `Size: 512x768` becomes `Size-1` and `Size-2`. A text whose last line is not one of
+    settings is all prompt.
+    """
+    prompt, negative, pairs = _split(text.replace("\r\n", "\n"))
+    exact_prompt, exact_negative = pairs.pop(_EXACT_PROMPT, prompt), pairs.pop(_EXACT_NEGATIVE, negative)
+    return pairs | {"Prompt": exact_prompt, "Negative prompt": exact_negative}
+
+
+def job_from_infotext(text: str) -> Job:
+    """The job that an infotext describes; what it does not say is the default of `Job`.
+
+    Raises InputError for a text without settings or with a value that is none.
+    """
+    entries = parse_infotext(text)
+    if "Steps" not in entries:
+        raise InputError("the text holds no generation settings: its last line should begin with `Steps: `")
+    codecs = (
+        *_ALWAYS,
+        ("Size-1", "width", _INT),
+        ("Size-2", "height", _INT),
+        _RNG,
+        *_UNLESS_DEFAULT,
+    )
+    values: dict[str, Any] = {}
+    for key, name, codec in codecs:
+        if key in entries:
+            try:
+                values[name] = codec.read(entries[key])
+            except ValueError:
+                raise InputError(
+                    f"the text's entry {key} cannot be {printable(entries[key][:100])!r}: a number is needed"
+                ) from None
+    return Job(prompt=entries["Prompt"], negative_prompt=entries["Negative prompt"], **values)
+
+
+def _pairs(job: Job, extras: Mapping[str, str]) -> dict[str, str]:
+    """All entries as written, in the web UI's order."""
+    own = {key: codec.write(getattr(job, name)) for key, name, codec in _ALWAYS}
+    own["Size"] = f"{job.width}x{job.height}"
+    later = {
+        key: codec.write(getattr(job, name))
+        for key, name, codec in (_RNG, *_UNLESS_DEFAULT)
+        if key == "RNG" or getattr(job, name) != _DEFAULTS[name]
+    }
+    reserved = {*own, *(key for key, _, _ in _UNLESS_DEFAULT), "RNG", _EXACT_PROMPT, _EXACT_NEGATIVE}
+    for key in extras:
+        if key in reserved or not _KEY.fullmatch(key):
+            raise ValueError(f"{key!r} cannot be the name of an extra entry")
+    model = {key: extras[key] for key in ("Model hash", "Model") if key in extras}
+    version = {key: extras[key] for key in ("Version",) if key in extras}
+    rest = {key: value for key, value in extras.items() if key not in model and key not in version}
+    return {key: _quoted(value) for key, value in (own | model | later | rest | version).items()}
+
+
+def _line(pairs: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in pairs.items())
+
+
+def _split(text: str) -> tuple[str, str, dict[str, str]]:
+    """Prompt, negative prompt, and the entries of the last line."""
+    *lines, last = text.rstrip("\n").split("\n")
+    pairs: list[tuple[str, str]] = _PAIR.findall(last)
+    if len(pairs) < _FEWEST_PAIRS:
+        lines, pairs = [*lines, last], []
+    first = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
+    negative = "\n".join(lines[first:]).removeprefix(NEGATIVE).removeprefix(" ")
+    entries: dict[str, str] = {}
+    for key, value in pairs:
+        entries |= _entry(key, value.strip())
+    return "\n".join(lines[:first]), negative, entries
+
+
+def _entry(key: str, value: str) -> dict[str, str]:
+    """The value or, for a size, the two values that a pair of the text stands for."""
+    if size := _SIZE.fullmatch(value):
+        return {f"{key}-1": size[1], f"{key}-2": size[2]}
+    return {key: _unquoted(value)}
+
+
+def _quoted(value: str) -> str:
+    """`value`, as a JSON string if the plain form could not be read back."""
+    plain = value == value.strip() and not value.startswith('"') and not re.search("[,:\n]", value)
+    return value if plain and not _UNSTORABLE.search(value) else _json(value)
+
+
+def _unquoted(value: str) -> str:
+    if not (value.startswith('"') and value.endswith('"')):
+        return value
+    try:
+        return str(json.loads(value))
+    except ValueError:
+        return value
+
+
+def _json(value: str) -> str:
+    return _UNSTORABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
+
+
+def _plain_json(value: str) -> str:
+    """JSON without a comma or colon in it, at which simpler readers than ours would split it."""
+    return _json(value).replace(",", "\\u002c").replace(":", "\\u003a")
+
+
+def _storable(prompt: str) -> str:
+    return _UNSTORABLE.sub(lambda match: printable(match[0]), prompt)

@@ -1,0 +1,218 @@
+"""Writing pictures: a file exists whole or not at all, and nothing that exists is ever overwritten."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import logging
+import os
+import re
+import secrets
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ldm.util import InputError, printable
+
+logger = logging.getLogger(__name__)
+
+MAX_TEXT_BYTES = 64 * 1024
+_PART_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.part", re.DOTALL)
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EMLINK}
+
+
+def publish(path: str | Path, data: bytes, overwrite: bool = False) -> None:
+    """Writes `data` to `path` so that the file is there whole or not at all, whatever happens meanwhile.
+
+    The bytes reach the disk under a hidden name in the same folder before they get theirs. Raises
+    FileExistsError if `path` exists and `overwrite` is off, and OSError naming `path` if the disk says no.
+    Where the file system has no hard links, two processes that publish one name at the same instant may
+    replace each other's file.
+    """
+    path = Path(path)
+    part = _part_beside(path)
+    try:
+        _write_part(part, data)
+        _give_name(part, path, overwrite)
+        _sync_folder(path.parent)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # gone already, or swept by the next run
+            part.unlink()
+
+
+def _part_beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+
+
+def _write_part(part: Path, data: bytes) -> None:
+    binary = getattr(os, "O_BINARY", 0)  # Windows translates newlines without it
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | binary, 0o666)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _give_name(part: Path, path: Path, overwrite: bool) -> None:
+    if overwrite:
+        os.replace(part, path)
+        return
+    try:
+        os.link(part, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(part, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def encode_png(pixels: np.ndarray, text: str = "", compress_level: int = 6) -> bytes:
+    """The PNG file of uint8 pixels [H, W, 3], with `text` under the keyword `parameters`.
+
+    Latin-1 text becomes a tEXt chunk, any other an iTXt chunk. Text above 64 kB is left out with a warning:
+    readers refuse long chunks, and a picture without its text is better than none.
+    """
+    info = PngInfo()
+    size = len(text.encode("utf-8"))
+    if size > MAX_TEXT_BYTES:
+        logger.warning("metadata of %d bytes left out of a picture: the limit is %d", size, MAX_TEXT_BYTES)
+    elif text:
+        info.add_text("parameters", text)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=compress_level, pnginfo=info)
+    return buffer.getvalue()
+
+
+class RunFolder:
+    """The output folder of one run: `samples/00000.png`, `samples/00001.png`, ... and `grid-0000.png`, ...
+
+    Making one creates the folders, tries to write to them, removes what a killed run left half-written and
+    reads the highest numbers; InputError if the folder cannot be used. Numbers go on from the highest plus
+    one, and one that meanwhile exists is passed over, so several processes may write into one folder.
+    `compress_level` is zlib's, 0 to 9; it never changes pixels. Use one object from one thread at a time.
+    """
+
+    def __init__(self, outdir: str | Path, compress_level: int = 6) -> None:
+        self.path = Path(outdir)
+        self.samples_path = self.path / "samples"
+        self._compress_level = compress_level
+        for folder in (self.path, self.samples_path):
+            _require_writable(folder)
+        self._presence = _sweep_and_stay(self.path, self.samples_path)
+        self._samples = _NumberedFiles(self.samples_path, prefix="", digits=5)
+        self._grids = _NumberedFiles(self.path, prefix="grid-", digits=4)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Tells later runs that this one writes here no more (the end of the process does the same)."""
+        if self._presence is not None:
+            os.close(self._presence)
+            self._presence = None
+
+    def save_sample(self, pixels: np.ndarray, text: str = "") -> Path:
+        """Writes uint8 pixels [H, W, 3] and their infotext as the next sample. Raises OSError."""
+        return self._samples.publish_next(encode_png(pixels, text, self._compress_level))
+
+    def save_grid(self, pixels: np.ndarray, text: str = "") -> Path:
+        """Writes uint8 pixels [H, W, 3] and their infotext as the next grid. Raises OSError."""
+        return self._grids.publish_next(encode_png(pixels, text, self._compress_level))
+
+
+class _NumberedFiles:
+    """Files `PREFIX` + number + `.png` of one folder, numbered from the highest that is there plus one."""
+
+    def __init__(self, folder: Path, prefix: str, digits: int) -> None:
+        self._folder, self._prefix, self._digits = folder, prefix, digits
+        name = re.compile(rf"{re.escape(prefix)}([0-9]{{{digits},}})\.png")
+        found = (name.fullmatch(entry) for entry in os.listdir(folder))
+        self._next = max((int(match[1]) for match in found if match), default=-1) + 1
+
+    def publish_next(self, data: bytes) -> Path:
+        while True:
+            path = self._folder / f"{self._prefix}{self._next:0{self._digits}d}.png"
+            if not os.path.lexists(path):
+                try:
+                    publish(path, data)
+                except FileExistsError:
+                    logger.debug("%s appeared meanwhile", printable(path))
+                else:
+                    self._next += 1
+                    return path
+            self._next += 1
+
+
+def _require_writable(folder: Path) -> None:
+    """Makes `folder` and tries to write to it, or says in one line why that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = _part_beside(folder / "probe")
+        try:
+            _write_part(probe, b"x")
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        reason = "it is a file" if folder.is_file() else error.strerror
+        raise InputError(
+            f"cannot write to the output folder {printable(folder)}: {reason}; choose another --outdir"
+        ) from error
+
+
+def _sweep_and_stay(root: Path, samples: Path) -> int | None:
+    """Removes the half-written files of dead runs, and marks `root` as in use by a live one.
+
+    A run holds a shared lock on the folder itself, which the kernel frees even after a kill. Whoever gets the
+    lock for himself alone knows that no part file in there has a living writer. Returns the descriptor that
+    holds the lock, or None where folders cannot be locked (then nothing is swept).
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_parts(root, samples)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    except OSError as error:
+        os.close(descriptor)
+        logger.debug("%s cannot be locked: %s", printable(root), error.strerror)
+        return None
+    return descriptor
+
+
+def _remove_parts(*folders: Path) -> None:
+    for folder in folders:
+        for name in os.listdir(folder):
+            if _PART_NAME.fullmatch(name):
+                with contextlib.suppress(OSError):  # somebody else's; it does no harm
+                    (folder / name).unlink()
+                    logger.info("removed %s, left by a run that was cut off", printable(folder / name))

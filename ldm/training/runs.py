@@ -1,0 +1,161 @@
+"""What every training run needs: numbered batches, the optimiser, progress lines, checkpoints to resume from."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ldm.lr_scheduler import LambdaLinearScheduler
+from ldm.util import InputError
+
+logger = logging.getLogger(__name__)
+
+STATE = "last.ckpt"
+MakeBatch = Callable[[int, np.random.Generator], Any]
+
+
+class Batches(IterableDataset):
+    """An endless row of numbered batches; batch i depends on (seed, i) alone, so a resumed run goes on exactly.
+
+    `make(i, rng)` builds batch i; `first` is the number to start with.
+    """
+
+    def __init__(self, make: MakeBatch, seed: int = 0, first: int = 0) -> None:
+        self.make, self.seed, self.first = make, seed, first
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        start, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for number in itertools.count(self.first + start, stride):
+            yield self.make(number, np.random.default_rng([self.seed, number]))
+
+    def loader(self, num_workers: int = 0) -> DataLoader:
+        """The batches as a DataLoader; workers keep the order."""
+        return DataLoader(self, batch_size=None, num_workers=num_workers)
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """AdamW with a linear warm-up over `warm_up_steps` and a straight decay to `f_min` times the rate at `steps`."""
+
+    learning_rate: float
+    steps: int
+    warm_up_steps: int = 100
+    f_min: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+
+    def multiplier(self) -> LambdaLinearScheduler:
+        """The learning-rate multiplier of this run."""
+        return LambdaLinearScheduler([self.warm_up_steps], [self.f_min], [1.0], [0.01], [self.steps])
+
+    def configure(self, parameters: Iterable[torch.nn.Parameter]) -> dict[str, Any]:
+        """What `LightningModule.configure_optimizers` returns."""
+        optimizer = torch.optim.AdamW(
+            parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
+        )
+        schedule = self.multiplier().schedule
+        # A plain function keeps the schedule out of the checkpoint: a resumed run may have another length.
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class ProgressLines(pl.Callback):
+    """Logs step, loss and time left every `seconds`, for runs without a terminal."""
+
+    def __init__(self, seconds: float = 30.0) -> None:
+        self.seconds = seconds
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.first_step, self.started = trainer.global_step, time.monotonic()
+        self.said = self.started
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now, done = time.monotonic(), trainer.global_step - self.first_step
+        if now - self.said < self.seconds or not done:
+            return
+        self.said = now
+        seconds = (now - self.started) / done
+        left = (trainer.max_steps - trainer.global_step) * seconds / 60
+        values = "  ".join(f"{name} {float(value):.4g}" for name, value in trainer.callback_metrics.items())
+        logger.info(
+            "step %d of %d  %s  %.2f s a step, %.1f min left",
+            trainer.global_step, trainer.max_steps, values, seconds, left,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where and how long a run trains. `max_time` is "DD:HH:MM:SS"; `precision` is Lightning's word."""
+
+    logdir: Path
+    steps: int
+    precision: str = "bf16-mixed"
+    accumulate: int = 1
+    clip: float | None = 1.0
+    max_time: str | None = None
+    checkpoint_steps: int = 500
+    validate_steps: int | None = None
+    bar: bool = False
+
+
+def make_trainer(settings: RunSettings, callbacks: Iterable[pl.Callback] = ()) -> pl.Trainer:
+    """A Lightning trainer that keeps its last state in `logdir/last.ckpt`."""
+    keep = ModelCheckpoint(
+        dirpath=settings.logdir,
+        filename=STATE.removesuffix(".ckpt"),
+        every_n_train_steps=settings.checkpoint_steps,
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
+    )
+    progress = [] if settings.bar else [ProgressLines()]
+    return pl.Trainer(
+        default_root_dir=settings.logdir,
+        max_steps=settings.steps,
+        max_time=settings.max_time,
+        precision=settings.precision,  # pyright: ignore[reportArgumentType]
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=settings.clip,
+        val_check_interval=settings.validate_steps,
+        limit_val_batches=None if settings.validate_steps else 0,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=[keep, *progress, *callbacks],
+        enable_progress_bar=settings.bar,
+        enable_model_summary=False,
+        logger=False,
+        log_every_n_steps=10,
+    )
+
+
+def last_state(logdir: Path) -> tuple[Path, int]:
+    """The state to resume from in `logdir` and its optimiser step; an `InputError` where there is none."""
+    path = logdir / STATE
+    if not path.is_file():
+        raise InputError(f"nothing to resume: {path} does not exist; start without --resume")
+    return path, int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
+def fit(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    train: DataLoader,
+    validation: DataLoader | None = None,
+    resume: Path | None = None,
+) -> None:
+    """Trains to the end of the run or of its time, and saves the state that a later run can go on from."""
+    trainer.fit(module, train, validation, ckpt_path=resume)
+    trainer.save_checkpoint(Path(trainer.default_root_dir) / STATE)

@@ -1,0 +1,114 @@
+"""Trains the text tower to say what a caption says: which solids, which colours, where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.data.captions import caption
+from ldm.data.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Scene, Solid, scene_at
+from ldm.training.runs import MakeBatch, Optimisation
+
+Tokenize = Callable[[Sequence[str]], Tensor]
+
+_LISTS = {name: list(values) for name, values in (("shape", SHAPES), ("colour", COLOURS), ("size", SIZES))}
+_BACKGROUNDS = list(BACKGROUNDS)
+_PAIRS = len(COLOURS) * len(SHAPES)
+# Classes of each question about a scene. In the second slot one class more stands for "no solid".
+QUESTIONS: dict[str, int] = {
+    "relation": len(RELATIONS) + 1,
+    "background": len(BACKGROUNDS),
+    **{
+        f"{kind} {slot}": count + (slot == 2)
+        for slot in (1, 2)
+        for kind, count in (("solid", _PAIRS), *((name, len(values)) for name, values in _LISTS.items()))
+    },
+}
+
+
+def answers(scene: Scene) -> list[int]:
+    """The true class of every question about the scene, in the order of `QUESTIONS`."""
+    relation = 0 if scene.relation is None else 1 + RELATIONS.index(scene.relation)
+    slots = [*scene.solids, None][:2]
+    return [relation, _BACKGROUNDS.index(scene.background), *(c for solid in slots for c in _classes(solid))]
+
+
+def _classes(solid: Solid | None) -> list[int]:
+    if solid is None:
+        return [_PAIRS, *(len(values) for values in _LISTS.values())]
+    shape, colour, size = (values.index(getattr(solid, name)) for name, values in _LISTS.items())
+    return [colour * len(SHAPES) + shape, shape, colour, size]
+
+
+def caption_batches(tokenize: Tokenize, split: str, batch_size: int, spare: int = 4) -> MakeBatch:
+    """Batches (ids [B, L], answers [B, questions]) of fresh scenes of a split, each with a fresh caption.
+
+    Three batches of four are cut to the longest caption and `spare` positions of padding: in a causal tower
+    that changes no other position. The fourth keeps every position, so that all of them learn.
+    """
+
+    def make(number: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        scenes = [scene_at(int(i), split) for i in rng.integers(2**40, size=batch_size)]
+        ids = tokenize([caption(scene, rng) for scene in scenes])
+        if number % 4:
+            ids = ids[:, : int(ends(ids).max()) + 1 + spare]
+        return ids, torch.tensor([answers(scene) for scene in scenes])
+
+    return make
+
+
+def ends(ids: Tensor) -> Tensor:
+    """The position of the first end token (the largest id) of each row: [B, L] -> [B]."""
+    return ids.argmax(dim=1)
+
+
+class TextTraining(pl.LightningModule):
+    """Trains `transformer` (ids [B, L] -> states [B, L, width]) through one linear head for all questions.
+
+    The head reads the state at the end token and at `positions` random places of the padding behind it, and
+    the loss is the mean cross entropy over places and questions. What a caption leaves open has no right
+    answer; the head then learns how likely each is.
+    """
+
+    def __init__(
+        self, transformer: nn.Module, width: int, optimisation: Optimisation, positions: int = 3
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.head = nn.Linear(width, sum(QUESTIONS.values()))
+        self.optimisation, self.positions = optimisation, positions
+
+    def logits(self, ids: Tensor, places: Tensor) -> list[Tensor]:
+        """Scores of each question at `places` [B, P]: one [B, P, classes] a question."""
+        states = self.transformer(ids)
+        picked = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+        return list(self.head(picked).float().split(list(QUESTIONS.values()), dim=-1))
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        ids, truth = batch
+        end = ends(ids)[:, None]
+        padding = ids.shape[1] - 1 - end
+        behind = end + 1 + (torch.rand(len(ids), self.positions) * padding).long()
+        places = torch.cat([end, behind.clamp(max=ids.shape[1] - 1)], dim=1)
+        losses = [
+            F.cross_entropy(scores.flatten(0, 1), true.repeat_interleave(places.shape[1]))
+            for scores, true in zip(self.logits(ids, places), truth.unbind(1), strict=True)
+        ]
+        loss = torch.stack(losses).mean()
+        self.log("loss", loss.detach())
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        ids, truth = batch
+        for question, scores, true in zip(
+            QUESTIONS, self.logits(ids, ends(ids)[:, None]), truth.unbind(1), strict=True
+        ):
+            self.log(f"val {question}", (scores[:, 0].argmax(-1) == true).float().mean())
+
+    def configure_optimizers(self):  # noqa: ANN201
+        return self.optimisation.configure(self.parameters())

@@ -1,0 +1,384 @@
+"""Files made to do harm: nothing runs, nothing is imported, nothing is read from outside its record."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.checkpoints.reader import read_checkpoint, read_tree
+from ldm.checkpoints.sniff import CheckpointError
+from tests.checkpoints.files import StorageId, Tensor, call, described, named, text, write_zip
+
+ORDERED_DICT = named("collections", "OrderedDict") + b")R"
+RUN = "import os; os.environ['CANARY'] = 'dead'; open(os.environ['CANARY_FILE'], 'w')"
+
+
+@pytest.fixture
+def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A file that must not appear, a variable that must not change, a module that must not be imported."""
+    trace = tmp_path / "canary"
+    (tmp_path / "canary_module.py").write_text(RUN)
+    monkeypatch.setenv("CANARY_FILE", str(trace))
+    monkeypatch.setenv("CANARY", "alive")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    assert not trace.exists() and os.environ["CANARY"] == "alive" and "canary_module" not in sys.modules
+
+
+def as_legacy(data: bytes) -> bytes:
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    front = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, system)]
+    return b"".join(front) + data + pickle.dumps([], 2)
+
+
+SHELL = text("touch $CANARY_FILE")
+PAYLOADS = {
+    "os.system": call("os", "system", SHELL),
+    "posix.system": call("posix", "system", SHELL),
+    "subprocess.Popen": call("subprocess", "Popen", SHELL),
+    "builtins.eval": call("builtins", "eval", text(f"exec({RUN!r})")),
+    "__builtin__.exec": call("__builtin__", "exec", text(RUN)),
+    "builtins.__import__": call("builtins", "__import__", text("canary_module")),
+    "runpy._run_code": call("runpy", "_run_code", text(RUN), b"}"),
+    "builtins.getattr": call(
+        "builtins", "getattr", call("builtins", "__import__", text("os")), text("system")
+    ),
+    "numpy.testing._private.utils.runstring": call(
+        "numpy.testing._private.utils", "runstring", text(RUN), b"}"
+    ),
+    "torch.load": call("torch", "load", text("evil.pt")),
+    "torch.hub.load": call("torch.hub", "load", text("evil/repo"), text("model")),
+    "torch.jit.load": call("torch.jit", "load", text("evil.pt")),
+    "pkgutil.resolve_name": call("pkgutil", "resolve_name", text("os:system")),
+    "operator.methodcaller": call("operator", "methodcaller", text("system"), SHELL),
+    "logging.FileHandler": call("logging", "FileHandler", text("canary")),
+    "canary_module.anything": named("canary_module", "anything"),
+    "collections.OrderedDict.fromkeys": call("collections", "OrderedDict.fromkeys", b"]"),
+    "torch._utils._rebuild_tensor_v2.__globals__": named("torch._utils", "_rebuild_tensor_v2.__globals__"),
+}
+
+
+@pytest.mark.usefixtures("canary")
+@pytest.mark.parametrize("layout", ["zip", "legacy"])
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_a_name_outside_the_table_is_refused_and_named(tmp_path: Path, name: str, layout: str) -> None:
+    data = b"\x80\x02" + PAYLOADS[name] + b"."
+    path = tmp_path / "evil.ckpt"
+    if layout == "zip":
+        write_zip(path, data)
+    else:
+        path.write_bytes(as_legacy(data))
+    with pytest.raises(CheckpointError, match="refused, nothing was run") as error:
+        read_checkpoint(path)
+    assert f"asks to import {name};" in str(error.value)
+
+
+@pytest.mark.usefixtures("canary")
+def test_protocol_4_names_are_refused_and_named(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, ("touch $CANARY_FILE",)
+
+    data = pickle.dumps({"state_dict": Evil()}, 4)
+    assert b"\x93" in data, "the payload uses STACK_GLOBAL"
+    with pytest.raises(CheckpointError, match=r"asks to import (posix|nt)\.system; refused"):
+        read_checkpoint(write_zip(tmp_path / "evil.ckpt", data))
+
+
+@pytest.mark.usefixtures("canary")
+@pytest.mark.parametrize(
+    ("instructions", "name"),
+    [
+        (b"(X\x01\x00\x00\x00aios\nsystem\n", "INST"),
+        (b"(" + ORDERED_DICT + b"o", "OBJ"),
+        (b"\x82\x01", "EXT1"),
+        (b"Pname\n", "PERSID"),
+        (b"S'text'\n", "STRING"),
+        (b"I01\n", "INT"),
+        (b"K\x010", "POP"),
+        (b"K\x012", "DUP"),
+        (b"\x8f", "EMPTY_SET"),
+        (b"\x96\x01\x00\x00\x00\x00\x00\x00\x00a", "BYTEARRAY8"),
+        (ORDERED_DICT + b")}\x92", "NEWOBJ_EX"),
+    ],
+)
+def test_instructions_that_torch_does_not_write_are_refused_and_named(
+    tmp_path: Path, instructions: bytes, name: str
+) -> None:
+    with pytest.raises(CheckpointError, match=f"pickle instruction {name},"):
+        read_checkpoint(write_zip(tmp_path / "evil.ckpt", b"\x80\x02" + instructions + b"."))
+
+
+STORAGE_ID = b"(" + text("storage") + named("torch", "FloatStorage") + text("0") + text("cpu") + b"K\x04tQ"
+TENSOR = call("torch._utils", "_rebuild_tensor_v2", STORAGE_ID, b"K\x00K\x04\x85K\x01\x85\x89" + ORDERED_DICT)
+
+
+@pytest.mark.parametrize(
+    "instructions",
+    [
+        TENSOR + b"}" + text("offset") + b"J\xff\xff\xff\x7fsb",
+        TENSOR + b"N}" + text("size") + b"J\xff\xff\xff\x7f\x85s\x86b",
+        STORAGE_ID + b"N}" + text("count") + b"K\xffs\x86b",
+        named("torch._utils", "_rebuild_tensor_v2") + b"N}" + text("__defaults__") + b")s\x86b",
+        named("collections", "OrderedDict") + b"}" + text("__init__") + b"Nsb",
+        named("torch", "FloatStorage") + b"}" + text("itemsize") + b"K\x00sb",
+        b"]}" + text("append") + b"Nsb",
+        named("torch", "FloatStorage") + b")R",
+        named("torch", "FloatStorage") + b")\x81",
+        b"}" + TENSOR + b"K\x01s",
+        b"K\x01)R",
+        STORAGE_ID + b")R",
+        named("collections", "OrderedDict") + b"K\x01R",
+        named("torch._utils", "_rebuild_parameter") + b"K\x01\x85R",
+        named("torch._utils", "_rebuild_parameter") + b")R",
+        call("torch._utils", "_rebuild_tensor_v2", b"K\x00K\x00))"),
+        call("torch.nn.modules.container", "ParameterDict") + b"K\x01b",
+        b"(" + text("module") + named("torch", "FloatStorage") + b"tQ",
+        b"K\x01Q",
+        b"(" + text("storage") + text("0") + text("0") + text("cpu") + b"K\x04tQ",
+        b"(" + text("storage") + named("torch", "FloatStorage") + b"K\x00" + text("cpu") + b"K\x04tQ",
+        b"]K\x01e",
+        b"a",
+        b"\x86",
+        b"h\x07",
+        b"",
+    ],
+)
+def test_objects_cannot_be_changed_or_called_by_the_file(tmp_path: Path, instructions: bytes) -> None:
+    with pytest.raises(CheckpointError):
+        read_tree(write_zip(tmp_path / "evil.ckpt", b"\x80\x02" + instructions + b"."))
+
+
+def test_state_on_an_accepted_object_leaves_no_trace(tmp_path: Path) -> None:
+    """BUILD with a `__setstate__` of the file's own choosing, then BUILD again: a trick on stand-ins."""
+    state = b"}" + text("__setstate__") + named("collections", "OrderedDict") + b"s"
+    data = b"\x80\x02" + ORDERED_DICT + state + b"b}" + text("command") + b"K\x01sb."
+    assert read_tree(write_zip(tmp_path / "m.ckpt", data)) == {}
+    assert read_tree(write_zip(tmp_path / "m.ckpt", described({"a": Tensor((4,), (1,))})))["a"].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "offset", "count"),
+    [
+        ((5,), (1,), 0, 5),
+        ((2**60,), (1,), 0, 2**60),
+        ((5,), (1,), 0, 4),
+        ((4,), (1,), 1, 4),
+        ((2, 2), (3, 1), 0, 4),
+        ((1,), (1,), 4, 4),
+        ((0,), (1,), 5, 4),
+        ((4,), (1,), -1, 4),
+        ((-4,), (1,), 0, 4),
+        ((2,), (-1,), 1, 4),
+        ((4,), (1,), 0, -4),
+        ((10**6, 10**6), (0, 0), 0, 4),
+        ((5,), (0,), 0, 4),
+        ((2**32, 2**32), (0, 0), 0, 4),
+        ((0, 2**63), (1, 1), 0, 4),
+        ((4,), (2**63,), 0, 4),
+        ((1,) * 9, (1,) * 9, 0, 4),
+        ((4,), (1, 1), 0, 4),
+        ((4.0,), (1,), 0, 4),
+        ((True,), (1,), 0, 4),
+        ([4], [1], 0, 4),
+        ("4", "1", 0, 4),
+        ((4,), (1,), None, 4),
+        ((4,), (1,), 0, True),
+        ((3,), (1,), 0, 3),
+    ],
+)
+@pytest.mark.parametrize("mmap", [True, False])
+def test_descriptions_that_do_not_fit_their_record_are_refused(
+    tmp_path: Path, mmap: bool, size: Any, stride: Any, offset: Any, count: Any
+) -> None:
+    data = described({"some.weight": Tensor(size, stride, offset, count)})
+    with pytest.raises(CheckpointError):
+        read_checkpoint(write_zip(tmp_path / "evil.ckpt", data), mmap=mmap)
+
+
+def test_the_key_of_a_forged_tensor_is_named(tmp_path: Path) -> None:
+    data = described({"state_dict": {"some.weight": Tensor((10**6, 10**6), (0, 0))}})
+    with pytest.raises(
+        CheckpointError, match=r"tensor 'some\.weight' \(record '0'\) of shape \[1000000, 1000000\]"
+    ):
+        read_checkpoint(write_zip(tmp_path / "evil.ckpt", data))
+
+
+@pytest.mark.parametrize("key", ["1", "../data.pkl", "", "0\x00"])
+def test_a_record_that_is_not_there_is_refused(tmp_path: Path, key: str) -> None:
+    data = described({"a": Tensor((4,), (1,), key=key)})
+    with pytest.raises(CheckpointError, match="no such record"):
+        read_checkpoint(write_zip(tmp_path / "evil.ckpt", data))
+
+
+GOOD = described({"a": Tensor((4,), (1,))})
+
+
+def _write_members(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a/data.pkl", GOOD), ("a/data/0", b"x" * 16), ("a/data/0", b"y" * 16)], "same member twice"),
+        ([("a/data.pkl", GOOD), ("a/data.pkl", GOOD), ("a/data/0", b"x" * 16)], "2 data.pkl"),
+        ([("a/data.pkl", GOOD), ("b/data.pkl", GOOD), ("a/data/0", b"x" * 16)], "2 data.pkl"),
+        ([("a/data.pkl", GOOD), ("b/data/0", b"x" * 16)], "outside of its folder"),
+        ([("a/data.pkl", GOOD), ("data/0", b"x" * 16)], "outside of its folder"),
+        ([("notes.txt", b"hello")], "0 data.pkl"),
+        ([("a/data.pkl", GOOD), ("a/byteorder", b"big"), ("a/data/0", b"x" * 16)], "big-endian"),
+        ([("a/data.pkl", GOOD), ("a/data/0", b"x" * 15)], "a record of 15 bytes"),
+        ([("a/data.pkl", GOOD), ("a/code/m.py", b"x"), ("a/data/0", b"x" * 16)], "TorchScript"),
+    ],
+)
+def test_archives_with_two_readings_are_refused(tmp_path: Path, members: Any, message: str) -> None:
+    _write_members(tmp_path / "evil.ckpt", members)
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path / "evil.ckpt")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressed_members_are_refused(tmp_path: Path, compression: int) -> None:
+    with pytest.raises(CheckpointError, match="compressed member"):
+        read_checkpoint(write_zip(tmp_path / "m.ckpt", GOOD, compression=compression))
+
+
+def _patch_directory(path: Path, offset: int, value: bytes) -> None:
+    """Writes into the zip directory's entry of the last member."""
+    whole = bytearray(path.read_bytes())
+    entry = whole.rindex(b"PK\x01\x02")
+    whole[entry + offset : entry + offset + len(value)] = value
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (8, b"\x01\x00", "encrypted"),
+        (10, b"\x63\x00", "compressed member"),
+        (20, b"\xff\xff\xff\x7f\xff\xff\xff\x7f", "more bytes than the file"),
+        (20, b"\x10\x00\x00\x00\x20\x00\x00\x00", "compressed member"),
+        (42, b"\x03\x00\x00\x00", "no header where"),
+        (42, b"\xf0\xff\xff\x7f", "incomplete"),
+    ],
+)
+def test_a_forged_zip_directory_is_refused(tmp_path: Path, offset: int, value: bytes, message: str) -> None:
+    path = write_zip(tmp_path / "evil.ckpt", GOOD)
+    _patch_directory(path, offset, value)
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw[:-1], "incomplete"),
+        (lambda raw: raw[:-17], "incomplete"),
+        (lambda raw: raw + b"x", "1 bytes after its last record"),
+        (lambda raw: raw[:-24] + b"\x05" + raw[-23:], "5 elements in record '0'"),
+    ],
+)
+def test_legacy_records_must_fill_the_file_exactly(tmp_path: Path, change: Any, message: str) -> None:
+    raw = as_legacy(described({"a": Tensor((4,), (1,))}))[: -len(pickle.dumps([], 2))] + pickle.dumps(
+        ["0"], 2
+    )
+    raw += (4).to_bytes(8, "little") + bytes(16)
+    path = tmp_path / "m.ckpt"
+    path.write_bytes(raw)
+    assert read_checkpoint(path).state_dict["a"].shape == (4,)
+    path.write_bytes(change(raw))
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(path)
+
+
+def test_a_legacy_storage_that_the_file_never_fills_is_refused(tmp_path: Path) -> None:
+    """torch.load returns uninitialised memory here."""
+    path = tmp_path / "m.ckpt"
+    path.write_bytes(as_legacy(described({"a": Tensor((4,), (1,))})))
+    with pytest.raises(CheckpointError, match="unfilled storage"):
+        read_checkpoint(path)
+
+
+def test_a_legacy_view_and_a_storage_of_two_types_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.ckpt"
+    view = StorageId("storage", torch.FloatStorage, "0", "cpu", 4, ("1", 0, 4))
+    path.write_bytes(as_legacy(described({"a": view})))
+    with pytest.raises(CheckpointError, match="view of another record"):
+        read_checkpoint(path)
+    pair = [StorageId("storage", kind, "0", "cpu", 4) for kind in (torch.FloatStorage, torch.HalfStorage)]
+    path.write_bytes(as_legacy(described(pair)))
+    with pytest.raises(CheckpointError, match="two types or sizes"):
+        read_checkpoint(path)
+
+
+CHILD = """
+import json, resource, sys, time
+import torch
+from ldm.checkpoints.reader import read_checkpoint
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)
+for path in sys.argv[1:]:
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    try:
+        read_checkpoint(path)
+        reason = "accepted"
+    except ValueError as error:
+        reason = str(error)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(json.dumps([reason, grown, time.monotonic() - start]))
+"""
+
+
+def _bombs(folder: Path) -> Iterator[tuple[Path, str]]:
+    def pickled(name: str, data: bytes) -> Path:
+        return write_zip(folder / name, b"\x80\x02" + data + b".")
+
+    six_gib = b"\x8a\x05" + (6 * 2**30).to_bytes(5, "little")
+    yield pickled("bytearray", call("builtins", "bytearray", six_gib)), "builtins.bytearray"
+    zeros = write_zip(folder / "inflating", b"0" * 2**26, {}, compression=zipfile.ZIP_DEFLATED)
+    yield zeros, "compressed member"
+    yield write_zip(folder / "stride", described({"a": Tensor((10**6, 10**6), (0, 0))})), "does not fit"
+    yield pickled("memo", b"Nr\xff\xff\xff\xff"), "found None"
+    yield pickled("many", b"](" + b"}" * 1_100_000 + b"e"), "more than 1000000 instructions"
+    yield pickled("tensors", b"](" + TENSOR + b"q\x01" + b"h\x01" * 10 + b"e"), "found list"
+    laughs = b"]q\x00" + b"".join(
+        b"](" + b"h" + bytes([n]) + b"h" + bytes([n]) + b"eq" + bytes([n + 1]) for n in range(99)
+    )
+    yield pickled("laughs", b"](" + laughs + b"e"), "found list"
+    yield pickled("deep", b")" + b"\x85" * 200_000), "RecursionError"
+    yield pickled("cycle", b"]q\x00h\x00a"), "contains itself"
+    header = folder / "header"
+    header.write_bytes(b"\xff" * 7 + b"\x7f" + b"{" * 30)
+    yield header, "safetensors header of"
+
+
+def test_bombs_are_refused_quickly_and_in_little_memory(tmp_path: Path) -> None:
+    bombs = list(_bombs(tmp_path))
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, *(str(path) for path, _ in bombs)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    reports = [json.loads(line) for line in child.stdout.splitlines()]
+    assert len(reports) == len(bombs)
+    for (path, message), (reason, grown_mb, seconds) in zip(bombs, reports, strict=True):
+        assert message in reason, (path.name, reason)
+        assert seconds < 5, (path.name, seconds)
+        assert grown_mb < (200 if path.name == "many" else 50), (path.name, grown_mb)

@@ -1,0 +1,272 @@
+"""A checkpoint poured into a model: which tensors arrive, and which files are refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.checkpoints.load import SCHEDULE_BUFFERS, ema_key, load_into
+from ldm.checkpoints.reader import Checkpoint, read_checkpoint
+from ldm.checkpoints.recognise import other_model
+from ldm.checkpoints.sniff import CheckpointError
+from tests.checkpoints.files import GOLDEN, save_like_lightning, tiny_state_dict
+
+POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+NORM = "cond_stage_model.transformer.text_model.final_layer_norm.weight"
+UNET = "model.diffusion_model.time_embed.0.weight"
+
+
+def model_of(shapes: Mapping[str, tuple[int, ...] | torch.Size]) -> nn.Module:
+    """A model with the given keys, its weights on the meta device and its computed buffers on the CPU."""
+    root = nn.Module()
+    for key, shape in shapes.items():
+        *path, name = key.split(".")
+        module = root
+        for part in path:
+            if part not in dict(module.named_children()):
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        if key in SCHEDULE_BUFFERS or name in ("position_ids", "decay", "num_updates"):
+            module.register_buffer(name, torch.full(shape, 7.0))
+        elif key.startswith("model_ema."):
+            module.register_buffer(name, torch.empty(shape, device="meta"))
+        else:
+            module.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
+    return root
+
+
+SMALL = {
+    "betas": (4,),
+    POSITIONS: (1, 5),
+    UNET: (3, 2),
+    "first_stage_model.quant_conv.weight": (2,),
+    NORM: (6,),
+}
+
+
+def small_file(**changes: torch.Tensor | None) -> Checkpoint:
+    state = {key: torch.full(shape, float(i + 1)) for i, (key, shape) in enumerate(SMALL.items())}
+    return checkpoint_of({**state, **changes})
+
+
+def checkpoint_of(state: Mapping[str, torch.Tensor | None]) -> Checkpoint:
+    return Checkpoint(
+        Path("m\n.ckpt"), "torch zip", {key: value for key, value in state.items() if value is not None}
+    )
+
+
+def test_every_tensor_of_a_v1_file_arrives_without_a_copy(tmp_path: Path) -> None:
+    state = tiny_state_dict()
+    save_like_lightning(tmp_path / "m.ckpt", state)
+    model = model_of({key: tensor.shape for key, tensor in state.items()})
+    checkpoint = read_checkpoint(tmp_path / "m.ckpt")
+    report = load_into(model, checkpoint, torch.float32)
+    loaded = model.state_dict()
+    for key, tensor in state.items():
+        if key in SCHEDULE_BUFFERS:
+            assert (loaded[key] == 7).all(), "the model's own schedule stays"
+        else:
+            assert torch.equal(loaded[key], tensor), key
+            assert loaded[key].data_ptr() == checkpoint.state_dict[key].data_ptr(), "no second copy"
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert set(report.computed) == SCHEDULE_BUFFERS and report.weights == "plain"
+    assert report.ignored == report.unknown == report.cast_from == ()
+
+
+@pytest.mark.parametrize(
+    "saved", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn], ids=str
+)
+def test_weights_are_cast_and_it_is_said(saved: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    model = model_of(SMALL)
+    report = load_into(model, small_file(**{UNET: torch.full((3, 2), 1.5, dtype=saved)}), torch.float32)
+    assert model.state_dict()[UNET].dtype == torch.float32 and (model.state_dict()[UNET] == 1.5).all()
+    assert report.cast_from == (saved,)
+    assert f"cast from {saved} to torch.float32" in caplog.text
+
+
+def test_without_a_dtype_the_files_types_stay() -> None:
+    model = model_of(SMALL)
+    load_into(model, small_file(**{UNET: torch.ones(3, 2, dtype=torch.bfloat16)}))
+    assert (
+        model.state_dict()[UNET].dtype == torch.bfloat16 and model.state_dict()[NORM].dtype == torch.float32
+    )
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_computed_buffers_may_be_missing_and_keep_the_models_values(in_file: bool) -> None:
+    model = model_of(SMALL)
+    changes: dict[str, torch.Tensor | None] = {} if in_file else {"betas": None, POSITIONS: None}
+    load_into(model, small_file(**changes))
+    assert (model.state_dict()["betas"] == 7).all() and (model.state_dict()[POSITIONS] == 7).all()
+
+
+def test_a_buffer_left_on_meta_is_taken_from_the_file_or_missed() -> None:
+    def on_meta() -> nn.Module:
+        model = model_of(SMALL)
+        model.register_buffer("betas", torch.empty(4, device="meta"))
+        return model
+
+    model = on_meta()
+    load_into(model, small_file())
+    assert (model.state_dict()["betas"] == 1).all()
+    with pytest.raises(CheckpointError, match=r"lacks 1 key \(betas\)"):
+        load_into(on_meta(), small_file(betas=None))
+    model.register_buffer("hidden", torch.empty(1, device="meta"), persistent=False)
+    with pytest.raises(AssertionError, match="hidden"):
+        load_into(model, small_file())
+
+
+@pytest.mark.parametrize("key", [UNET, NORM, "first_stage_model.quant_conv.weight"])
+def test_a_missing_weight_is_an_error(key: str) -> None:
+    model = model_of(SMALL)
+    with pytest.raises(CheckpointError, match=rf"^m\\n.ckpt: lacks 1 key \({key}\) that the model needs$"):
+        load_into(model, small_file(**{key: None}))
+    assert model.get_parameter(key).is_meta, "nothing was loaded"
+
+
+def test_many_missing_keys_are_counted_and_five_named() -> None:
+    shapes = {f"first_stage_model.a{i}": (1,) for i in range(9)}
+    with pytest.raises(CheckpointError, match=r"lacks 9 keys \((\S+a[0-4], ){5}\.\.\.\)"):
+        load_into(model_of({**SMALL, **shapes}), small_file())
+
+
+@pytest.mark.parametrize("key", list(SMALL))
+def test_a_wrong_shape_is_an_error_with_both_shapes(key: str) -> None:
+    wrong = torch.zeros(9, 9)
+    with pytest.raises(CheckpointError) as error:
+        load_into(model_of(SMALL), small_file(**{key: wrong}))
+    assert f"{key} has shape [9, 9], the model expects {list(SMALL[key])}:" in str(error.value)
+    assert "config or checkpoint is of another model" in str(error.value)
+
+
+def test_whole_numbers_are_no_weights() -> None:
+    with pytest.raises(CheckpointError, match=r"is torch\.int8, the model expects torch\.float32"):
+        load_into(model_of(SMALL), small_file(**{UNET: torch.ones(3, 2, dtype=torch.int8)}))
+
+
+def test_harmless_leftovers_are_silent_and_others_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    one = torch.ones(1)
+    harmless = ["lvlb_weights", "model_ema.decay", "model_ema.num_updates", "first_stage_model.loss.logvar"]
+    harmless += ["posterior_variance", "other.position_ids"]
+    report = load_into(model_of(SMALL), small_file(**dict.fromkeys(harmless, one)))
+    assert report.ignored == tuple(harmless) and report.unknown == () and not caplog.records
+    unknown = [f"extra{i}\x1b" for i in range(7)]
+    report = load_into(model_of(SMALL), small_file(**dict.fromkeys(unknown, one)))
+    assert report.unknown == tuple(unknown)
+    (record,) = caplog.records
+    assert "ignored 7 keys (extra0\\x1b, extra1\\x1b" in record.getMessage()
+    assert "extra4" in record.getMessage() and "extra5" not in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("ema", "value", "weights"), [("auto", 50.0, "ema"), ("on", 50.0, "ema"), ("off", 3.0, "plain")]
+)
+def test_moving_averages_replace_the_unet_unless_switched_off(
+    ema: str, value: float, weights: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    average = "model_ema.diffusion_modeltime_embed0weight"
+    model = model_of(SMALL)
+    file = small_file(**{average: torch.full((3, 2), 50.0), "model_ema.decay": torch.ones(())})
+    report = load_into(model, file, ema=ema)  # pyright: ignore[reportArgumentType]
+    assert (model.state_dict()[UNET] == value).all() and (model.state_dict()[NORM] == 5).all()
+    assert report.weights == weights
+    assert f"using the {'EMA' if weights == 'ema' else 'plain'} weights" in caplog.text
+
+
+def test_names_of_moving_averages_equal_the_published_ones() -> None:
+    published = set(json.loads((GOLDEN / "keys_v1_ema.json").read_text()))
+    averages = {key for key in published if key.startswith("model_ema.")} - {
+        "model_ema.decay",
+        "model_ema.num_updates",
+    }
+    assert {ema_key(key) for key in published if key.startswith("model.")} == averages and len(
+        averages
+    ) == 686
+
+
+def test_demanded_or_incomplete_averages_are_errors() -> None:
+    with pytest.raises(CheckpointError, match="has no EMA weights"):
+        load_into(model_of(SMALL), small_file(), ema="on")
+    file = small_file(**{"model_ema.diffusion_modelsomethingelse": torch.ones(1)})
+    with pytest.raises(
+        CheckpointError, match=r"lacks 1 key \(model_ema\.diffusion_modeltime_embed0weight\).*ema off"
+    ):
+        load_into(model_of(SMALL), file)
+
+
+def test_a_model_with_averages_takes_a_file_without() -> None:
+    average = ema_key(UNET)
+    model = model_of({**SMALL, average: (3, 2), "model_ema.decay": (), "model_ema.num_updates": ()})
+    load_into(model, small_file())
+    assert (model.state_dict()[average] == 3).all() and model.state_dict()["model_ema.decay"] == 7
+
+
+def test_text_towers_without_their_outer_level_are_accepted() -> None:
+    model = model_of(SMALL)
+    short = NORM.replace("text_model.", "")
+    report = load_into(model, small_file(**{NORM: None, short: torch.full((6,), 9.0)}))
+    assert (model.state_dict()[NORM] == 9).all() and report.unknown == ()
+
+
+def keys_of(name: str) -> dict[str, torch.Tensor]:
+    shapes = json.loads((GOLDEN / name).read_text())
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def meta(key: str, *shape: int) -> Callable[[], dict[str, torch.Tensor]]:
+    return lambda: {key: torch.empty(shape, device="meta")}
+
+
+@pytest.mark.parametrize(
+    ("state_dict", "name"),
+    [
+        (lambda: keys_of("keys_v1.json"), None),
+        (lambda: keys_of("keys_v1_ema.json"), None),
+        (lambda: keys_of("keys_laion400m.json"), None),
+        (lambda: keys_of("keys_inpaint.json"), "inpainting"),
+        (meta("conditioner.embedders.0.transformer.text_model.x", 1), "SDXL"),
+        (
+            meta("cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight", 1),
+            "Stable Diffusion v2",
+        ),
+        (
+            meta("model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight", 640, 1024),
+            "Stable Diffusion v2",
+        ),
+        (meta("model.diffusion_model.input_blocks.0.0.weight", 320, 8, 3, 3), "InstructPix2Pix"),
+        (meta("control_model.time_embed.0.weight", 1), "ControlNet"),
+        (meta("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", 1), "LoRA"),
+        (meta("unet.down_blocks.0.attn1.to_q.lora_A.weight", 1), "LoRA"),
+        (meta("decoder.up.0.block.0.conv1.weight", 1), "VAE"),
+        (meta("down_blocks.0.resnets.0.conv1.weight", 1), "diffusers layout"),
+        (meta("emb_params", 1, 768), "textual inversion"),
+    ],
+)
+def test_other_models_are_told_by_their_keys(
+    state_dict: Callable[[], dict[str, torch.Tensor]], name: str | None
+) -> None:
+    found = other_model(state_dict())
+    assert found is None if name is None else found is not None and name in found
+
+
+def test_another_model_is_named_in_the_refusal() -> None:
+    file = checkpoint_of({"conditioner.embedders.0.x": torch.ones(1)})
+    with pytest.raises(
+        CheckpointError, match=r"it looks like SDXL, and this toolkit runs Stable Diffusion v1$"
+    ):
+        load_into(model_of(SMALL), file)
+    conv = "model.diffusion_model.input_blocks.0.0.weight"
+    nine = small_file(**{conv: torch.ones(2, 9, 3, 3)})
+    with pytest.raises(
+        CheckpointError, match=r"\[2, 9, 3, 3\], the model expects \[2, 4, 3, 3\].*inpainting config"
+    ):
+        load_into(model_of({**SMALL, conv: (2, 4, 3, 3)}), nine)

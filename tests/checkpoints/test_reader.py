@@ -1,0 +1,238 @@
+"""Honest checkpoint files: what is read equals what torch or the safetensors library reads."""
+
+from __future__ import annotations
+
+import collections
+import pickle
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.checkpoints.reader import find_damage, read_checkpoint, read_tree
+from ldm.checkpoints.sniff import CheckpointError
+from tests.checkpoints.files import (
+    LIGHTNING_CLASS,
+    Tensor,
+    call,
+    described,
+    named,
+    save_like_lightning,
+    text,
+    tiny_state_dict,
+    write_zip,
+)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    assert list(found) == list(expected)
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype and found[key].shape == tensor.shape
+        assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+@pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "legacy"])
+def test_a_training_checkpoint_equals_the_tensors_that_were_saved(
+    tmp_path: Path, zip_format: bool, mmap: bool
+) -> None:
+    path = tmp_path / "model.ckpt"
+    state = tiny_state_dict()
+    save_like_lightning(path, state, _use_new_zipfile_serialization=zip_format)
+    checkpoint = read_checkpoint(path, mmap=mmap)
+    assert checkpoint.kind == ("torch zip" if zip_format else "torch legacy")
+    assert checkpoint.metadata["global_step"] == 470000 and checkpoint.metadata["epoch"] == 3
+    assert len(checkpoint.state_dict) == 982
+    assert_same(checkpoint.state_dict, state)
+    assert not any(name.startswith("pytorch_lightning") for name in sys.modules)
+
+
+@pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    ],
+    ids=str,
+)
+def test_types_and_views_equal_torch_load(tmp_path: Path, dtype: torch.dtype, zip_format: bool) -> None:
+    path = tmp_path / "model.ckpt"
+    base = (torch.arange(60) % 7).reshape(5, 12).to(dtype)
+    saved = {
+        "whole": base,
+        "transposed": base.T,
+        "rows": base[2:4],
+        "columns": base[:, 3::4],
+        "scalar": base[1, 1],
+        "empty": torch.empty(0, 3, dtype=dtype),
+        "expanded": base[0].expand(1, 12),
+    }
+    torch.save(saved, path, _use_new_zipfile_serialization=zip_format)
+    assert_same(read_checkpoint(path).state_dict, torch.load(path, weights_only=True))
+    shared = read_checkpoint(path).state_dict
+    shared["whole"][3, 0] = 1
+    assert shared["rows"][1, 0] == 1, "views of one storage stay views of one storage"
+    assert torch.equal(read_checkpoint(path).state_dict["whole"], base), "the file itself is never written"
+
+
+def test_tensors_outlive_the_file_and_its_reader(tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    torch.save({"a": torch.arange(100_000)}, path)
+    tensor = read_checkpoint(path).state_dict["a"]
+    path.unlink()
+    assert tensor.sum() == 100_000 * 99_999 // 2
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state},
+        lambda state: {"model": state, "optimizer": {"lr": 1.0}},
+        lambda state: {"state_dict": {"state_dict": state}},
+        lambda state: {"model": {"state_dict": state}, "epoch": 1},
+    ],
+)
+def test_the_state_dict_is_found_at_its_usual_places(tmp_path: Path, wrap: Any) -> None:
+    state = {"betas": torch.ones(3), "model.x": torch.zeros(2)}
+    torch.save(wrap(state), tmp_path / "model.ckpt")
+    assert_same(read_checkpoint(tmp_path / "model.ckpt").state_dict, state)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": [torch.ones(1)]}, "found list in"),
+        ({"state_dict": torch.ones(1)}, "found Tensor in"),
+        ({"state_dict": None}, "found None in"),
+        ({"state_dict": {}}, "found empty mapping in"),
+        ([torch.ones(1)], "found list in"),
+        ({"epoch": 1, "weights": torch.ones(1)}, "'epoch' is no tensor"),
+        ({"state_dict": {1: torch.ones(1)}}, "no state dict"),
+        ({"string_to_param": {"*": torch.ones(1, 768)}, "name": "cat"}, "textual inversion embedding"),
+    ],
+)
+def test_a_file_without_a_state_dict_is_refused(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "model.ckpt")
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path / "model.ckpt")
+
+
+def test_parameters_lose_what_the_file_hangs_on_them(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.arange(3.0))
+    decorated = torch.nn.Parameter(torch.arange(4.0))
+    decorated.detach = "from the file"  # pyright: ignore[reportAttributeAccessIssue]
+    torch.save({"state_dict": {"plain": weight, "decorated": decorated}}, tmp_path / "model.ckpt")
+    found = read_checkpoint(tmp_path / "model.ckpt").state_dict
+    assert {type(tensor) for tensor in found.values()} == {torch.Tensor}
+    assert torch.equal(found["decorated"].detach(), torch.arange(4.0))
+
+
+def test_a_parameter_dict_becomes_a_plain_mapping(tmp_path: Path) -> None:
+    embedding = torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.ones(2, 4))})
+    torch.save({"string_to_param": embedding, "string_to_token": {"*": 265}}, tmp_path / "cat.pt")
+    tree = read_tree(tmp_path / "cat.pt")
+    assert type(tree["string_to_param"]) is dict and tree["string_to_token"] == {"*": 265}
+    assert torch.equal(tree["string_to_param"]["*"], torch.ones(2, 4))
+
+
+def test_old_and_new_numpy_names_and_python_2_names_are_known(tmp_path: Path) -> None:
+    dtype = call("numpy", "dtype", text("f8"), b"\x89", b"\x88") + b"(K\x03tb"
+    raw = call("_codecs", "encode", text("x" * 8), text("latin1"))
+    scalars = [call(f"numpy.{core}.multiarray", "scalar", dtype, raw) for core in ("core", "_core")]
+    seen = call("__builtin__", "set", b"](K\x01K\x02e")
+    data = b"\x80\x02}(" + text("s") + b"](" + b"".join(scalars) + seen + b"e" + text("n") + b"K\x07u."
+    assert read_tree(write_zip(tmp_path / "m.ckpt", data)) == {"s": [None, None, None], "n": 7}
+
+
+def test_storages_saved_on_a_gpu_load_on_the_cpu(tmp_path: Path) -> None:
+    data = described({"a": Tensor((4,), (1,))}).replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+    assert b"cuda:0" in data
+    found = read_checkpoint(write_zip(tmp_path / "m.ckpt", data)).state_dict["a"]
+    assert found.device.type == "cpu" and found.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_records_at_odd_positions_are_read_right(tmp_path: Path, mmap: bool) -> None:
+    """Zip tools do not pad as torch does, so a record may begin at any byte."""
+    for padding in range(4):
+        path = write_zip(
+            tmp_path / "m.ckpt",
+            described({"a": Tensor((2, 2), (1, 2))}),
+            {"pad": b"." * padding, "data/0": np.arange(4, dtype="<f4").tobytes()},
+        )
+        found = read_checkpoint(path, mmap=mmap).state_dict["a"]
+        assert found.tolist() == [[0, 2], [1, 3]] and found.data_ptr() % 4 == 0
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_other_pickle_protocols_are_read_under_the_same_rules(tmp_path: Path, protocol: int) -> None:
+    value = {"a": Tensor((4,), (1,)), "note": [1, -2, 3.5, "é", True, None, (1, 2, 3, 4)]}
+    tree = read_tree(write_zip(tmp_path / "m.ckpt", described(value, protocol)))
+    assert tree["note"] == value["note"] and tree["a"].tolist() == [0, 1, 2, 3]
+
+
+def test_hostile_key_names_are_shown_escaped(tmp_path: Path) -> None:
+    torch.save({"\x1b[2J\nweights": 3, "a": torch.ones(1)}, tmp_path / "m.ckpt")
+    with pytest.raises(CheckpointError) as error:
+        read_checkpoint(tmp_path / "m.ckpt")
+    assert "weights" in str(error.value) and str(error.value).isprintable()
+
+
+def test_a_flipped_bit_is_found_and_the_record_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.ckpt"
+    torch.save({"a": torch.zeros(1000), "b": torch.full((1000,), 7.5)}, path)
+    assert find_damage(path) == []
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(np.float32(7.5).tobytes() * 500) + 41] ^= 16
+    path.write_bytes(whole)
+    assert find_damage(path) == ["m/data/1"]
+
+
+def test_a_flipped_bit_in_the_description_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.ckpt"
+    torch.save({"some_name": torch.zeros(10)}, path)
+    path.write_bytes(path.read_bytes().replace(b"some_name", b"same_name"))
+    with pytest.raises(CheckpointError, match=r"damaged.*CRC"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_found(tmp_path: Path, bad: float) -> None:
+    torch.save(
+        {"good": torch.ones(3), "bad": torch.tensor([1.0, bad]), "n": torch.arange(2)}, tmp_path / "m.ckpt"
+    )
+    assert find_damage(tmp_path / "m.ckpt") == ["bad"]
+
+
+@pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "legacy"])
+def test_a_whole_pickled_model_is_refused_by_name(tmp_path: Path, zip_format: bool) -> None:
+    path = tmp_path / "m.ckpt"
+    torch.save(torch.nn.Linear(2, 2), path, _use_new_zipfile_serialization=zip_format)
+    with pytest.raises(CheckpointError, match=r"torch\.nn\.modules\.linear\.Linear|whole pickled model"):
+        read_checkpoint(path)
+
+
+def test_an_ordered_dict_may_carry_state_and_it_is_dropped(tmp_path: Path) -> None:
+    state = collections.OrderedDict(a=1)
+    state.update = 5  # pyright: ignore[reportAttributeAccessIssue]
+    found = read_tree(write_zip(tmp_path / "m.ckpt", pickle.dumps(state, 2)))
+    assert type(found) is dict and found == {"a": 1}
+
+
+def test_a_class_as_value_reads_as_none(tmp_path: Path) -> None:
+    module, _, name = LIGHTNING_CLASS.rpartition(".")
+    data = b"\x80\x02}" + text("callback") + named(module, name)
+    assert read_tree(write_zip(tmp_path / "m.ckpt", data + b"s.")) == {"callback": None}
+
+
+def test_messages_are_one_line_and_begin_with_the_path(tmp_path: Path) -> None:
+    (tmp_path / "a\nb.ckpt").write_bytes(b"")
+    with pytest.raises(CheckpointError) as error:
+        read_checkpoint(tmp_path / "a\nb.ckpt")
+    assert re.fullmatch(r".*/a\\nb\.ckpt: is empty \(0 bytes\); download it again", str(error.value))

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ldm.images.metadata import infotext, job_from_infotext, parse_infotext
+from ldm.images.writer import encode_png
+from ldm.job import Job
+from ldm.util import InputError
+
+EXTRAS = {"Version": "1.2", "Model hash": "6ce0161689", "Model": "v1-5, pruned: ema", "Precision": "full"}
+HOSTILE = [
+    "",
+    " ",
+    "\n",
+    "\n\nleading and trailing  \n",
+    "two\nlines",
+    "Negative prompt: not one",
+    "a\nNegative prompt: x\nb",
+    "a cat\nSteps: 3, Sampler: PLMS, CFG scale: 1, Seed: 0, Size: 8x8",
+    'quotes " and \\ backslashes \\" \\u0000',
+    "commas, colons: and, more: of, them: all",
+    "<script>alert(1)</script> [/] %s {} {0} </style>",
+    "NUL\x00 ESC\x1b[31m C1\x9b DEL\x7f",
+    "CR\rLF\r\nVT\x0bFF\x0cFS\x1cNEL\x85LS\u2028PS\u2029",
+    "bidi \u202e override",
+    "日本語, кошка, 👩‍🚀, é vs e\u0301",
+    "lone surrogate \ud800 here",
+    "512x512",
+    'Exact prompt: "x"',
+    "Exact prompt, Exact negative prompt: \x00, Seed: 5",
+    "\ufeffBOM",
+]
+FULL = Job(
+    prompt="a cat",
+    negative_prompt="dog",
+    seed=2**64 - 1,
+    width=768,
+    height=8,
+    steps=999,
+    sampler="plms",
+    scale=0.1 + 0.2,
+    eta=1e-7,
+    timestep_spacing="compvis",
+    rng="device",
+    seed_mode="batch",
+    batch_index=5,
+)
+
+
+def test_layout() -> None:
+    job = Job(prompt="a cat,\non a mat", negative_prompt="dog", seed=7, width=512, height=768)
+    assert infotext(job, EXTRAS) == (
+        "a cat,\n"
+        "on a mat\n"
+        "Negative prompt: dog\n"
+        "Steps: 50, Sampler: DDIM, CFG scale: 7.5, Seed: 7, Size: 512x768, Model hash: 6ce0161689, "
+        'Model: "v1-5, pruned: ema", RNG: NV, Precision: full, Version: 1.2'
+    )
+
+
+def test_numbers_and_defaults_are_written_plainly() -> None:
+    text = infotext(dataclasses.replace(FULL, prompt="x", negative_prompt="", scale=7.0, eta=1.0), {})
+    assert text == (
+        "x\nSteps: 999, Sampler: PLMS, CFG scale: 7, Seed: 18446744073709551615, Size: 768x8, RNG: GPU, "
+        "Eta DDIM: 1, Timestep spacing: compvis, Seed mode: batch, Batch index: 5"
+    )
+    assert "RNG: CPU" in infotext(Job(prompt="x", rng="cpu"), {})
+
+
+def test_every_field_of_a_job_survives() -> None:
+    defaults = Job(prompt="")
+    for field in dataclasses.fields(Job):
+        assert getattr(FULL, field.name) != getattr(defaults, field.name), f"FULL should vary {field.name}"
+    assert job_from_infotext(infotext(FULL, EXTRAS)) == FULL
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
+@pytest.mark.parametrize("rng", ["philox", "cpu", "device"])
+def test_names_survive(sampler: str, rng: str) -> None:
+    job = Job(prompt="x", sampler=sampler, rng=rng)
+    assert job_from_infotext(infotext(job, {})) == job
+
+
+@pytest.mark.parametrize("prompt", HOSTILE)
+@pytest.mark.parametrize("negative", ["", "5x5", *HOSTILE[3:8], "a\x00"])
+def test_hostile_prompts_survive_as_text_and_in_a_file(prompt: str, negative: str) -> None:
+    job = Job(prompt=prompt, negative_prompt=negative)
+    text = infotext(job, EXTRAS)
+    assert job_from_infotext(text) == job
+    assert parse_infotext(text)["Model"] == EXTRAS["Model"]
+    assert not set(text) & {"\x00", "\x1b", "\x9b", "\r", "\x7f"}
+    png = encode_png(np.zeros((8, 8, 3), np.uint8), text)
+    with Image.open(io.BytesIO(png)) as image:
+        assert job_from_infotext(image.info["parameters"]) == job
+
+
+@given(prompt=st.text(), negative=st.text(alphabet='Negative prompt:\n\r", x5\\\x00é\ud800'), extra=st.text())
+def test_any_text_survives(prompt: str, negative: str, extra: str) -> None:
+    job = Job(prompt=prompt, negative_prompt=negative)
+    text = infotext(job, {"Note": extra + "!"})
+    text.encode("utf-8")
+    assert job_from_infotext(text) == job
+    assert parse_infotext(text)["Note"] == extra + "!"
+
+
+@given(scale=st.floats(allow_nan=False), eta=st.floats(allow_nan=False), seed=st.integers())
+def test_numbers_survive_exactly(scale: float, eta: float, seed: int) -> None:
+    job = Job(prompt="x", scale=scale, eta=eta, seed=seed)
+    assert job_from_infotext(infotext(job, {})) == job
+
+
+def test_ordinary_prompts_need_no_exact_form() -> None:
+    for prompt in ("", "a cat", "two\nlines", 'commas, colons: "quotes"', "日本語 👩‍🚀", "  spaces  "):
+        assert "Exact" not in infotext(Job(prompt=prompt, negative_prompt=prompt), {})
+
+
+@pytest.mark.parametrize("key", ["Seed", "RNG", "Eta DDIM", "Exact prompt", "a: b", "x", "", "new\nline"])
+def test_extras_cannot_pose_as_something_else(key: str) -> None:
+    with pytest.raises(ValueError, match="extra entry"):
+        infotext(Job(prompt="x"), {key: "1"})
+
+
+def test_empty_extras_are_left_out() -> None:
+    assert "Model" not in infotext(Job(prompt="x"), {"Model": ""})
+
+
+def test_a_text_of_the_web_ui_is_read() -> None:
+    text = (
+        "masterpiece, (cat:1.2) <lora:x:0.8>\r\nNegative prompt: lowres,\r\nugly\r\nSteps: 20, "
+        "Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 965400086, Size: 640x448, "
+        'Model hash: 6ce0161689, Model: v1-5, Lora hashes: "x: abc, y: def", RNG: CPU, Version: v1.10.1\n'
+    )
+    entries = parse_infotext(text)
+    assert entries["Lora hashes"] == "x: abc, y: def"
+    assert entries["Schedule type"] == "Karras"
+    assert (entries["Size-1"], entries["Size-2"]) == ("640", "448")
+    assert job_from_infotext(text) == Job(
+        prompt="masterpiece, (cat:1.2) <lora:x:0.8>",
+        negative_prompt="lowres,\nugly",
+        steps=20,
+        sampler="DPM++ 2M",
+        scale=7.0,
+        seed=965400086,
+        width=640,
+        height=448,
+        rng="cpu",
+    )
+
+
+def test_without_settings_all_is_prompt() -> None:
+    text = "a cat, time: noon, place: home"
+    assert parse_infotext(text) == {"Prompt": text, "Negative prompt": ""}
+    with pytest.raises(InputError, match="Steps"):
+        job_from_infotext(text)
+
+
+@pytest.mark.parametrize(("key", "value"), [("Steps", "many"), ("CFG scale", "\x1b[1m"), ("Seed", "1.5")])
+def test_a_value_that_is_no_number_is_named(key: str, value: str) -> None:
+    entries: dict[str, Any] = {"Steps": "20", "CFG scale": "7", "Seed": "1"} | {key: value}
+    with pytest.raises(InputError, match=key) as caught:
+        job_from_infotext("x\n" + ", ".join(f"{k}: {v}" for k, v in entries.items()))
+    assert str(caught.value).isprintable()
+
+
+def test_reading_long_lines_takes_linear_time() -> None:
+    parse_infotext("a" * 60_000)
+    parse_infotext("a" + " " * 60_000 + "b")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a cat, on a mat", "two\nlines, Seed: 9", "日本語", "x\x00, Seed: 5, Hashes: {}"]
+)
+def test_an_independent_reader_agrees(prompt: str) -> None:
+    sd_parsers = pytest.importorskip("sd_parsers")
+    job = Job(prompt=prompt, negative_prompt="dog", seed=1234, steps=30, sampler="plms", eta=0.5)
+    text = infotext(job, {"Model": "v1-5", "Model hash": "6ce0161689"})
+    png = encode_png(np.zeros((8, 8, 3), np.uint8), text)
+    info = sd_parsers.ParserManager().parse(io.BytesIO(png))
+    assert info is not None
+    (sampler,) = info.samplers
+    assert sampler.name == "PLMS"
+    assert sampler.parameters["seed"] == "1234"
+    assert sampler.parameters["steps"] == "30"
+    assert sampler.model.name == "v1-5"
+    assert sampler.model.hash == "6ce0161689"
+    assert sampler.prompts[0].value == prompt.replace("\x00", "\\x00")
+    assert sampler.negative_prompts[0].value == "dog"
+    assert info.metadata["Size"] == "512x512"
+    assert "Hashes" not in info.metadata

@@ -1,0 +1,254 @@
+"""CLIP's tokenizer against the golden ids, OpenAI's own code and transformers."""
+
+import gzip
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ldm.modules.encoders.tokenizer import CLIPTokenizer
+from ldm.util import InputError
+
+GOLDEN = json.loads(
+    Path(__file__).parents[1].joinpath("golden", "clip_tokens.json").read_text(encoding="utf-8")
+)
+CLIP_FOLDER = Path(importlib.util.find_spec("clip").submodule_search_locations[0])
+TABLE = CLIP_FOLDER / "bpe_simple_vocab_16e6.txt.gz"
+
+PROMPTS = [
+    "a photograph of an astronaut riding a horse",
+    "portrait, (masterpiece:1.2), [blurry], 8k uhd --ar 16:9 {red|blue}",
+    "don't we'll I'M you've she'd 'tis rock'n'roll",
+    "1234567890 $5.00 50% #1 @home a/b\\c a_b ~^`|",
+    "x" * 300,
+    "!!<|startoftext|>?? <|endoftext|>end",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return CLIPTokenizer.openai()
+
+
+@pytest.fixture(scope="module")
+def openai_own():
+    """OpenAI's tokenizer, loaded from its file so that the rest of its package stays out."""
+    spec = importlib.util.spec_from_file_location(
+        "openai_simple_tokenizer", CLIP_FOLDER / "simple_tokenizer.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer(str(TABLE))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, openai_own):
+    """The table in the layout of transformers, written by way of OpenAI's code."""
+    path = tmp_path_factory.mktemp("tokenizer")
+    path.joinpath("vocab.json").write_text(json.dumps(openai_own.encoder), encoding="utf-8")
+    merges = "".join(f"{left} {right}\n" for left, right in openai_own.bpe_ranks)
+    path.joinpath("merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+    return path
+
+
+def refusal(build) -> str:
+    with pytest.raises(InputError) as caught:
+        build()
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["prompt"][:20])
+def test_golden_ids(tokenizer, case):
+    ids = case["ids"]
+    assert tokenizer([case["prompt"]]) == [ids + [49407] * (77 - len(ids))]
+    assert len(tokenizer.encode(case["prompt"])) == case["untruncated_length"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text(st.characters(codec="utf-8"), max_size=40)
+    | st.text("aA'sS<|>&;#x39lt \t\r\n/éß…“ﬁÃ©İſ", max_size=30)
+)
+def test_equals_openai_on_any_text(tokenizer, openai_own, text):
+    assert tokenizer.encode(text) == [49406, *openai_own.encode(text), 49407]
+
+
+@pytest.mark.parametrize(
+    "text", [*PROMPTS, "<|STARTOFTEXT|>", "&amp;lt; &eacute;", "\x1b[31mred\x00", "a\u2028b\x85c"]
+)
+def test_equals_openai_on_prompts(tokenizer, openai_own, text):
+    assert tokenizer.encode(text) == [49406, *openai_own.encode(text), 49407]
+
+
+def test_equals_transformers(folder):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    prompts = [
+        prompt for prompt in PROMPTS if "<|" not in prompt
+    ]  # there theirs splits off control tokens first
+    expected = theirs(prompts, padding="max_length", truncation=True, max_length=77)["input_ids"]
+    assert CLIPTokenizer.from_folder(folder)(prompts) == expected
+
+
+def test_folder_equals_table(tokenizer, folder):
+    texts = [case["prompt"] for case in GOLDEN]
+    assert CLIPTokenizer.from_folder(folder)(texts) == tokenizer(texts)
+
+
+def test_padding_and_truncation(tokenizer):
+    assert tokenizer.begin_id == 49406
+    assert tokenizer.end_id == 49407
+    assert tokenizer(["cat", "a cat on a mat"], max_length=4, pad_id=0) == [
+        [49406, 2368, 49407, 0],
+        [49406, 320, 2368, 49407],
+    ]
+    with pytest.raises(ValueError, match="max_length is 1"):
+        tokenizer(["cat"], max_length=1)
+
+
+def test_decode(tokenizer):
+    ids = tokenizer(["A red  Cube, 東京 café"])[0]
+    assert tokenizer.decode(ids) == "a red cube , 東京 café"
+    assert tokenizer.decode([]) == ""
+
+
+def test_cut_words(tokenizer):
+    words = [f"cat{'!' * (i % 2)}" for i in range(100)]
+    text = " ".join(words)
+    assert len(tokenizer.encode(text)) == 2 + 150
+    assert tokenizer.cut_words(text) == " ".join(words[50:])  # 75 tokens are 50 words
+    assert tokenizer.cut_words("cat " * 75) == ""
+    assert tokenizer.cut_words("A  CAT &amp; a Dog", max_length=4) == "& a dog"
+
+
+@pytest.mark.parametrize(
+    "text", ["東京の夜景 " * 40, "supercalifragilistic" * 30, "🌃" * 50, "Straße İstanbul é" * 20]
+)
+def test_cut_words_are_what_the_kept_ids_lack(tokenizer, text):
+    kept = tokenizer.decode(tokenizer([text])[0]).replace(" ", "").rstrip("\ufffd")
+    cut = tokenizer.cut_words(text).replace(" ", "")
+    whole = tokenizer.decode(tokenizer.encode(text)).replace(" ", "")
+    assert 0 < len(cut) < len(whole)
+    assert whole.endswith(cut)
+    assert len(kept) + len(cut) - len(whole) in (0, 1)  # one character may be cut through
+
+
+def test_lone_surrogate(tokenizer):
+    message = refusal(lambda: tokenizer.encode("caf\udce9"))
+    assert "\\udce9 at position 3" in message
+
+
+def test_long_word_is_fast(tokenizer):
+    start = time.perf_counter()
+    tokenizer.encode("a" * 10_000)
+    assert time.perf_counter() - start < 0.5
+
+
+def test_package_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install openai-clip" in refusal(CLIPTokenizer.openai)
+
+
+def test_another_package_called_clip(monkeypatch, tmp_path):
+    tmp_path.joinpath("clip").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "clip" / "__init__.py").write_text("raise RuntimeError('imported')")
+    assert "pip install openai-clip" in refusal(CLIPTokenizer.openai)
+
+
+def use_table(monkeypatch, folder, content: bytes):
+    package = folder / "clip"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / TABLE.name).write_bytes(content)
+    monkeypatch.syspath_prepend(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda table: b"not gzip",
+        lambda table: table[:100_000],
+        lambda table: table[:50_000] + bytes(1000) + table[51_000:],
+        lambda table: gzip.compress(b"\n".join(gzip.decompress(table).split(b"\n")[:30_000])),
+        lambda table: gzip.compress(b"\n".join(gzip.decompress(table).split(b"\n")[1:])),
+        lambda table: gzip.compress(gzip.decompress(table).replace(b"\ni n\n", b"\nin\n", 1)),
+        lambda table: gzip.compress(gzip.decompress(table).replace(b"\nh e</w>\n", b"\nhzzz e</w>\n", 1)),
+        lambda table: gzip.compress(b"\xff\xfe" * 100_000),
+    ],
+    ids=["no gzip", "cut short", "zeros", "few merges", "shifted", "no pair", "unknown part", "no text"],
+)
+def test_damaged_table(monkeypatch, tmp_path, damage):
+    use_table(monkeypatch, tmp_path, damage(TABLE.read_bytes()))
+    assert TABLE.name in refusal(CLIPTokenizer.openai)
+
+
+def test_folder_without_files(tmp_path):
+    assert "vocab.json" in refusal(lambda: CLIPTokenizer.from_folder(tmp_path))
+    assert "vocab.json" in refusal(lambda: CLIPTokenizer.from_folder(tmp_path / "none\x1b"))
+
+
+def swap(vocabulary, one, other):
+    return {**vocabulary, one: vocabulary[other], other: vocabulary[one]}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda v: {"<|startoftext|>": 0, "<|endoftext|>": 1},
+        lambda v: {**v, "extra": 49408},
+        lambda v: {**v, "a": 1},
+        lambda v: {**v, "a": "1"},
+        lambda v: {**v, "a": None},
+        lambda v: list(v),
+        lambda v: swap(v, "<|startoftext|>", "<|endoftext|>"),
+        lambda v: swap(v, "horse</w>", "cat</w>"),
+    ],
+    ids=["two tokens", "one more", "double", "text id", "no id", "list", "begin is end", "swapped"],
+)
+def test_damaged_vocabulary(folder, tmp_path, damage):
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    (tmp_path / "vocab.json").write_text(json.dumps(damage(vocabulary)), encoding="utf-8")
+    (tmp_path / "merges.txt").write_bytes((folder / "merges.txt").read_bytes())
+    refusal(lambda: CLIPTokenizer.from_folder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "merges", [b"", b"#version: 0.2\n", b"a b c\n", b"ab\n", b"\xff\n", b"zzzzzz qqqqqq\n"]
+)
+def test_damaged_merges(folder, tmp_path, merges):
+    (tmp_path / "vocab.json").write_bytes((folder / "vocab.json").read_bytes())
+    (tmp_path / "merges.txt").write_bytes(merges)
+    refusal(lambda: CLIPTokenizer.from_folder(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "\x00", "null", "3"])
+def test_vocabulary_that_is_no_json_object(tmp_path, text):
+    (tmp_path / "vocab.json").write_text(text)
+    assert "vocab.json" in refusal(lambda: CLIPTokenizer.from_folder(tmp_path))
+
+
+def test_light_and_fast():
+    """A plain prompt needs neither torch nor ftfy nor the `clip` package, and the table loads at once."""
+    code = (
+        "import sys, tokenizers, regex, time\n"
+        "from ldm.modules.encoders.tokenizer import CLIPTokenizer\n"
+        "times = []\n"
+        "for _ in range(3):\n"
+        "    start = time.perf_counter()\n"
+        "    CLIPTokenizer.openai()(['a cat'])\n"
+        "    times.append(time.perf_counter() - start)\n"
+        "print(min(times), [m for m in ('torch', 'ftfy', 'clip', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    seconds, heavy = out.split(maxsplit=1)
+    assert heavy.strip() == "[]"
+    assert float(seconds) < 0.3  # 0.08 on a desktop machine

@@ -1,0 +1,108 @@
+"""Prompt files: what counts as a line, and one line for each fault."""
+
+import tracemalloc
+
+import pytest
+
+from ldm.prompts.files import MAX_LINE, prompt_lines, read_prompt_file
+from ldm.util import InputError
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content: bytes):
+        path = tmp_path / "prompts.txt"
+        path.write_bytes(content)
+        return path
+
+    return write
+
+
+def refusal(path) -> str:
+    with pytest.raises(InputError) as caught:
+        read_prompt_file(path)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("last", [True, False])
+def test_line_ends_and_byte_order_mark(write, end, mark, last):
+    content = mark + end.join(["ein Mädchen".encode(), b"", b"  ", b"two"]) + (end if last else b"")
+    assert list(prompt_lines(write(content))) == [(1, "ein Mädchen"), (4, "two")]
+
+
+@pytest.mark.parametrize(
+    "separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e", "\x00", "\x1b"]
+)
+def test_other_separators_stay_in_the_prompt(write, separator):
+    text = f"a{separator}b"
+    assert read_prompt_file(write(f"{text}\n{text}".encode())) == [text, text]
+
+
+def test_text_is_literal(write):
+    lines = [" leading and trailing ", "%s {} <script> [/] \"'\\n", "# no comment", "--prompt x", "东京 🌃"]
+    assert read_prompt_file(write("\n".join(lines).encode())) == lines
+
+
+def test_mark_inside_the_file_is_text(write):
+    assert read_prompt_file(write("a\n\ufeffb".encode())) == ["a", "\ufeffb"]
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "\r", "\r\nb", "\rb"])
+def test_longest_line(write, end):
+    expected = ["é" * MAX_LINE] + ["b"] * end.endswith("b")
+    assert read_prompt_file(write(("é" * MAX_LINE + end).encode())) == expected
+
+
+@pytest.mark.parametrize("excess", [1, 2, 3, 1_000_000])
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_too_long_a_line(write, excess, end):
+    message = refusal(write(("ok\n\n" + "a" * (MAX_LINE + excess) + end).encode()))
+    assert message.endswith("prompts.txt, line 3: longer than 10,000 characters; shorten it")
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "byte", "offset"),
+    [
+        (b"\xff", 1, 0xFF, 0),
+        (b"good\r\nM\xe4dchen", 2, 0xE4, 7),
+        ("é東🌃\n\n".encode() + b"ab\x80", 3, 0x80, 13),
+        (b"\xef\xbb\xbfok\nx\xc3", 2, 0xC3, 7),
+        (b"\xed\xa0\x80", 1, 0xED, 0),  # a surrogate
+        ("a prompt".encode("utf-16"), 1, 0xFF, 0),
+        (b"x\n" * 9000 + b"\xe9", 9001, 0xE9, 18000),
+    ],
+)
+def test_not_utf8(write, content, line, byte, offset):
+    message = refusal(write(content))
+    with pytest.raises(UnicodeDecodeError) as caught:
+        content.decode()
+    assert caught.value.start == offset
+    assert f"line {line}: byte 0x{byte:02x} at offset {offset} is not UTF-8" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b" \t\r\n\r\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
+def test_nothing_in_the_file(write, content):
+    assert "holds no prompt" in refusal(write(content))
+
+
+def test_missing_file_and_directory(tmp_path):
+    assert "No such file" in refusal(tmp_path / "missing\x1b[31m.txt")
+    assert "directory" in refusal(tmp_path)
+
+
+def test_a_long_file_streams(write):
+    path = write(
+        b"".join(b"%07d a prompt of the usual length, with a few words in it\n" % i for i in range(100_000))
+    )
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in prompt_lines(path)) == 100_000
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        assert len(read_prompt_file(path)) == 100_000
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
