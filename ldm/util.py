@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
 
 class InputError(ValueError):
@@ -43,8 +45,6 @@ def instantiate_from_config(config: Mapping[str, Any], **overrides: Any) -> Any:
 
 
 def _check_parameters(target: str, cls: Any, params: Mapping[str, Any]) -> None:
-    import inspect
-
     try:
         signature = inspect.signature(cls)
     except (TypeError, ValueError):  # builtins without a signature check their own arguments
@@ -57,10 +57,30 @@ def _check_parameters(target: str, cls: Any, params: Mapping[str, Any]) -> None:
         raise InputError(
             f"{target} takes no parameter {', '.join(map(repr, unknown))}; it takes {', '.join(accepted)}"
         )
-    missing = [
-        name
-        for name, p in accepted.items()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in params
-    ]
-    if missing:
+    missing = [name for name, p in accepted.items() if p.default is p.empty and name not in params]
+    if missing and not any(accepted[name].kind is inspect.Parameter.VAR_POSITIONAL for name in missing):
         raise InputError(f"{target} needs the parameter {', '.join(map(repr, missing))}")
+    if cls.__module__.partition(".")[0] == "ldm":
+        hints = get_type_hints(cls.__init__)
+        for name, value in params.items():
+            if not _fits(value, hints.get(name)):
+                raise InputError(f"{target}: {name} is {value!r}, but must be of type {accepted[name].annotation}")
+
+
+_SCALARS: dict[Any, tuple[type, ...]] = {
+    int: (int,),
+    float: (int, float),
+    str: (str,),
+    bool: (bool,),
+    type(None): (type(None),),
+}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a scalar type, or one of several; other types are not looked at."""
+    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if not all(option in _SCALARS for option in options):
+        return True
+    return any(
+        isinstance(value, _SCALARS[option]) and (option is bool or not isinstance(value, bool)) for option in options
+    )

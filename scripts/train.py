@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains the bundled model in stages: autoencoder, text, latents, diffusion, export."""
+"""Trains the bundled model in stages: autoencoder, text, latents, diffusion, export; and its judge."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+CONFIGS = {
+    "autoencoder": "autoencoder.yaml",
+    "text": "text.yaml",
+    "latents": "diffusion.yaml",
+    "diffusion": "diffusion.yaml",
+    "export": "diffusion.yaml",
+    "judge": "judge.yaml",
+}
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("autoencoder", "text", "latents", "diffusion", "export"))
-    parser.add_argument("--base", type=Path, help="the stage's config (default: configs/shapes/STAGE.yaml)")
-    parser.add_argument("--logdir", type=Path, default=Path("logs/shapes"), help="where states and weights go")
+    parser.add_argument("stage", choices=tuple(CONFIGS))
+    parser.add_argument("--base", type=Path, help="the stage's config (default: the one in configs/shapes)")
+    parser.add_argument("--logdir", type=Path, default=Path("logs/shapes"), help="where results go")
     parser.add_argument("--resume", action="store_true", help="go on from the last state in --logdir")
     parser.add_argument("--max_time", help="stop after this long, as DD:HH:MM:SS")
     parser.add_argument("settings", nargs="*", help="changes to the config, such as training.batch_size=32")
@@ -26,18 +35,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    from ldm.training import stages
+    from ldm.training.stages import STAGES, Stage, read_config
     from ldm.util import InputError
 
-    base = options.base or Path("configs/shapes") / f"{options.stage}.yaml"
+    base = options.base or Path("configs/shapes") / CONFIGS[options.stage]
     try:
-        stages.run(
-            options.stage,
-            stages.read_config(base, options.settings),
-            options.logdir,
-            resume=options.resume,
-            max_time=options.max_time,
-            bar=sys.stderr.isatty(),
+        config = read_config(base, options.settings)
+        bar = sys.stderr.isatty()
+        STAGES[options.stage](
+            Stage(options.stage, config, options.logdir, options.resume, options.max_time, bar)
         )
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)

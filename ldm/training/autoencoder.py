@@ -6,6 +6,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from ldm.models.autoencoder import AutoencoderKL
@@ -14,7 +15,7 @@ from ldm.training.runs import MakeBatch, Optimisation
 
 def to_pixels(images: np.ndarray) -> Tensor:
     """uint8 [..., H, W, 3] to float [..., 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, -3).float() / 127.5 - 1
+    return torch.tensor(np.asarray(images)).movedim(-1, -3).float() / 127.5 - 1
 
 
 def crop_batches(images: np.ndarray, batch_size: int, crop: int, whole_from: int) -> MakeBatch:
@@ -41,16 +42,25 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 
 def gradient_difference(x: Tensor, y: Tensor) -> Tensor:
-    """Mean absolute difference of the horizontal and vertical slopes of two batches: it punishes blurred edges."""
+    """Mean absolute difference of the slopes of two batches; it punishes blurred edges."""
     error = x - y
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+
+
+@torch.no_grad()
+def start_sharp(model: AutoencoderKL) -> None:
+    """Makes a fresh model's latents three times as large and almost noiseless, so that it learns faster."""
+    means = model.embed_dim
+    model.quant_conv.weight[:means] *= 3
+    assert model.quant_conv.bias is not None
+    model.quant_conv.bias[means:] -= 6  # the log variance
 
 
 class AutoencoderTraining(pl.LightningModule):
     """Trains `model` on batches [B, 3, H, W] in [-1, 1].
 
-    The loss is L1 + `mse_weight` * MSE + `edge_weight` * slope difference + `kl_weight` * KL, the KL divergence
-    to a standard normal in nats per latent number.
+    The loss is L1 + `mse_weight` * MSE + `edge_weight` * slope difference + `kl_weight` * KL, where KL is the
+    divergence from a standard normal in nats per latent number.
     """
 
     def __init__(
@@ -85,7 +95,7 @@ class AutoencoderTraining(pl.LightningModule):
     def validation_step(self, x: Tensor) -> None:
         self.log("val_psnr", psnr(self.model.decode(self.model.encode(x).mode()), x).mean(), prog_bar=True)
 
-    def configure_optimizers(self):  # noqa: ANN201
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return self.optimisation.configure(self.model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""What every training run needs: numbered batches, the optimiser, progress lines, checkpoints to resume from."""
+"""What every training run needs: numbered batches, the optimiser, progress lines, states to resume."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm.lr_scheduler import LambdaLinearScheduler
-from ldm.util import InputError
+from ldm.util import InputError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +29,7 @@ MakeBatch = Callable[[int, np.random.Generator], Any]
 
 
 class Batches(IterableDataset):
-    """An endless row of numbered batches; batch i depends on (seed, i) alone, so a resumed run goes on exactly.
+    """An endless row of numbered batches; batch i depends on (seed, i) alone, so a run can be resumed.
 
     `make(i, rng)` builds batch i; `first` is the number to start with.
     """
@@ -47,7 +50,7 @@ class Batches(IterableDataset):
 
 @dataclass(frozen=True)
 class Optimisation:
-    """AdamW with a linear warm-up over `warm_up_steps` and a straight decay to `f_min` times the rate at `steps`."""
+    """AdamW: `warm_up_steps` of linear warm-up, then a straight fall to `f_min` times the rate at `steps`."""
 
     learning_rate: float
     steps: int
@@ -60,14 +63,16 @@ class Optimisation:
         """The learning-rate multiplier of this run."""
         return LambdaLinearScheduler([self.warm_up_steps], [self.f_min], [1.0], [0.01], [self.steps])
 
-    def configure(self, parameters: Iterable[torch.nn.Parameter]) -> dict[str, Any]:
-        """What `LightningModule.configure_optimizers` returns."""
-        optimizer = torch.optim.AdamW(
-            parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
-        )
+    def adamw(self, parameters: Iterable[torch.nn.Parameter]) -> tuple[AdamW, LambdaLR]:
+        """The optimiser and the schedule that steps with it."""
+        optimizer = AdamW(parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)
         schedule = self.multiplier().schedule
         # A plain function keeps the schedule out of the checkpoint: a resumed run may have another length.
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step))
+        return optimizer, LambdaLR(optimizer, lambda step: schedule(step))
+
+    def configure(self, parameters: Iterable[torch.nn.Parameter]) -> OptimizerLRSchedulerConfig:
+        """What `LightningModule.configure_optimizers` returns."""
+        optimizer, scheduler = self.adamw(parameters)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -141,12 +146,16 @@ def make_trainer(settings: RunSettings, callbacks: Iterable[pl.Callback] = ()) -
     )
 
 
-def last_state(logdir: Path) -> tuple[Path, int]:
-    """The state to resume from in `logdir` and its optimiser step; an `InputError` where there is none."""
-    path = logdir / STATE
+def load_state(path: Path) -> dict[str, Any]:
+    """What a stage saved at `path`; an `InputError` where there is nothing."""
     if not path.is_file():
-        raise InputError(f"nothing to resume: {path} does not exist; start without --resume")
-    return path, int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        raise InputError(f"{printable(path)} does not exist: run the stage that makes it first")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def last_state(logdir: Path) -> tuple[Path, int]:
+    """The state to go on from in `logdir` and its optimiser step."""
+    return logdir / STATE, int(load_state(logdir / STATE)["global_step"])
 
 
 def fit(
@@ -158,4 +167,4 @@ def fit(
 ) -> None:
     """Trains to the end of the run or of its time, and saves the state that a later run can go on from."""
     trainer.fit(module, train, validation, ckpt_path=resume)
-    trainer.save_checkpoint(Path(trainer.default_root_dir) / STATE)
+    trainer.save_checkpoint(Path(trainer.default_root_dir) / STATE, weights_only=False)

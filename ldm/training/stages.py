@@ -1,10 +1,10 @@
-"""The stages of training the bundled model, each from its config to the weights that the next one reads."""
+"""The stages of training the bundled model, each from its config to the file that the next one reads."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,30 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ldm.data.captions import caption
 from ldm.data.dataset import render_many
-from ldm.training.autoencoder import AutoencoderTraining, crop_batches, latent_scale, to_pixels
-from ldm.training.runs import Batches, Optimisation, RunSettings, fit, last_state, make_trainer
+from ldm.data.scenes import scene_at
+from ldm.data.vocabulary import train_vocabulary
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.training.autoencoder import AutoencoderTraining, crop_batches, latent_scale, start_sharp, to_pixels
+from ldm.training.diffusion import DiffusionTraining, encode_latents, noise_batches
+from ldm.training.export import export, save_atomically
+from ldm.training.quality import accuracies, judge, load_reader, save_reader, train_reader
+from ldm.training.runs import (
+    Batches,
+    MakeBatch,
+    Optimisation,
+    RunSettings,
+    fit,
+    last_state,
+    load_state,
+    make_trainer,
+)
+from ldm.training.text import TextTraining, caption_batches
 from ldm.util import InputError, instantiate_from_config, printable
 
 logger = logging.getLogger(__name__)
@@ -27,36 +46,40 @@ AUTOENCODER, TEXT, LATENTS = "autoencoder.pt", "text.pt", "latents.npy"
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage as it was asked for: its config, where its files go, and how it runs."""
+    """One stage as it was asked for: its name and config, where its files go, and how it runs."""
 
+    name: str
     config: DictConfig
     logdir: Path
-    resume: bool
-    max_time: str | None
-    bar: bool
+    resume: bool = False
+    max_time: str | None = None
+    bar: bool = False
 
-    def settings(self, name: str) -> RunSettings:
-        """How the Trainer runs, from the config's `run` section; states go to a folder of the stage's own."""
-        return RunSettings(
-            logdir=self.logdir / name,
-            steps=self.config.training.optimisation.steps,
-            max_time=self.max_time,
-            bar=self.bar,
-            **self.config.run,
-        )
+    @property
+    def optimisation(self) -> Optimisation:
+        """The `training.optimisation` section."""
+        return Optimisation(**self.config.training.optimisation)
 
     def model_config(self) -> dict[str, Any]:
-        """The inference config that the stage's config names under `model`."""
-        return plain(read_config(Path(self.config.model)).model)
+        """The parameters of the model that the config names under `model`."""
+        return OmegaConf.to_container(read_config(Path(self.config.model)).model)["params"]  # type: ignore[index]
 
     def rendered(self, split: str, count: int) -> np.ndarray:
         """The pictures of the first scenes of a split (uint8 [N, H, W, 3]), drawn where they are missing."""
         workers = os.cpu_count() or 1
         return np.load(render_many(count, split, self.config.data.folder, workers), mmap_mode="r")
 
-    def train(self, name: str, module: pl.LightningModule, make: Any, validation: DataLoader | None) -> None:
+    def train(
+        self, module: pl.LightningModule, make: MakeBatch, validation: DataLoader | None = None
+    ) -> None:
         """Trains `module` on the numbered batches of `make`, from the last state if the run is resumed."""
-        settings = self.settings(name)
+        settings = RunSettings(
+            logdir=self.logdir / self.name,
+            steps=self.optimisation.steps,
+            max_time=self.max_time,
+            bar=self.bar,
+            **self.config.run,
+        )
         state, step = last_state(settings.logdir) if self.resume else (None, 0)
         train = Batches(make, first=step * settings.accumulate).loader()
         fit(make_trainer(settings), module, train, validation, state)
@@ -66,43 +89,117 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> DictConfig:
     """The YAML at `path` with dotted changes such as `training.batch_size=32`."""
     if not path.is_file():
         raise InputError(f"there is no config {printable(path)}")
-    config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(changes)))
-    assert isinstance(config, DictConfig)
-    return config
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """The config as nested dictionaries and lists."""
-    return OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportReturnType]
-
-
-def save_atomically(value: Any, path: Path) -> None:
-    """`torch.save` that leaves either the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(path.suffix + ".tmp")
-    torch.save(value, part)
-    os.replace(part, path)
+    return OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(changes)))  # type: ignore[return-value]
 
 
 def train_autoencoder(stage: Stage) -> None:
     """Rendered scenes -> `autoencoder.pt`: weights and the scale factor of the latents."""
     options = stage.config.training
-    optimisation = Optimisation(**options.optimisation)
     images = stage.rendered("train", stage.config.data.train)
     fresh = stage.rendered("fresh", stage.config.data.validation)
-    model = instantiate_from_config(stage.model_config()["params"]["first_stage_config"])
-    module = AutoencoderTraining(model, optimisation, options.kl_weight)
-    whole_from = round(optimisation.steps * (1 - options.whole_share))
+    model = instantiate_from_config(stage.model_config()["first_stage_config"])
+    start_sharp(model)
+    module = AutoencoderTraining(model, stage.optimisation, options.kl_weight)
+    whole_from = round(stage.optimisation.steps * (1 - options.whole_share))
     make = crop_batches(images, options.batch_size, options.crop, whole_from)
-    stage.train("autoencoder", module, make, DataLoader(to_pixels(fresh), batch_size=16))
+    stage.train(module, make, DataLoader(to_pixels(fresh), batch_size=16))  # type: ignore[arg-type]
     scale = latent_scale(model.eval(), fresh)
     save_atomically({"state_dict": model.state_dict(), "scale_factor": scale}, stage.logdir / AUTOENCODER)
-    logger.info("scale factor %.5f; weights in %s", scale, stage.logdir / AUTOENCODER)
+    logger.info("write scale_factor: %.5f into %s", scale, stage.config.model)
 
 
-STAGES = {"autoencoder": train_autoencoder}
+def train_text(stage: Stage) -> None:
+    """Captions -> `text.pt`, the weights of the text tower, and its vocabulary where that is missing."""
+    options, cond_stage = stage.config.training, stage.model_config()["cond_stage_config"]
+    _ensure_vocabulary(Path(cond_stage["params"]["version"]), cond_stage["params"]["tokens"])
+    embedder = instantiate_from_config(cond_stage).train().requires_grad_(True)
+    tokenize = _tokenizer(embedder)
+    module = TextTraining(embedder.transformer, cond_stage["params"]["width"], stage.optimisation)
+    held_out = Batches(caption_batches(tokenize, "heldout", 500), seed=1)
+    validation = DataLoader([next(iter(held_out))], batch_size=None)  # type: ignore[arg-type]
+    stage.train(module, caption_batches(tokenize, "train", options.batch_size), validation)
+    save_atomically({"state_dict": embedder.state_dict()}, stage.logdir / TEXT)
 
 
-def run(name: str, config: DictConfig, logdir: Path, resume: bool, max_time: str | None, bar: bool) -> None:
-    """Runs one stage; its products go to `logdir`."""
-    STAGES[name](Stage(config, logdir, resume, max_time, bar))
+def _ensure_vocabulary(folder: Path, tokens: int, captions: int = 20000) -> None:
+    if (folder / "vocab.json").is_file():
+        return
+    rng = np.random.default_rng(0)
+    train_vocabulary((caption(scene_at(i, "train"), rng) for i in range(captions)), tokens, folder)
+
+
+def _tokenizer(embedder: FrozenCLIPEmbedder) -> Callable[[Sequence[str]], Tensor]:
+    return lambda texts: torch.tensor(embedder.tokenizer(list(texts), max_length=embedder.max_length))
+
+
+def write_latents(stage: Stage) -> None:
+    """Rendered scenes and `autoencoder.pt` -> `latents.npy`."""
+    model = instantiate_from_config(stage.model_config()["first_stage_config"]).eval()
+    model.load_state_dict(load_state(stage.logdir / AUTOENCODER)["state_dict"])
+    images = stage.rendered("train", stage.config.data.train)
+    encode_latents(model, images, stage.logdir / LATENTS)
+
+
+def _latent_diffusion(stage: Stage) -> LatentDiffusion:
+    """The model with its trained parts; an `InputError` if the scale factor is another autoencoder's."""
+    autoencoder, text = load_state(stage.logdir / AUTOENCODER), load_state(stage.logdir / TEXT)
+    model = LatentDiffusion(**stage.model_config())
+    if abs(model.scale_factor / autoencoder["scale_factor"] - 1) > 1e-3:
+        raise InputError(
+            f"{printable(stage.config.model)} has scale_factor {model.scale_factor}, but this autoencoder's "
+            f"latents need {autoencoder['scale_factor']:.5f}: write that into the config"
+        )
+    model.first_stage_model.load_state_dict(autoencoder["state_dict"])
+    model.cond_stage_model.load_state_dict(text["state_dict"])
+    return model
+
+
+def _diffusion_module(stage: Stage) -> DiffusionTraining:
+    options = stage.config.training
+    return DiffusionTraining(
+        _latent_diffusion(stage), stage.optimisation, options.ema_decay, options.min_snr_gamma
+    )
+
+
+def train_diffusion(stage: Stage) -> None:
+    """`latents.npy`, `autoencoder.pt` and `text.pt` -> a state with the U-Net and its averages."""
+    options, module = stage.config.training, _diffusion_module(stage)
+    if options.compile:
+        module.model.model.compile()
+    moments = np.load(stage.logdir / LATENTS, mmap_mode="r")
+    timesteps = module.model.num_timesteps
+    stage.train(module, noise_batches(moments, "train", options.batch_size, timesteps, options.drop_prompts))
+
+
+def export_model(stage: Stage) -> None:
+    """The last state of the diffusion stage -> the checkpoint that the config names under `export`."""
+    module = _diffusion_module(stage)
+    path, step = last_state(stage.logdir / "diffusion")
+    module.load_state_dict(load_state(path)["state_dict"])
+    export(module.model, module.ema, step, Path(stage.config.export))
+    logger.info("step %d is in %s", step, stage.config.export)
+
+
+def train_judge(stage: Stage) -> None:
+    """Rendered scenes -> the reader of pictures that the config names under `export`."""
+    data, path = stage.config.data, Path(stage.config.export)
+    unseen = data.test  # scenes of each split that the reader is not trained on
+    fresh, held_out = stage.rendered("fresh", unseen), stage.rendered("heldout", data.heldout)
+    scenes = [scene_at(i, "train") for i in range(data.train)]
+    scenes += [scene_at(i, "heldout") for i in range(unseen, data.heldout)]
+    images = np.concatenate([stage.rendered("train", data.train), held_out[unseen:]])
+    save_reader(train_reader(images, scenes, stage.optimisation, stage.config.training.batch_size), path)
+    reader = load_reader(path)
+    for split, pictures in (("fresh", fresh), ("heldout", held_out[:unseen])):
+        truth = [scene_at(i, split) for i in range(unseen)]
+        logger.info("right on %s scenes: %s", split, accuracies(judge(reader, pictures), truth))
+
+
+STAGES: dict[str, Callable[[Stage], None]] = {
+    "autoencoder": train_autoencoder,
+    "text": train_text,
+    "latents": write_latents,
+    "diffusion": train_diffusion,
+    "export": export_model,
+    "judge": train_judge,
+}

@@ -8,41 +8,15 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from ldm.data.captions import caption
-from ldm.data.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Scene, Solid, scene_at
+from ldm.data.scenes import scene_at
+from ldm.training.questions import QUESTIONS, answers
 from ldm.training.runs import MakeBatch, Optimisation
 
-Tokenize = Callable[[Sequence[str]], Tensor]
-
-_LISTS = {name: list(values) for name, values in (("shape", SHAPES), ("colour", COLOURS), ("size", SIZES))}
-_BACKGROUNDS = list(BACKGROUNDS)
-_PAIRS = len(COLOURS) * len(SHAPES)
-# Classes of each question about a scene. In the second slot one class more stands for "no solid".
-QUESTIONS: dict[str, int] = {
-    "relation": len(RELATIONS) + 1,
-    "background": len(BACKGROUNDS),
-    **{
-        f"{kind} {slot}": count + (slot == 2)
-        for slot in (1, 2)
-        for kind, count in (("solid", _PAIRS), *((name, len(values)) for name, values in _LISTS.items()))
-    },
-}
-
-
-def answers(scene: Scene) -> list[int]:
-    """The true class of every question about the scene, in the order of `QUESTIONS`."""
-    relation = 0 if scene.relation is None else 1 + RELATIONS.index(scene.relation)
-    slots = [*scene.solids, None][:2]
-    return [relation, _BACKGROUNDS.index(scene.background), *(c for solid in slots for c in _classes(solid))]
-
-
-def _classes(solid: Solid | None) -> list[int]:
-    if solid is None:
-        return [_PAIRS, *(len(values) for values in _LISTS.values())]
-    shape, colour, size = (values.index(getattr(solid, name)) for name, values in _LISTS.items())
-    return [colour * len(SHAPES) + shape, shape, colour, size]
+Tokenize = Callable[[Sequence[str]], Tensor]  # captions -> ids [B, max_length]
 
 
 def caption_batches(tokenize: Tokenize, split: str, batch_size: int, spare: int = 4) -> MakeBatch:
@@ -80,6 +54,8 @@ class TextTraining(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.transformer = transformer
+        for embedding in (module for module in transformer.modules() if isinstance(module, nn.Embedding)):
+            nn.init.normal_(embedding.weight, std=0.05)
         self.head = nn.Linear(width, sum(QUESTIONS.values()))
         self.optimisation, self.positions = optimisation, positions
 
@@ -110,5 +86,5 @@ class TextTraining(pl.LightningModule):
         ):
             self.log(f"val {question}", (scores[:, 0].argmax(-1) == true).float().mean())
 
-    def configure_optimizers(self):  # noqa: ANN201
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return self.optimisation.configure(self.parameters())

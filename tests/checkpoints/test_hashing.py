@@ -62,6 +62,15 @@ def test_a_damaged_cache_is_replaced(tmp_path: Path, cache: Path, content: bytes
     assert [entry.name for entry in cache.parent.iterdir()] == ["sha256.json"]
 
 
+def test_a_file_that_changes_meanwhile_is_not_remembered(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m").write_bytes(b"abc")
+    monkeypatch.setattr(hashing, "_digest", lambda path: str(path.write_bytes(b"longer")))
+    file_sha256(tmp_path / "m")
+    assert not cache.exists()
+
+
 def test_a_cache_that_cannot_be_written_is_no_fault(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "m").write_bytes(b"abc")
     (tmp_path / "cache").write_bytes(b"a file where the folder should be")

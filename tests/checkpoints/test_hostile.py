@@ -35,10 +35,11 @@ def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not trace.exists() and os.environ["CANARY"] == "alive" and "canary_module" not in sys.modules
 
 
-def as_legacy(data: bytes) -> bytes:
-    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
-    front = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, system)]
-    return b"".join(front) + data + pickle.dumps([], 2)
+def as_legacy(data: bytes, keys: tuple[str, ...] = (), version: int = 1001, little: Any = True) -> bytes:
+    """The pickles of a file in the old format around `data`, the fourth of them."""
+    system = {"protocol_version": version, "little_endian": little, "type_sizes": {}}
+    front = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, version, system)]
+    return b"".join(front) + data + pickle.dumps(list(keys), 2)
 
 
 SHELL = text("touch $CANARY_FILE")
@@ -139,6 +140,7 @@ TENSOR = call("torch._utils", "_rebuild_tensor_v2", STORAGE_ID, b"K\x00K\x04\x85
         b"K\x01)R",
         STORAGE_ID + b")R",
         named("collections", "OrderedDict") + b"K\x01R",
+        call("collections", "OrderedDict", b"]"),
         named("torch._utils", "_rebuild_parameter") + b"K\x01\x85R",
         named("torch._utils", "_rebuild_parameter") + b")R",
         call("torch._utils", "_rebuild_tensor_v2", b"K\x00K\x00))"),
@@ -202,8 +204,9 @@ def test_descriptions_that_do_not_fit_their_record_are_refused(
     tmp_path: Path, mmap: bool, size: Any, stride: Any, offset: Any, count: Any
 ) -> None:
     data = described({"some.weight": Tensor(size, stride, offset, count)})
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError) as error:
         read_checkpoint(write_zip(tmp_path / "evil.ckpt", data), mmap=mmap)
+    assert "is damaged" not in str(error.value), "refused on purpose, not by an accident further on"
 
 
 def test_the_key_of_a_forged_tensor_is_named(tmp_path: Path) -> None:
@@ -293,16 +296,29 @@ def test_a_forged_zip_directory_is_refused(tmp_path: Path, offset: int, value: b
     ],
 )
 def test_legacy_records_must_fill_the_file_exactly(tmp_path: Path, change: Any, message: str) -> None:
-    raw = as_legacy(described({"a": Tensor((4,), (1,))}))[: -len(pickle.dumps([], 2))] + pickle.dumps(
-        ["0"], 2
-    )
-    raw += (4).to_bytes(8, "little") + bytes(16)
+    raw = as_legacy(GOOD, ("0",)) + (4).to_bytes(8, "little") + bytes(16)
     path = tmp_path / "m.ckpt"
     path.write_bytes(raw)
     assert read_checkpoint(path).state_dict["a"].shape == (4,)
     path.write_bytes(change(raw))
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("front", "message"),
+    [
+        (as_legacy(GOOD, ("0",), version=1002), "unknown version"),
+        (as_legacy(GOOD, ("0",), little=False), "big-endian"),
+        (as_legacy(GOOD, ("0", "0")), "exactly the records"),
+        (as_legacy(GOOD, ("1",)), "exactly the records"),
+    ],
+)
+def test_legacy_headers_that_do_not_fit_are_refused(tmp_path: Path, front: bytes, message: str) -> None:
+    record = (4).to_bytes(8, "little") + bytes(16)
+    (tmp_path / "m.ckpt").write_bytes(front + 2 * record)
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path / "m.ckpt")
 
 
 def test_a_legacy_storage_that_the_file_never_fills_is_refused(tmp_path: Path) -> None:
@@ -355,6 +371,13 @@ def _bombs(folder: Path) -> Iterator[tuple[Path, str]]:
     yield pickled("memo", b"Nr\xff\xff\xff\xff"), "found None"
     yield pickled("many", b"](" + b"}" * 1_100_000 + b"e"), "more than 1000000 instructions"
     yield pickled("tensors", b"](" + TENSOR + b"q\x01" + b"h\x01" * 10 + b"e"), "found list"
+    function = named("torch._utils", "_rebuild_tensor_v2") + b"q\x01"
+    arguments = b"(" + STORAGE_ID + b"K\x00K\x04\x85K\x01\x85\x89" + ORDERED_DICT + b"tq\x02"
+    yield (
+        pickled("crowd", b"](" + function + arguments + b"h\x01h\x02R" * 66_000 + b"e"),
+        "more than 65536 tensors",
+    )
+    yield write_zip(folder / "long", b"N" * (2**26 + 1), {}), "data.pkl of more than 64 MB"
     laughs = b"]q\x00" + b"".join(
         b"](" + b"h" + bytes([n]) + b"h" + bytes([n]) + b"eq" + bytes([n + 1]) for n in range(99)
     )

@@ -133,6 +133,16 @@ def test_parameters_lose_what_the_file_hangs_on_them(tmp_path: Path) -> None:
     assert torch.equal(found["decorated"].detach(), torch.arange(4.0))
 
 
+def test_no_reader_can_pass_on_a_tensor_that_is_not_plain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"a": torch.ones(1)}, tmp_path / "m.ckpt")
+    for odd in (torch.eye(2).to_sparse(), torch.ones(1, device="meta"), torch.ones(1, dtype=torch.complex64)):
+        monkeypatch.setattr("ldm.checkpoints.reader.read_torch_zip", lambda *_, odd=odd: {"a": odd})
+        with pytest.raises(CheckpointError, match="no plain CPU tensor"):
+            read_checkpoint(tmp_path / "m.ckpt")
+
+
 def test_a_parameter_dict_becomes_a_plain_mapping(tmp_path: Path) -> None:
     embedding = torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.ones(2, 4))})
     torch.save({"string_to_param": embedding, "string_to_token": {"*": 265}}, tmp_path / "cat.pt")

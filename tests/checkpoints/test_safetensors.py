@@ -66,6 +66,8 @@ REFUSED_BY_BOTH = {
     "backwards": ({"a": entry([1], [4, 0])}, 4),
     "unknown dtype": ({"a": entry([1], [0, 4], "F31")}, 4),
     "dtype no text": ({"a": entry([1], [0, 4], 3)}, 4),
+    "reaches into the next": ({"a": entry([3], [0, 4]), "b": entry([2], [4, 12])}, 12),
+    "too many bytes": ({"a": entry([1], [0, 8])}, 8),
     "wrong size": ({"a": entry([3], [0, 4])}, 4),
     "negative shape": ({"a": entry([-1], [0, 4])}, 4),
     "shape no list": ({"a": entry("1", [0, 4])}, 4),

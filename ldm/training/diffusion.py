@@ -1,0 +1,130 @@
+"""Trains the U-Net to predict the noise in the latents of captioned scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from ldm.data.captions import caption
+from ldm.data.scenes import scene_at
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.ema import LitEma
+from ldm.training.autoencoder import to_pixels
+from ldm.training.runs import MakeBatch, Optimisation
+
+
+@torch.no_grad()
+def encode_latents(
+    model: AutoencoderKL,
+    images: np.ndarray,
+    path: Path,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes mean and standard deviation of images' latents to `path`: float16 [N, 2, C, h, w], unscaled.
+
+    `images` is uint8 [N, H, W, 3]; `progress` hears (images encoded, N).
+    """
+    size = (images.shape[1] // model.downsampling, images.shape[2] // model.downsampling)
+    part = path.with_suffix(".npy.tmp")
+    moments = np.lib.format.open_memmap(part, "w+", np.float16, (len(images), 2, model.embed_dim, *size))
+    for start in range(0, len(images), batch_size):
+        batch = to_pixels(images[start : start + batch_size])
+        with torch.autocast(batch.device.type, dtype=torch.bfloat16):
+            posterior = model.encode(batch)
+        both = torch.stack([posterior.mean, posterior.std], dim=1)
+        moments[start : start + len(batch)] = both.float().numpy()
+        if progress:
+            progress(start + len(batch), len(images))
+    moments.flush()
+    part.replace(path)
+    return path
+
+
+class NoiseBatch(NamedTuple):
+    """What one step learns from: unscaled latents [B, C, h, w], B prompts, timesteps [B], noise."""
+
+    latents: Tensor
+    prompts: list[str]
+    t: Tensor
+    noise: Tensor
+
+
+def noise_batches(
+    moments: np.ndarray, split: str, batch_size: int, num_timesteps: int, drop: float = 0.1
+) -> MakeBatch:
+    """Batches of a split's first scenes, of which `moments` is what `encode_latents` wrote.
+
+    Latents are drawn from their distributions; every visit of a scene draws a new caption, and a share `drop`
+    of the prompts is empty, for guidance. Timesteps are uniform, one from each of `batch_size` equal slices
+    of the schedule, which makes the loss less noisy.
+    """
+
+    def make(number: int, rng: np.random.Generator) -> NoiseBatch:
+        chosen = np.sort(rng.integers(len(moments), size=batch_size))
+        mean, std = np.moveaxis(moments[chosen].astype(np.float32), 1, 0)
+        draw, noise = rng.standard_normal((2, *mean.shape), dtype=np.float32)
+        prompts = ["" if rng.random() < drop else caption(scene_at(int(i), split), rng) for i in chosen]
+        t = (rng.permutation(batch_size) + rng.random(batch_size)) * num_timesteps / batch_size
+        return NoiseBatch(
+            torch.from_numpy(mean + std * draw), prompts, torch.from_numpy(t).long(), torch.from_numpy(noise)
+        )
+
+    return make
+
+
+def min_snr_weights(alphas_cumprod: Tensor, gamma: float) -> Tensor:
+    """min(SNR, gamma) / SNR at each timestep: the loss weights for noise prediction of Hang et al. 2023."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return snr.clamp(max=gamma) / snr
+
+
+class DiffusionTraining(pl.LightningModule):
+    """Trains `model.model` on `NoiseBatch`es; autoencoder and text tower stay as they are.
+
+    The loss is the mean squared error of the predicted noise (DDPM, equation 14), weighted by
+    `min_snr_weights` where `min_snr_gamma` is given. `ema` follows the U-Net after every optimiser step.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        optimisation: Optimisation,
+        ema_decay: float = 0.999,
+        min_snr_gamma: float | None = 5.0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        model.first_stage_model.requires_grad_(False)
+        model.cond_stage_model.requires_grad_(False)
+        self.ema = LitEma(model.model, decay=ema_decay)
+        self.optimisation = optimisation
+        weights = torch.ones(model.num_timesteps)
+        if min_snr_gamma is not None:
+            weights = min_snr_weights(model.alphas_cumprod, min_snr_gamma)
+        self.weights: Tensor
+        self.register_buffer("weights", weights, persistent=False)
+
+    def training_step(self, batch: NoiseBatch) -> Tensor:
+        with torch.no_grad():
+            context = self.model.get_learned_conditioning(batch.prompts)
+        x = self.model.q_sample(self.model.get_first_stage_encoding(batch.latents), batch.t, batch.noise)
+        predicted = self.model.apply_model(x, batch.t, context).float()
+        errors = (predicted - batch.noise).square().flatten(1).mean(1)
+        self.log("error", errors.detach().mean(), batch_size=len(errors))
+        return (self.weights[batch.t] * errors).mean()
+
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        if self.trainer.global_step > int(self.ema.num_updates):  # not while gradients still accumulate
+            self.ema(self.model.model)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        return self.optimisation.configure(self.model.model.parameters())

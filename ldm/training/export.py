@@ -1,0 +1,41 @@
+"""Writes a trained model as the small checkpoint that ships: averaged weights in half precision."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.ema import LitEma
+
+
+def save_atomically(value: Any, path: Path) -> None:
+    """`torch.save` that leaves either the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".tmp")
+    torch.save(value, part)
+    os.replace(part, path)
+
+
+def half_state(model: LatentDiffusion) -> OrderedDict[str, Tensor]:
+    """The model's state under its published names, weights in float16, the schedule as it is.
+
+    Averages (`model_ema.*`) are left out.
+    """
+    weights = {name for name, _ in model.named_parameters()}
+    return OrderedDict(
+        (name, value.half() if name in weights else value.clone())
+        for name, value in model.state_dict().items()
+        if not name.startswith("model_ema.")
+    )
+
+
+def export(model: LatentDiffusion, ema: LitEma, step: int, path: Path) -> None:
+    """Puts the averaged weights of `ema` into the U-Net and writes the checkpoint to `path`."""
+    ema.copy_to(model.model)
+    save_atomically({"state_dict": half_state(model), "global_step": step}, path)

@@ -1,0 +1,33 @@
+#!/usr/bin/env python
+"""Makes pictures from text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from ldm import cli
+
+
+def parser() -> argparse.ArgumentParser:
+    options = cli.make_parser(__doc__ or "")
+    cli.add_prompt_options(options, prompt="a painting of a virus monster playing guitar")
+    cli.add_sampling_options(options, scale=7.5)
+    cli.add_size_options(options)
+    cli.add_batch_options(options, n_iter=2, n_samples=3)
+    cli.add_output_options(options, outdir="outputs/txt2img-samples")
+    cli.add_model_options(options)
+    cli.add_report_options(options)
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.main(parser(), cli.run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (HERE / "ldm/__init__.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith("__version__")
+)
+
+TRAIN = ["pytorch-lightning>=2.5,<2.7"]
+
+setup(
+    name="latent-diffusion-v1",
+    version=VERSION,
+    description="The Stable Diffusion v1 reference toolkit, made anew: txt2img on the command line, offline and safe",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Multimedia :: Graphics",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.10",
+    packages=find_packages(include=["ldm", "ldm.*"]),
+    install_requires=[
+        "torch>=2.10,<2.14",
+        "numpy>=1.26,<3",
+        "omegaconf>=2.3,<2.5",
+        "einops>=0.7,<0.9",
+        "pillow>=12.2,<14",
+        "tqdm>=4.66,<5",
+        # the tokenizer: OpenAI's vocabulary, its text clean-up, the byte-pair merges
+        "openai-clip>=1.0,<2",
+        "ftfy>=6.1,<7",
+        "regex>=2023.0",
+        "tokenizers>=0.21,<0.24",
+        # the watermark of the original
+        "invisible-watermark>=0.2,<0.3",
+    ],
+    extras_require={
+        "train": TRAIN,
+        "test": [
+            *TRAIN,
+            "pytest>=8,<10",
+            "hypothesis>=6.100,<7",
+            "diffusers>=0.36,<0.43",
+            "transformers>=5.3,<5.24",
+            "safetensors>=0.5,<0.9",
+            "sd-parsers>=0.5,<0.7",
+            "ruff>=0.15,<0.18",
+            "pyright>=1.1.400,<1.2",
+        ],
+    },
+)

@@ -1,0 +1,24 @@
+import os
+
+# two test processes on two cores spin against each other otherwise
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+
+import pytest
+import torch
+
+from tests.golden_data import tiny_model as build_tiny_model
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests skip where there is none, also when they were asked for."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The tiny model with rebuilt weights, on the CPU in float32. Tests must leave it as it is."""
+    return build_tiny_model()

@@ -1,0 +1,124 @@
+"""The samplers' public API."""
+
+import pytest
+import torch
+
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.guidance import guided_noise, join
+from ldm.models.diffusion.noise import TorchNoise
+from ldm.models.diffusion.plms import PLMSSampler
+
+
+class Shrinker:
+    """Predicts x itself as the noise; one call a step, and every call is remembered."""
+
+    num_timesteps = 1000
+    device = torch.device("cpu")
+
+    def __init__(self, tiny):
+        self.alphas_cumprod, self.q_sample = tiny.alphas_cumprod, tiny.q_sample
+        self.calls = []
+
+    def apply_model(self, x, t, cond):
+        self.calls.append((x.shape[0], int(t[0])))
+        return x * cond
+
+
+def run(sampler, **options):
+    settings = {"S": 10, "batch_size": 2, "shape": (4, 3, 5), "conditioning": torch.full((2, 1, 1, 1), 0.5)}
+    torch.manual_seed(3)
+    return sampler.sample(**{**settings, "verbose": False, **options})
+
+
+@pytest.mark.parametrize(("kind", "calls"), [(DDIMSampler, 10), (PLMSSampler, 11)])
+def test_model_calls_and_callbacks(tiny, kind, calls):
+    model, seen, images = Shrinker(tiny), [], []
+    run(kind(model), callback=seen.append, img_callback=lambda x0, i: images.append((i, x0.shape)))
+    assert len(model.calls) == calls
+    assert seen == list(range(10))
+    assert images == [(i, (2, 4, 3, 5)) for i in range(10)]
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(1.0, 2), (7.5, 4)])
+def test_guidance_doubles_the_batch_unless_its_scale_is_one(tiny, scale, rows):
+    model = Shrinker(tiny)
+    run(
+        DDIMSampler(model),
+        unconditional_guidance_scale=scale,
+        unconditional_conditioning=torch.zeros(2, 1, 1, 1),
+    )
+    assert {count for count, _ in model.calls} == {rows}
+
+
+def test_guidance_formula_is_linear_in_the_scale(tiny):
+    model, x, t = Shrinker(tiny), torch.randn(2, 4, 3, 5), torch.tensor([5, 5])
+    cond, uncond = torch.full((2, 1, 1, 1), 0.5), torch.full((2, 1, 1, 1), 0.2)
+    at = {s: guided_noise(model, x, t, cond, uncond, s) for s in (0.0, 1.0, 3.0)}
+    assert torch.allclose(at[0.0], 0.2 * x)
+    assert torch.allclose(at[3.0], at[0.0] + 3 * (at[1.0] - at[0.0]), atol=1e-6)
+
+
+def test_join_keeps_the_structure():
+    a, b = torch.zeros(1, 2), torch.ones(1, 2)
+    joined = join({"c_crossattn": [a], "c_concat": [a]}, {"c_crossattn": [b], "c_concat": [b]})
+    assert {key: [t.tolist() for t in value] for key, value in joined.items()} == {
+        "c_crossattn": [[[0, 0], [1, 1]]],
+        "c_concat": [[[0, 0], [1, 1]]],
+    }
+
+
+@pytest.mark.parametrize("kind", [DDIMSampler, PLMSSampler])
+def test_a_mask_of_ones_gives_back_the_original(tiny, kind):
+    x0 = torch.randn(2, 4, 3, 5)
+    latents, _ = run(kind(Shrinker(tiny)), S=50, mask=torch.ones(1, 1, 3, 5), x0=x0)
+    noise_left = (1 - float(tiny.alphas_cumprod[1])) ** 0.5
+    assert float((latents - x0).abs().max()) < 6 * noise_left
+
+
+def test_intermediates(tiny):
+    _, trail = run(DDIMSampler(Shrinker(tiny)), log_every_t=5)
+    # the start, the first step, and the steps with index 5 and 0
+    assert [len(trail[key]) for key in ("x_inter", "pred_x0")] == [4, 4]
+
+
+def test_no_randomness_without_eta_but_the_original_draws(tiny):
+    x_T = torch.randn(2, 4, 3, 5)
+    model = Shrinker(tiny)
+    run(DDIMSampler(model), x_T=x_T)
+    drawn = torch.randn(3)
+    torch.manual_seed(3)
+    for _ in range(10):
+        torch.randn(2, 4, 3, 5)
+    assert torch.equal(drawn, torch.randn(3))
+
+
+def test_a_generator_of_ones_own_leaves_the_global_one_alone(tiny):
+    state = torch.get_rng_state()
+    noise = TorchNoise(torch.Generator().manual_seed(1), torch.device("cpu"))
+    DDIMSampler(Shrinker(tiny)).sample(
+        S=3,
+        batch_size=1,
+        shape=(4, 2, 2),
+        conditioning=torch.ones(1, 1, 1, 1),
+        eta=1.0,
+        noise=noise,
+        verbose=False,
+    )
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_plms_takes_no_eta(tiny):
+    with pytest.raises(ValueError, match=r"eta 0, not 0\.5"):
+        run(PLMSSampler(Shrinker(tiny)), eta=0.5)
+
+
+def test_original_steps(tiny):
+    sampler = DDIMSampler(Shrinker(tiny))
+    sampler.make_schedule(10, verbose=False)
+    x0, noise = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
+    t = torch.tensor([0, 999])
+    assert torch.allclose(
+        sampler.stochastic_encode(x0, t, use_original_steps=True, noise=noise),
+        tiny.q_sample(x0, t, noise),
+        atol=1e-6,
+    )

@@ -1,0 +1,73 @@
+"""The same mathematics in other libraries."""
+
+import pytest
+import torch
+
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.modules.encoders.clip import CLIPTextModel
+from tests.golden_data import figure, relative_error
+
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+class Predictor:
+    """A model in closed form: cheap, smooth, and different at every timestep."""
+
+    num_timesteps = 1000
+    device = torch.device("cpu")
+
+    def __init__(self, tiny):
+        self.alphas_cumprod = tiny.alphas_cumprod
+
+    def apply_model(self, x, t, cond):
+        return torch.sin(3 * x + t.view(-1, 1, 1, 1) / 100) * 0.7 + 0.1 * x
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.parametrize(("ours", "theirs", "options"), [
+    (DDIMSampler, "DDIMScheduler", {"clip_sample": False}),
+    (PLMSSampler, "PNDMScheduler", {"skip_prk_steps": True}),
+])  # fmt: skip
+def test_diffusers_schedulers(tiny, ours, theirs, options, steps):
+    diffusers = pytest.importorskip("diffusers")
+    model = Predictor(tiny)
+    x = figure("sample/x_T")
+    got, _ = ours(model).sample(S=steps, batch_size=2, shape=x.shape[1:], conditioning=x, x_T=x, verbose=False)
+
+    scheduler = getattr(diffusers, theirs)(**SCHEDULE, **options)
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        eps = model.apply_model(x, torch.full((2,), int(t)), None)
+        x = scheduler.step(eps, t, x).prev_sample
+    assert relative_error(got, x) < 2e-5
+
+
+def test_transformers_text_model():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPTextConfig(
+        vocab_size=300,
+        hidden_size=48,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=20,
+        hidden_act="quick_gelu",
+    )
+    theirs = transformers.CLIPTextModel(config).eval()
+    ours = CLIPTextModel(tokens=300, positions=20, width=48, layers=3, heads=4).eval()
+    weights = {
+        key if key.startswith("text_model.") else f"text_model.{key}": value
+        for key, value in theirs.state_dict().items()
+    }
+    weights.setdefault("text_model.embeddings.position_ids", torch.arange(20)[None])
+    ours.load_state_dict(weights)
+    ids = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert relative_error(ours(ids), theirs(input_ids=ids).last_hidden_state) < 2e-5

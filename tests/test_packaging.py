@@ -1,0 +1,49 @@
+"""setup.py, environment.yaml and the README say the same."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+def setup_metadata(tmp_path):
+    """What setup() is called with, read by running setup.py with a stand-in for setuptools' function."""
+    script = (
+        "import json, runpy, setuptools\n"
+        "setuptools.setup = lambda **kw: print(json.dumps({k: v for k, v in kw.items() if k != 'long_description'}))\n"
+        f"runpy.run_path({str(ROOT / 'setup.py')!r})"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    return yaml.safe_load(run.stdout)
+
+
+def test_conda_says_what_pip_says(tmp_path):
+    metadata = setup_metadata(tmp_path)
+    environment = yaml.safe_load((ROOT / "environment.yaml").read_text())
+    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert sorted(pip) == sorted([*metadata["install_requires"], *metadata["extras_require"]["train"], "-e ."])
+
+
+def test_every_range_has_both_ends(tmp_path):
+    metadata = setup_metadata(tmp_path)
+    requirements = [*metadata["install_requires"], *sum(metadata["extras_require"].values(), [])]
+    open_ended = [r for r in requirements if ">=" not in r or ("<" not in r and not r.startswith("regex"))]
+    assert not open_ended
+
+
+def test_every_folder_of_the_package_is_installed(tmp_path):
+    packages = set(setup_metadata(tmp_path)["packages"])
+    folders = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "ldm").rglob("*.py")}
+    assert folders <= packages
+
+
+def test_the_readmes_two_commands_are_what_ci_runs():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"<!-- ci: (\w+) -->\n```bash\n(.*?)\n```", readme, re.DOTALL)
+    assert [name for name, _ in blocks] == ["pictures", "tests"]
+    assert all(command.strip() and "\n" not in command.strip() for _, command in blocks)
+    assert "ci: " in (ROOT / ".ci/run").read_text()

@@ -1,0 +1,155 @@
+"""Configs are data, seeds mean something, and broken numbers are noticed."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+import yaml
+
+from ldm.job import Job
+from ldm.pipeline import ConfigError, Pipeline, load_model, read_config
+from ldm.runtime.device import FULL, Precision, resolve_device, resolve_precision
+from ldm.util import InputError
+from tests.golden_data import GOLDEN, relative_error, tiny_config
+
+JOB = Job(prompt="a red cube", width=64, height=64, steps=3, seed=11)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny):
+    return Pipeline(tiny)
+
+
+def pixels(pipeline, jobs):
+    return torch.stack([torch.from_numpy(picture.pixels).float() for picture in pipeline.make(jobs)])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "no mapping"),
+        ("- a\n- b", "no mapping"),
+        ("hello", "no mapping"),
+        ("model: 3", "no mapping"),
+        ("model:\n\ttarget: x", "no usable YAML"),
+        (b"model: \xff\xfe", "no usable YAML"),
+        ("a: &a [*a]", "no usable YAML|no mapping"),
+        ("model: " + "[" * 2000, "no usable YAML"),
+        ("model: {target: !!python/object/apply:os.system ['true']}", "no usable YAML"),
+        ("model: {target: os.system}", "--allow_targets os"),
+        ("model: {target: builtins.eval}", "--allow_targets builtins"),
+        ("model: {target: ldmx.models.Thing}", "--allow_targets ldmx"),
+        ("model: {target: ldm.util.instantiate_from_config}", "no class"),
+        ("model: {target: ldm.models.diffusion.ddpm.torch}", "no class"),
+        ("model: {target: ldm.models.no_such_module.Thing}", "there is no"),
+        ("model: {target: 'ldm models'}", "no dotted name"),
+        ("model: {target: ldm.models.diffusion.ddpm.LatentDiffusion, params: {x: {target: os.system}}}", "os"),
+        ("model: {target: ldm.models.diffusion.ddpm.LatentDiffusion, x: '${oc.env:HOME}'}", "interpolation"),
+    ],
+)
+def test_bad_configs_are_one_line(config_file, text, reason):
+    with pytest.raises(ConfigError, match=reason) as caught:
+        read_config(config_file(text))
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_foreign_is_imported(config_file):
+    with pytest.raises(ConfigError):
+        read_config(config_file("model: {target: antigravity.Thing}"))
+    assert "antigravity" not in sys.modules
+
+
+def test_a_named_package_is_allowed(config_file):
+    path = config_file("model: {target: collections.OrderedDict}")
+    assert read_config(path, allow_targets=["collections"])["target"] == "collections.OrderedDict"
+
+
+def test_a_byte_order_mark_is_no_fault(config_file):
+    assert read_config(config_file(b"\xef\xbb\xbf" + (GOLDEN / "tiny.yaml").read_bytes()))["target"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("linear_start", "1e-4"), ("timesteps", "1000"), ("channels", 4.5)])
+def test_wrong_types_are_named(name, value):
+    config = tiny_config()
+    config["params"][name] = value
+    with pytest.raises(InputError, match=name):
+        load_model(config, "unused.ckpt")
+
+
+def test_an_image_is_the_same_noise_in_any_batch(pipeline):
+    jobs = [dataclasses.replace(JOB, seed=11 + i) for i in range(3)]
+    together = pixels(pipeline, jobs)
+    for i, job in enumerate(jobs):
+        # another batch size rounds differently, nothing more
+        assert (together[i] - pixels(pipeline, [job])[0]).abs().mean() < 1.0
+    assert (together[0] - together[1]).abs().mean() > 5.0
+
+
+def test_equal_batches_give_equal_bytes(pipeline):
+    jobs = [JOB, dataclasses.replace(JOB, prompt="a blue sphere", seed=12)]
+    assert torch.equal(pixels(pipeline, jobs), pixels(pipeline, jobs))
+
+
+def test_global_randomness_has_no_influence(pipeline):
+    torch.manual_seed(1)
+    first = pixels(pipeline, [dataclasses.replace(JOB, eta=1.0)])
+    torch.manual_seed(2)
+    assert torch.equal(first, pixels(pipeline, [dataclasses.replace(JOB, eta=1.0)]))
+
+
+def test_negative_prompt_takes_the_place_of_the_empty_one(pipeline):
+    plain = pixels(pipeline, [JOB])
+    assert torch.equal(plain, pixels(pipeline, [dataclasses.replace(JOB, negative_prompt="")]))
+    assert not torch.equal(plain, pixels(pipeline, [dataclasses.replace(JOB, negative_prompt="blurry")]))
+    # pushed away from the prompt by as much as towards it
+    same = dataclasses.replace(JOB, negative_prompt=JOB.prompt)
+    assert (pixels(pipeline, [same]) - pixels(pipeline, [dataclasses.replace(JOB, scale=1.0)])).abs().mean() < 1.0
+
+
+def test_a_picture_that_is_not_finite_is_none(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "decode_first_stage", lambda z: torch.full((1, 3, 64, 64), float("nan")))
+    (picture,) = Pipeline(tiny).make([JOB])
+    assert picture.pixels is None
+
+
+def test_decoding_is_tried_again_in_float32(tiny, monkeypatch):
+    def decode(z):
+        half = torch.is_autocast_enabled("cpu")
+        return torch.full((1, 3, 64, 64), float("inf") if half else 0.0)
+
+    monkeypatch.setattr(tiny, "decode_first_stage", decode)
+    (picture,) = Pipeline(tiny, Precision("autocast bf16", torch.bfloat16)).make([JOB])
+    assert picture.pixels is not None
+    assert picture.notes == {"Decoded in": "float32"}
+
+
+def test_bf16_stays_within_the_originals_error(tiny):
+    from tests.models.test_fidelity import sample
+
+    exact = sample(tiny, "plms", 10, 7.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(sample(tiny, "plms", 10, 7.5), exact) <= 2.9e-2
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "cuda:x", "meta"])
+def test_absent_devices_are_named(name):
+    with pytest.raises(InputError, match=name):
+        resolve_device(name)
+
+
+def test_precision():
+    assert resolve_precision("full", torch.device("cpu")) == FULL
+    assert resolve_precision("autocast", torch.device("cuda")).autocast is torch.float16
+    with pytest.raises(InputError, match="half"):
+        resolve_precision("half", torch.device("cpu"))

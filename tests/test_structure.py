@@ -1,0 +1,87 @@
+"""The rooms import one another in one direction only, and nothing heavy before it is needed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "ldm").rglob("*.py"))
+RANKS = [
+    {"util", "job", "lr_scheduler"},
+    {"modules"},
+    {"models"},
+    {"checkpoints", "runtime", "prompts", "images"},
+    {"pipeline"},
+    {"cli"},
+    {"data"},
+    {"training"},
+]
+# data and training stand beside the pipeline: nothing else imports them
+SEPARATE = {"data", "training"}
+
+
+def rank(room):
+    return next(i for i, rooms in enumerate(RANKS) if room in rooms)
+
+
+def room_of(path):
+    return path.relative_to(ROOT / "ldm").parts[0].removesuffix(".py")
+
+
+def imported_rooms(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names = [node.module or ""]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "ldm" and len(parts) > 1:
+                yield parts[1]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    room = room_of(path)
+    for other in imported_rooms(path):
+        if room == "__init__":
+            pytest.fail("ldm/__init__.py imports a room")
+        assert other == room or rank(other) < rank(room), f"{room} imports {other}"
+        assert other not in SEPARATE or room in SEPARATE, f"{room} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_the_command_line_prints(path):
+    if room_of(path) == "cli":
+        return
+    tree = ast.parse(path.read_text())
+    called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    assert not {"print", "input"} & called
+    assert not {"argparse", "tqdm"} & imported
+
+
+def modules_after(code):
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}\nprint('\\n'.join(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    return {name.partition(".")[0] for name in run.stdout.split()}
+
+
+def test_help_imports_nothing_heavy():
+    code = "import scripts.txt2img\nscripts.txt2img.parser().format_help()"
+    assert not {"torch", "numpy", "omegaconf", "PIL", "einops", "tqdm"} & modules_after(code)
+
+
+def test_every_module_imports_with_the_core_dependencies():
+    core = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in FILES
+        if room_of(path) not in SEPARATE and path.name != "__init__.py"
+    ]
+    heavy = {"pytorch_lightning", "transformers", "diffusers", "cv2", "kornia", "matplotlib", "imwatermark"}
+    assert not heavy & modules_after("\n".join(f"import {name}" for name in core))

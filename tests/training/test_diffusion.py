@@ -1,0 +1,154 @@
+"""Training of the U-Net: its loss weights, averages, states to resume from, and the exported file."""
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.data.vocabulary import train_vocabulary
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.ema import LitEma
+from ldm.training.diffusion import DiffusionTraining, encode_latents, min_snr_weights, noise_batches
+from ldm.training.export import export
+from ldm.training.runs import Batches, Optimisation, RunSettings, fit, last_state, make_trainer
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vocabulary")
+    return folder, train_vocabulary(["a red cube on top of a blue sphere"], 540, folder)
+
+
+def tiny_model(vocabulary, seed=0):
+    folder, tokens = vocabulary
+    torch.manual_seed(seed)
+    dd = {
+        "double_z": True, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32,
+        "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
+    }  # fmt: skip
+    unet = {
+        "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 1,
+        "attention_resolutions": [1], "channel_mult": [1], "num_heads": 2, "use_spatial_transformer": True,
+        "context_dim": 16, "legacy": False,
+    }  # fmt: skip
+    text = {"version": str(folder), "tokens": tokens, "max_length": 77, "width": 16, "layers": 1, "heads": 2}
+    return LatentDiffusion(
+        unet_config={"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
+        first_stage_config={
+            "target": "ldm.models.autoencoder.AutoencoderKL",
+            "params": {"ddconfig": dd, "lossconfig": {"target": "torch.nn.Identity"}, "embed_dim": 4},
+        },
+        cond_stage_config={
+            "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "params": text
+        },
+        linear_start=0.00085, linear_end=0.012, channels=4, image_size=8, use_ema=False,
+    )  # fmt: skip
+
+
+def moments(count=4):
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((count, 2, 4, 8, 8)).astype(np.float16)
+    values[:, 1] = np.abs(values[:, 1]) / 10
+    return values
+
+
+def train(module, folder, steps, resume=None, first=0):
+    trainer = make_trainer(RunSettings(folder, steps, precision="32-true", checkpoint_steps=100))
+    fit(
+        trainer,
+        module,
+        Batches(noise_batches(moments(), "train", 4, 1000), first=first).loader(),
+        None,
+        resume,
+    )
+    return module
+
+
+def test_min_snr_weights_follow_the_paper():
+    alphas = torch.tensor([0.99, 5 / 6, 0.5, 0.01], dtype=torch.float64)  # signal to noise 99, 5, 1, 1/99
+    assert min_snr_weights(alphas, 5.0).tolist() == pytest.approx([5 / 99, 1, 1, 1])
+
+
+def test_the_average_is_the_weighted_sum_of_all_weights():
+    model = torch.nn.Linear(1, 1, bias=False)
+    values = [2.0, -1.0, 4.0, 7.0]
+    torch.nn.init.constant_(model.weight, values[0])
+    ema = LitEma(model, decay=0.2)
+    expected = values[0]
+    for n, value in enumerate(values[1:], start=1):
+        torch.nn.init.constant_(model.weight, value)
+        ema(model)
+        decay = min(0.2, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+    ema.copy_to(model)
+    assert model.weight.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_batch_holds_what_a_step_needs():
+    batch = noise_batches(moments(), "train", 200, 1000, drop=0.25)(0, np.random.default_rng(0))
+    assert batch.latents.shape == batch.noise.shape == (200, 4, 8, 8)
+    assert sorted((batch.t // 5).tolist()) == list(range(200))  # one from each slice of the schedule
+    assert 30 <= batch.prompts.count("") <= 70
+    assert len(set(batch.prompts)) > 100  # four scenes, many wordings
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, vocabulary):
+    settings = Optimisation(1e-3, steps=6, warm_up_steps=2)
+    whole = train(DiffusionTraining(tiny_model(vocabulary), settings), tmp_path / "whole", 6)
+    train(DiffusionTraining(tiny_model(vocabulary), settings), tmp_path / "parts", 3)
+    state, step = last_state(tmp_path / "parts")
+    assert step == 3
+    other = DiffusionTraining(tiny_model(vocabulary, seed=1), settings)
+    resumed = train(other, tmp_path / "parts", 6, state, step)
+    assert int(resumed.ema.num_updates) == 6
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_training_lowers_the_error(vocabulary, monkeypatch):
+    module = DiffusionTraining(tiny_model(vocabulary), Optimisation(1e-3, steps=1), min_snr_gamma=None)
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    batch = noise_batches(moments(), "train", 4, 1000)(0, np.random.default_rng(0))
+    optimizer = torch.optim.AdamW(module.model.model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(60):
+        loss = module.training_step(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(1.0, rel=0.2)  # the untrained U-Net says zero
+    assert losses[-1] < losses[0] / 2
+
+
+def test_the_export_holds_averages_in_half_precision_under_the_models_own_keys(tmp_path, vocabulary):
+    model = tiny_model(vocabulary)
+    ema = LitEma(model.model, decay=0.5)
+    with torch.no_grad():
+        for weight in model.model.parameters():
+            weight += 1
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    export(model, ema, 12, tmp_path / "model.ckpt")
+    saved = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    assert saved["global_step"] == 12
+    assert list(saved["state_dict"]) == list(before)
+    for name, value in saved["state_dict"].items():
+        shift = 1 if name.startswith("model.") else 0
+        expected = before[name] - shift
+        assert torch.allclose(value.to(expected.dtype), expected, atol=2e-3), name
+    dtypes = {value.dtype for name, value in saved["state_dict"].items() if name.endswith("weight")}
+    assert dtypes == {torch.float16}
+    assert saved["state_dict"]["alphas_cumprod"].dtype == torch.float32
+    tiny_model(vocabulary, seed=5).load_state_dict(saved["state_dict"])
+
+
+def test_encoded_latents_are_the_posteriors(tmp_path, vocabulary):
+    model = tiny_model(vocabulary).first_stage_model.eval()
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    path = encode_latents(model, images, tmp_path / "latents.npy", batch_size=2)
+    saved = torch.tensor(np.load(path)).float()
+    with torch.no_grad():
+        posterior = model.encode(torch.tensor(images).permute(0, 3, 1, 2) / 127.5 - 1)
+    assert saved.shape == (5, 2, 4, 8, 8)
+    assert torch.allclose(saved[:, 0], posterior.mean, atol=0.05)
+    assert torch.allclose(saved[:, 1], posterior.std, atol=0.05)
+    assert [file.name for file in tmp_path.iterdir()] == ["latents.npy"]
