@@ -11,10 +11,11 @@ logger = logging.getLogger(__name__)
 
 
 class LambdaLinearScheduler:
-    """Learning-rate multiplier: in each cycle a linear warm-up, then a straight line to the cycle's end.
+    """Learning-rate multiplier: in each cycle a linear warm-up, then a straight line down.
 
     Every list has one entry a cycle; lengths count steps. A cycle climbs from `f_start` to `f_max` within
-    `warm_up_steps` and moves to `f_min` over the rest of `cycle_lengths`. After the last cycle the multiplier
+    `warm_up_steps`; then it follows the line that runs from `f_max` at the cycle's start to `f_min` at its end, so
+    it steps down a little behind the warm-up, as the original's does. After the last cycle the multiplier
     stays at its `f_min`. Use it as `lr_lambda` of `torch.optim.lr_scheduler.LambdaLR`. With
     `verbosity_interval` above 0 the multiplier is logged at every such step.
     """
@@ -43,7 +44,7 @@ class LambdaLinearScheduler:
         if n_cycle < warm_up:
             multiplier = f_start + (f_max - f_start) * n_cycle / warm_up
         else:
-            multiplier = f_max + (f_min - f_max) * (n_cycle - warm_up) / max(length - warm_up, 1)
+            multiplier = f_min + (f_max - f_min) * (length - n_cycle) / length
         if self.verbosity_interval > 0 and n % self.verbosity_interval == 0:
             logger.info("step %d: learning-rate multiplier %g, cycle %d", n, multiplier, cycle)
         return multiplier

@@ -64,7 +64,9 @@ def _check_parameters(target: str, cls: Any, params: Mapping[str, Any]) -> None:
         hints = get_type_hints(cls.__init__)
         for name, value in params.items():
             if not _fits(value, hints.get(name)):
-                raise InputError(f"{target}: {name} is {value!r}, but must be of type {accepted[name].annotation}")
+                raise InputError(
+                    f"{target}: {name} is {value!r}, but must be of type {accepted[name].annotation}"
+                )
 
 
 _SCALARS: dict[Any, tuple[type, ...]] = {
@@ -82,5 +84,6 @@ def _fits(value: Any, hint: Any) -> bool:
     if not all(option in _SCALARS for option in options):
         return True
     return any(
-        isinstance(value, _SCALARS[option]) and (option is bool or not isinstance(value, bool)) for option in options
+        isinstance(value, _SCALARS[option]) and (option is bool or not isinstance(value, bool))
+        for option in options
     )

@@ -18,7 +18,12 @@ from tests.golden_data import TOLERANCE, figure, figures, relative_error, tiny_m
 pytestmark = pytest.mark.gpu
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler}
 # the original under fp16 autocast, against its own float32
-FP16_BUDGET = {("ddim", 10, 7.5): 4.1e-3, ("plms", 10, 7.5): 4.1e-3, ("ddim", 50, 7.5): 2.3e-3, ("plms", 50, 7.5): 2.2e-3}
+FP16_BUDGET = {
+    ("ddim", 10, 7.5): 4.1e-3,
+    ("plms", 10, 7.5): 4.1e-3,
+    ("ddim", 50, 7.5): 2.3e-3,
+    ("plms", 50, 7.5): 2.2e-3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +46,21 @@ def exact_convolutions():
 
 def sample(model, method, steps, scale):
     with torch.no_grad():
-        return SAMPLERS[method](model).sample(
-            S=steps,
-            batch_size=2,
-            shape=[4, 8, 8],
-            conditioning=figure("sample/cond").to(model.device),
-            unconditional_conditioning=figure("sample/uncond").to(model.device),
-            unconditional_guidance_scale=scale,
-            x_T=figure("sample/x_T").to(model.device),
-            ddim_discretize="compvis",
-            verbose=False,
-        )[0].cpu()
+        return (
+            SAMPLERS[method](model)
+            .sample(
+                S=steps,
+                batch_size=2,
+                shape=[4, 8, 8],
+                conditioning=figure("sample/cond").to(model.device),
+                unconditional_conditioning=figure("sample/uncond").to(model.device),
+                unconditional_guidance_scale=scale,
+                x_T=figure("sample/x_T").to(model.device),
+                ddim_discretize="compvis",
+                verbose=False,
+            )[0]
+            .cpu()
+        )
 
 
 @pytest.mark.parametrize("case", ["unet", "unet_wide"])
@@ -69,7 +78,9 @@ def test_autoencoder_and_text(model):
     assert relative_error(embedding.cpu(), figure("text/embedding")) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", [k for k in figures() if k.startswith(("sample/ddim_S", "sample/plms_S")) and "scale" in k])
+@pytest.mark.parametrize(
+    "name", [k for k in figures() if k.startswith(("sample/ddim_S", "sample/plms_S")) and "scale" in k]
+)
 def test_sampling(model, name):
     method, steps, scale = name.removeprefix("sample/").split("_")
     assert relative_error(sample(model, method, int(steps[1:]), float(scale[5:])), figure(name)) <= TOLERANCE
@@ -94,7 +105,17 @@ def test_a_batch_of_philox_noise_is_the_devices_own(device):
 def test_txt2img_end_to_end(device, tmp_path):
     import scripts.txt2img as txt2img
 
-    options = ["--prompt", "a red cube", "--n_samples", "1", "--n_iter", "1", "--precision", "full", "--no_watermark"]
+    options = [
+        "--prompt",
+        "a red cube",
+        "--n_samples",
+        "1",
+        "--n_iter",
+        "1",
+        "--precision",
+        "full",
+        "--no_watermark",
+    ]
     for name in ("cuda", "cpu"):
         assert txt2img.main([*options, "--device", name, "--outdir", str(tmp_path / name), "--quiet"]) == 0
     on = {n: np.asarray(Image.open(tmp_path / n / "samples/00000.png"), dtype=int) for n in ("cuda", "cpu")}

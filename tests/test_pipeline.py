@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-import yaml
 
 from ldm.job import Job
 from ldm.pipeline import ConfigError, Pipeline, load_model, read_config
@@ -54,7 +53,10 @@ def pixels(pipeline, jobs):
         ("model: {target: ldm.models.diffusion.ddpm.torch}", "no class"),
         ("model: {target: ldm.models.no_such_module.Thing}", "there is no"),
         ("model: {target: 'ldm models'}", "no dotted name"),
-        ("model: {target: ldm.models.diffusion.ddpm.LatentDiffusion, params: {x: {target: os.system}}}", "os"),
+        (
+            "model: {target: ldm.models.diffusion.ddpm.LatentDiffusion, params: {x: {target: os.system}}}",
+            "os",
+        ),
         ("model: {target: ldm.models.diffusion.ddpm.LatentDiffusion, x: '${oc.env:HOME}'}", "interpolation"),
     ],
 )
@@ -79,7 +81,9 @@ def test_a_byte_order_mark_is_no_fault(config_file):
     assert read_config(config_file(b"\xef\xbb\xbf" + (GOLDEN / "tiny.yaml").read_bytes()))["target"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("linear_start", "1e-4"), ("timesteps", "1000"), ("channels", 4.5)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("linear_start", "1e-4"), ("timesteps", "1000"), ("channels", 4.5)]
+)
 def test_wrong_types_are_named(name, value):
     config = tiny_config()
     config["params"][name] = value
@@ -114,7 +118,9 @@ def test_negative_prompt_takes_the_place_of_the_empty_one(pipeline):
     assert not torch.equal(plain, pixels(pipeline, [dataclasses.replace(JOB, negative_prompt="blurry")]))
     # pushed away from the prompt by as much as towards it
     same = dataclasses.replace(JOB, negative_prompt=JOB.prompt)
-    assert (pixels(pipeline, [same]) - pixels(pipeline, [dataclasses.replace(JOB, scale=1.0)])).abs().mean() < 1.0
+    assert (
+        pixels(pipeline, [same]) - pixels(pipeline, [dataclasses.replace(JOB, scale=1.0)])
+    ).abs().mean() < 1.0
 
 
 def test_a_picture_that_is_not_finite_is_none(tiny, monkeypatch):

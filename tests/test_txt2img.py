@@ -65,7 +65,9 @@ def test_every_option_of_the_original_has_its_default():
     options = vars(txt2img.parser().parse_args([]))
     assert {name: options[name] for name in ORIGINAL_DEFAULTS} == ORIGINAL_DEFAULTS
     # the rest depends on which model is there
-    assert {name: options[name] for name in ("H", "W", "config", "ckpt")} == dict.fromkeys(("H", "W", "config", "ckpt"))
+    assert {name: options[name] for name in ("H", "W", "config", "ckpt")} == dict.fromkeys(
+        ("H", "W", "config", "ckpt")
+    )
     assert cli.V1_CONFIG == "configs/stable-diffusion/v1-inference.yaml"
     assert cli.V1_CKPT == "models/ldm/stable-diffusion-v1/model.ckpt"
 
@@ -191,7 +193,10 @@ def test_prompt_file_with_a_short_last_batch(draw, tmp_path):
         (["--ckpt", "pointer.ckpt"], "git-lfs"),
         (["--ckpt", "cut.ckpt"], "incomplete"),
         (["--config", "empty.ckpt"], "no mapping"),
-        (["--config", str(ROOT / cli.V1_CONFIG), "--ckpt", str(ROOT / cli.BUNDLED_CKPT)], "another model|lacks"),
+        (
+            ["--config", str(ROOT / cli.V1_CONFIG), "--ckpt", str(ROOT / cli.BUNDLED_CKPT)],
+            "another model|lacks",
+        ),
     ],
     ids=lambda value: " ".join(value)[-60:] if isinstance(value, list) else "",
 )
@@ -203,7 +208,10 @@ def test_mistakes_are_one_line_and_code_2(draw, tmp_path, capsys, options, said)
         b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4265380512\n"
     )
     (tmp_path / "cut.ckpt").write_bytes((ROOT / cli.BUNDLED_CKPT).read_bytes()[:100_000])
-    if any(name in options for name in ("page.ckpt", "empty.ckpt", "pointer.ckpt", "cut.ckpt")) and "--ckpt" in options:
+    if (
+        any(name in options for name in ("page.ckpt", "empty.ckpt", "pointer.ckpt", "cut.ckpt"))
+        and "--ckpt" in options
+    ):
         options = [*options, "--config", str(ROOT / cli.BUNDLED_CONFIG)]
     code = txt2img.main([*FAST, "--outdir", "out", *options])
     error = capsys.readouterr().err

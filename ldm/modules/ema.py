@@ -23,7 +23,9 @@ class LitEma(nn.Module):
             raise ValueError(f"decay is {decay}; it must lie between 0 and 1")
         # set here, so they are never left on the meta device that a model may be built on
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32, device="cpu"))
-        self.register_buffer("num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int, device="cpu"))
+        self.register_buffer(
+            "num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int, device="cpu")
+        )
         self.names = {name: name.replace(".", "") for name, p in model.named_parameters() if p.requires_grad}
         parameters = dict(model.named_parameters())
         for name, shadow in self.names.items():

@@ -33,11 +33,15 @@ def test_diffusion_buffers(tiny, name):
     assert relative_error(getattr(tiny, name), figure(f"schedule/{name}")) <= TOLERANCE
 
 
-@pytest.mark.parametrize("setting", sorted({k.split("/")[1] for k in figures() if k.startswith("ddim_schedule/")}))
+@pytest.mark.parametrize(
+    "setting", sorted({k.split("/")[1] for k in figures() if k.startswith("ddim_schedule/")})
+)
 def test_step_table(setting):
     steps, eta = (float(part.lstrip("Seta")) for part in setting.split("_"))
     expected = {
-        key.split("/")[2]: value for key, value in figures().items() if key.startswith(f"ddim_schedule/{setting}/")
+        key.split("/")[2]: value
+        for key, value in figures().items()
+        if key.startswith(f"ddim_schedule/{setting}/")
     }
     alphas_cumprod = diffusion_buffers(make_beta_schedule("linear", 1000, 0.00085, 0.012))["alphas_cumprod"]
     table = StepTable.build(
@@ -96,7 +100,9 @@ def test_img2img(tiny, strength):
     sampler = DDIMSampler(tiny)
     sampler.make_schedule(50, verbose=False)
     count = int(float(strength) * 50)
-    z = sampler.stochastic_encode(figure("sample/x0"), torch.tensor([count] * 2), noise=figure("img2img/noise"))
+    z = sampler.stochastic_encode(
+        figure("sample/x0"), torch.tensor([count] * 2), noise=figure("img2img/noise")
+    )
     assert relative_error(z, figure(f"img2img/strength{strength}/z_enc")) <= TOLERANCE
     latents = sampler.decode(
         z,

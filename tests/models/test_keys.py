@@ -43,7 +43,9 @@ def test_building_allocates_nothing(v1):
 
 
 @pytest.mark.parametrize(
-    "where", [(), ("unet_config",), ("first_stage_config",), ("cond_stage_config",)], ids=lambda w: "/".join(w)
+    "where",
+    [(), ("unet_config",), ("first_stage_config",), ("cond_stage_config",)],
+    ids=lambda w: "/".join(w),
 )
 def test_unknown_parameter_is_named(v1, where):
     node = v1

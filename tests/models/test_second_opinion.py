@@ -39,7 +39,9 @@ def test_diffusers_schedulers(tiny, ours, theirs, options, steps):
     diffusers = pytest.importorskip("diffusers")
     model = Predictor(tiny)
     x = figure("sample/x_T")
-    got, _ = ours(model).sample(S=steps, batch_size=2, shape=x.shape[1:], conditioning=x, x_T=x, verbose=False)
+    got, _ = ours(model).sample(
+        S=steps, batch_size=2, shape=x.shape[1:], conditioning=x, x_T=x, verbose=False
+    )
 
     scheduler = getattr(diffusers, theirs)(**SCHEDULE, **options)
     scheduler.set_timesteps(steps)

@@ -43,9 +43,7 @@ def test_every_latent_size_works(tiny, size):
 
 def test_wrapping_a_call_by_keyword_and_with_fractional_time(tiny):
     x, context = figure("unet/x"), figure("unet/context")
-    low, mid, high = (
-        tiny.apply_model(x, torch.full((2,), t), cond=context) for t in (500.0, 500.5, 501.0)
-    )
+    low, mid, high = (tiny.apply_model(x, torch.full((2,), t), cond=context) for t in (500.0, 500.5, 501.0))
     assert not torch.equal(low, high)
     assert relative_error(mid, (low + high) / 2) < 1e-3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -97,7 +98,7 @@ class Level(nn.Module):
 
     def __init__(self, channels: Sequence[int], attention: bool, dropout: float, num_groups: int):
         super().__init__()
-        pairs = list(zip(channels, channels[1:], strict=False))
+        pairs = list(pairwise(channels))
         self.block = nn.ModuleList(
             ResnetBlock(in_channels=a, out_channels=b, dropout=dropout, num_groups=num_groups)
             for a, b in pairs

@@ -144,7 +144,8 @@ class UNetModel(nn.Module):
 
     `channel_mult` gives each level's width in units of `model_channels`; levels whose downsampling factor is
     in `attention_resolutions` get transformers with `num_heads` heads, or heads of `num_head_channels`.
-    Every group norm has `num_groups` groups. H and W are any positive sizes: each upsampling grows to the size of the skip connection it meets.
+    Every group norm has `num_groups` groups. H and W are any positive sizes: each upsampling grows to the size
+    of the skip connection it meets.
     `image_size` and `legacy` are part of the published configs and change nothing here.
     """
 

@@ -193,7 +193,7 @@ def _check_table(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]
     size = len(vocabulary)
     if size < 2 * 256 + 2 or sorted(vocabulary.values()) != list(range(size)):
         raise InputError(
-            f"{source} is no token table: its {size} tokens do not have the ids 0 to {size - 1}, or are fewer than 514"
+            f"{source} is no token table: its {size} tokens lack the ids 0 to {size - 1}, or are fewer than 514"
         )
     if (vocabulary.get(BEGIN), vocabulary.get(END)) != (size - 2, size - 1):
         raise InputError(f"{source} is no CLIP token table: its last two tokens are not {BEGIN} and {END}")
