@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import io
 import logging
 import math
 import signal
@@ -520,7 +521,7 @@ class _Stderr(logging.Handler):
 def set_up_messages(quiet: bool, debug: bool) -> None:
     """Logs to stderr: everything with `debug`, only warnings and errors with `quiet`."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     handler = _Stderr()
     handler.setFormatter(_Lines("%(message)s"))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One image to make. Flags, prompt files, image metadata and Python all make jobs; the rest sees only jobs.
+    """One image to make. Whatever asks for images makes jobs; everything after that sees only jobs.
 
     Sizes are in pixels (multiples of 8), `steps` counts denoising steps, `scale` is the classifier-free
     guidance scale (1 turns guidance off), `eta` the DDIM noise factor. With `seed_mode` "image" the job owns
@@ -25,6 +26,6 @@ class Job:
     scale: float = 7.5
     eta: float = 0.0
     timestep_spacing: str = "uniform"
-    rng: str = "philox"
-    seed_mode: str = "image"
+    rng: Literal["philox", "cpu", "device"] = "philox"
+    seed_mode: Literal["image", "batch"] = "image"
     batch_index: int = 0

@@ -24,7 +24,7 @@ class GridWriter:
     Finished rows wait in a nameless temporary file in `folder`: memory holds one row, however long the run.
     """
 
-    def __init__(self, folder: str | Path, columns: int, deliver: Callable[[np.ndarray], None]) -> None:
+    def __init__(self, folder: str | Path, columns: int, deliver: Callable[[np.ndarray], object]) -> None:
         if columns < 1:
             raise ValueError(f"a grid needs at least 1 column, not {columns}")
         self._folder, self._columns, self._deliver = Path(folder), columns, deliver

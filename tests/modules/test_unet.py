@@ -32,7 +32,7 @@ def test_a_subclass_can_walk_the_blocks(tiny):
     assert relative_error(eps, figure("unet/eps")) < 2e-5
 
 
-@pytest.mark.parametrize("size", [(1, 1), (7, 9), (13, 20), (8, 12)])
+@pytest.mark.parametrize("size", [(2, 3), (7, 9), (13, 20), (8, 12)])
 def test_every_latent_size_works(tiny, size):
     x = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(0))
     context = figure("unet/context")[:1]
@@ -45,7 +45,10 @@ def test_wrapping_a_call_by_keyword_and_with_fractional_time(tiny):
     x, context = figure("unet/x"), figure("unet/context")
     low, mid, high = (tiny.apply_model(x, torch.full((2,), t), cond=context) for t in (500.0, 500.5, 501.0))
     assert not torch.equal(low, high)
-    assert relative_error(mid, (low + high) / 2) < 1e-3
+    # a timestep rounded to a whole one would give `low` or `high` itself
+    assert relative_error(mid, (low + high) / 2) < 0.5 * min(
+        relative_error(low, mid), relative_error(high, mid)
+    )
 
 
 @pytest.mark.parametrize("form", [lambda c: c, lambda c: [c], lambda c: {"c_crossattn": [c]}])

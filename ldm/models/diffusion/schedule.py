@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ldm.util import InputError
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]  # float64 throughout
 
 ORIGINAL_EXACT_COUNTS = (1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500)
 

@@ -245,7 +245,7 @@ class UNetModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.out[2].weight.dtype
+        return next(self.out.parameters()).dtype
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
