@@ -196,20 +196,20 @@ def _need(condition: bool, message: str) -> None:
 
 def read_prompts(opt: argparse.Namespace) -> list[list[str]]:
     """The prompts of each batch: n_samples times the one, or the file's lines in batches of n_samples."""
-    _check_text("--negative_prompt", opt.negative_prompt)
+    opt.negative_prompt = _text("--negative_prompt", opt.negative_prompt)
     if opt.from_file is None:
-        _check_text("--prompt", opt.prompt)
-        return [[opt.prompt] * opt.n_samples]
+        return [[_text("--prompt", opt.prompt)] * opt.n_samples]
     from ldm.prompts.files import read_prompt_file
 
     prompts = read_prompt_file(opt.from_file)
     return [prompts[i : i + opt.n_samples] for i in range(0, len(prompts), opt.n_samples)]
 
 
-def _check_text(option: str, text: str) -> None:
+def _text(option: str, text: str) -> str:
+    """A command-line text as UTF-8 even where the locale is ASCII, else an `InputError`."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
         raise InputError(f"{option} holds bytes that are not UTF-8: {printable(text)[:80]}") from None
 
 

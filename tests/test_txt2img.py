@@ -192,7 +192,7 @@ def test_prompt_file_with_a_short_last_batch(draw, tmp_path):
         (["--ckpt", "empty.ckpt"], "empty"),
         (["--ckpt", "pointer.ckpt"], "git-lfs"),
         (["--ckpt", "cut.ckpt"], "incomplete"),
-        (["--config", "empty.ckpt"], "no mapping"),
+        (["--config", "empty.ckpt", "--ckpt", str(ROOT / cli.BUNDLED_CKPT)], "no mapping"),
         (
             ["--config", str(ROOT / cli.V1_CONFIG), "--ckpt", str(ROOT / cli.BUNDLED_CKPT)],
             "another model|lacks",
