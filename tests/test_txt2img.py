@@ -208,10 +208,7 @@ def test_mistakes_are_one_line_and_code_2(draw, tmp_path, capsys, options, said)
         b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4265380512\n"
     )
     (tmp_path / "cut.ckpt").write_bytes((ROOT / cli.BUNDLED_CKPT).read_bytes()[:100_000])
-    if (
-        any(name in options for name in ("page.ckpt", "empty.ckpt", "pointer.ckpt", "cut.ckpt"))
-        and "--ckpt" in options
-    ):
+    if "--ckpt" in options and "--config" not in options:
         options = [*options, "--config", str(ROOT / cli.BUNDLED_CONFIG)]
     code = txt2img.main([*FAST, "--outdir", "out", *options])
     error = capsys.readouterr().err

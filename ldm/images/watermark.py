@@ -63,7 +63,7 @@ class Watermark:
 
     def _note_small(self, width: int, height: int) -> None:
         if not self._noted_small:
-            logger.warning("pictures of %dx%d are too small for the invisible watermark", width, height)
+            logger.info("pictures of %dx%d are too small for the invisible watermark", width, height)
             self._noted_small = True
 
 
