@@ -65,7 +65,9 @@ def add_sampling_options(parser: argparse.ArgumentParser, scale: float) -> None:
     """How it is drawn."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--ddim_steps", metavar="N", type=int, default=50, help="denoising steps, 1 to 999")
-    group.add_argument("--plms", action="store_true", help="use the PLMS sampler instead of DDIM")
+    samplers = group.add_mutually_exclusive_group()
+    samplers.add_argument("--plms", action="store_true", help="use the PLMS sampler instead of DDIM")
+    samplers.add_argument("--dpm_solver", action="store_true", help="use DPM-Solver++ instead of DDIM")
     group.add_argument("--ddim_eta", metavar="X", type=float, default=0.0, help="DDIM's noise, 0 to 1")
     group.add_argument(
         "--scale", metavar="X", type=float, default=scale, help="guidance scale; 1 turns guidance off"
@@ -178,9 +180,14 @@ def check_options(opt: argparse.Namespace) -> None:
     _need(0 <= opt.seed < MAX_SEED, f"--seed is {opt.seed}; give 0 to {MAX_SEED - 1}")
     _need(math.isfinite(opt.scale), f"--scale is {opt.scale}; give a finite number")
     _need(math.isfinite(opt.ddim_eta) and opt.ddim_eta >= 0, f"--ddim_eta is {opt.ddim_eta}; give 0 to 1")
-    _need(
-        not (opt.plms and opt.ddim_eta), f"--plms adds no noise, so --ddim_eta {opt.ddim_eta} is impossible"
-    )
+    for name in ("plms", "dpm_solver"):
+        given = getattr(opt, name)
+        _need(
+            not (given and opt.ddim_eta),
+            f"--{name} adds no noise, so --ddim_eta {opt.ddim_eta} is impossible",
+        )
+    spaced = opt.timestep_spacing != "uniform"
+    _need(not (opt.dpm_solver and spaced), "--dpm_solver has uniform --timestep_spacing only")
     for name in ("n_iter", "n_samples"):
         _need(getattr(opt, name) >= 1, f"--{name} is {getattr(opt, name)}; give 1 or more")
     if opt.ddim_eta > 1:
@@ -297,7 +304,7 @@ def make_batches(
                     width=width,
                     height=height,
                     steps=opt.ddim_steps,
-                    sampler="plms" if opt.plms else "ddim",
+                    sampler="plms" if opt.plms else "dpm_solver" if opt.dpm_solver else "ddim",
                     scale=opt.scale,
                     eta=opt.ddim_eta,
                     timestep_spacing=opt.timestep_spacing,

@@ -25,6 +25,7 @@ from ldm.images.pixels import finite, to_uint8
 from ldm.job import Job
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.noise import NoiseSource, noise_source
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.schedule import make_timesteps
@@ -34,7 +35,7 @@ from ldm.util import InputError, get_obj_from_str, instantiate_from_config, prin
 logger = logging.getLogger(__name__)
 
 ROOT = Path(ldm.__file__).resolve().parent.parent
-SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler}
+SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 _FREE_TARGETS = ("torch.nn.Identity",)
 
 

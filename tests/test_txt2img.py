@@ -46,6 +46,7 @@ ORIGINAL_DEFAULTS = {
     "skip_save": False,
     "ddim_steps": 50,
     "plms": False,
+    "dpm_solver": False,
     "laion400m": False,
     "fixed_code": False,
     "ddim_eta": 0.0,
@@ -174,6 +175,8 @@ def test_prompt_file_with_a_short_last_batch(draw, tmp_path):
         (["--scale", "1e400"], "--scale is inf"),
         (["--ddim_eta", "-1"], "--ddim_eta is -1"),
         (["--plms", "--ddim_eta", "0.5"], "--plms"),
+        (["--dpm_solver", "--ddim_eta", "0.5"], "--dpm_solver"),
+        (["--dpm_solver", "--timestep_spacing", "compvis"], "uniform"),
         (["--seed", "-1"], "--seed is -1"),
         (["--seed", "4294967296"], "--seed is 4294967296"),
         (["--n_samples", "0"], "--n_samples is 0"),
@@ -218,6 +221,13 @@ def test_mistakes_are_one_line_and_code_2(draw, tmp_path, capsys, options, said)
     assert "\x1b" not in error
     assert len(error.strip().splitlines()) == 1
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_two_samplers_are_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as caught:
+        txt2img.main(["--plms", "--dpm_solver"])
+    assert caught.value.code == 2
+    assert re.search("--dpm_solver.*--plms", capsys.readouterr().err)
 
 
 def test_debug_shows_the_traceback(draw, capsys):

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.schedule import StepTable, diffusion_buffers, make_beta_schedule, make_timesteps
 from tests.golden_data import TOLERANCE, figure, figures, relative_error
 
-SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler}
-RUNS = [name for name in figures() if name.startswith(("sample/ddim_S", "sample/plms_S")) and "scale" in name]
+SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm": DPMSolverSampler}
+RUNS = [name for name in figures() if name.startswith("sample/") and "scale" in name]
 STRENGTHS = ("0.2", "0.75", "0.98")
 
 
@@ -73,8 +74,9 @@ def test_text(tiny):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_sampling(tiny, name):
-    method, steps, scale = name.removeprefix("sample/").split("_")
-    latents = sample(tiny, method, int(steps[1:]), float(scale[5:]), ddim_discretize="compvis")
+    method, steps, scale = name.removeprefix("sample/").replace("_solver", "").split("_")
+    spacing = "uniform" if method == "dpm" else "compvis"
+    latents = sample(tiny, method, int(steps[1:]), float(scale[5:]), ddim_discretize=spacing)
     assert relative_error(latents, figure(name)) <= TOLERANCE
 
 

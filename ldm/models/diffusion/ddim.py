@@ -12,7 +12,7 @@ class DDIMSampler(Sampler):
     """Feeds the update rule with the noise predicted at each step; `eta` between 0 (none) and 1 adds noise."""
 
     def _stepper(self, walk: Walk) -> TakeStep:
-        def take(x: Tensor, step: Step, next_t: int) -> tuple[Tensor, Tensor]:
+        def take(x: Tensor, step: Step, next_t: float) -> tuple[Tensor, Tensor]:
             return walk.advance(x, walk.predict(x, step.t), step)
 
         return take

@@ -25,7 +25,7 @@ class PLMSSampler(Sampler):
     def _stepper(self, walk: Walk) -> TakeStep:
         past: deque[Tensor] = deque(maxlen=4)
 
-        def take(x: Tensor, step: Step, next_t: int) -> tuple[Tensor, Tensor]:
+        def take(x: Tensor, step: Step, next_t: float) -> tuple[Tensor, Tensor]:
             eps = walk.predict(x, step.t)
             past.appendleft(eps)
             if len(past) == 1:  # Heun's method: average with the prediction at the far end of the step

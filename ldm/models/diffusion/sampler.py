@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 Intermediates = dict[str, list[Tensor]]
 # (x, step, timestep of the step after it) -> (next x, predicted clean latent)
-TakeStep = Callable[[Tensor, Step, int], tuple[Tensor, Tensor]]
+TakeStep = Callable[[Tensor, Step, float], tuple[Tensor, Tensor]]
 
 
 def clean_latent(x: Tensor, eps: Tensor, step: Step) -> Tensor:
@@ -49,7 +49,7 @@ class Walk:
     score_corrector: Any = None
     corrector_kwargs: Mapping[str, Any] | None = None
 
-    def predict(self, x: Tensor, t: int) -> Tensor:
+    def predict(self, x: Tensor, t: float) -> Tensor:
         """The guided noise in `x` at timestep `t`."""
         times = self._times(x, t)
         eps = guided_noise(self.model, x, times, self.cond, self.uncond, self.scale)
@@ -82,8 +82,8 @@ class Walk:
         return original * self.mask + (1.0 - self.mask) * x
 
     @staticmethod
-    def _times(x: Tensor, t: int) -> Tensor:
-        return torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)
+    def _times(x: Tensor, t: float) -> Tensor:
+        return torch.full((x.shape[0],), t, device=x.device)
 
 
 class Sampler:
@@ -112,9 +112,7 @@ class Sampler:
         """Chooses the timesteps (`uniform`, `compvis` or `quad` spacing) and computes the steps' coefficients."""
         if ddim_eta != 0 and not self.allows_eta:
             raise ValueError(f"{type(self).__name__} needs eta 0, not {ddim_eta}")
-        self.table = self._table(
-            make_timesteps(ddim_discretize, ddim_num_steps, self.ddpm_num_timesteps), ddim_eta
-        )
+        self.table = self._choose_table(ddim_num_steps, ddim_discretize, ddim_eta)
         self.ddim_timesteps = self.table.timesteps
         self.ddim_alphas = self.table.alphas
         self.ddim_alphas_prev = self.table.alphas_prev
@@ -236,11 +234,17 @@ class Sampler:
                 trail["pred_x0"].append(pred_x0)
         return x, trail
 
-    def _table(self, timesteps: np.ndarray, eta: float) -> StepTable:
-        return StepTable.build(self.model.alphas_cumprod.double().cpu().numpy(), timesteps, eta)
+    def _alphas_cumprod(self) -> np.ndarray:
+        return self.model.alphas_cumprod.double().cpu().numpy()
+
+    def _choose_table(self, steps: int, spacing: str, eta: float) -> StepTable:
+        timesteps = make_timesteps(spacing, steps, self.ddpm_num_timesteps)
+        return StepTable.build(self._alphas_cumprod(), timesteps, eta)
 
     def _table_for(self, use_original_steps: bool) -> StepTable:
-        return self._table(np.arange(self.ddpm_num_timesteps), 0.0) if use_original_steps else self.table
+        if not use_original_steps:
+            return self.table
+        return StepTable.build(self._alphas_cumprod(), np.arange(self.ddpm_num_timesteps), 0.0)
 
     def _noise(self, noise: NoiseSource | None) -> NoiseSource:
         return TorchNoise(None, self.model.device) if noise is None else noise

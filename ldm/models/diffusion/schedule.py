@@ -96,11 +96,11 @@ def make_timesteps(spacing: str, steps: int, total: int = 1000) -> NDArray[np.in
 class Step:
     """One denoising step: from noise level `alpha` at timestep `t` to `alpha_prev`, adding `sigma` fresh noise.
 
-    `index` counts down to 0, the last step.
+    `index` counts down to 0, the last step. `t` is whole where the step begins at a trained timestep.
     """
 
     index: int
-    t: int
+    t: float
     alpha: float
     alpha_prev: float
     sigma: float
@@ -110,7 +110,7 @@ class Step:
 class StepTable:
     """The coefficients of every step, ascending in time, in float64 (DDIM, equations 12 and 16)."""
 
-    timesteps: NDArray[np.int64]
+    timesteps: NDArray[np.int64] | Array
     alphas: Array
     alphas_prev: Array
     sigmas: Array
@@ -131,7 +131,7 @@ class StepTable:
         for i in reversed(range(len(self) if count is None else count)):
             yield Step(
                 i,
-                int(self.timesteps[i]),
+                self.timesteps[i].item(),
                 float(self.alphas[i]),
                 float(self.alphas_prev[i]),
                 float(self.sigmas[i]),
