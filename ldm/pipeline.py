@@ -237,7 +237,8 @@ class Pipeline:
         """Decodes one latent [1, C, h, w]; if half precision overflows, once more in float32."""
         with self.precision.context(self.device):
             decoded = self.model.decode_first_stage(latent)
-        notes = {}
+        cut = self.model.cond_stage_model.cut_words(job.prompt)
+        notes = {"Prompt cut": cut} if cut else {}
         if not finite(decoded)[0] and self.precision.autocast is not None:
             decoded = self.model.decode_first_stage(latent.float())
             notes["Decoded in"] = "float32"

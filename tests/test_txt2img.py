@@ -272,7 +272,10 @@ def test_no_black_pictures_from_nan(draw, capsys, monkeypatch):
 
 def test_terminal_controls_in_a_prompt_are_shown_escaped(draw, capsys):
     long = "\x1b[2J\u202e" + " ".join(["cube"] * 100)
-    assert draw("--prompt", long)[0] == 0
+    code, files = draw("--prompt", long)
+    assert code == 0
+    text = Image.open(files["samples/00000.png"]).text["parameters"]
+    assert set(parse_infotext(text)["Prompt cut"].split()) == {"cube"}
     error = capsys.readouterr().err
     assert "\x1b" not in error
     assert "\u202e" not in error

@@ -164,8 +164,6 @@ def _diffusion_module(stage: Stage) -> DiffusionTraining:
 def train_diffusion(stage: Stage) -> None:
     """`latents.npy`, `autoencoder.pt` and `text.pt` -> a state with the U-Net and its averages."""
     options, module = stage.config.training, _diffusion_module(stage)
-    if options.compile:
-        module.model.model.compile()
     moments = np.load(stage.logdir / LATENTS, mmap_mode="r")
     timesteps = module.model.num_timesteps
     stage.train(module, noise_batches(moments, "train", options.batch_size, timesteps, options.drop_prompts))

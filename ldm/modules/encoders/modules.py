@@ -26,6 +26,10 @@ class AbstractEncoder(nn.Module):
         """Prompts -> conditioning."""
         raise TypeError(f"{type(self).__name__} does not define encode")
 
+    def cut_words(self, prompt: str) -> str:
+        """The end of a prompt that the model does not see because the prompt is too long."""
+        return ""
+
 
 class FrozenCLIPEmbedder(AbstractEncoder):
     """Prompts -> hidden states of a CLIP text tower [B, max_length, width].
@@ -78,15 +82,14 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         self.eval().requires_grad_(False)
 
     def forward(self, text: Sequence[str]) -> Tensor:
-        for prompt in text:
-            cut = self.tokenizer.cut_words(prompt, self.max_length)
-            if cut:
-                logger.warning(
-                    "prompt longer than %d tokens; this is cut off: %s", self.max_length - 2, printable(cut)
-                )
+        for cut in filter(None, map(self.cut_words, text)):
+            logger.warning("prompt longer than %d tokens; this is cut off: %s", self.max_length - 2, printable(cut))
         weight = self.transformer.text_model.embeddings.token_embedding.weight
         ids = self.tokenizer(list(text), max_length=self.max_length)
         return self.transformer(torch.tensor(ids, device=weight.device))
+
+    def cut_words(self, prompt: str) -> str:
+        return self.tokenizer.cut_words(prompt, self.max_length)
 
     def encode(self, text: Sequence[str]) -> Tensor:
         """Prompts -> [B, max_length, width]; a prompt too long is cut, with a warning that shows what is lost."""
