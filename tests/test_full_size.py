@@ -64,7 +64,18 @@ def _extra_sum():
 def test_txt2img(checkpoint, tmp_path):
     import scripts.txt2img as txt2img
 
-    options = ["--ckpt", str(checkpoint), "--H", "256", "--W", "256", "--ddim_steps", "2", "--plms", "--quiet"]
+    options = [
+        "--ckpt",
+        str(checkpoint),
+        "--H",
+        "256",
+        "--W",
+        "256",
+        "--ddim_steps",
+        "2",
+        "--plms",
+        "--quiet",
+    ]
     batch = ["--n_iter", "1", "--n_samples", "1", "--outdir", str(tmp_path), "--device", "cpu"]
     assert txt2img.main([*options, *batch]) == 0
     assert (tmp_path / "samples/00000.png").is_file()

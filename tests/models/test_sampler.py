@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.guidance import guided_noise, join
 from ldm.models.diffusion.noise import TorchNoise
 from ldm.models.diffusion.plms import PLMSSampler
@@ -81,13 +82,13 @@ def test_intermediates(tiny):
     assert [len(trail[key]) for key in ("x_inter", "pred_x0")] == [4, 4]
 
 
-def test_no_randomness_without_eta_but_the_original_draws(tiny):
+@pytest.mark.parametrize(("kind", "draws"), [(DDIMSampler, 10), (PLMSSampler, 11), (DPMSolverSampler, 0)])
+def test_draws_follow_the_original_also_where_noise_has_no_use(tiny, kind, draws):
     x_T = torch.randn(2, 4, 3, 5)
-    model = Shrinker(tiny)
-    run(DDIMSampler(model), x_T=x_T)
+    run(kind(Shrinker(tiny)), x_T=x_T)
     drawn = torch.randn(3)
     torch.manual_seed(3)
-    for _ in range(10):
+    for _ in range(draws):
         torch.randn(2, 4, 3, 5)
     assert torch.equal(drawn, torch.randn(3))
 

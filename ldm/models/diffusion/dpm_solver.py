@@ -20,6 +20,7 @@ class DPMSolverSampler(Sampler):
     """
 
     allows_eta = False
+    draws_always = False
 
     def _choose_table(self, steps: int, spacing: str, eta: float) -> StepTable:
         total = self.ddpm_num_timesteps

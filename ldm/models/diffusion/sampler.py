@@ -39,6 +39,7 @@ class Walk:
     model: Any
     noise: NoiseSource
     cond: Conditioning
+    draws_always: bool = True
     uncond: Conditioning = None
     scale: float = 1.0
     mask: Tensor | None = None
@@ -65,7 +66,8 @@ class Walk:
             pred_x0 = self.model.first_stage_model.quantize(pred_x0)[0]
         x_prev = previous_latent(pred_x0, eps, step)
         if step.sigma == 0:
-            self.noise.skip(x.shape)
+            if self.draws_always:
+                self.noise.skip(x.shape)
         else:
             fresh = self.noise.draw(x.shape)
             if self.noise_dropout > 0:
@@ -96,6 +98,7 @@ class Sampler:
     """
 
     allows_eta: ClassVar[bool] = True
+    draws_always: ClassVar[bool] = True  # whether the original drew a step's noise also where its factor is 0
 
     def __init__(self, model: Any, schedule: str = "linear"):
         self.model = model
@@ -161,6 +164,7 @@ class Sampler:
             self.model,
             self._noise(noise),
             conditioning,
+            self.draws_always,
             unconditional_conditioning,
             unconditional_guidance_scale,
             mask,
@@ -201,6 +205,7 @@ class Sampler:
             self.model,
             self._noise(noise),
             cond,
+            self.draws_always,
             unconditional_conditioning,
             unconditional_guidance_scale,
         )

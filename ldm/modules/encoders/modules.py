@@ -83,7 +83,9 @@ class FrozenCLIPEmbedder(AbstractEncoder):
 
     def forward(self, text: Sequence[str]) -> Tensor:
         for cut in filter(None, map(self.cut_words, text)):
-            logger.warning("prompt longer than %d tokens; this is cut off: %s", self.max_length - 2, printable(cut))
+            logger.warning(
+                "prompt longer than %d tokens; this is cut off: %s", self.max_length - 2, printable(cut)
+            )
         weight = self.transformer.text_model.embeddings.token_embedding.weight
         ids = self.tokenizer(list(text), max_length=self.max_length)
         return self.transformer(torch.tensor(ids, device=weight.device))
