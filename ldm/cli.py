@@ -12,20 +12,23 @@ import faulthandler
 import io
 import logging
 import math
+import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ldm import __version__
 from ldm.job import Job
-from ldm.util import InputError, printable
+from ldm.util import InputError, find, printable
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ldm.images.writer import RunFolder
     from ldm.pipeline import Picture, Pipeline
 
@@ -39,16 +42,30 @@ LAION_CONFIG = "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
 LAION_CKPT = "models/ldm/text2img-large/model.ckpt"
 LAION_OUTDIR = "outputs/txt2img-samples-laion400m"
 MAX_SEED = 2**32
+MAX_COUNT = 100_000
 
 
 # --- options ------------------------------------------------------------------------------------------------
 
 
+class _Help(argparse.HelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default in (argparse.SUPPRESS, None, "", []) or action.default is False
+        return action.help if silent else f"{action.help} (default: %(default)s)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Shows what was typed with terminal controls escaped."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser whose help shows defaults."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=True
-    )
+    """A parser with grouped help."""
+    return _Parser(description=description, formatter_class=_Help)
 
 
 def add_prompt_options(parser: argparse.ArgumentParser, prompt: str) -> None:
@@ -189,7 +206,9 @@ def check_options(opt: argparse.Namespace) -> None:
     spaced = opt.timestep_spacing != "uniform"
     _need(not (opt.dpm_solver and spaced), "--dpm_solver has uniform --timestep_spacing only")
     for name in ("n_iter", "n_samples"):
-        _need(getattr(opt, name) >= 1, f"--{name} is {getattr(opt, name)}; give 1 or more")
+        _need(
+            1 <= getattr(opt, name) <= MAX_COUNT, f"--{name} is {getattr(opt, name)}; give 1 to {MAX_COUNT}"
+        )
     if opt.ddim_eta > 1:
         logger.warning("--ddim_eta %g is above 1: more noise than the method allows for", opt.ddim_eta)
     if opt.skip_grid and opt.skip_save:
@@ -225,7 +244,7 @@ def choose_model(opt: argparse.Namespace) -> tuple[Path, Path]:
     if opt.laion400m:
         config, ckpt = LAION_CONFIG, LAION_CKPT
         opt.outdir = LAION_OUTDIR
-    elif opt.config is None and opt.ckpt is None and not find(V1_CKPT).exists():
+    elif opt.config is None and opt.ckpt is None and not os.path.lexists(find(V1_CKPT)):
         config, ckpt = BUNDLED_CONFIG, BUNDLED_CKPT
         logger.info(
             "no Stable Diffusion weights at %s, so this is the bundled model, which draws coloured solids; "
@@ -237,33 +256,44 @@ def choose_model(opt: argparse.Namespace) -> tuple[Path, Path]:
         config, ckpt = opt.config or V1_CONFIG, opt.ckpt or V1_CKPT
     for what, path in (("config", config), ("checkpoint", ckpt)):
         option = "--config" if what == "config" else "--ckpt"
-        _need(find(path).exists(), f"the {what} {printable(path)} does not exist; give another with {option}")
+        hint = "--laion400m needs it there" if opt.laion400m else f"give another with {option}"
+        _need(_exists(find(path)), f"the {what} {printable(path)} does not exist; {hint}")
     return find(config), find(ckpt)
 
 
-def find(path: str) -> Path:
-    """`path` as it is, or below the toolkit's own folder if it lies there and nowhere else."""
-    own = Path(__file__).resolve().parent.parent / path
-    return own if own.exists() and not Path(path).exists() else Path(path)
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise InputError(f"cannot look at {printable(path)[:200]}: {error.strerror}") from None
 
 
 def check_size(opt: argparse.Namespace, model: dict[str, Any]) -> tuple[int, int]:
     """Width and height, by default the config's, checked against the config's factor and channels."""
-    params = model.get("params") or {}
-    dd = ((params.get("first_stage_config") or {}).get("params") or {}).get("ddconfig") or {}
-    factor = 2 ** (len(dd.get("ch_mult", (1, 2, 4, 4))) - 1)
+    from ldm.pipeline import ConfigError, section
+
+    params = section(model)
+    dd = section(model, "first_stage_config").get("ddconfig") or {}
+    try:
+        factor = 2 ** (len(dd.get("ch_mult", (1, 2, 4, 4))) - 1)
+        own_side = int(params.get("image_size", 64)) * factor
+        width = int(dd.get("ch", 128))
+    except (AttributeError, TypeError, ValueError):
+        raise ConfigError(
+            "the config's image_size, ddconfig.ch or ddconfig.ch_mult is no number or list"
+        ) from None
     channels = params.get("channels", opt.C)
     _need(channels == opt.C, f"--C is {opt.C}, but the model has {channels} latent channels")
     _need(factor == opt.f, f"--f is {opt.f}, but the model's downsampling factor is {factor}")
     size = []
     for name in ("W", "H"):
         given = getattr(opt, name)
-        side = given if given is not None else int(params.get("image_size", 64)) * factor
+        side = own_side if given is None else given
         below, above = side // factor * factor, -(-side // factor) * factor
         nearest = f"{below} or {above}" if below >= factor else str(max(above, factor))
         _need(side > 0 and side % factor == 0, f"--{name} is {side}, no multiple of {factor}: use {nearest}")
         size.append(side)
-    _check_memory(size[0] * size[1], int(dd.get("ch", 128)))
+    _check_memory(size[0] * size[1], width)
     return size[0], size[1]
 
 
@@ -327,7 +357,8 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
-            if number is not None:
+            # a run under nohup goes on when the terminal closes
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 with contextlib.suppress(ValueError):  # not in the main thread: somebody else's signals
                     self._old[number] = signal.signal(number, self._receive)
         return self
@@ -377,18 +408,33 @@ class Progress:
         self._bar.close()
 
 
+Mark = Callable[["np.ndarray"], "np.ndarray"]
+
+
+def _watermark(opt: argparse.Namespace) -> Mark:
+    """What marks a picture; a missing library is found out before the model is loaded."""
+    if opt.no_watermark:
+        return lambda rgb: rgb
+    from ldm.images.watermark import Watermark
+
+    return Watermark().mark
+
+
 class Output:
     """Takes finished pictures to files: samples as they come, and a grid of all of them."""
 
     def __init__(
-        self, opt: argparse.Namespace, folder: RunFolder, columns: int, extras: Callable[[], dict[str, str]]
+        self,
+        opt: argparse.Namespace,
+        folder: RunFolder,
+        columns: int,
+        mark: Mark,
+        extras: Callable[[], dict[str, str]],
     ) -> None:
         from ldm.images.grid import GridWriter
-        from ldm.images.watermark import Watermark
 
-        self._opt, self._folder, self._extras = opt, folder, extras
-        self._mark = (lambda rgb: rgb) if opt.no_watermark else Watermark().mark
-        self._grid = GridWriter(folder.path, columns, lambda sheet: folder.save_grid(self._mark(sheet)))
+        self._opt, self._folder, self._mark, self._extras = opt, folder, mark, extras
+        self._grid = GridWriter(folder.path, columns, lambda sheet: folder.save_grid(mark(sheet)))
         self.saved = self.failed = 0
 
     def add(self, picture: Picture) -> None:
@@ -442,8 +488,9 @@ def run(opt: argparse.Namespace) -> int:
     columns = min(opt.n_rows if opt.n_rows > 0 else opt.n_samples, images)
     started = time.monotonic()
     with RunFolder(opt.outdir) as folder, Interrupts() as interrupts:
-        output = Output(opt, folder, columns, _extras(ckpt_path, precision.name))
+        mark = _watermark(opt)
         pipeline = Pipeline(load_model(config, ckpt_path, device, opt.ema), precision)
+        output = Output(opt, folder, columns, mark, _extras(opt, config_path, ckpt_path, precision.name))
         logger.info("model loaded in %.1f s; %s, %s", time.monotonic() - started, device, precision.name)
         progress = Progress(images, steps * opt.n_iter * len(prompts), opt.quiet)
         with contextlib.closing(output), contextlib.closing(progress):
@@ -467,37 +514,55 @@ def _generate(
     opt: argparse.Namespace, pipeline: Pipeline, batches: Iterator[list[Job]], progress: Progress
 ) -> Iterator[list[Picture]]:
     """The pictures of each batch. In seed mode "batch" one stream of noise serves the whole run."""
-    noise = start_code = None
+    noise = code = None
     for jobs in batches:
         progress.begin(len(jobs))
         if opt.seed_mode == "batch":
             noise = noise or pipeline.noise(jobs)
-            if opt.fixed_code:
-                start_code = (
-                    pipeline.start_code(jobs, noise) if start_code is None else start_code[: len(jobs)]
-                )
+            if opt.fixed_code and code is None:
+                code = pipeline.start_code(jobs[0], opt.n_samples, noise)
+        start_code = None if code is None else code[: len(jobs)]
         pictures = pipeline.make(jobs, noise, start_code, progress.step)
         progress.end(len(jobs))
         yield pictures
 
 
-def _extras(ckpt: Path, precision: str) -> Callable[[], dict[str, str]]:
-    """What else the metadata says: the checkpoint, the precision, the program.
+def _extras(
+    opt: argparse.Namespace, config: Path, ckpt: Path, precision: str
+) -> Callable[[], dict[str, str]]:
+    """What else the metadata says, so that the command can be typed again.
 
-    The checkpoint's hash takes seconds for a large file, so it is computed beside the loading.
+    The checkpoint's hash takes seconds for a large file, so it is computed while the first pictures are made.
     """
     from ldm.checkpoints.hashing import file_sha256
 
-    executor = ThreadPoolExecutor(1)
-    digest = executor.submit(file_sha256, ckpt)
-    executor.shutdown(wait=False)
-    name = ckpt.parent.name if ckpt.stem == "model" else ckpt.stem
-    return lambda: {
-        "Model hash": digest.result()[:10],
-        "Model": name,
+    digest = _in_background(file_sha256, ckpt)
+    extras = {
+        "Model": ckpt.parent.name if ckpt.stem == "model" else ckpt.stem,
+        "Config": config.stem,
         "Precision": precision,
         "Version": f"ldm {__version__}",
     }
+    if opt.ema != "auto":
+        extras["EMA"] = opt.ema
+    if opt.seed_mode == "batch":
+        extras["Batch size"] = str(opt.n_samples)
+    if opt.fixed_code:
+        extras["Fixed code"] = "on"
+    return lambda: {"Model hash": digest()[:10], **extras}
+
+
+def _in_background(function: Callable[[Path], str], path: Path) -> Callable[[], str]:
+    """Starts `function(path)` on a thread that never holds up the end of the process; the call waits for it."""
+    results: list[str] = []
+    thread = threading.Thread(target=lambda: results.append(function(path)), daemon=True)
+    thread.start()
+
+    def result() -> str:
+        thread.join()
+        return results[0] if results else "unknown"
+
+    return result
 
 
 # --- messages and exit codes --------------------------------------------------------------------------------
@@ -516,7 +581,9 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(
+            OSError, ValueError, RuntimeError
+        ):  # RuntimeError: a signal came while writing
             if "tqdm" in sys.modules:
                 from tqdm import tqdm
 
@@ -560,6 +627,11 @@ def main(
             line = " ".join(printable(error).split())[:200]
             return _fail(
                 f"error: out of memory ({line}); use a smaller --n_samples, --W or --H", 1, opt.debug
+            )
+        if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
+            line = " ".join(printable(error).split())[:200]
+            return _fail(
+                f"error: the GPU failed ({line}); finished images are kept, start again", 1, opt.debug
             )
         what = " ".join(printable(f"{type(error).__name__}: {error}").split())[:300]
         return _fail(f"error: {what}; this is a bug, run with --debug to see where", 1, opt.debug)

@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from yaml import YAMLError
 
-import ldm
 from ldm.checkpoints.load import Ema, load_into
 from ldm.checkpoints.reader import read_checkpoint
 from ldm.images.pixels import finite, to_uint8
@@ -28,25 +27,17 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.noise import NoiseSource, noise_source
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.schedule import make_timesteps
 from ldm.runtime.device import FULL, Precision
-from ldm.util import InputError, get_obj_from_str, instantiate_from_config, printable
+from ldm.util import InputError, find, get_obj_from_str, instantiate_from_config, printable
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(ldm.__file__).resolve().parent.parent
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 _FREE_TARGETS = ("torch.nn.Identity",)
 
 
 class ConfigError(InputError):
     """A config file that cannot be used."""
-
-
-def find(path: str | Path) -> Path:
-    """`path` as it is, or, if nothing is there and it is relative, below the toolkit's own folder."""
-    path = Path(path)
-    return ROOT / path if not path.exists() and (ROOT / path).exists() else path
 
 
 def read_config(path: str | Path, allow_targets: Sequence[str] = ()) -> dict[str, Any]:
@@ -120,11 +111,21 @@ def _check_is_class(target: str, path: Path) -> None:
         raise ConfigError(f"{printable(path)}: target {target} is no class of the package {package}")
 
 
+def section(tree: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """The mapping that lies under `names`, each step through its `params`; empty where there is none."""
+    node: Any = tree
+    for key in ("params", *(part for name in names for part in (name, "params"))):
+        node = node.get(key) or {}
+        if not isinstance(node, Mapping):
+            raise ConfigError(f"the config's {'.'.join(names) or 'model'} is {node!r}; it must be a mapping")
+    return node
+
+
 def _resolve_vocabulary(model: Mapping[str, Any]) -> None:
     """A vocabulary folder in the text model's `version` may be relative to the toolkit's folder."""
-    params = ((model.get("params") or {}).get("cond_stage_config") or {}).get("params") or {}
+    params = section(model, "cond_stage_config")
     if isinstance(params.get("version"), str) and find(params["version"]).is_dir():
-        params["version"] = str(find(params["version"]))
+        params["version"] = str(find(params["version"]))  # type: ignore[index]
 
 
 def load_model(
@@ -142,10 +143,11 @@ def load_model(
     try:
         with torch.device("meta"):
             model = instantiate_from_config(config)
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError, OverflowError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise ConfigError(f"the config describes no model that can be built: {printable(error)}") from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever a wrong value leads to, the config is at fault
+        reason = printable(f"{type(error).__name__}: {error}")
+        raise ConfigError(f"the config describes no model that can be built: {reason}") from error
     if not isinstance(model, LatentDiffusion):
         raise ConfigError(f"the config's model {config['target']} is no LatentDiffusion")
     load_into(model, read_checkpoint(ckpt, mmap=mmap), dtype=torch.float32, ema=ema)
@@ -167,6 +169,8 @@ class Pipeline:
     def __init__(self, model: LatentDiffusion, precision: Precision = FULL):
         self.model = model
         self.precision = precision
+        # autocast keeps its casts of weights only if they could be trained; otherwise it casts at every step
+        model.model.requires_grad_(precision.autocast is not None)
         self._encode = lru_cache(maxsize=64)(self._encode_one)
 
     @property
@@ -185,9 +189,9 @@ class Pipeline:
         seeds = [job.seed for job in jobs] if first.seed_mode == "image" else [first.seed]
         return noise_source(first.rng, first.seed_mode, seeds, self.device)
 
-    def start_code(self, jobs: Sequence[Job], noise: NoiseSource) -> Tensor:
-        """The start noise of a batch [N, C, h, w], drawn from `noise`."""
-        return noise.draw((len(jobs), *self._latent_shape(jobs[0])))
+    def start_code(self, job: Job, count: int, noise: NoiseSource) -> Tensor:
+        """The start noise of a batch of `count` jobs like this one [count, C, h, w], drawn from `noise`."""
+        return noise.draw((count, *self._latent_shape(job)))
 
     def _latent_shape(self, job: Job) -> tuple[int, int, int]:
         return (self.model.channels, job.height // self.factor, job.width // self.factor)
@@ -212,8 +216,10 @@ class Pipeline:
         each denoising step.
         """
         job = jobs[0]
+        if len({replace(j, prompt="", negative_prompt="", seed=0, batch_index=0) for j in jobs}) > 1:
+            raise ValueError("the jobs of one batch may differ in prompts and seeds only")
         noise = self.noise(jobs) if noise is None else noise
-        x_T = self.start_code(jobs, noise) if start_code is None else start_code
+        x_T = self.start_code(job, len(jobs), noise) if start_code is None else start_code
         with self.precision.context(self.device):
             cond = self._condition([job.prompt for job in jobs])
             uncond = None if job.scale == 1.0 else self._condition([job.negative_prompt for job in jobs])
@@ -237,14 +243,12 @@ class Pipeline:
         """Decodes one latent [1, C, h, w]; if half precision overflows, once more in float32."""
         with self.precision.context(self.device):
             decoded = self.model.decode_first_stage(latent)
-        cut = self.model.cond_stage_model.cut_words(job.prompt)
+        cut_words = getattr(
+            self.model.cond_stage_model, "cut_words", None
+        )  # another package's model may lack it
+        cut = cut_words(job.prompt) if cut_words else ""
         notes = {"Prompt cut": cut} if cut else {}
         if not finite(decoded)[0] and self.precision.autocast is not None:
             decoded = self.model.decode_first_stage(latent.float())
             notes["Decoded in"] = "float32"
         return Picture(job, to_uint8(decoded)[0] if finite(decoded)[0] else None, notes)
-
-
-def step_count(job: Job, timesteps: int = 1000) -> int:
-    """How many denoising steps the job runs (the original's spacing can run more than it was asked for)."""
-    return len(make_timesteps(job.timestep_spacing, job.steps, timesteps))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
@@ -14,6 +16,15 @@ class InputError(ValueError):
 
     The command line turns it into exit code 2 (faults met before anything is generated).
     """
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def find(path: str | Path) -> Path:
+    """`path` as it is, or below the toolkit's own folder if it lies there and nowhere else."""
+    own = ROOT / path
+    return own if os.path.lexists(own) and not os.path.lexists(path) else Path(path)
 
 
 def printable(text: object) -> str:

@@ -17,12 +17,13 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--config", default="configs/shapes/shapes-inference.yaml")
     options.add_argument("--ckpt", default="models/ldm/shapes/model.ckpt")
     options.add_argument("--judge", type=Path, default=Path("models/ldm/shapes/judge.pt"), help="the reader")
-    options.add_argument("--count", type=int, default=64, help="pictures, half of them of held-out pairs")
-    options.add_argument("--batch", type=int, default=16)
-    options.add_argument("--sampler", default="ddim")
-    options.add_argument("--steps", type=int, default=25)
-    options.add_argument("--scale", type=float, default=4.0)
+    options.add_argument("--count", type=int, default=400, help="pictures, half of them of held-out pairs")
+    options.add_argument("--batch", type=int, default=20)
+    options.add_argument("--sampler", default="plms")
+    options.add_argument("--steps", type=int, default=50)
+    options.add_argument("--scale", type=float, default=7.5)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--device", default="auto", help="as in txt2img.py")
     options.add_argument("--size", type=int, default=128)
     options.add_argument("--plain", action="store_true", help="canonical captions instead of free wordings")
     options.add_argument("--sheet", type=Path, help="write all pictures into this image")
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ldm.data.scenes import scene_at
     from ldm.job import Job
     from ldm.pipeline import Pipeline, load_model, read_config
+    from ldm.runtime.device import resolve_device, resolve_precision
     from ldm.training.quality import judge, load_reader, score
 
     half = options.count // 2
@@ -49,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sampler=options.sampler, scale=options.scale)
         for i, prompt in enumerate(prompts)
     ]  # fmt: skip
-    pipeline = Pipeline(load_model(read_config(options.config), options.ckpt))
+    device = resolve_device(options.device)
+    model = load_model(read_config(options.config), options.ckpt, device)
+    pipeline = Pipeline(model, resolve_precision("autocast", device))
     blank = np.zeros((options.size, options.size, 3), np.uint8)
     pictures = []
     for batch in chunks(jobs, options.batch):

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from ldm import cli  # this toolkit's own, whatever else is installed
 
-from ldm import cli
+sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 
 
 def parser() -> argparse.ArgumentParser:

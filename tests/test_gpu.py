@@ -122,6 +122,33 @@ def test_txt2img_end_to_end(device, tmp_path):
     assert np.abs(on["cuda"] - on["cpu"]).mean() < 1.0
 
 
+@pytest.mark.parametrize("sizes", [(1,), (4 * 64 * 64,), (4 * 96 * 64,)])
+def test_single_image_noise_is_the_devices_own(device, sizes):
+    torch.manual_seed(43)
+    expected = torch.randn(*sizes, device=device)
+    assert torch.allclose(PhiloxNoise(43, device).draw(sizes), expected, atol=1e-5)
+
+
+def test_where_the_mapping_changes(device):
+    """Up to as many numbers as the GPU has threads in flight, every GPU draws the same; behind that its own."""
+    properties = torch.cuda.get_device_properties(device)
+    threads = properties.multi_processor_count * (properties.max_threads_per_multi_processor // 256) * 256
+    for count in (threads, threads + 1, 4 * threads + 1):
+        torch.manual_seed(44)
+        expected = torch.randn(count, device=device)
+        assert torch.allclose(PhiloxNoise(44, device, threads).draw((count,)), expected, atol=1e-5), count
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_the_second_gpu_alone_is_used(tmp_path):
+    import scripts.txt2img as txt2img
+
+    before = torch.cuda.memory_allocated(0)
+    options = ["--device", "cuda:1", "--n_iter", "1", "--n_samples", "1", "--ddim_steps", "2", "--quiet"]
+    assert txt2img.main([*options, "--outdir", str(tmp_path)]) == 0
+    assert torch.cuda.memory_allocated(0) == before
+
+
 def test_full_size_image(device, tmp_path, capsys):
     """Seconds and peak memory of one 512x512 image at 50 PLMS steps, full-size model with rebuilt weights."""
     from tests.full_size import write_checkpoint

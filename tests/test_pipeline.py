@@ -112,6 +112,28 @@ def test_global_randomness_has_no_influence(pipeline):
     assert torch.equal(first, pixels(pipeline, [dataclasses.replace(JOB, eta=1.0)]))
 
 
+def test_a_batch_has_one_size_and_step_count(pipeline):
+    with pytest.raises(ValueError, match="prompts and seeds only"):
+        pipeline.make([JOB, dataclasses.replace(JOB, steps=4)])
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [
+        ("cond_stage_config", "__is_unconditional__"),
+        ("cond_stage_config", {"params": [1]}),
+        ("unet_config", 3),
+    ],
+)
+def test_parts_of_a_config_that_are_no_mappings(config_file, section, value):
+    config = tiny_config()
+    config["params"][section] = value
+    import yaml
+
+    with pytest.raises(InputError):
+        load_model(read_config(config_file(yaml.safe_dump({"model": config}))), "unused.ckpt")
+
+
 def test_negative_prompt_takes_the_place_of_the_empty_one(pipeline):
     plain = pixels(pipeline, [JOB])
     assert torch.equal(plain, pixels(pipeline, [dataclasses.replace(JOB, negative_prompt="")]))

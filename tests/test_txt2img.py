@@ -140,6 +140,28 @@ def test_batch_seed_mode_draws_one_stream(draw):
     assert not same(batch["samples/00001.png"], image["samples/00001.png"])
 
 
+def test_one_start_code_serves_short_batches_too(draw, tmp_path):
+    (tmp_path / "list.txt").write_text("a\nb\nc\nd")
+    options = (
+        "--from-file",
+        "list.txt",
+        "--n_samples",
+        "3",
+        "--n_iter",
+        "2",
+        "--fixed_code",
+        "--seed_mode",
+        "batch",
+    )
+    code, files = draw(*options, "--precision", "full")
+    assert code == 0
+    assert len(files) == 9
+    # no fresh noise enters a step, so the second time over is the first
+    assert all(same(files[f"samples/{i:05}.png"], files[f"samples/{i + 4:05}.png"]) for i in range(4))
+    info = parse_infotext(Image.open(files["samples/00000.png"]).text["parameters"])
+    assert (info["Batch size"], info["Fixed code"]) == ("3", "on")
+
+
 @pytest.mark.parametrize("size", [("72", "104"), ("200", "136")])
 def test_multiples_of_eight_work(draw, size):
     code, files = draw("--W", size[0], "--H", size[1])

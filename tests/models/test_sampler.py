@@ -113,6 +113,35 @@ def test_plms_takes_no_eta(tiny):
         run(PLMSSampler(Shrinker(tiny)), eta=0.5)
 
 
+def test_decoding_all_original_steps_ends_clean(tiny):
+    """With the true noise predicted at every step the last one gives back the clean latent exactly."""
+    x0, noise = torch.randn(1, 4, 3, 5), torch.randn(1, 4, 3, 5)
+
+    class Oracle(Shrinker):
+        def apply_model(self, x, t, cond):
+            return noise.expand(x.shape)
+
+    sampler = DDIMSampler(Oracle(tiny))
+    sampler.make_schedule(10, verbose=False)
+    z = sampler.stochastic_encode(x0, torch.tensor([30]), use_original_steps=True, noise=noise)
+    assert torch.allclose(sampler.decode(z, None, 31, use_original_steps=True), x0, atol=1e-4)
+    assert sampler.decode(z, None, 99).shape == x0.shape  # more steps than there are: all of them
+
+
+def test_a_mask_works_with_every_sampler(tiny):
+    latents, _ = run(
+        DPMSolverSampler(Shrinker(tiny)), mask=torch.ones(1, 1, 3, 5), x0=torch.zeros(2, 4, 3, 5)
+    )
+    assert float(latents.abs().max()) < 1.0
+
+
+def test_coefficients_are_where_scripts_look_for_them(tiny):
+    sampler = DDIMSampler(tiny)
+    sampler.make_schedule(20, ddim_eta=0.5, verbose=False)
+    assert torch.allclose(sampler.ddim_alphas + sampler.ddim_sqrt_one_minus_alphas**2, torch.ones(20))
+    assert sampler.ddim_alphas_prev[1:].tolist() == pytest.approx(sampler.ddim_alphas[:-1].tolist())
+
+
 def test_original_steps(tiny):
     sampler = DDIMSampler(Shrinker(tiny))
     sampler.make_schedule(10, verbose=False)

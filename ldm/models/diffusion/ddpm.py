@@ -52,8 +52,8 @@ class LatentDiffusion(nn.Module):
     `linear_end`, `beta_schedule`, `cosine_s`, `given_betas`, `v_posterior`), `parameterization` ("eps"),
     `conditioning_key`, `scale_factor`, `channels`, `image_size` and the configs of the three networks;
     `use_ema` keeps averaged weights under `model_ema`. The rest (`num_timesteps_cond`, `log_every_t`,
-    `first_stage_key`, `cond_stage_key`, `cond_stage_trainable`, `monitor`, `scheduler_config`) serves training
-    and is kept in `training_params`. `ckpt_path` is not read.
+    `first_stage_key`, `cond_stage_key`, `cond_stage_trainable`, `monitor`, `scheduler_config`) serves training.
+    `ckpt_path` is not read.
     """
 
     def __init__(
@@ -91,15 +91,10 @@ class LatentDiffusion(nn.Module):
         self.parameterization = parameterization
         self.scale_factor = scale_factor
         self.image_size, self.channels = image_size, channels
-        self.training_params = {
-            "num_timesteps_cond": num_timesteps_cond,
-            "log_every_t": log_every_t,
-            "first_stage_key": first_stage_key,
-            "cond_stage_key": cond_stage_key,
-            "cond_stage_trainable": cond_stage_trainable,
-            "monitor": monitor,
-            "scheduler_config": scheduler_config,
-        }
+        self.num_timesteps_cond, self.log_every_t = num_timesteps_cond, log_every_t
+        self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
+        self.cond_stage_trainable, self.monitor = cond_stage_trainable, monitor
+        self.scheduler_config = scheduler_config
         self.betas: Tensor
         self.alphas_cumprod: Tensor
         self.alphas_cumprod_prev: Tensor

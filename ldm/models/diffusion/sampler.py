@@ -80,7 +80,7 @@ class Walk:
         if self.mask is None or self.x0 is None:
             return x
         noise = self.noise.draw(self.x0.shape)
-        original = self.model.q_sample(self.x0, self._times(x, step.t), noise=noise)
+        original = step.alpha**0.5 * self.x0 + (1 - step.alpha) ** 0.5 * noise
         return original * self.mask + (1.0 - self.mask) * x
 
     @staticmethod
@@ -91,10 +91,10 @@ class Walk:
 class Sampler:
     """Draws latents from a model; a subclass says in `_stepper` how one step is taken.
 
-    The model offers `apply_model`, `q_sample`, `alphas_cumprod`, `num_timesteps` and `device`. Noise comes from
-    a `NoiseSource`; the default is torch's global generator on the model's device, drawn in the order of the
-    original: start noise, then per step the re-noised original (masked runs) and the step's own noise, the
-    latter also where its factor is 0.
+    The model offers `apply_model`, `alphas_cumprod` and `num_timesteps`. Noise comes from a `NoiseSource`; the
+    default is torch's global generator on the device of `alphas_cumprod`, drawn in the order of the original:
+    start noise, then per step the re-noised original (masked runs) and the step's own noise, the latter also
+    where its factor is 0.
     """
 
     allows_eta: ClassVar[bool] = True
@@ -116,11 +116,13 @@ class Sampler:
         if ddim_eta != 0 and not self.allows_eta:
             raise ValueError(f"{type(self).__name__} needs eta 0, not {ddim_eta}")
         self.table = self._choose_table(ddim_num_steps, ddim_discretize, ddim_eta)
+        self.eta = ddim_eta
         self.ddim_timesteps = self.table.timesteps
-        self.ddim_alphas = self.table.alphas
         self.ddim_alphas_prev = self.table.alphas_prev
-        self.ddim_sigmas = self.table.sigmas
-        self.ddim_sqrt_one_minus_alphas = np.sqrt(1 - self.table.alphas)
+        self.ddim_alphas, self.ddim_sigmas, self.ddim_sqrt_one_minus_alphas = (
+            torch.tensor(values, dtype=torch.float32, device=self._device)
+            for values in (self.table.alphas, self.table.sigmas, np.sqrt(1 - self.table.alphas))
+        )
         if verbose:
             logger.info("%s: %d steps, eta %g", type(self).__name__, len(self.table), ddim_eta)
 
@@ -184,9 +186,12 @@ class Sampler:
     ) -> Tensor:
         """Noises clean latents to row `t` [N] of the step table (or of the whole training schedule)."""
         alphas = self._table_for(use_original_steps).alphas[t.cpu().numpy()]
-        alpha = torch.as_tensor(alphas, device=x0.device).reshape(-1, *[1] * (x0.dim() - 1))
+        signal, spread = (
+            torch.tensor(level, dtype=x0.dtype, device=x0.device).reshape(-1, *[1] * (x0.dim() - 1))
+            for level in (np.sqrt(alphas), np.sqrt(1 - alphas))
+        )
         noise = torch.randn_like(x0) if noise is None else noise
-        return alpha.sqrt().to(x0.dtype) * x0 + (1 - alpha).sqrt().to(x0.dtype) * noise
+        return signal * x0 + spread * noise
 
     @torch.no_grad()
     def decode(
@@ -239,8 +244,12 @@ class Sampler:
                 trail["pred_x0"].append(pred_x0)
         return x, trail
 
+    @property
+    def _device(self) -> torch.device:
+        return self.model.alphas_cumprod.device
+
     def _alphas_cumprod(self) -> np.ndarray:
-        return self.model.alphas_cumprod.double().cpu().numpy()
+        return self.model.alphas_cumprod.cpu().double().numpy()
 
     def _choose_table(self, steps: int, spacing: str, eta: float) -> StepTable:
         timesteps = make_timesteps(spacing, steps, self.ddpm_num_timesteps)
@@ -249,7 +258,8 @@ class Sampler:
     def _table_for(self, use_original_steps: bool) -> StepTable:
         if not use_original_steps:
             return self.table
-        return StepTable.build(self._alphas_cumprod(), np.arange(self.ddpm_num_timesteps), 0.0)
+        timesteps = np.arange(self.ddpm_num_timesteps)
+        return StepTable.build(self._alphas_cumprod(), timesteps, self.eta, last=1.0)
 
     def _noise(self, noise: NoiseSource | None) -> NoiseSource:
-        return TorchNoise(None, self.model.device) if noise is None else noise
+        return TorchNoise(None, self._device) if noise is None else noise

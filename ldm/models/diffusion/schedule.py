@@ -116,10 +116,12 @@ class StepTable:
     sigmas: Array
 
     @classmethod
-    def build(cls, alphas_cumprod: Array, timesteps: NDArray[np.int64], eta: float) -> StepTable:
-        """The table for an ascending subset of timesteps; the last step ends at the level of timestep 0."""
+    def build(
+        cls, alphas_cumprod: Array, timesteps: NDArray[np.int64], eta: float, last: float | None = None
+    ) -> StepTable:
+        """The table for an ascending subset of timesteps; it ends at `last`, or at the level of timestep 0."""
         alphas = alphas_cumprod[timesteps]
-        previous = np.append(alphas_cumprod[0], alphas[:-1])
+        previous = np.append(alphas_cumprod[0] if last is None else last, alphas[:-1])
         sigmas = eta * np.sqrt((1 - previous) / (1 - alphas) * (1 - alphas / previous))
         return cls(timesteps, alphas, previous, sigmas)
 
@@ -128,7 +130,7 @@ class StepTable:
 
     def downwards(self, count: int | None = None) -> Iterator[Step]:
         """The steps in the order they are run: from the noisiest of the first `count`, down to index 0."""
-        for i in reversed(range(len(self) if count is None else count)):
+        for i in reversed(range(len(self) if count is None else min(count, len(self)))):
             yield Step(
                 i,
                 self.timesteps[i].item(),

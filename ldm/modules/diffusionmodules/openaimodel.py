@@ -180,6 +180,19 @@ class UNetModel(nn.Module):
             raise ValueError("UNetModel needs exactly one of num_heads and num_head_channels")
         self.image_size, self.legacy = image_size, legacy
         self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
+        self.num_res_blocks, self.channel_mult = num_res_blocks, channel_mult
+        self.attention_resolutions, self.dropout, self.conv_resample = (
+            attention_resolutions,
+            dropout,
+            conv_resample,
+        )
+        self.num_heads, self.num_head_channels, self.use_checkpoint = (
+            num_heads,
+            num_head_channels,
+            use_checkpoint,
+        )
+        # what a forward copied from the original asks for: no classes, no codebook
+        self.num_classes, self.predict_codebook_ids = None, False
         time_width = 4 * model_channels
 
         def res_block(ch: int, out: int) -> ResBlock:

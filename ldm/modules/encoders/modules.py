@@ -35,7 +35,8 @@ class FrozenCLIPEmbedder(AbstractEncoder):
     """Prompts -> hidden states of a CLIP text tower [B, max_length, width].
 
     The tower's weights are the checkpoint's; nothing is downloaded. `version` chooses the vocabulary: OpenAI's
-    (any of its model names), or a folder with `vocab.json` and `merges.txt`. The other parameters give the
+    (its models' names), or a folder with `vocab.json` and `merges.txt`. `device` is accepted and not used: the
+    tower lies where the rest of the model lies. The other parameters give the
     tower's shape; they default to ViT-L/14's text tower, the one of Stable Diffusion v1.
     """
 
@@ -53,8 +54,6 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         self.version = version
         self.max_length = max_length
         self.transformer = CLIPTextModel(tokens, max_length, width, layers, heads)
-        if device is not None:
-            self.to(device)
         self.freeze()
 
     @cached_property
