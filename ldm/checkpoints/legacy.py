@@ -23,7 +23,7 @@ def read_torch_legacy(file: BinaryIO, use_mmap: bool) -> Any:
     start = io.BytesIO(file.read(MAX_PICKLE_BYTES))
     declared: dict[str, Storage] = {}
     magic, version, system = (read_pickle(start) for _ in range(3))
-    described = read_pickle(start, lambda storage: _note(storage, declared))
+    described = read_pickle(start, declared)
     keys = read_pickle(start)
     if magic != _MAGIC_NUMBER or version != _PROTOCOL_VERSION:
         raise CheckpointError("is of an unknown version of torch's old format")
@@ -33,16 +33,13 @@ def read_torch_legacy(file: BinaryIO, use_mmap: bool) -> Any:
     return build_tree(described, _tensor_maker(storages))
 
 
-def _note(storage: Storage, declared: dict[str, Storage]) -> None:
-    if declared.setdefault(storage.key, storage) != storage:
-        raise CheckpointError(f"declares record {storage.key[:100]!r} with two types or sizes")
-
-
 def _storages(
     content: FileBytes, position: int, keys: Any, declared: dict[str, Storage]
 ) -> dict[str, torch.Tensor]:
     """The flat storages that follow the pickles in the order of `keys`, each after its number of elements."""
-    if not isinstance(keys, list) or len(keys) != len(declared) or set(keys) != set(declared):
+    if not isinstance(keys, list) or not all(type(key) is str for key in keys):
+        raise CheckpointError("has a list of records that is no list of names")
+    if len(keys) != len(declared) or set(keys) != set(declared):
         raise CheckpointError("does not hold exactly the records that its tensors need (unfilled storage)")
     storages = {}
     for key in keys:

@@ -69,11 +69,15 @@ def load_into(
     computed on the CPU (the noise schedule, position ids) keep their values. With `ema` "auto" the moving
     averages `model_ema.*` replace the U-Net's weights if the file has them; "on" demands them, "off" ignores
     them. A model with averages of its own, for a file without, gets its weights as averages (the same
-    tensors). Parameters no longer require gradients. Missing keys, wrong shapes and missing EMA weights are a
-    `CheckpointError`, raised before any tensor is read.
+    tensors). Parameters no longer require gradients. Missing keys, wrong shapes, missing EMA weights and two
+    tensors for one key are a `CheckpointError`, raised before any tensor is read.
     """
     expected = model.state_dict()
     found = {_TEXT_TOWER.sub(r"\1text_model.", key): tensor for key, tensor in checkpoint.state_dict.items()}
+    if len(found) < len(checkpoint.state_dict):
+        raise _error(
+            checkpoint, "has text encoder weights twice, with and without 'text_model.'; keep one set"
+        )
     weights = _choose_weights(found, checkpoint, ema)
     parameters = {name for name, _ in model.named_parameters()}
     chosen = _match(expected, parameters, found, weights)

@@ -84,6 +84,8 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
 
 def _tensor(arguments: tuple[Any, ...]) -> TensorSpec:
     storage, offset, size, stride = arguments[:4]
+    if any(arguments[6:]):
+        raise CheckpointError("is a lazily negated or conjugated view; save it again after .resolve_neg()")
     if type(storage) is not Storage or type(size) is not tuple or type(stride) is not tuple:
         raise CheckpointError("describes a tensor in an unknown way")
     return TensorSpec(storage, offset, size, stride)
@@ -109,8 +111,8 @@ _BUILDERS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
 class _Machine:
     """The stack machine: one method for each kind of instruction."""
 
-    def __init__(self, note_storage: Callable[[Storage], None]) -> None:
-        self.note_storage = note_storage
+    def __init__(self, declared: dict[str, Storage]) -> None:
+        self.declared = declared
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -186,6 +188,8 @@ class _Machine:
 
     def stack_global(self, _: Any) -> None:
         attribute, module = self.stack.pop(), self.stack.pop()
+        if type(module) is not str or type(attribute) is not str:
+            raise CheckpointError("asks to import something whose name is no text; refused, nothing was run")
         self._push_name(f"{module}.{attribute}")
 
     def _push_name(self, asked: str) -> None:
@@ -217,7 +221,8 @@ class _Machine:
 
     def persistent_id(self, _: Any) -> None:
         storage = _storage(self.stack.pop())
-        self.note_storage(storage)
+        if self.declared.setdefault(storage.key, storage) != storage:
+            raise CheckpointError(f"declares record {storage.key[:100]!r} with two types or sizes")
         self.stack.append(storage)
 
 
@@ -271,14 +276,14 @@ _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
 }
 
 
-def read_pickle(stream: BinaryIO, note_storage: Callable[[Storage], None] = lambda storage: None) -> Any:
+def read_pickle(stream: BinaryIO, declared: dict[str, Storage] | None = None) -> Any:
     """The object that the next pickle of `stream` describes, with a `TensorSpec` in place of every tensor.
 
-    Every storage that the pickle names goes to `note_storage`, even one whose tensor is dropped later. The
-    stream is left behind the pickle. Raises `CheckpointError` for what is refused, and other exceptions for
-    damage: call it inside `reading`.
+    Every storage that the pickle names goes into `declared` by its key, even one whose tensor is dropped
+    later. The stream is left behind the pickle. Raises `CheckpointError` for what is refused, and other
+    exceptions for damage: call it inside `reading`.
     """
-    machine = _Machine(note_storage)
+    machine = _Machine({} if declared is None else declared)
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if count > _MAX_INSTRUCTIONS:
             raise CheckpointError(f"has a pickle of more than {_MAX_INSTRUCTIONS} instructions")

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ldm.checkpoints.sniff import MAX_SAFETENSORS_HEADER, CheckpointError
-from ldm.checkpoints.tensor_bytes import FileBytes, bounded_product
+from ldm.checkpoints.tensor_bytes import MAX_DIMENSIONS, FileBytes, bounded_product
 
 _DTYPES = {
     "F64": torch.float64,
@@ -72,6 +72,8 @@ def _checked_entry(key: str, entry: Any) -> tuple[torch.dtype, list[int], int, i
         raise CheckpointError(f"tensor {name} has the unknown dtype {str(entry['dtype'])[:50]!r}")
     if not (_are_natural(shape) and _are_natural(offsets) and len(offsets) == 2):
         raise CheckpointError(f"tensor {name} has a shape or data_offsets that are no natural numbers")
+    if len(shape) > MAX_DIMENSIONS:
+        raise CheckpointError(f"tensor {name} has {len(shape)} dimensions (at most {MAX_DIMENSIONS})")
     dtype = _DTYPES[entry["dtype"]]
     needed = bounded_product(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != needed:

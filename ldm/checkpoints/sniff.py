@@ -64,6 +64,8 @@ def _reason(error: Exception) -> str:
         return "no such file; check the path"
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return "does not fit into memory"
     return f"is damaged or incomplete ({type(error).__name__}: {error}); download it again"
 
 
@@ -96,6 +98,9 @@ def sniff(file: BinaryIO) -> Kind:
         return "torch zip"
     if head.startswith(LEGACY_START):
         return "torch legacy"
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and 2 <= length <= MAX_SAFETENSORS_HEADER:  # a length may look like another format
+        return "safetensors"
     _refuse_known_content(head)
     if head[8:9] == b"{":
         return "safetensors"

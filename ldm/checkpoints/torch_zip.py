@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import struct
 import zipfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from ldm.checkpoints.sniff import ZIP_START, CheckpointError
 from ldm.checkpoints.tensor_bytes import FileBytes, TensorSpec
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
+_UTF8_NAME = 0x800
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 
 
@@ -25,8 +27,10 @@ def read_torch_zip(file: BinaryIO, use_mmap: bool) -> Any:
     """
     with _open_zip(file) as archive:
         records = _checked_records(archive)
+        content = FileBytes(file, use_mmap)
+        starts = _data_starts(content, archive)
         described = read_pickle(io.BytesIO(archive.read(records["data.pkl"])))
-        return build_tree(described, _tensor_maker(FileBytes(file, use_mmap), records))
+        return build_tree(described, _tensor_maker(content, records, starts))
 
 
 def damaged_records(file: BinaryIO) -> list[str]:
@@ -87,23 +91,35 @@ def _check_member(member: zipfile.ZipInfo, top: str) -> None:
 
 
 def _tensor_maker(
-    content: FileBytes, records: dict[str, zipfile.ZipInfo]
+    content: FileBytes, records: dict[str, zipfile.ZipInfo], starts: dict[str, int]
 ) -> Callable[[TensorSpec], torch.Tensor]:
-    storages: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+    storages: dict[str, torch.Tensor] = {}
 
     def make(spec: TensorSpec) -> torch.Tensor:
         storage = spec.storage
-        if (storage.key, storage.dtype) not in storages:
+        if storage.key not in storages:
             record = records.get(f"data/{storage.key}")
             declared = storage.count * storage.dtype.itemsize
             if record is None or record.file_size != declared:
                 there = "no such record" if record is None else f"a record of {record.file_size} bytes"
                 raise CheckpointError(f"needs {declared} bytes, but the file has {there}")
-            start = _data_start(content, record)
-            storages[storage.key, storage.dtype] = content.tensor(start, storage.count, storage.dtype)
-        return storages[storage.key, storage.dtype].as_strided(spec.size, spec.stride, spec.offset)
+            start = starts[record.filename]
+            storages[storage.key] = content.tensor(start, storage.count, storage.dtype)
+        return storages[storage.key].as_strided(spec.size, spec.stride, spec.offset)
 
     return make
+
+
+def _data_starts(content: FileBytes, archive: zipfile.ZipFile) -> dict[str, int]:
+    """Where the bytes of each member begin, by its full name, checked to end before the next member begins."""
+    members = archive.infolist()
+    starts = {member.filename: _data_start(content, member) for member in members}
+    headers = sorted(member.header_offset for member in members)
+    limits = dict(itertools.pairwise([*headers, archive.start_dir]))
+    for member in members:
+        if starts[member.filename] + member.file_size > limits[member.header_offset]:
+            raise CheckpointError(f"has a member that overlaps the next, {member.filename[:100]!r}; refused")
+    return starts
 
 
 def _data_start(content: FileBytes, record: zipfile.ZipInfo) -> int:
@@ -112,4 +128,8 @@ def _data_start(content: FileBytes, record: zipfile.ZipInfo) -> int:
     signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
     if signature != ZIP_START:
         raise CheckpointError("has no header where the zip directory says it begins")
-    return record.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+    name_start = record.header_offset + _LOCAL_HEADER.size
+    name = record.filename.encode("utf-8" if record.flag_bits & _UTF8_NAME else "cp437")
+    if content.read(name_start, name_length) != name:
+        raise CheckpointError(f"has another name for {record.filename[:100]!r} in its header; refused")
+    return name_start + name_length + extra_length

@@ -277,6 +277,7 @@ def _patch_directory(path: Path, offset: int, value: bytes) -> None:
         (20, b"\x10\x00\x00\x00\x20\x00\x00\x00", "compressed member"),
         (42, b"\x03\x00\x00\x00", "no header where"),
         (42, b"\xf0\xff\xff\x7f", "incomplete"),
+        (42, b"\x00\x00\x00\x00", "another name for 'archive/data/0'"),
     ],
 )
 def test_a_forged_zip_directory_is_refused(tmp_path: Path, offset: int, value: bytes, message: str) -> None:
@@ -341,6 +342,39 @@ def test_a_legacy_view_and_a_storage_of_two_types_are_refused(tmp_path: Path) ->
         read_checkpoint(path)
 
 
+def test_a_zip_record_of_two_types_is_refused(tmp_path: Path) -> None:
+    as_float, as_int = Tensor((4,), (1,)), Tensor((4,), (1,))
+    as_int.arguments[0].pid = ("storage", torch.IntStorage, "0", "cpu", 4)
+    with pytest.raises(CheckpointError, match="two types or sizes"):
+        read_checkpoint(write_zip(tmp_path / "m.ckpt", described({"a": as_float, "b": as_int})))
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_zip_record_that_reaches_into_the_next_is_refused(tmp_path: Path, mmap: bool) -> None:
+    """A longer extra field in the local header moves the data of the first record into the second."""
+    records = {"data/0": bytes(16), "data/1": bytes(100)}
+    path = write_zip(tmp_path / "m.ckpt", GOOD, records)
+    read_checkpoint(path, mmap=mmap)
+    whole = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        header = archive.getinfo("archive/data/0").header_offset
+    whole[header + 28] = 40
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match="overlaps the next, 'archive/data/0'"):
+        read_checkpoint(path, mmap=mmap)
+
+
+@pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "legacy"])
+def test_a_lazily_negated_tensor_is_refused(tmp_path: Path, zip_format: bool) -> None:
+    """Its record holds the numbers with the opposite sign."""
+    negated = torch._neg_view(torch.arange(3.0))
+    torch.save({"a": negated}, tmp_path / "m.ckpt", _use_new_zipfile_serialization=zip_format)
+    with pytest.raises(CheckpointError, match="lazily negated"):
+        read_checkpoint(tmp_path / "m.ckpt")
+    torch.save({"a": negated.resolve_neg()}, tmp_path / "m.ckpt", _use_new_zipfile_serialization=zip_format)
+    assert read_checkpoint(tmp_path / "m.ckpt").state_dict["a"].tolist() == [0, -1, -2]
+
+
 CHILD = """
 import json, resource, sys, time
 import torch
@@ -384,6 +418,12 @@ def _bombs(folder: Path) -> Iterator[tuple[Path, str]]:
     yield pickled("laughs", b"](" + laughs + b"e"), "found list"
     yield pickled("deep", b")" + b"\x85" * 200_000), "RecursionError"
     yield pickled("cycle", b"]q\x00h\x00a"), "contains itself"
+    pairs = b")q\x00" + b"".join(b"h" + bytes([n]) + b"\x86q" + bytes([n + 1]) for n in range(60))
+    yield pickled("import", laughs + text("name") + b"\x93"), "name is no text"
+    hashed = folder / "hashed"
+    front = as_legacy(GOOD)[: -len(pickle.dumps([], 2))]
+    hashed.write_bytes(front + b"\x80\x02]" + pairs + b"a.")
+    yield hashed, "no list of names"
     header = folder / "header"
     header.write_bytes(b"\xff" * 7 + b"\x7f" + b"{" * 30)
     yield header, "safetensors header of"

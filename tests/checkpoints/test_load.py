@@ -270,3 +270,9 @@ def test_another_model_is_named_in_the_refusal() -> None:
         CheckpointError, match=r"\[2, 9, 3, 3\], the model expects \[2, 4, 3, 3\].*inpainting config"
     ):
         load_into(model_of({**SMALL, conv: (2, 4, 3, 3)}), nine)
+
+
+def test_a_file_with_both_names_of_one_text_encoder_weight_is_refused() -> None:
+    twin = NORM.replace("text_model.", "")
+    with pytest.raises(CheckpointError, match="text encoder weights twice"):
+        load_into(model_of(SMALL), small_file(**{twin: torch.zeros(6)}))

@@ -107,6 +107,7 @@ def test_what_the_library_refuses_is_refused(tmp_path: Path, name: str) -> None:
         (safetensors_bytes({"__metadata__": {"a": "b"}}), "holds no tensors"),
         (safetensors_bytes({"a": entry([1], [0, 4], "F31\x1b")}, bytes(4)), r"unknown dtype 'F31\\x1b'"),
         (safetensors_bytes({"a": entry([True], [0, 4])}, bytes(4)), "natural"),
+        (safetensors_bytes({"a": entry([1] * 9, [0, 4])}, bytes(4)), r"9 dimensions \(at most 8\)"),
         (safetensors_bytes({"a": entry([1], [0, 4], extra=1)}, bytes(4)), "header entry"),
     ],
 )

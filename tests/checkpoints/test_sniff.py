@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from ldm.checkpoints.reader import read_checkpoint
-from ldm.checkpoints.sniff import CheckpointError
+from ldm.checkpoints.sniff import CheckpointError, reading
 from ldm.util import InputError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:fe4e\nsize 4265380512\n"
@@ -123,3 +123,22 @@ def test_a_wrong_path_is_found_before_torch_is_imported() -> None:
     root = Path(__file__).resolve().parents[2]
     child = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert child.stdout == "none.ckpt: no such file; check the path False\n"
+
+
+@pytest.mark.parametrize("length", [640, 0x0580, 0x120708])
+def test_a_safetensors_header_length_that_looks_like_another_format_is_read(
+    tmp_path: Path, length: int
+) -> None:
+    """The length comes first in the file: as bytes these are 80 02 and 80 05 (pickle) and 08 07 12 (ONNX)."""
+    plain = safetensors.torch.save({"a": torch.arange(3.0)})
+    data = plain[8 + int.from_bytes(plain[:8], "little") :]
+    header = plain[8 : len(plain) - len(data)].ljust(length)
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header + data)
+    assert torch.equal(safetensors.torch.load_file(path)["a"], torch.arange(3.0))
+    assert read_checkpoint(path).state_dict["a"].tolist() == [0, 1, 2]
+
+
+def test_a_lack_of_memory_is_no_damage() -> None:
+    with pytest.raises(CheckpointError, match=r"^m\.ckpt: does not fit into memory$"), reading("m.ckpt"):
+        raise MemoryError
