@@ -87,8 +87,12 @@ def add_sampling_options(parser: argparse.ArgumentParser, scale: float) -> None:
     samplers.add_argument("--dpm_solver", action="store_true", help="use DPM-Solver++ instead of DDIM")
     group.add_argument("--ddim_eta", metavar="X", type=float, default=0.0, help="DDIM's noise, 0 to 1")
     group.add_argument(
-        "--scale", metavar="X", type=float, default=scale, help="guidance scale; 1 turns guidance off"
+        "--scale",
+        metavar="X",
+        type=float,
+        help=f"guidance scale; 1 turns guidance off (default: {scale}, or what the model's config says)",
     )
+    parser.set_defaults(usual_scale=scale)
     group.add_argument(
         "--timestep_spacing",
         choices=("uniform", "compvis", "quad"),
@@ -195,7 +199,7 @@ def check_options(opt: argparse.Namespace) -> None:
     """Numbers in range and options that go together, else an `InputError` that names the option."""
     _need(1 <= opt.ddim_steps <= 999, f"--ddim_steps is {opt.ddim_steps}; give 1 to 999")
     _need(0 <= opt.seed < MAX_SEED, f"--seed is {opt.seed}; give 0 to {MAX_SEED - 1}")
-    _need(math.isfinite(opt.scale), f"--scale is {opt.scale}; give a finite number")
+    _need(opt.scale is None or math.isfinite(opt.scale), f"--scale is {opt.scale}; give a finite number")
     _need(math.isfinite(opt.ddim_eta) and opt.ddim_eta >= 0, f"--ddim_eta is {opt.ddim_eta}; give 0 to 1")
     for name in ("plms", "dpm_solver"):
         given = getattr(opt, name)
@@ -295,6 +299,16 @@ def check_size(opt: argparse.Namespace, model: dict[str, Any]) -> tuple[int, int
         size.append(side)
     _check_memory(size[0] * size[1], width)
     return size[0], size[1]
+
+
+def own_scale(model: dict[str, Any], usual: float) -> float:
+    """The guidance scale that a config recommends under `sampling`, else the usual one."""
+    recommended = (model.get("sampling") or {}).get("scale", usual)
+    _need(
+        isinstance(recommended, int | float) and math.isfinite(recommended),
+        f"the config's sampling.scale is {recommended!r}; it must be a finite number",
+    )
+    return float(recommended)
 
 
 def _check_memory(pixels: int, channels: int) -> None:
@@ -479,6 +493,8 @@ def run(opt: argparse.Namespace) -> int:
 
     config = read_config(config_path, opt.allow_targets)
     width, height = check_size(opt, config)
+    if opt.scale is None:
+        opt.scale = own_scale(config, opt.usual_scale)
     steps = len(make_timesteps(opt.timestep_spacing, opt.ddim_steps))
     if steps != opt.ddim_steps:
         logger.info("compvis spacing runs %d steps for --ddim_steps %d", steps, opt.ddim_steps)

@@ -9,7 +9,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ldm  # noqa: F401  (this toolkit's own, whatever else is installed)
+
+sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--batch", type=int, default=20)
     options.add_argument("--sampler", default="plms")
     options.add_argument("--steps", type=int, default=50)
-    options.add_argument("--scale", type=float, default=7.5)
+    options.add_argument("--scale", type=float, default=3.0)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--device", default="auto", help="as in txt2img.py")
     options.add_argument("--size", type=int, default=128)
@@ -31,7 +34,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    from ldm.util import InputError
+
     options = parser().parse_args(argv)
+    try:
+        if options.count < 2:
+            raise InputError(f"--count {options.count} is too few: 2 or more, half of each kind")
+        evaluate(options)
+    except InputError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Draws the pictures, has them read, and prints the shares of what is right."""
     import numpy as np
 
     from ldm.data.captions import UNORDERED, caption, plain_caption
@@ -73,7 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{split:8s} n={len(chosen)}  " + "  ".join(f"{k} {v:.1%}" for k, v in shares.items()))
     if options.sheet:
         save_sheet(images, options.sheet)
-    return 0
 
 
 def chunks(items: Sequence, size: int) -> Iterator[Sequence]:

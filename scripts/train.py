@@ -19,6 +19,9 @@ CONFIGS = {
 }
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ldm  # noqa: F401  (this toolkit's own, whatever else is installed)
+
+sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -18,6 +18,7 @@ from ldm.util import InputError, printable
 
 NEGATIVE = "Negative prompt:"
 _EXACT_PROMPT, _EXACT_NEGATIVE = "Exact prompt", "Exact negative prompt"
+_NOT_FOR_EXTRAS = ("Prompt", "Negative prompt", "Size-1", "Size-2", _EXACT_PROMPT, _EXACT_NEGATIVE)
 _FEWEST_PAIRS = 3  # a last line with fewer pairs is a part of the prompt
 
 _KEY = re.compile(r"\w[\w \-/]{1,80}")
@@ -134,14 +135,15 @@ def _pairs(job: Job, extras: Mapping[str, str]) -> dict[str, str]:
         for key, name, codec in (_RNG, *_UNLESS_DEFAULT)
         if key == "RNG" or getattr(job, name) != _DEFAULTS[name]
     }
-    reserved = {*own, *(key for key, _, _ in _UNLESS_DEFAULT), "RNG", _EXACT_PROMPT, _EXACT_NEGATIVE}
+    reserved = {*own, *(key for key, _, _ in _UNLESS_DEFAULT), "RNG", *_NOT_FOR_EXTRAS}
     for key in extras:
         if key in reserved or not _KEY.fullmatch(key):
             raise ValueError(f"{key!r} cannot be the name of an extra entry")
     model = {key: extras[key] for key in ("Model hash", "Model") if key in extras}
     version = {key: extras[key] for key in ("Version",) if key in extras}
     rest = {key: value for key, value in extras.items() if key not in model and key not in version}
-    return {key: _quoted(value) for key, value in (own | model | later | rest | version).items()}
+    pairs = own | model | later | rest | version
+    return {key: value if key == "Size" else _quoted(value) for key, value in pairs.items()}
 
 
 def _line(pairs: Mapping[str, str]) -> str:
@@ -172,7 +174,7 @@ def _entry(key: str, value: str) -> dict[str, str]:
 def _quoted(value: str) -> str:
     """`value`, as a JSON string if the plain form could not be read back."""
     plain = value == value.strip() and not value.startswith('"') and not re.search("[,:\n]", value)
-    return value if plain and not _UNSTORABLE.search(value) else _json(value)
+    return value if plain and not _SIZE.fullmatch(value) and not _UNSTORABLE.search(value) else _json(value)
 
 
 def _unquoted(value: str) -> str:

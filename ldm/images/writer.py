@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 MAX_TEXT_BYTES = 64 * 1024
 _PART_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.part", re.DOTALL)
-_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EMLINK}
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EMLINK}
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # file systems that cannot sync a folder
 
 
 def publish(path: str | Path, data: bytes, overwrite: bool = False) -> None:
@@ -83,6 +84,9 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)
 
@@ -90,18 +94,29 @@ def _sync_folder(folder: Path) -> None:
 def encode_png(pixels: np.ndarray, text: str = "", compress_level: int = 6) -> bytes:
     """The PNG file of uint8 pixels [H, W, 3], with `text` under the keyword `parameters`.
 
-    Latin-1 text becomes a tEXt chunk, any other an iTXt chunk. Text above 64 kB is left out with a warning:
-    readers refuse long chunks, and a picture without its text is better than none.
+    Latin-1 text becomes a tEXt chunk, any other an iTXt chunk. Readers refuse long chunks, so of text above
+    64 kB only the last line, the settings, is kept, and nothing if that alone is too long; a warning says so.
     """
     info = PngInfo()
-    size = len(text.encode("utf-8"))
-    if size > MAX_TEXT_BYTES:
-        logger.warning("metadata of %d bytes left out of a picture: the limit is %d", size, MAX_TEXT_BYTES)
-    elif text:
+    if text := _within_limit(text):
         info.add_text("parameters", text)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=compress_level, pnginfo=info)
     return buffer.getvalue()
+
+
+def _within_limit(text: str) -> str:
+    """`text`, or its last line if the whole is too long, or nothing if that is too long as well."""
+    size = len(text.encode("utf-8"))
+    if size <= MAX_TEXT_BYTES:
+        return text
+    last = text.rpartition("\n")[2]
+    kept = last if len(last.encode("utf-8")) <= MAX_TEXT_BYTES else ""
+    logger.warning(
+        "metadata of %d bytes left out of a picture%s: the limit is %d",
+        size, " but for its last line" if kept else "", MAX_TEXT_BYTES,
+    )  # fmt: skip
+    return kept
 
 
 class RunFolder:
@@ -118,7 +133,7 @@ class RunFolder:
         self.samples_path = self.path / "samples"
         self._compress_level = compress_level
         for folder in (self.path, self.samples_path):
-            _require_writable(folder)
+            _require_usable(folder)
         self._presence = _sweep_and_stay(self.path, self.samples_path)
         self._samples = _NumberedFiles(self.samples_path, prefix="", digits=5)
         self._grids = _NumberedFiles(self.path, prefix="grid-", digits=4)
@@ -169,8 +184,8 @@ class _NumberedFiles:
             self._next += 1
 
 
-def _require_writable(folder: Path) -> None:
-    """Makes `folder` and tries to write to it, or says in one line why that cannot be."""
+def _require_usable(folder: Path) -> None:
+    """Makes `folder`, tries to write to it and to list it, or says in one line why that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = _part_beside(folder / "probe")
@@ -178,10 +193,11 @@ def _require_writable(folder: Path) -> None:
             _write_part(probe, b"x")
         finally:
             probe.unlink(missing_ok=True)
+        os.listdir(folder)
     except OSError as error:
         reason = "it is a file" if folder.is_file() else error.strerror
         raise InputError(
-            f"cannot write to the output folder {printable(folder)}: {reason}; choose another --outdir"
+            f"cannot use the output folder {printable(folder)}: {reason}; choose another --outdir"
         ) from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -122,9 +122,9 @@ class DiffusionTraining(pl.LightningModule):
         self.log("error", errors.detach().mean(), batch_size=len(errors))
         return (self.weights[batch.t] * errors).mean()
 
-    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
-        if self.trainer.global_step > int(self.ema.num_updates):  # not while gradients still accumulate
-            self.ema(self.model.model)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.ema(self.model.model)  # here, so that the states saved after the step hold it
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return self.optimisation.configure(self.model.model.parameters())

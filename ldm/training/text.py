@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -19,19 +20,31 @@ from ldm.training.runs import MakeBatch, Optimisation
 Tokenize = Callable[[Sequence[str]], Tensor]  # captions -> ids [B, max_length]
 
 
-def caption_batches(tokenize: Tokenize, split: str, batch_size: int, spare: int = 4) -> MakeBatch:
-    """Batches (ids [B, L], answers [B, questions]) of fresh scenes of a split, each with a fresh caption.
+class CaptionBatch(NamedTuple):
+    """Ids [B, L], answers [B, questions], and places in the padding [B, P] as fractions of it, in [0, 1)."""
+
+    ids: Tensor
+    answers: Tensor
+    fractions: Tensor
+
+
+def caption_batches(
+    tokenize: Tokenize, split: str, batch_size: int, spare: int = 4, positions: int = 3
+) -> MakeBatch:
+    """Batches of fresh scenes of a split, each with a fresh caption and `positions` places in its padding.
 
     Three batches of four are cut to the longest caption and `spare` positions of padding: in a causal tower
     that changes no other position. The fourth keeps every position, so that all of them learn.
     """
 
-    def make(number: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def make(number: int, rng: np.random.Generator) -> CaptionBatch:
         scenes = [scene_at(int(i), split) for i in rng.integers(2**40, size=batch_size)]
         ids = tokenize([caption(scene, rng) for scene in scenes])
         if number % 4:
             ids = ids[:, : int(ends(ids).max()) + 1 + spare]
-        return ids, torch.tensor([answers(scene) for scene in scenes])
+        fractions = rng.random((batch_size, positions), dtype=np.float32)
+        truth = torch.tensor([answers(scene) for scene in scenes])
+        return CaptionBatch(ids, truth, torch.from_numpy(fractions))
 
     return make
 
@@ -44,20 +57,18 @@ def ends(ids: Tensor) -> Tensor:
 class TextTraining(pl.LightningModule):
     """Trains `transformer` (ids [B, L] -> states [B, L, width]) through one linear head for all questions.
 
-    The head reads the state at the end token and at `positions` random places of the padding behind it, and
-    the loss is the mean cross entropy over places and questions. What a caption leaves open has no right
+    The head reads the state at the end token and at the batch's places of the padding behind it, and the
+    loss is the mean cross entropy over places and questions. What a caption leaves open has no right
     answer; the head then learns how likely each is.
     """
 
-    def __init__(
-        self, transformer: nn.Module, width: int, optimisation: Optimisation, positions: int = 3
-    ) -> None:
+    def __init__(self, transformer: nn.Module, width: int, optimisation: Optimisation) -> None:
         super().__init__()
         self.transformer = transformer
         for embedding in (module for module in transformer.modules() if isinstance(module, nn.Embedding)):
             nn.init.normal_(embedding.weight, std=0.05)
         self.head = nn.Linear(width, sum(QUESTIONS.values()))
-        self.optimisation, self.positions = optimisation, positions
+        self.optimisation = optimisation
 
     def logits(self, ids: Tensor, places: Tensor) -> list[Tensor]:
         """Scores of each question at `places` [B, P]: one [B, P, classes] a question."""
@@ -65,11 +76,11 @@ class TextTraining(pl.LightningModule):
         picked = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
         return list(self.head(picked).float().split(list(QUESTIONS.values()), dim=-1))
 
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        ids, truth = batch
+    def training_step(self, batch: CaptionBatch) -> Tensor:
+        ids, truth, fractions = batch
         end = ends(ids)[:, None]
         padding = ids.shape[1] - 1 - end
-        behind = end + 1 + (torch.rand(len(ids), self.positions) * padding).long()
+        behind = end + 1 + (fractions * padding).long()
         places = torch.cat([end, behind.clamp(max=ids.shape[1] - 1)], dim=1)
         losses = [
             F.cross_entropy(scores.flatten(0, 1), true.repeat_interleave(places.shape[1]))
@@ -79,8 +90,8 @@ class TextTraining(pl.LightningModule):
         self.log("loss", loss.detach())
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        ids, truth = batch
+    def validation_step(self, batch: CaptionBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        ids, truth, _ = batch
         for question, scores, true in zip(
             QUESTIONS, self.logits(ids, ends(ids)[:, None]), truth.unbind(1), strict=True
         ):

@@ -2,12 +2,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch.utils.data import DataLoader
 
-from ldm.data.dataset import SceneImages, render_many, scenes_path
+from ldm.data.dataset import render_many, scenes_path
 from ldm.data.scenes import image_at
-from ldm.util import InputError
 
 COUNT, SIZE = 70, 16  # more than one chunk
 
@@ -50,51 +47,24 @@ def test_a_good_file_is_kept_and_a_bad_one_redrawn(tmp_path: Path):
         assert path.read_bytes() == whole
 
 
-def test_an_item(folder: Path):
-    item = SceneImages(COUNT, "fresh", folder, SIZE)[5]
-    assert item["image"].shape == (SIZE, SIZE, 3)
-    assert item["image"].dtype == torch.float32
-    back = ((item["image"] + 1) * 127.5).round().to(torch.uint8)
-    np.testing.assert_array_equal(back.numpy(), image_at(5, "fresh", SIZE))
-    assert item["index"] == 5
-    assert item["image"].min() >= -1
-    assert item["image"].max() <= 1
+def test_a_run_that_is_cut_off_leaves_nothing(tmp_path: Path):
+    def stop(done: int, count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        render_many(3, "train", tmp_path, 1, SIZE, stop)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_captions_change_with_the_epoch_and_only_with_it(folder: Path):
-    images = SceneImages(COUNT, "fresh", folder, SIZE)
-    first = [images[i]["caption"] for i in range(20)]
-    assert first == [images[i]["caption"] for i in range(20)]
-    images.set_epoch(1)
-    again = [images[i]["caption"] for i in range(20)]
-    assert sum(a != b for a, b in zip(first, again, strict=True)) > 10
+def test_two_runs_at_once_do_not_meet(tmp_path: Path):
+    def meanwhile(done: int, count: int) -> None:
+        render_many(3, "train", tmp_path, 1, SIZE)
+
+    path = render_many(3, "train", tmp_path, 1, SIZE, meanwhile)
+    np.testing.assert_array_equal(np.load(path)[2], image_at(2, "train", SIZE))
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_crops_are_cut_from_the_picture(folder: Path):
-    images, cut = (
-        SceneImages(COUNT, "fresh", folder, SIZE),
-        SceneImages(COUNT, "fresh", folder, SIZE, crop=12),
-    )
-    for index in range(10):
-        small = cut[index]["image"]
-        windows = images[index]["image"].unfold(0, 12, 1).unfold(1, 12, 1).permute(0, 1, 3, 4, 2)
-        assert (windows == small).flatten(2).all(dim=2).any()
-        assert small.shape == (12, 12, 3)
-
-
-def test_a_loader_with_workers_batches_it(folder: Path):
-    batch = next(iter(DataLoader(SceneImages(COUNT, "fresh", folder, SIZE), batch_size=4, num_workers=1)))
-    assert batch["image"].shape == (4, SIZE, SIZE, 3)
-    assert len(batch["caption"]) == 4
-    assert batch["index"].tolist() == [0, 1, 2, 3]
-
-
-def test_faults_are_named(folder: Path, tmp_path: Path):
-    with pytest.raises(InputError, match="render_many"):
-        SceneImages(3, "train", tmp_path)
-    with pytest.raises(ValueError, match="crop is 17"):
-        SceneImages(COUNT, "fresh", folder, SIZE, crop=17)
+def test_no_scenes_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="count is 0"):
         render_many(0, "train", tmp_path)
-    with pytest.raises(IndexError, match="70"):
-        SceneImages(COUNT, "fresh", folder, SIZE)[COUNT]

@@ -85,6 +85,13 @@ def test_a_repeated_letter_merges_from_the_left():
     assert learn_merges({tuple("aaa"): 3}, 2) == [("a", "a"), ("aa", "a")]
 
 
+def test_where_the_ids_are_the_merges_are(tmp_path: Path):
+    (tmp_path / "merges.txt").mkdir()  # cannot be written
+    with pytest.raises(OSError, match="merges"):
+        train_vocabulary(["a cube"], 520, tmp_path)
+    assert not (tmp_path / "vocab.json").exists()
+
+
 def test_too_small_a_vocabulary_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="513"):
         train_vocabulary(["a cube"], 513, tmp_path)

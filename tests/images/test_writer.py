@@ -104,7 +104,7 @@ def test_the_disk_is_told_before_the_name_is_given(tmp_path: Path, monkeypatch: 
     assert order == ["write", "fsync", "link", "fsync"]
 
 
-@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS])
 def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def no_links(*args: Any) -> None:
         raise OSError(code, os.strerror(code))
@@ -115,6 +115,23 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cod
         publish(tmp_path / "a", b"second")
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"first"
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+def test_where_folders_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    failing_at(monkeypatch, "fsync", 2, lambda: OSError(code, os.strerror(code)))
+    publish(tmp_path / "a", b"x")
+    assert (tmp_path / "a").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF])
+def test_a_file_that_cannot_be_synced_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    failing_at(monkeypatch, "fsync", 1, lambda: OSError(code, os.strerror(code)))
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))):
+        publish(tmp_path / "a", b"x")
+    assert names(tmp_path) == []
 
 
 def test_publish_overwrites_only_when_told(tmp_path: Path) -> None:
@@ -234,6 +251,16 @@ def test_a_folder_that_takes_no_files_is_refused(
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_folder_that_cannot_be_listed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    with monkeypatch.context() as patch:
+        failing_at(patch, "listdir", n, lambda: OSError(errno.EACCES, "Permission denied"))
+        with pytest.raises(InputError, match=r"Permission denied; choose another --outdir"):
+            RunFolder(tmp_path)
+
+
 def test_folder_names_may_be_odd(tmp_path: Path) -> None:
     for name in ("-rf", "new\nline", "日本語", os.fsdecode(b"\xff\xfe")):
         with RunFolder(tmp_path / name) as run:
@@ -335,6 +362,14 @@ def test_long_text_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) 
         png = encode_png(PICTURE, "é" * 32_769)
     assert set(chunks(png)) == {b"IHDR", b"IDAT", b"IEND"}
     assert "65538 bytes" in caplog.text
+
+
+def test_long_prompts_are_left_out_but_not_the_settings(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "ldm"):
+        png = encode_png(PICTURE, "x" * 40_000 + "\n" + "y" * 40_000 + "\nSteps: 5, Seed: 1")
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.info["parameters"] == "Steps: 5, Seed: 1"
+    assert "80018 bytes left out of a picture but for its last line" in caplog.text
 
 
 @pytest.mark.parametrize("level", [0, 1, 9])

@@ -104,6 +104,14 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, vocabulary
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+def test_the_state_saved_on_the_way_holds_the_average_of_its_step(tmp_path, vocabulary):
+    module = DiffusionTraining(tiny_model(vocabulary), Optimisation(1e-3, steps=3, warm_up_steps=2))
+    settings = RunSettings(tmp_path, 3, precision="32-true", checkpoint_steps=2, accumulate=2)
+    make_trainer(settings).fit(module, Batches(noise_batches(moments(), "train", 2, 1000)).loader())
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert state["global_step"] == int(state["state_dict"]["ema.num_updates"]) == 2
+
+
 def test_training_lowers_the_error(vocabulary, monkeypatch):
     module = DiffusionTraining(tiny_model(vocabulary), Optimisation(1e-3, steps=1), min_snr_gamma=None)
     monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)

@@ -33,10 +33,14 @@ def test_the_tower_learns_what_captions_say(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
     make = caption_batches(lambda texts: torch.tensor(tokenizer(texts, max_length=77)), "train", 16)
     batch = make(1, np.random.default_rng(0))
-    ids, truth = batch
+    ids, truth, fractions = batch
     assert truth.shape == (16, len(QUESTIONS))
     assert ids.shape[1] == int(ends(ids).max()) + 5  # cut behind the longest caption
     assert make(4, np.random.default_rng(0))[0].shape[1] == 77
+    assert fractions.shape == (16, 3)
+    state = torch.get_rng_state()
+    assert module.training_step(batch) == module.training_step(batch)  # the batch alone decides
+    assert torch.equal(torch.get_rng_state(), state)
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
     losses = []
     for _ in range(80):
