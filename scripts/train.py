@@ -9,6 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ldm  # noqa: F401  (this toolkit's own, whatever else is installed)
+
+sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
+
 CONFIGS = {
     "autoencoder": "autoencoder.yaml",
     "text": "text.yaml",
@@ -17,11 +22,6 @@ CONFIGS = {
     "export": "diffusion.yaml",
     "judge": "judge.yaml",
 }
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import ldm  # noqa: F401  (this toolkit's own, whatever else is installed)
-
-sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,0 +1,30 @@
+"""The scripts that train and measure: which toolkit they run, and how they refuse."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["evaluate.py", "--count", "1"], "evaluate.py: --count 1 is too few: 2 or more, half of each kind"),
+        (["train.py", "text", "--base", "none.yaml"], "train.py: there is no config none.yaml"),
+    ],
+)
+def test_faults_are_one_line_even_beside_a_foreign_toolkit_of_the_same_name(tmp_path, arguments, fault):
+    (tmp_path / "ldm").mkdir()
+    (tmp_path / "ldm" / "__init__.py").write_text("raise SystemExit(77)")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / arguments[0]), *arguments[1:]],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr.splitlines()) == (2, [fault])
