@@ -112,6 +112,14 @@ def test_global_randomness_has_no_influence(pipeline):
     assert torch.equal(first, pixels(pipeline, [dataclasses.replace(JOB, eta=1.0)]))
 
 
+def test_building_without_initial_weights_leaves_layers_as_they_were():
+    before = torch.nn.Linear.reset_parameters
+    with pytest.raises(InputError):
+        load_model(tiny_config(), "no/such.ckpt")
+    assert torch.nn.Linear.reset_parameters is before
+    assert torch.nn.Linear(64, 64).weight.std() > 0.01
+
+
 def test_a_batch_has_one_size_and_step_count(pipeline):
     with pytest.raises(ValueError, match="prompts and seeds only"):
         pipeline.make([JOB, dataclasses.replace(JOB, steps=4)])
