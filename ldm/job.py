@@ -5,6 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+RESIZES = ("fit", "fill", "stretch", "pad", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Init:
+    """The picture that a job starts from: a file, and how it becomes the canvas.
+
+    `width` and `height` in pixels (None: the picture's own, or what keeps its proportions) with `resize` say its
+    size: "fit" inside them, "fill" them and crop, "stretch", "pad" with `background`, or "none". `outpaint` adds
+    pixels at the left, top, right and bottom. `mask` is a picture whose white is repainted; with `alpha_mask`
+    and no mask the transparent part of the image is. `mask_blur` is how far, in pixels, the repainted part fades
+    in at its edges.
+    """
+
+    image: str
+    width: int | None = None
+    height: int | None = None
+    resize: Literal["fit", "fill", "stretch", "pad", "none"] = "none"
+    background: str = "white"
+    outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)
+    mask: str = ""
+    alpha_mask: bool = False
+    invert_mask: bool = False
+    mask_blur: float = 4.0
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -14,6 +39,14 @@ class Job:
     guidance scale (1 turns guidance off), `eta` the DDIM noise factor. With `seed_mode` "image" the job owns
     the noise stream of `seed`; with "batch" it is entry `batch_index` of the run's one stream from `seed`,
     drawn in the order of the original scripts.
+
+    With `init` the job starts from that picture at `strength`, the share of the steps that run: 0 gives the
+    picture back as the autoencoder keeps it, 1 starts from noise alone. `posterior` says whether its latent is a
+    draw from the autoencoder's distribution, as in the original, or the mean. `paste` puts the picture's own
+    pixels back where its mask repaints nothing.
+
+    With `upscale` above 1 the finished picture is enlarged by that factor, as pixels or as latents
+    (`upscale_in`), and made again from there at `upscale_strength`.
     """
 
     prompt: str
@@ -26,6 +59,18 @@ class Job:
     scale: float = 7.5
     eta: float = 0.0
     timestep_spacing: str = "uniform"
-    rng: Literal["philox", "cpu", "device"] = "philox"
+    rng: Literal["philox", "cpu", "device", "numpy"] = "philox"
     seed_mode: Literal["image", "batch"] = "image"
     batch_index: int = 0
+    init: Init | None = None
+    strength: float = 1.0
+    posterior: Literal["sample", "mean"] = "sample"
+    paste: bool = True
+    upscale: float = 1.0
+    upscale_in: Literal["pixels", "latents"] = "pixels"
+    upscale_strength: float = 0.5
+
+    @property
+    def upscaled_size(self) -> tuple[int, int]:
+        """Height and width of the finished picture, multiples of 8."""
+        return round(self.height * self.upscale / 8) * 8, round(self.width * self.upscale / 8) * 8

@@ -1,9 +1,18 @@
-"""From the autoencoder's output to the bytes of a picture."""
+"""From the bytes of a picture to the autoencoder's input, and from its output to bytes."""
 
 from __future__ import annotations
 
 import numpy as np
-from torch import Tensor, isfinite, uint8
+from torch import Tensor, from_numpy, isfinite, uint8
+
+
+def from_uint8(pixels: np.ndarray) -> Tensor:
+    """Pictures for the autoencoder: uint8 [N, H, W, 3] to float32 [N, 3, H, W] in [-1, 1] in CPU memory.
+
+    The original's arithmetic: divided by 255 in float32, then doubled, then less 1.
+    """
+    unit = pixels.astype(np.float32) / np.float32(255.0)
+    return from_numpy(2.0 * unit - 1.0).permute(0, 3, 1, 2).contiguous()
 
 
 def to_uint8(decoded: Tensor) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.images.pixels import finite, to_uint8
+from ldm.images.pixels import finite, from_uint8, to_uint8
 
 
 def test_pixels_are_cut_off_not_rounded() -> None:
@@ -36,3 +36,23 @@ def test_finite_names_the_bad_images_only() -> None:
     images[1, 2, 7, 7] = float("nan")
     images[3, 0, 0, 0] = float("-inf")
     assert finite(images) == [True, False, True, False]
+
+
+def test_bytes_become_the_floats_of_the_original() -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 24, 40, 3), dtype=np.uint8)
+    one = (
+        np.array(pixels[1]).astype(np.float32) / 255.0
+    )  # as img2img.py of the original did, picture by picture
+    expected = 2.0 * torch.from_numpy(one[None].transpose(0, 3, 1, 2)) - 1.0
+    tensor = from_uint8(pixels)
+    assert tensor.shape == (2, 3, 24, 40)
+    assert tensor.dtype == torch.float32
+    assert tensor.is_contiguous()
+    assert torch.equal(tensor[1:], expected)
+    assert from_uint8(np.full((1, 8, 8, 3), 255, np.uint8)).unique().tolist() == [1.0]
+
+
+def test_read_only_pixels_are_taken_and_left_alone() -> None:
+    pixels = np.zeros((1, 8, 8, 3), np.uint8)
+    pixels.flags.writeable = False
+    assert from_uint8(pixels).unique().tolist() == [-1.0]

@@ -1,0 +1,354 @@
+"""The pixels that a job starts from: a picture brought to its size, its mask, and the room around it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+from PIL import Image, ImageChops, ImageColor
+
+from ldm.images.source import EXTENSIONS, MAX_PIXELS, Source, read_picture
+from ldm.job import RESIZES, Init
+from ldm.util import InputError, printable
+
+logger = logging.getLogger(__name__)
+
+_STEP = 8  # what explicit sizes and outpainted borders are multiples of
+_MASK_ENDING = "_mask"
+_MOST_NAMED = 5
+_SIDES = ("left", "top", "right", "bottom")
+
+_Size = tuple[int, int]  # width, height
+_Borders = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Canvas:
+    """What a job starts from: uint8 `pixels` [H, W, 3], and which of them are made anew.
+
+    `repaint` is bool [H, W], True where pixels are made anew, or None without a mask. `digest` is the SHA-256 of
+    the image file's bytes in hexadecimal. Each of `notes` says in one clause what was changed on the way.
+    """
+
+    pixels: np.ndarray
+    repaint: np.ndarray | None
+    digest: str
+    notes: tuple[str, ...]
+
+
+def open_canvas(init: Init, multiple: int = 32, mask_needed: bool = False) -> Canvas:
+    """Reads the picture of `init`, upright and opaque, and brings it and its mask to their size.
+
+    Sides that the user did not give are floored to `multiple`: with "none" the picture is resized to them, as
+    the original's img2img did. Lanczos for the picture, bilinear for the mask, which gets the picture's geometry
+    (a mask of another size is first stretched to the picture's) and repaints where it is at least half white.
+    A mask that is transparent around one colour repaints where it is opaque. Padding is kept and outpainted
+    borders are repainted, whether the mask is inverted or not.
+
+    Only pixels leave, no metadata of the files. Raises InputError for faults of the files and of `init`, and
+    with `mask_needed` if nothing would be repainted.
+    """
+    background = _background(init.background)
+    borders = _borders(init.outpaint)
+    source = read_picture(init.image)
+    layout = _layout(source.color.size, init, multiple)
+    mask, mask_notes = _mask(init, source)
+    repaint = _repainted(mask, layout)
+    if mask_needed and not any(borders):
+        _require_something(init, repaint)
+    notes = [*source.notes]
+    if source.alpha is not None:
+        notes.append(f"transparency laid on {printable(init.background)}")
+    notes += [*layout.notes, *mask_notes, *_extremes(repaint)]
+    notes += [
+        f"outpainted by {b} instead of {a} pixels at the {side}"
+        for side, a, b in zip(_SIDES, init.outpaint, borders, strict=True)
+        if a != b
+    ]
+    picture = layout.place(_opaque(source, background), Image.Resampling.LANCZOS, background)
+    return Canvas(
+        _grown(np.asarray(picture), borders),
+        _with_borders(repaint, layout.canvas, borders),
+        source.digest,
+        tuple(notes),
+    )
+
+
+def _background(name: str) -> tuple[int, int, int]:
+    try:
+        color = ImageColor.getrgb(name)
+    except ValueError:
+        color = ()
+    if len(color) != 3:  # four with an alpha channel
+        raise InputError(
+            f"the background {printable(name[:50])!r} is no opaque colour; give a name such as white, or #rrggbb"
+        )
+    return color
+
+
+def _borders(asked: _Borders) -> _Borders:
+    if min(asked) < 0:
+        raise InputError(
+            f"outpaint is {asked}; give pixels at the left, top, right and bottom, 0 or more of each"
+        )
+    left, top, right, bottom = (-(-border // _STEP) * _STEP for border in asked)
+    return left, top, right, bottom
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where a picture goes: its part `box` (left, top, right, bottom) becomes `size`, centred on `canvas`."""
+
+    box: tuple[float, float, float, float]
+    size: _Size
+    canvas: _Size
+    notes: tuple[str, ...]
+
+    def place(
+        self, image: Image.Image, resample: Image.Resampling, background: int | tuple[int, int, int]
+    ) -> Image.Image:
+        resized = image.resize(self.size, resample, box=self.box)
+        if self.size == self.canvas:
+            return resized
+        frame = Image.new(image.mode, self.canvas, background)
+        left, top = (round((outer - inner) / 2) for outer, inner in zip(self.canvas, self.size, strict=True))
+        frame.paste(resized, (left, top))
+        return frame
+
+
+def _layout(size: _Size, init: Init, multiple: int) -> _Layout:
+    _check_request(init)
+    canvas = _canvas_size(size, init, multiple)
+    if min(canvas) < 1:
+        _refuse_small(size, init, multiple)
+    _check_area(canvas, init)
+    scales = [new / old for new, old in zip(canvas, size, strict=True)]
+    box, inner = _centre(size, size), canvas
+    if init.resize == "fill":
+        box = _centre(size, (canvas[0] / max(scales), canvas[1] / max(scales)))
+    elif init.resize == "pad":
+        inner = (max(1, round(size[0] * min(scales))), max(1, round(size[1] * min(scales))))
+    return _Layout(box, inner, canvas, _size_notes(size, canvas, init.resize))
+
+
+def _check_request(init: Init) -> None:
+    if init.resize not in RESIZES:
+        raise InputError(
+            f"no way to resize is called {printable(init.resize)!r}; there are {', '.join(RESIZES)}"
+        )
+    for name, side in (("W", init.width), ("H", init.height)):
+        if side is None:
+            continue
+        if init.resize == "none":
+            raise InputError(f"--{name} {side} needs a way to resize: {', '.join(RESIZES[:-1])}")
+        below = side // _STEP * _STEP
+        nearest = f"{below} or {below + _STEP}" if below >= _STEP else str(_STEP)
+        if side < 1 or side % _STEP:
+            raise InputError(f"--{name} is {side}, no multiple of {_STEP}: use {nearest}")
+
+
+def _canvas_size(size: _Size, init: Init, multiple: int) -> _Size:
+    """The size before outpainting; a side is 0 where flooring leaves nothing."""
+    width, height = (side - side % multiple for side in _in_proportion(size, init.width, init.height))
+    if init.resize == "fit":
+        return width, height
+    return init.width or width, init.height or height
+
+
+def _in_proportion(size: _Size, width: int | None, height: int | None) -> _Size:
+    """The largest size with the proportions of `size` inside `width` and `height`; `size` if both are None."""
+    if height is not None and (width is None or height * size[0] <= width * size[1]):
+        return size[0] * height // size[1], height
+    if width is not None:
+        return width, size[1] * width // size[0]
+    return size
+
+
+def _refuse_small(size: _Size, init: Init, multiple: int) -> NoReturn:
+    path, extent = printable(init.image), f"{size[0]}x{size[1]}"
+    if init.width is None and init.height is None:
+        raise InputError(f"{path}: too small ({extent}); at least {multiple}x{multiple}")
+    raise InputError(
+        f"{path}: too narrow ({extent}): a side would be under {multiple}; give a larger --W and --H"
+    )
+
+
+def _check_area(canvas: _Size, init: Init) -> None:
+    left, top, right, bottom = init.outpaint
+    width, height = canvas[0] + left + right, canvas[1] + top + bottom
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"a canvas of {width}x{height} is asked for; the most is {MAX_PIXELS // 10**6} megapixels"
+        )
+
+
+def _centre(size: _Size, part: tuple[float, float]) -> tuple[float, float, float, float]:
+    left, top = (max(0.0, (whole - inner) / 2) for whole, inner in zip(size, part, strict=True))
+    return left, top, size[0] - left, size[1] - top
+
+
+def _size_notes(size: _Size, canvas: _Size, resize: str) -> tuple[str, ...]:
+    if size == canvas:
+        return ()
+    old, new = f"{size[0]}x{size[1]}", f"{canvas[0]}x{canvas[1]}"
+    return (f"{old} floored to {new}",) if resize == "none" else (f"resized from {old} to {new} ({resize})",)
+
+
+def _opaque(source: Source, background: tuple[int, int, int]) -> Image.Image:
+    if source.alpha is None:
+        return source.color
+    return Image.composite(source.color, Image.new("RGB", source.color.size, background), source.alpha)
+
+
+def _mask(init: Init, source: Source) -> tuple[Image.Image | None, list[str]]:
+    """The grey mask at the size of the picture, white where it is repainted, and notes; None without a mask."""
+    notes: list[str] = []
+    if init.mask:
+        given = read_picture(init.mask)
+        notes += [f"mask: {note}" for note in given.notes]
+        mask = _grey(given)
+        if mask.size != source.color.size:
+            old, new = (f"{width}x{height}" for width, height in (mask.size, source.color.size))
+            notes.append(f"mask of {old} resized to the picture's {new}")
+            mask = mask.resize(source.color.size, Image.Resampling.BILINEAR)
+    elif init.alpha_mask and source.alpha is not None:
+        mask = ImageChops.invert(source.alpha)
+    else:
+        return None, ["no transparency to use as the mask"] if init.alpha_mask else []
+    return ImageChops.invert(mask) if init.invert_mask else mask, notes
+
+
+def _grey(mask: Source) -> Image.Image:
+    """A mask's luminance on black; its alpha channel if all that shows of it has one colour."""
+    if mask.alpha is None:
+        return mask.color.convert("L")
+    visible = np.asarray(mask.color)[np.asarray(mask.alpha) > 0]
+    if (visible == visible[:1]).all():
+        return mask.alpha
+    return ImageChops.multiply(mask.color.convert("L"), mask.alpha)
+
+
+def _repainted(mask: Image.Image | None, layout: _Layout) -> np.ndarray | None:
+    """The pixels whose mask is at least 0.5 of white, bool [H, W] in the layout."""
+    if mask is None:
+        return None
+    return np.asarray(layout.place(mask, Image.Resampling.BILINEAR, 0)) >= 128
+
+
+def _require_something(init: Init, repaint: np.ndarray | None) -> None:
+    if repaint is None and init.alpha_mask:
+        raise InputError(f"{printable(init.image)}: has no transparency to use as the mask; give --mask")
+    if repaint is None:
+        raise InputError(f"{printable(init.image)}: needs a mask; give --mask, whose white is repainted")
+    if not repaint.any():
+        raise InputError(
+            f"{printable(init.mask or init.image)}: the mask repaints nothing; its white is repainted"
+        )
+
+
+def _extremes(repaint: np.ndarray | None) -> list[str]:
+    if repaint is None or (repaint.any() and not repaint.all()):
+        return []
+    return [f"the mask repaints {'everything' if repaint.all() else 'nothing'}"]
+
+
+def _grown(pixels: np.ndarray, borders: _Borders) -> np.ndarray:
+    """`pixels` with borders that repeat the nearest pixel of the edge, contiguous and writable."""
+    left, top, right, bottom = borders
+    return np.pad(pixels, ((top, bottom), (left, right), (0, 0)), mode="edge")
+
+
+def _with_borders(repaint: np.ndarray | None, size: _Size, borders: _Borders) -> np.ndarray | None:
+    if not any(borders):
+        return repaint
+    left, top, right, bottom = borders
+    inner = np.zeros(size[::-1], bool) if repaint is None else repaint
+    return np.pad(inner, ((top, bottom), (left, right)), constant_values=True)
+
+
+def find_images(paths: Sequence[str]) -> list[str]:
+    """Picture files: files as they are, and of a folder its pictures by extension, in natural order.
+
+    Hidden files and masks (`NAME_mask.png`) of a folder are left out. Raises InputError for a path that does not
+    exist and a folder without pictures.
+    """
+    return [
+        image for path in paths for image in (_images_in(path) if os.path.isdir(path) else [_existing(path)])
+    ]
+
+
+def _images_in(folder: str) -> list[str]:
+    names = [name for name in _picture_names(folder) if not _stem(name).endswith(_MASK_ENDING)]
+    if not names:
+        raise InputError(f"{printable(folder)}: has no pictures ({', '.join(EXTENSIONS)})")
+    return [os.path.join(folder, name) for name in names]
+
+
+def _existing(path: str) -> str:
+    if not os.path.lexists(path):
+        raise InputError(f"{printable(path)}: no such file or folder; check the path")
+    return path
+
+
+def _picture_names(folder: str) -> list[str]:
+    """The names of the pictures that are not hidden; img2 comes before img10."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [
+                entry.name for entry in entries if entry.name.lower().endswith(EXTENSIONS) and entry.is_file()
+            ]
+    except OSError as error:
+        raise InputError(f"{printable(folder)}: cannot be read: {error.strerror}; give a folder") from error
+    return sorted((name for name in names if not name.startswith(".")), key=_natural)
+
+
+def _natural(name: str) -> tuple[list[tuple[float, str]], str]:
+    parts = re.findall(r"([0-9]+)|([^0-9]+)", name.casefold())
+    return [(int(number) if number else math.inf, text) for number, text in parts], name
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def find_pairs(folder: str) -> list[tuple[str, str]]:
+    """The pictures of a folder that have a mask beside them: `NAME.*` and `NAME_mask.*`, in natural order.
+
+    Pictures without a mask are skipped with one warning. Raises InputError for a folder without pairs and for a
+    mask that belongs to no picture, or to several.
+    """
+    names = _picture_names(folder)
+    masks = [name for name in names if _stem(name).endswith(_MASK_ENDING)]
+    pictures = [name for name in names if name not in set(masks)]
+    pairs = [(_picture_of(mask, pictures, folder), mask) for mask in masks]
+    if not pairs:
+        raise InputError(f"{printable(folder)}: has no pairs of NAME.png and NAME{_MASK_ENDING}.png")
+    _warn_of_single({picture for picture, _ in pairs}, pictures)
+    return [(os.path.join(folder, picture), os.path.join(folder, mask)) for picture, mask in pairs]
+
+
+def _picture_of(mask: str, pictures: Sequence[str], folder: str) -> str:
+    stem = _stem(mask).removesuffix(_MASK_ENDING)
+    found = [name for name in pictures if _stem(name) == stem]
+    if len(found) != 1:
+        what = (
+            f"belongs to several pictures: {', '.join(found)}"
+            if found
+            else f"has no picture {stem}.* beside it"
+        )
+        raise InputError(f"{printable(os.path.join(folder, mask))}: {printable(what)}")
+    return found[0]
+
+
+def _warn_of_single(paired: set[str], pictures: Sequence[str]) -> None:
+    single = [printable(name) for name in pictures if name not in paired]
+    if single:
+        more = ", ..." if len(single) > _MOST_NAMED else ""
+        named = ", ".join(single[:_MOST_NAMED])
+        logger.warning("%d pictures without a mask are skipped: %s%s", len(single), named, more)
