@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -58,6 +59,20 @@ class LoadReport:
     ignored: tuple[str, ...]
     unknown: tuple[str, ...]
     cast_from: tuple[torch.dtype, ...]
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Layers built within it draw no initial weights, which takes seconds for those of v1, even on meta."""
+    kinds: tuple[Any, ...] = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
+    initialisers = [kind.reset_parameters for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.reset_parameters = lambda self: None
+        yield
+    finally:
+        for kind, initialise in zip(kinds, initialisers, strict=True):
+            kind.reset_parameters = initialise
 
 
 def load_into(

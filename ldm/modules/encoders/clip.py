@@ -1,4 +1,4 @@
-"""The CLIP text tower, with the parameter names of published v1 checkpoints (Radford et al. 2021)."""
+"""CLIP's text and vision towers, with the parameter names of published checkpoints (Radford et al. 2021)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def _position_ids(count: int) -> Tensor:
+    """[[0, 1, ...]]: a computed value, so it is never left on the meta device that a model may be built on."""
+    return torch.arange(count, device="cpu")[None]
 
 
 class CLIPEmbeddings(nn.Module):
@@ -17,19 +22,38 @@ class CLIPEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(tokens, width)
         self.position_embedding = nn.Embedding(positions, width)
-        # a computed value, so it is never left on the meta device that a model may be built on
-        self.register_buffer("position_ids", torch.arange(positions, device="cpu")[None])
+        self.register_buffer("position_ids", _position_ids(positions))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
 
 
-class CLIPAttention(nn.Module):
-    """Multi-head self-attention in which a token sees itself and those before it."""
+class CLIPVisionEmbeddings(nn.Module):
+    """A class token and one token per patch, plus positions: [N, 3, side, side] -> [N, 1 + patches, width]."""
 
-    def __init__(self, width: int, heads: int):
+    position_ids: Tensor
+
+    def __init__(self, side: int, patch: int, width: int):
+        super().__init__()
+        positions = 1 + (side // patch) ** 2
+        self.class_embedding = nn.Parameter(torch.zeros(width))
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.position_embedding = nn.Embedding(positions, width)
+        self.register_buffer("position_ids", _position_ids(positions))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        patches = rearrange(self.patch_embedding(pictures), "n c h w -> n (h w) c")
+        start = self.class_embedding.expand(len(patches), 1, -1)
+        return torch.cat([start, patches], dim=1) + self.position_embedding.weight
+
+
+class CLIPAttention(nn.Module):
+    """Multi-head self-attention; if `causal`, a token sees itself and those before it, else all."""
+
+    def __init__(self, width: int, heads: int, causal: bool = True):
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
@@ -40,7 +64,7 @@ class CLIPAttention(nn.Module):
             rearrange(y, "b n (h d) -> b h n d", h=self.heads)
             for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(rearrange(out, "b h n d -> b n (h d)"))
 
 
@@ -60,9 +84,9 @@ class CLIPMLP(nn.Module):
 class CLIPEncoderLayer(nn.Module):
     """Attention and feed-forward, each behind a layer norm and a residual."""
 
-    def __init__(self, width: int, heads: int, inner: int):
+    def __init__(self, width: int, heads: int, inner: int, causal: bool = True):
         super().__init__()
-        self.self_attn = CLIPAttention(width, heads)
+        self.self_attn = CLIPAttention(width, heads, causal)
         self.layer_norm1 = nn.LayerNorm(width)
         self.mlp = CLIPMLP(width, inner)
         self.layer_norm2 = nn.LayerNorm(width)
@@ -75,9 +99,9 @@ class CLIPEncoderLayer(nn.Module):
 class CLIPEncoder(nn.Module):
     """The stack of layers."""
 
-    def __init__(self, width: int, layers: int, heads: int, inner: int):
+    def __init__(self, width: int, layers: int, heads: int, inner: int, causal: bool = True):
         super().__init__()
-        self.layers = nn.ModuleList(CLIPEncoderLayer(width, heads, inner) for _ in range(layers))
+        self.layers = nn.ModuleList(CLIPEncoderLayer(width, heads, inner, causal) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -116,3 +140,38 @@ class CLIPTextModel(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Ids [B, L] -> hidden states [B, L, width]."""
         return self.text_model(input_ids)
+
+
+class CLIPVisionTransformer(nn.Module):
+    """Pictures [N, 3, side, side] -> the class token of the last layer [N, width], after the final layer norm."""
+
+    def __init__(self, side: int, patch: int, width: int, layers: int, heads: int, inner: int):
+        super().__init__()
+        self.embeddings = CLIPVisionEmbeddings(side, patch, width)
+        self.pre_layrnorm = nn.LayerNorm(width)  # the spelling of published checkpoints
+        self.encoder = CLIPEncoder(width, layers, heads, inner, causal=False)
+        self.post_layernorm = nn.LayerNorm(width)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        tokens = self.encoder(self.pre_layrnorm(self.embeddings(pictures)))
+        return self.post_layernorm(tokens[:, 0])
+
+
+class CLIPVisionModel(nn.Module):
+    """The vision tower under the name `vision_model`; the sizes default to those of ViT-L/14."""
+
+    def __init__(
+        self,
+        side: int = 224,
+        patch: int = 14,
+        width: int = 1024,
+        layers: int = 24,
+        heads: int = 16,
+        inner: int = 4096,
+    ):
+        super().__init__()
+        self.vision_model = CLIPVisionTransformer(side, patch, width, layers, heads, inner)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Normalised pictures [N, 3, side, side] -> pooled states [N, width]."""
+        return self.vision_model(pictures)
