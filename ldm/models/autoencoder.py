@@ -51,6 +51,11 @@ class AutoencoderKL(nn.Module):
         """How many pixels one latent value spans along each side."""
         return 2 ** (len(self.decoder.up) - 1)
 
+    @property
+    def widths(self) -> list[int]:
+        """The channels of the levels, the finest first."""
+        return [level.block[0].conv1.out_channels for level in self.encoder.down]  # type: ignore[union-attr, index]
+
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Pictures in [-1, 1] -> the distribution of their latents."""
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))

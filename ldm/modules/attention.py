@@ -141,6 +141,7 @@ def pixel_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Single-head attention between the pixels of [B, C, H, W] maps."""
     height = q.shape[2]
     q, k, v = (rearrange(y, "b c h w -> b (h w) c") for y in (q, k, v))
-    # one head is one batch axis more: without it the CPU has no fused kernel for three dimensions
-    out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+    # the CPU's fused kernel takes contiguous tensors with an axis of heads; any other path keeps all scores at once
+    q, k, v = (y.contiguous()[:, None] for y in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v)[:, 0]
     return rearrange(out, "b (h w) c -> b c h w", h=height)

@@ -1,0 +1,171 @@
+"""The autoencoder in bounded memory: a large picture passes it in overlapping tiles.
+
+What the autoencoder sees of the whole picture (its group norms, its attention at the lowest level) it then sees
+of a tile only, so tiles are an approximation; nothing else differs, and the tiles are blended without a seam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Network = Callable[[Tensor], Tensor]
+
+SHARE = 0.75  # of the available memory that a decoding may take: the pictures themselves need some as well
+# Measured on a CPU, in float32 (autocast takes half): the peak grows by 7.6 to 10.4 times ch * pixels * 4 bytes for
+# widths of ch and 2 ch, of which 6 are tensors and the rest the convolutions' own copies.
+LIVE_MAPS = 5.25
+
+
+# --- tiles --------------------------------------------------------------------------------------------------
+
+
+def decode_in_tiles(decode: Network, z: Tensor, factor: int, tile: int = 64, overlap: int = 16) -> Tensor:
+    """Latents [N, C, h, w] -> pictures [N, 3, factor * h, factor * w], `decode` seeing one tile at a time.
+
+    Tiles are `tile` latent cells a side and overlap by at least `overlap` cells. Latents that fit into one tile
+    go through `decode` as they are; otherwise the result is float32. Raises ValueError if the overlap is no
+    smaller than the tile.
+    """
+    return _in_tiles(decode, z, tile, overlap, enter=1, leave=factor)
+
+
+def encode_in_tiles(encode: Network, x: Tensor, factor: int, tile: int = 64, overlap: int = 16) -> Tensor:
+    """Pictures [N, 3, H, W] -> the moments [N, 2C, H / factor, W / factor] of their latents, tile by tile.
+
+    `encode` gives the moments as one tensor: `lambda x: autoencoder.encode(x).parameters`. `tile` and `overlap`
+    count latent cells, as in `decode_in_tiles`. Raises ValueError if a side is no multiple of `factor`.
+    """
+    if any(side % factor for side in x.shape[-2:]):
+        raise ValueError(f"a picture of {tuple(x.shape[-2:])} pixels cannot be cut into cells of {factor}")
+    return _in_tiles(encode, x, tile, overlap, enter=factor, leave=1)
+
+
+def _in_tiles(network: Network, x: Tensor, tile: int, overlap: int, enter: int, leave: int) -> Tensor:
+    """`network` over `x`, where a latent cell spans `enter` values a side in `x` and `leave` in the result."""
+    if not 0 <= overlap < tile:
+        raise ValueError(f"tiles of {tile} cells cannot overlap by {overlap}")
+    height, width = (side // enter for side in x.shape[-2:])
+    if max(height, width) <= tile:
+        return network(x)
+    result = None
+    for rows, weight_y in _strips(height, tile, overlap, leave):
+        for columns, weight_x in _strips(width, tile, overlap, leave):
+            piece = network(x[..., _scaled(rows, enter), _scaled(columns, enter)])
+            if result is None:
+                result = piece.new_zeros(
+                    (*piece.shape[:2], height * leave, width * leave), dtype=torch.float32
+                )
+            weights = weight_y.to(result)[:, None] * weight_x.to(result)
+            result[..., _scaled(rows, leave), _scaled(columns, leave)].addcmul_(piece.float(), weights)
+    assert result is not None
+    return result
+
+
+def _scaled(cells: slice, by: int) -> slice:
+    return slice(cells.start * by, cells.stop * by)
+
+
+def _strips(size: int, tile: int, overlap: int, scale: int) -> Iterator[tuple[slice, Tensor]]:
+    """The tiles along one axis of `size` cells, and the weight of each at its `scale` values a cell."""
+    tile = min(tile, size)
+    starts = tile_starts(size, tile, overlap)
+    weights = blending_weights(starts, tile, scale)
+    return ((slice(a, a + tile), weight) for a, weight in zip(starts, weights, strict=True))
+
+
+def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
+    """Where as few tiles as possible start that cover `size` cells and overlap by `overlap` or more, evenly."""
+    if size <= tile:
+        return [0]
+    count = 1 - (tile - size) // (tile - overlap)
+    return [i * (size - tile) // (count - 1) for i in range(count)]
+
+
+def blending_weights(starts: Sequence[int], tile: int, scale: int) -> Tensor:
+    """Weights [tiles, tile * scale] that sum to 1 wherever tiles lie over one another along an axis.
+
+    A tile's weight rises from 0 at its end in a half period of the cosine, over all that it shares with its
+    neighbour: where it lacks context it counts least, and the weight has no kink.
+    """
+    length, last = tile * scale, starts[-1]
+    from_start = torch.arange(length, dtype=torch.float64) + 0.5
+    raw = torch.ones(len(starts), length, dtype=torch.float64)
+    for i, (a, b) in enumerate(pairwise(starts)):
+        rise = _half_cosine(from_start / ((a + tile - b) * scale))
+        raw[i] *= rise.flip(0)
+        raw[i + 1] *= rise
+    total = torch.zeros((last + tile) * scale, dtype=torch.float64)
+    for a, weight in zip(starts, raw, strict=True):
+        total[a * scale :][:length] += weight
+    return torch.stack([weight / total[a * scale :][:length] for a, weight in zip(starts, raw, strict=True)])
+
+
+def _half_cosine(x: Tensor) -> Tensor:
+    """0 at 0 and below, 1 at 1 and above."""
+    return (1.0 - torch.cos(torch.pi * x.clamp(0.0, 1.0))) / 2.0
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+def needed_memory(widths: Sequence[int], pixels: int) -> int:
+    """About how many bytes the decoding of one picture of `pixels` takes in float32, beside the weights.
+
+    `widths` are the channels of the autoencoder's levels, the finest first: `ch` times each of `ch_mult`. The peak
+    is where the finest level is entered, with the channels of the next one at full size.
+    """
+    return int(4 * LIVE_MAPS * max(widths[:2]) * pixels)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """How many bytes can be had on `device`, or None where that is unknown."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return _system_memory(Path("/")) if device.type == "cpu" else None
+
+
+def _system_memory(root: Path) -> int | None:
+    """What Linux would give, or the control group of this process if that is less."""
+    free = _field(root / "proc/meminfo", "MemAvailable:")
+    if free is None:
+        return None
+    return min([free * 1024, *_group_memory(root)])
+
+
+def _group_memory(root: Path) -> Iterator[int]:
+    """What each limited control group (v2) around this process has left; page cache can be given up."""
+    group = "/"
+    with suppress(OSError):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        group = next((line[3:] for line in lines if line.startswith("0::")), group)
+    mount = root / "sys/fs/cgroup"
+    own = mount / group.lstrip("/")
+    for folder in (own, *own.parents):
+        with suppress(OSError, ValueError):  # a group without a limit has no number there, the root no file
+            limit = int((folder / "memory.max").read_text())
+            used = int((folder / "memory.current").read_text())
+            yield max(limit - used + (_field(folder / "memory.stat", "inactive_file") or 0), 0)
+        if folder == mount:
+            return
+
+
+def _field(path: Path, name: str) -> int | None:
+    """The number behind `name` in a file of the kernel, if both are there."""
+    with suppress(OSError):
+        for line in path.read_text().splitlines():
+            key, value = line.split()[:2]
+            if key == name:
+                return int(value)
+    return None
+
+
+def choose_tiles(needed: int, available: int | None) -> bool:
+    """Whether to decode in tiles: `needed` bytes are more than the usual share of those available."""
+    return available is not None and needed > SHARE * available
