@@ -56,12 +56,8 @@ def instantiate_from_config(config: Mapping[str, Any], **overrides: Any) -> Any:
 
 
 def _check_parameters(target: str, cls: Any, params: Mapping[str, Any]) -> None:
-    try:
-        signature = inspect.signature(cls)
-    except (TypeError, ValueError):  # builtins without a signature check their own arguments
-        return
-    accepted = signature.parameters
-    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+    accepted = _accepted(cls)
+    if accepted is None:
         return
     unknown = [name for name in params if name not in accepted]
     if unknown:
@@ -69,15 +65,31 @@ def _check_parameters(target: str, cls: Any, params: Mapping[str, Any]) -> None:
             f"{target} takes no parameter {', '.join(map(repr, unknown))}; it takes {', '.join(accepted)}"
         )
     missing = [name for name, p in accepted.items() if p.default is p.empty and name not in params]
-    if missing and not any(accepted[name].kind is inspect.Parameter.VAR_POSITIONAL for name in missing):
+    if missing:
         raise InputError(f"{target} needs the parameter {', '.join(map(repr, missing))}")
     if cls.__module__.partition(".")[0] == "ldm":
-        hints = get_type_hints(cls.__init__)
+        hints = {k: v for base in reversed(cls.__mro__) for k, v in get_type_hints(base.__init__).items()}
         for name, value in params.items():
             if not _fits(value, hints.get(name)):
                 raise InputError(
                     f"{target}: {name} is {value!r}, but must be of type {accepted[name].annotation}"
                 )
+
+
+def _accepted(cls: Any) -> dict[str, inspect.Parameter] | None:
+    """The parameters that `cls` takes, those that it hands on to its bases included; None if that is not known."""
+    accepted: dict[str, inspect.Parameter] = {}
+    for base in inspect.getmro(cls) if inspect.isclass(cls) else (cls,):
+        try:
+            signature = inspect.signature(base)
+        except (TypeError, ValueError):  # builtins without a signature check their own arguments
+            return None
+        own = signature.parameters.values()
+        named = {p.name: p for p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        accepted = named | accepted
+        if all(p.kind is not p.VAR_KEYWORD for p in own):
+            return accepted
+    return None
 
 
 _SCALARS: dict[Any, tuple[type, ...]] = {

@@ -61,11 +61,21 @@ def tiny_config() -> dict[str, Any]:
     return config["model"]
 
 
-def tiny_model() -> Any:
+def inpainting_config() -> dict[str, Any]:
+    """The tiny model with 9 input channels."""
+    config = tiny_config()
+    config["target"] = "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"
+    config["params"]["conditioning_key"] = "hybrid"
+    config["params"]["unet_config"]["params"]["in_channels"] = 9
+    return config
+
+
+def tiny_model(config: Mapping[str, Any] | None = None) -> Any:
+    """The tiny model, or another config's, with rebuilt weights."""
     from ldm.util import instantiate_from_config
 
     with torch.device("meta"):
-        model = instantiate_from_config(tiny_config())
+        model = instantiate_from_config(config or tiny_config())
     missing, unexpected = model.load_state_dict(rebuilt_state_dict(model), strict=False, assign=True)
     assert not unexpected
     assert all(not key.startswith(WEIGHT_PREFIXES) or key.endswith("position_ids") for key in missing)

@@ -10,6 +10,7 @@ _UNET = "model.diffusion_model."
 _CROSS_ATTENTION = f"{_UNET}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
 _FIRST_CONVOLUTION = f"{_UNET}input_blocks.0.0.weight"
 _SD2_WIDTH = 1024
+_INPAINTING_CHANNELS = 9
 
 # (prefix or part of a key, model); the first that occurs decides.
 _PREFIXES = (
@@ -49,8 +50,13 @@ def other_model(state_dict: Mapping[str, torch.Tensor]) -> str | None:
     channels = _dimension(state_dict, _FIRST_CONVOLUTION, 1)
     return {
         8: "InstructPix2Pix (8 input channels)",
-        9: "an inpainting model (9 input channels), which needs the inpainting config",
+        _INPAINTING_CHANNELS: "an inpainting model (9 input channels), which needs the inpainting config",
     }.get(channels)
+
+
+def is_inpainting_model(state_dict: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the U-Net takes a mask and a masked picture beside the latent: 9 input channels."""
+    return _dimension(state_dict, _FIRST_CONVOLUTION, 1) == _INPAINTING_CHANNELS
 
 
 def _by_names(keys: Iterable[str]) -> str | None:

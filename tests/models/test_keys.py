@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from ldm.pipeline import read_config
+from ldm.config import read_config
 from ldm.util import InputError, instantiate_from_config
 from tests.golden_data import keys
 

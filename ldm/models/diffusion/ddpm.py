@@ -189,3 +189,42 @@ class LatentDiffusion(nn.Module):
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Scaled latents [N, C, h, w] -> pictures [N, 3, f * h, f * w], meant to lie in [-1, 1]."""
         return self.first_stage_model.decode(z / self.scale_factor)
+
+
+class LatentInpaintDiffusion(LatentDiffusion):
+    """Latent diffusion whose U-Net also sees what is to be repainted, and the picture with that part hidden.
+
+    The conditioning is hybrid: beside x the U-Net gets `concat_keys` as channels, by default the mask (1 channel,
+    1 is repainted) and the latent of the masked picture, and the text as context. The parameters of its own
+    besides `concat_keys` and `masked_image_key` serve training only.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        concat_keys: Sequence[str] = ("mask", "masked_image"),
+        masked_image_key: str = "masked_image",
+        finetune_keys: Sequence[str] | None = None,
+        keep_finetune_dims: int = 4,
+        c_concat_log_start: int | None = None,
+        c_concat_log_end: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        if self.model.conditioning_key != "hybrid":
+            raise InputError(
+                f"conditioning_key is {self.model.conditioning_key!r}; inpainting needs 'hybrid'"
+            )
+        self.concat_keys, self.masked_image_key = tuple(concat_keys), masked_image_key
+        self.finetune_keys, self.keep_finetune_dims = finetune_keys, keep_finetune_dims
+        self.c_concat_log_start, self.c_concat_log_end = c_concat_log_start, c_concat_log_end
+
+    def hybrid_conditioning(
+        self, context: Tensor, mask: Tensor, masked_latent: Tensor
+    ) -> dict[str, list[Tensor]]:
+        """What `apply_model` takes: context [N, L, width], mask [N, 1, h, w] and scaled latent [N, C, h, w]."""
+        concat = {self.masked_image_key: masked_latent}
+        return {
+            "c_concat": [concat.get(key, mask).to(context.device) for key in self.concat_keys],
+            "c_crossattn": [context],
+        }

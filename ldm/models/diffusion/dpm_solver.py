@@ -21,6 +21,7 @@ class DPMSolverSampler(Sampler):
 
     allows_eta = False
     draws_always = False
+    starts_above = False
 
     def _choose_table(self, steps: int, spacing: str, eta: float) -> StepTable:
         total = self.ddpm_num_timesteps

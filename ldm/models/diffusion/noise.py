@@ -71,6 +71,20 @@ class TorchNoise:
         self.draw(shape)  # torch has no other way to pass numbers over
 
 
+class NumpyNoise:
+    """The stream of NumPy's legacy generator, from which the published inpainting app draws its start noise."""
+
+    def __init__(self, seed: int, device: torch.device | str) -> None:
+        self.generator = np.random.RandomState(seed)
+        self.device = torch.device(device)
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self.generator.randn(*shape)).float().to(self.device)
+
+    def skip(self, shape: Sequence[int]) -> None:
+        self.draw(shape)
+
+
 class PerImageNoise:
     """One source for each image of a batch, so that an image's noise does not depend on its neighbours."""
 
@@ -93,14 +107,15 @@ class PerImageNoise:
 
 
 def noise_source(
-    rng: Literal["philox", "cpu", "device"],
+    rng: Literal["philox", "cpu", "device", "numpy"],
     seed_mode: Literal["image", "batch"],
     seeds: Sequence[int],
     device: torch.device | str,
 ) -> NoiseSource:
     """The noise of a batch whose images have `seeds`.
 
-    `rng`: "philox" (the CUDA generator's numbers, anywhere), "cpu" or "device" (torch's generator there).
+    `rng`: "philox" (the CUDA generator's numbers, anywhere), "cpu" or "device" (torch's generator there), or
+    "numpy" (its legacy generator).
     `seed_mode`: "image" gives every image the stream of its seed; "batch" gives the batch the stream of the
     first seed, in the order of the original scripts (keep the source for all batches of a run).
     """
@@ -120,7 +135,9 @@ def _stream(rng: str, seed: int, device: torch.device | str) -> NoiseSource:
         return TorchNoise(torch.Generator("cpu").manual_seed(seed), device)
     if rng == "device":
         return TorchNoise(torch.Generator(device).manual_seed(seed), device)
-    raise ValueError(f"noise generator {rng!r} is none of 'philox', 'cpu', 'device'")
+    if rng == "numpy":
+        return NumpyNoise(seed, device)
+    raise ValueError(f"noise generator {rng!r} is none of 'philox', 'cpu', 'device', 'numpy'")
 
 
 def philox_normal(seed: int, offset: int, count: int, threads: int = A100_THREADS) -> npt.NDArray[np.float32]:

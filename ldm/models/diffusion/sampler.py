@@ -99,6 +99,9 @@ class Sampler:
 
     allows_eta: ClassVar[bool] = True
     draws_always: ClassVar[bool] = True  # whether the original drew a step's noise also where its factor is 0
+    starts_above: ClassVar[bool] = (
+        True  # image to image noises to the level one step above its first, as ever
+    )
 
     def __init__(self, model: Any, schedule: str = "linear"):
         self.model = model
@@ -193,6 +196,16 @@ class Sampler:
         noise = torch.randn_like(x0) if noise is None else noise
         return signal * x0 + spread * noise
 
+    def start_from(self, x0: Tensor, count: int, noise: Tensor) -> Tensor:
+        """Clean latents noised to where the last `count` steps begin; `noise` alone if there are no more steps.
+
+        With DDIM and PLMS that is one step more than they take out, as in the original.
+        """
+        if count >= len(self.table):
+            return noise
+        row = max(count if self.starts_above else count - 1, 0)
+        return self.stochastic_encode(x0, torch.full((len(x0),), row), noise=noise)
+
     @torch.no_grad()
     def decode(
         self,
@@ -204,8 +217,13 @@ class Sampler:
         use_original_steps: bool = False,
         callback: Callable[[int], object] | None = None,
         noise: NoiseSource | None = None,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
     ) -> Tensor:
-        """Denoises latents through the last `t_start` steps of the schedule made by `make_schedule`."""
+        """Denoises latents through the last `t_start` steps of the schedule made by `make_schedule`.
+
+        `mask` is 1 where the latent `x0` is kept, as in `sample`.
+        """
         walk = Walk(
             self.model,
             self._noise(noise),
@@ -213,6 +231,8 @@ class Sampler:
             self.draws_always,
             unconditional_conditioning,
             unconditional_guidance_scale,
+            mask,
+            x0,
         )
         steps = list(self._table_for(use_original_steps).downwards(t_start))
         return self._run(walk, x_latent, steps, callback)[0]

@@ -92,6 +92,14 @@ def make_timesteps(spacing: str, steps: int, total: int = 1000) -> NDArray[np.in
     raise InputError(f"unknown timestep spacing {spacing!r}; it is uniform, compvis or quad")
 
 
+def steps_to_run(strength: float, steps: int, rows: int) -> int:
+    """How many of a table's `rows` steps run at a strength in [0, 1], where `steps` were asked for.
+
+    int(strength * steps), as in the original; at strength 1 all of them.
+    """
+    return rows if strength == 1 else min(int(strength * steps), rows)
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One denoising step: from noise level `alpha` at timestep `t` to `alpha_prev`, adding `sigma` fresh noise.
