@@ -2,145 +2,49 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor, nn
-from yaml import YAMLError
+from torch import Tensor
 
-from ldm.checkpoints.load import Ema, load_into
+from ldm.checkpoints.load import Ema, load_into, undrawn
 from ldm.checkpoints.reader import read_checkpoint
-from ldm.images.pixels import finite, to_uint8
-from ldm.job import Job
+from ldm.config import ConfigError
+from ldm.images.canvas import Canvas, open_canvas
+from ldm.images.mask import fade, hide, paste, to_latent_mask
+from ldm.images.pixels import finite, from_uint8, to_uint8
+from ldm.images.resample import enlarge_latents, enlarge_pixels
+from ldm.job import Init, Job
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.noise import NoiseSource, noise_source
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampler import Sampler
+from ldm.models.diffusion.schedule import steps_to_run
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.runtime.device import FULL, Precision
-from ldm.util import InputError, find, get_obj_from_str, instantiate_from_config, printable
+from ldm.runtime.tiling import (
+    available_memory,
+    choose_tiles,
+    decode_in_tiles,
+    encode_in_tiles,
+    needed_memory,
+)
+from ldm.util import InputError, instantiate_from_config, printable
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
-_FREE_TARGETS = ("torch.nn.Identity",)
-
-
-class ConfigError(InputError):
-    """A config file that cannot be used."""
-
-
-def read_config(path: str | Path, allow_targets: Sequence[str] = ()) -> dict[str, Any]:
-    """The `model` entry of a YAML config, checked: only parts of this package, no interpolation.
-
-    `allow_targets` names further packages whose classes the config may use. Nothing foreign is imported
-    before its name has been checked. Faults are a `ConfigError` of one line.
-    """
-    path = find(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {printable(path)}: {error.strerror}") from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(
-            f"the config {printable(path)} is no usable YAML: {printable(reason)[:300]}"
-        ) from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict) or "target" not in tree["model"]:
-        raise ConfigError(f"the config {printable(path)} is no mapping with `model:` and its `target:`")
-    model = tree["model"]
-    _check_tree(model, path, ("ldm", *allow_targets))
-    for target in _targets(model):
-        _check_is_class(target, path)
-    _resolve_vocabulary(model)
-    return model
-
-
-def _check_tree(node: Any, path: Path, packages: Sequence[str]) -> None:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            if key == "target":
-                _check_target(value, path, packages)
-            _check_tree(value, path, packages)
-    elif isinstance(node, list):
-        for value in node:
-            _check_tree(value, path, packages)
-    elif isinstance(node, str) and "${" in node:
-        raise ConfigError(
-            f"{printable(path)}: interpolation is not supported here: {printable(node)}; write the value out"
-        )
-
-
-def _check_target(target: Any, path: Path, packages: Sequence[str]) -> None:
-    if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
-        raise ConfigError(f"{printable(path)}: target {printable(target)!r} is no dotted name of a class")
-    package = target.partition(".")[0]
-    if target not in _FREE_TARGETS and package not in packages:
-        raise ConfigError(
-            f"{printable(path)}: target {target} is not a part of this toolkit; "
-            f"if you trust that package, add --allow_targets {package}"
-        )
-
-
-def _targets(node: Any) -> Iterator[str]:
-    values = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
-    if isinstance(node, Mapping) and "target" in node:
-        yield node["target"]
-    for value in values:
-        yield from _targets(value)
-
-
-def _check_is_class(target: str, path: Path) -> None:
-    try:
-        found = get_obj_from_str(target)
-    except (ImportError, AttributeError):
-        raise ConfigError(f"{printable(path)}: there is no {target}") from None
-    package = target.partition(".")[0]
-    if not inspect.isclass(found) or found.__module__.partition(".")[0] != package:
-        raise ConfigError(f"{printable(path)}: target {target} is no class of the package {package}")
-
-
-def section(tree: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
-    """The mapping that lies under `names`, each step through its `params`; empty where there is none."""
-    node: Any = tree
-    for key in ("params", *(part for name in names for part in (name, "params"))):
-        node = node.get(key) or {}
-        if not isinstance(node, Mapping):
-            raise ConfigError(f"the config's {'.'.join(names) or 'model'} is {node!r}; it must be a mapping")
-    return node
-
-
-def _resolve_vocabulary(model: Mapping[str, Any]) -> None:
-    """A vocabulary folder in the text model's `version` may be relative to the toolkit's folder."""
-    params = section(model, "cond_stage_config")
-    if isinstance(params.get("version"), str) and find(params["version"]).is_dir():
-        params["version"] = str(find(params["version"]))  # type: ignore[index]
-
-
-@contextmanager
-def _uninitialised() -> Iterator[None]:
-    """Layers built within it draw no initial weights: for those of v1 that takes a second, even on meta."""
-    kinds: tuple[Any, ...] = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
-    initialisers = [kind.reset_parameters for kind in kinds]
-    try:
-        for kind in kinds:
-            kind.reset_parameters = lambda self: None
-        yield
-    finally:
-        for kind, initialise in zip(kinds, initialisers, strict=True):
-            kind.reset_parameters = initialise
+SAMPLERS: Mapping[str, type[Sampler]] = {
+    "ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler,
+}  # fmt: skip
 
 
 def load_model(
@@ -156,7 +60,7 @@ def load_model(
     is refused.
     """
     try:
-        with torch.device("meta"), _uninitialised():
+        with torch.device("meta"), undrawn():
             model = instantiate_from_config(config)
     except InputError:
         raise
@@ -178,15 +82,37 @@ class Picture:
     notes: Mapping[str, str]
 
 
-class Pipeline:
-    """A loaded model that makes pictures from jobs."""
+@dataclass(frozen=True)
+class Origin:
+    """What a batch starts from other than noise: latents [N, C, h, w]; `keep` [1, 1, h, w] is 1 where they stay."""
 
-    def __init__(self, model: LatentDiffusion, precision: Precision = FULL):
+    latents: Tensor
+    keep: Tensor | None = None
+
+
+class Pipeline:
+    """A loaded model that makes pictures from jobs.
+
+    `canvases` opens the pictures that jobs start from. `tiles` says whether the autoencoder works piece by
+    piece: "auto" does where a picture would not fit into memory otherwise; the result is then approximate.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        precision: Precision = FULL,
+        canvases: Callable[[Init], Canvas] | None = None,
+        tiles: Literal["auto", "on", "off"] = "auto",
+    ):
         self.model = model
         self.precision = precision
+        self.canvas = cache(open_canvas) if canvases is None else canvases
+        self.tiles = tiles
         # autocast keeps its casts of weights only if they could be trained; otherwise it casts at every step
         model.model.requires_grad_(precision.autocast is not None)
-        self._encode = lru_cache(maxsize=64)(self._encode_one)
+        self._encode_prompt = lru_cache(maxsize=64)(self._encode_one)
+        self._distribution = lru_cache(maxsize=4)(self._encode_canvas)
+        self._hidden_all = lru_cache(maxsize=4)(self._encode_grey)
 
     @property
     def device(self) -> torch.device:
@@ -200,22 +126,15 @@ class Pipeline:
 
     def noise(self, jobs: Sequence[Job]) -> NoiseSource:
         """The noise of one batch of jobs; with seed mode "batch", keep the first batch's for the whole run."""
-        first = jobs[0]
-        seeds = [job.seed for job in jobs] if first.seed_mode == "image" else [first.seed]
-        return noise_source(first.rng, first.seed_mode, seeds, self.device)
+        return self._noise(jobs, jobs[0].rng)
+
+    def _noise(self, jobs: Sequence[Job], rng: Literal["philox", "cpu", "device", "numpy"]) -> NoiseSource:
+        seeds = [job.seed for job in jobs] if jobs[0].seed_mode == "image" else [jobs[0].seed]
+        return noise_source(rng, jobs[0].seed_mode, seeds, self.device)
 
     def start_code(self, job: Job, count: int, noise: NoiseSource) -> Tensor:
         """The start noise of a batch of `count` jobs like this one [count, C, h, w], drawn from `noise`."""
-        return noise.draw((count, *self._latent_shape(job)))
-
-    def _latent_shape(self, job: Job) -> tuple[int, int, int]:
-        return (self.model.channels, job.height // self.factor, job.width // self.factor)
-
-    def _encode_one(self, prompt: str) -> Tensor:
-        return self.model.get_learned_conditioning([prompt])
-
-    def _condition(self, prompts: Sequence[str]) -> Tensor:
-        return torch.cat([self._encode(prompt) for prompt in prompts])
+        return noise.draw((count, self.model.channels, job.height // self.factor, job.width // self.factor))
 
     @torch.inference_mode()
     def make(
@@ -234,36 +153,173 @@ class Pipeline:
         if len({replace(j, prompt="", negative_prompt="", seed=0, batch_index=0) for j in jobs}) > 1:
             raise ValueError("the jobs of one batch may differ in prompts and seeds only")
         noise = self.noise(jobs) if noise is None else noise
-        x_T = self.start_code(job, len(jobs), noise) if start_code is None else start_code
-        with self.precision.context(self.device):
-            cond = self._condition([job.prompt for job in jobs])
-            uncond = None if job.scale == 1.0 else self._condition([job.negative_prompt for job in jobs])
-            latents, _ = SAMPLERS[job.sampler](self.model).sample(
-                S=job.steps,
-                batch_size=len(jobs),
-                shape=self._latent_shape(job),
-                conditioning=cond,
-                unconditional_conditioning=uncond,
-                unconditional_guidance_scale=job.scale,
-                eta=job.eta,
-                x_T=x_T,
-                noise=noise,
-                ddim_discretize=job.timestep_spacing,
-                callback=on_step,
-                verbose=False,
-            )
+        code = self.start_code(job, len(jobs), noise) if start_code is None else start_code
+        hidden = self._hidden(jobs, job.init, job.height, job.width)
+        latents = self._denoise(jobs, self._origin(jobs), job.strength, code, hidden, noise, on_step)
+        if job.upscale > 1:
+            origin = self._enlarged(jobs, latents)
+            code = noise.draw(origin.latents.shape)
+            hidden = self._hidden(jobs, None, *job.upscaled_size)
+            latents = self._denoise(jobs, origin, job.upscale_strength, code, hidden, noise, on_step)
         return [self._picture(job, latent[None]) for job, latent in zip(jobs, latents, strict=True)]
 
-    def _picture(self, job: Job, latent: Tensor) -> Picture:
-        """Decodes one latent [1, C, h, w]; if half precision overflows, once more in float32."""
+    # --- conditioning ---------------------------------------------------------------------------------------
+
+    def _encode_one(self, prompt: str) -> Tensor:
+        return self.model.get_learned_conditioning([prompt])
+
+    def _condition(self, prompts: Sequence[str], hidden: tuple[Tensor, Tensor] | None) -> Conditioning:
+        context = torch.cat([self._encode_prompt(prompt) for prompt in prompts])
+        if hidden is None:
+            return context
+        assert isinstance(self.model, LatentInpaintDiffusion)
+        return self.model.hybrid_conditioning(
+            context, *(part.expand(len(context), -1, -1, -1) for part in hidden)
+        )
+
+    def _hidden(
+        self, jobs: Sequence[Job], init: Init | None, height: int, width: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """For an inpainting model: its mask [1, 1, h, w], 1 is repainted, and the latents of what it may see.
+
+        Without a picture or a mask it may see nothing, and is a model like any other.
+        """
+        if not isinstance(self.model, LatentInpaintDiffusion):
+            return None
+        if init is None or self.canvas(init).repaint is None:
+            repaint = torch.ones(1, 1, height, width, device=self.device)
+            distribution = self._hidden_all(height, width)
+        else:
+            repaint, distribution = self._repaint(init), self._distribution(init, True)
+        return to_latent_mask(repaint, self.factor, nearest=True), self._draw(distribution, jobs)
+
+    # --- the pictures that jobs start from --------------------------------------------------------------------
+
+    def _original(self, init: Init) -> Tensor:
+        """The canvas as a float picture [1, 3, H, W] in [-1, 1]."""
+        return from_uint8(self.canvas(init).pixels[None]).to(self.device)
+
+    def _repaint(self, init: Init) -> Tensor:
+        """The canvas's mask [1, 1, H, W], 1 where it is repainted."""
+        return torch.from_numpy(self.canvas(init).repaint).to(self.device)[None, None].float()
+
+    def _encode_canvas(self, init: Init, hide_mask: bool) -> DiagonalGaussianDistribution:
+        picture = self._original(init)
+        return self._encode(hide(picture, self._repaint(init)) if hide_mask else picture)
+
+    def _draw(self, distribution: DiagonalGaussianDistribution, jobs: Sequence[Job]) -> Tensor:
+        """Scaled latents [N, C, h, w], one for each job, by its `posterior`.
+
+        A draw's noise comes from a CPU stream of its own: the noise that denoising starts from stays the one of
+        text to image, and equal on every device.
+        """
+        if jobs[0].posterior == "mean":
+            return self.model.get_first_stage_encoding(distribution.mode().expand(len(jobs), -1, -1, -1))
+        noise = self._noise(jobs, "cpu").draw((len(jobs), *distribution.mean.shape[1:]))
+        return self.model.get_first_stage_encoding(distribution, noise)
+
+    def _encode_grey(self, height: int, width: int) -> DiagonalGaussianDistribution:
+        """What an inpainting model sees of a picture that is hidden as a whole."""
+        return self._encode(torch.zeros(1, 3, height, width, device=self.device))
+
+    def _origin(self, jobs: Sequence[Job]) -> Origin | None:
+        init = jobs[0].init
+        if init is None:
+            return None
+        latents = self._draw(self._distribution(init, False), jobs)
+        if self.canvas(init).repaint is None or isinstance(self.model, LatentInpaintDiffusion):
+            return Origin(latents)
+        return Origin(latents, 1 - to_latent_mask(self._repaint(init), self.factor, nearest=False))
+
+    def _enlarged(self, jobs: Sequence[Job], latents: Tensor) -> Origin:
+        height, width = jobs[0].upscaled_size
+        if jobs[0].upscale_in == "latents":
+            return Origin(enlarge_latents(latents, height // self.factor, width // self.factor))
+        pictures = [self._decode(latent[None])[0].float() for latent in latents]
+        encoded = [self._encode(enlarge_pixels(picture, height, width)).mode() for picture in pictures]
+        return Origin(self.model.get_first_stage_encoding(torch.cat(encoded)))
+
+    # --- latents ----------------------------------------------------------------------------------------------
+
+    def _denoise(
+        self,
+        jobs: Sequence[Job],
+        origin: Origin | None,
+        strength: float,
+        code: Tensor,
+        hidden: tuple[Tensor, Tensor] | None,
+        noise: NoiseSource,
+        on_step: Callable[[int], object] | None,
+    ) -> Tensor:
+        """Latents [N, C, h, w] from the noise `code`, or from `origin` at `strength`."""
+        job = jobs[0]
+        sampler = SAMPLERS[job.sampler](self.model)
+        sampler.make_schedule(job.steps, job.timestep_spacing, job.eta, verbose=False)
+        count = steps_to_run(1.0 if origin is None else strength, job.steps, len(sampler.table))
+        if origin is not None and count == 0:
+            return origin.latents
         with self.precision.context(self.device):
-            decoded = self.model.decode_first_stage(latent)
-        cut_words = getattr(
-            self.model.cond_stage_model, "cut_words", None
-        )  # another package's model may lack it
+            return sampler.decode(
+                code if origin is None else sampler.start_from(origin.latents, count, code),
+                self._condition([job.prompt for job in jobs], hidden),
+                count,
+                unconditional_guidance_scale=job.scale,
+                unconditional_conditioning=None
+                if job.scale == 1.0
+                else self._condition([job.negative_prompt for job in jobs], hidden),
+                callback=on_step,
+                noise=noise,
+                mask=None if origin is None else origin.keep,
+                x0=None if origin is None else origin.latents,
+            )
+
+    # --- pixels -----------------------------------------------------------------------------------------------
+
+    def _picture(self, job: Job, latent: Tensor) -> Picture:
+        """Decodes one latent [1, C, h, w] and puts what is kept of the job's own picture back."""
+        # another package's text model may lack it
+        cut_words = getattr(self.model.cond_stage_model, "cut_words", None)
         cut = cut_words(job.prompt) if cut_words else ""
-        notes = {"Prompt cut": cut} if cut else {}
+        decoded, notes = self._decode(latent)
+        notes = ({"Prompt cut": cut} if cut else {}) | notes
+        if not finite(decoded)[0]:
+            return Picture(job, None, notes)
+        if job.init is None or self.canvas(job.init).repaint is None or not job.paste or job.upscale > 1:
+            return Picture(job, to_uint8(decoded)[0], notes)
+        return Picture(job, self._pasted(job.init, decoded), notes)
+
+    def _pasted(self, init: Init, decoded: Tensor) -> np.ndarray:
+        """The decoded picture [1, 3, H, W] as pixels, with the canvas's own bytes where nothing is repainted."""
+        weight = fade(self._repaint(init), init.mask_blur)
+        blended = to_uint8(paste(decoded.float(), self._original(init), weight))[0]
+        untouched = (weight == 0)[0, 0].cpu().numpy()
+        return np.where(untouched[..., None], self.canvas(init).pixels, blended)
+
+    def _decode(self, latent: Tensor) -> tuple[Tensor, dict[str, str]]:
+        """The picture [1, 3, H, W] of scaled latents; if half precision overflows, once more in float32."""
+        factor = self.factor
+        if tiled := self._needs_tiles(latent.shape[-2] * latent.shape[-1] * factor**2):
+            decode = partial(decode_in_tiles, self.model.decode_first_stage, factor=factor)
+        else:
+            decode = self.model.decode_first_stage
+        notes = {"Decoded in tiles": "approximate"} if tiled else {}
+        with self.precision.context(self.device):
+            decoded = decode(latent)
         if not finite(decoded)[0] and self.precision.autocast is not None:
-            decoded = self.model.decode_first_stage(latent.float())
+            decoded = decode(latent.float())
             notes["Decoded in"] = "float32"
-        return Picture(job, to_uint8(decoded)[0] if finite(decoded)[0] else None, notes)
+        return decoded, notes
+
+    def _encode(self, picture: Tensor) -> DiagonalGaussianDistribution:
+        """The distribution of the latents of a float picture [1, 3, H, W], in float32 as in the original."""
+        if not self._needs_tiles(picture.shape[-2] * picture.shape[-1]):
+            return self.model.encode_first_stage(picture)
+        return DiagonalGaussianDistribution(
+            encode_in_tiles(lambda x: self.model.encode_first_stage(x).parameters, picture, self.factor)
+        )
+
+    def _needs_tiles(self, pixels: int) -> bool:
+        if self.tiles != "auto":
+            return self.tiles == "on"
+        needed = needed_memory(self.model.first_stage_model.widths, pixels)
+        return choose_tiles(needed, available_memory(self.device))

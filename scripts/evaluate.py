@@ -51,10 +51,11 @@ def evaluate(options: argparse.Namespace) -> None:
     """Draws the pictures, has them read, and prints the shares of what is right."""
     import numpy as np
 
+    from ldm.config import read_config
     from ldm.data.captions import UNORDERED, caption, plain_caption
     from ldm.data.scenes import scene_at
     from ldm.job import Job
-    from ldm.pipeline import Pipeline, load_model, read_config
+    from ldm.pipeline import Pipeline, load_model
     from ldm.runtime.device import resolve_device, resolve_precision
     from ldm.training.quality import judge, load_reader, score
 

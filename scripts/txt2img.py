@@ -19,9 +19,11 @@ def parser() -> argparse.ArgumentParser:
     cli.add_prompt_options(options, prompt="a painting of a virus monster playing guitar")
     cli.add_sampling_options(options, scale=7.5)
     cli.add_size_options(options)
+    cli.add_upscale_options(options)
     cli.add_batch_options(options, n_iter=2, n_samples=3)
     cli.add_output_options(options, outdir="outputs/txt2img-samples")
     cli.add_model_options(options)
+    cli.add_laion_option(options)
     cli.add_report_options(options)
     return options
 

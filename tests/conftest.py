@@ -1,4 +1,6 @@
+import logging
 import os
+from collections.abc import Iterator
 
 # two test processes on two cores spin against each other otherwise
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
@@ -16,6 +18,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _own_messages() -> Iterator[None]:
+    """A script's --quiet ends with the test that ran it."""
+    logger = logging.getLogger("ldm")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

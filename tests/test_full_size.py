@@ -17,7 +17,8 @@ LOAD = """
 import json, resource, sys, time
 sys.path.insert(0, {root!r})
 import torch
-from ldm.pipeline import load_model, read_config
+from ldm.config import read_config
+from ldm.pipeline import load_model
 config = read_config("configs/stable-diffusion/v1-inference.yaml")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 started = time.perf_counter()

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.config import read_config
 from ldm.job import Job
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.noise import PhiloxNoise
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.pipeline import Pipeline, load_model, read_config
+from ldm.pipeline import Pipeline, load_model
 from ldm.runtime.device import resolve_precision
 from tests.golden_data import TOLERANCE, figure, figures, relative_error, tiny_model
 

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
+from ldm.config import ConfigError, read_config
 from ldm.job import Job
-from ldm.pipeline import ConfigError, Pipeline, load_model, read_config
+from ldm.pipeline import Pipeline, load_model
 from ldm.runtime.device import FULL, Precision, resolve_device, resolve_precision
 from ldm.util import InputError
 from tests.golden_data import GOLDEN, relative_error, tiny_config

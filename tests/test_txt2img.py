@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 import scripts.txt2img as txt2img
-from ldm import cli
+from ldm.cli import inputs
+from ldm.cli import options as known
 from ldm.images.metadata import job_from_infotext, parse_infotext
 
 ROOT = Path(__file__).parent.parent
@@ -64,12 +65,12 @@ ORIGINAL_DEFAULTS = {
 def test_every_option_of_the_original_has_its_default():
     options = vars(txt2img.parser().parse_args([]))
     assert {name: options[name] for name in ORIGINAL_DEFAULTS} == ORIGINAL_DEFAULTS
-    assert cli.own_scale({}, options["usual_scale"]) == 7.5
+    assert inputs.own_scale({}, options["usual_scale"]) == 7.5
     # the rest depends on which model is there
     unset = ("H", "W", "scale", "config", "ckpt")
     assert {name: options[name] for name in unset} == dict.fromkeys(unset)
-    assert cli.V1_CONFIG == "configs/stable-diffusion/v1-inference.yaml"
-    assert cli.V1_CKPT == "models/ldm/stable-diffusion-v1/model.ckpt"
+    assert known.V1_CONFIG == "configs/stable-diffusion/v1-inference.yaml"
+    assert known.V1_CKPT == "models/ldm/stable-diffusion-v1/model.ckpt"
 
 
 def test_a_config_may_recommend_a_guidance_scale(draw):
@@ -81,9 +82,9 @@ def test_a_config_may_recommend_a_guidance_scale(draw):
 
 def test_v1_draws_512_by_512():
     options = txt2img.parser().parse_args([])
-    from ldm.pipeline import read_config
+    from ldm.config import read_config
 
-    assert cli.check_size(options, read_config(cli.V1_CONFIG)) == (512, 512)
+    assert inputs.check_size(options, read_config(known.V1_CONFIG)) == (512, 512)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -223,9 +224,9 @@ def test_prompt_file_with_a_short_last_batch(draw, tmp_path):
         (["--ckpt", "empty.ckpt"], "empty"),
         (["--ckpt", "pointer.ckpt"], "git-lfs"),
         (["--ckpt", "cut.ckpt"], "incomplete"),
-        (["--config", "empty.ckpt", "--ckpt", str(ROOT / cli.BUNDLED_CKPT)], "no mapping"),
+        (["--config", "empty.ckpt", "--ckpt", str(ROOT / known.BUNDLED_CKPT)], "no mapping"),
         (
-            ["--config", str(ROOT / cli.V1_CONFIG), "--ckpt", str(ROOT / cli.BUNDLED_CKPT)],
+            ["--config", str(ROOT / known.V1_CONFIG), "--ckpt", str(ROOT / known.BUNDLED_CKPT)],
             "another model|lacks",
         ),
     ],
@@ -238,9 +239,9 @@ def test_mistakes_are_one_line_and_code_2(draw, tmp_path, capsys, options, said)
     (tmp_path / "pointer.ckpt").write_bytes(
         b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4265380512\n"
     )
-    (tmp_path / "cut.ckpt").write_bytes((ROOT / cli.BUNDLED_CKPT).read_bytes()[:100_000])
+    (tmp_path / "cut.ckpt").write_bytes((ROOT / known.BUNDLED_CKPT).read_bytes()[:100_000])
     if "--ckpt" in options and "--config" not in options:
-        options = [*options, "--config", str(ROOT / cli.BUNDLED_CONFIG)]
+        options = [*options, "--config", str(ROOT / known.BUNDLED_CONFIG)]
     code = txt2img.main([*FAST, "--outdir", "out", *options])
     error = capsys.readouterr().err
     assert code == 2

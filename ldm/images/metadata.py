@@ -11,9 +11,10 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm.job import Job
+from ldm.job import Init, Job
 from ldm.util import InputError, printable
 
 NEGATIVE = "Negative prompt:"
@@ -44,25 +45,52 @@ def _number(value: float) -> str:
     return repr(float(value)).removesuffix(".0")
 
 
-_INT, _FLOAT, _WORD = _Codec(str, int), _Codec(_number, float), _Codec(str, str)
+def _read_switch(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise ValueError(text)
+    return text == "on"
 
-# Key in the text, field of Job, codec. The web UI says GPU where the sampling device draws the noise, and NV
-# where CUDA's Philox noise is computed on another. A text without RNG is taken for NV: as a rule its picture
-# was drawn on a CUDA device, whose noise philox reproduces on every machine.
+
+_INT, _FLOAT, _WORD = _Codec(str, int), _Codec(_number, float), _Codec(str, str)
+_SWITCH = _Codec(lambda value: "on" if value else "off", _read_switch)
+_NUMBERS = _Codec(lambda values: " ".join(map(str, values)), lambda text: tuple(map(int, text.split())))
+_FILE = _Codec(lambda path: Path(path).name, str)  # the folder is the user's own affair
+
+# Key in the text, field of Job (of its `init` behind a dot), codec. The web UI says GPU where the sampling device
+# draws the noise, and NV where CUDA's Philox noise is computed on another. A text without RNG is taken for NV: as
+# a rule its picture was drawn on a CUDA device, whose noise philox reproduces on every machine.
 _ALWAYS = (
     ("Steps", "steps", _INT),
     ("Sampler", "sampler", _table({"ddim": "DDIM", "plms": "PLMS"})),
     ("CFG scale", "scale", _FLOAT),
     ("Seed", "seed", _INT),
 )
-_RNG = ("RNG", "rng", _table({"philox": "NV", "cpu": "CPU", "device": "GPU"}))
+_RNG = ("RNG", "rng", _table({"philox": "NV", "cpu": "CPU", "device": "GPU", "numpy": "NumPy"}))
 _UNLESS_DEFAULT = (
     ("Eta DDIM", "eta", _FLOAT),
     ("Timestep spacing", "timestep_spacing", _WORD),
     ("Seed mode", "seed_mode", _WORD),
     ("Batch index", "batch_index", _INT),
+    ("Denoising strength", "strength", _FLOAT),
+    ("Posterior", "posterior", _WORD),
+    ("Init image", "init.image", _FILE),
+    ("Init width", "init.width", _INT),
+    ("Init height", "init.height", _INT),
+    ("Resize", "init.resize", _WORD),
+    ("Background", "init.background", _WORD),
+    ("Outpaint", "init.outpaint", _NUMBERS),
+    ("Mask", "init.mask", _FILE),
+    ("Alpha mask", "init.alpha_mask", _SWITCH),
+    ("Invert mask", "init.invert_mask", _SWITCH),
+    ("Mask blur", "init.mask_blur", _FLOAT),
+    ("Paste", "paste", _SWITCH),
+    ("Hires upscale", "upscale", _FLOAT),
+    ("Hires upscaler", "upscale_in", _table({"pixels": "Lanczos", "latents": "Latent"})),
+    ("Upscale strength", "upscale_strength", _FLOAT),
 )
-_DEFAULTS = {field.name: field.default for field in fields(Job)}
+_DEFAULTS = {field.name: field.default for field in fields(Job)} | {
+    f"init.{field.name}": field.default for field in fields(Init)
+}
 
 
 def infotext(job: Job, extras: Mapping[str, str]) -> str:
@@ -123,7 +151,17 @@ def job_from_infotext(text: str) -> Job:
                 raise InputError(
                     f"the text's entry {key} cannot be {printable(entries[key][:100])!r}: a number is needed"
                 ) from None
+    init = {name.removeprefix("init."): values.pop(name) for name in list(values) if name.startswith("init.")}
+    if "image" in init:
+        values["init"] = Init(**init)
     return Job(prompt=entries["Prompt"], negative_prompt=entries["Negative prompt"], **values)
+
+
+def _field(job: Job, name: str) -> Any:
+    """The value of a field of a job, or behind a dot of its picture; that field's default without a picture."""
+    if not name.startswith("init."):
+        return getattr(job, name)
+    return _DEFAULTS[name] if job.init is None else getattr(job.init, name.removeprefix("init."))
 
 
 def _pairs(job: Job, extras: Mapping[str, str]) -> dict[str, str]:
@@ -131,9 +169,9 @@ def _pairs(job: Job, extras: Mapping[str, str]) -> dict[str, str]:
     own = {key: codec.write(getattr(job, name)) for key, name, codec in _ALWAYS}
     own["Size"] = f"{job.width}x{job.height}"
     later = {
-        key: codec.write(getattr(job, name))
+        key: codec.write(_field(job, name))
         for key, name, codec in (_RNG, *_UNLESS_DEFAULT)
-        if key == "RNG" or getattr(job, name) != _DEFAULTS[name]
+        if key == "RNG" or _field(job, name) != _DEFAULTS[name]
     }
     reserved = {*own, *(key for key, _, _ in _UNLESS_DEFAULT), "RNG", *_NOT_FOR_EXTRAS}
     for key in extras:

@@ -13,6 +13,7 @@ from ldm.util import InputError, printable
 logger = logging.getLogger(__name__)
 
 TEXT = "StableDiffusionV1"
+INPAINTING_TEXT = "StableDiffusionV1-Inpainting"  # of the published inpainting app
 METHOD = "dwtDct"
 _MIN_AREA = 256 * 256  # the library refuses pictures below it
 _BLOCK = 8  # pixels of a side of the square that carries one bit

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm.images.metadata import infotext, job_from_infotext, parse_infotext
 from ldm.images.writer import encode_png
-from ldm.job import Job
+from ldm.job import Init, Job
 from ldm.util import InputError
 
 EXTRAS = {"Version": "1.2", "Model hash": "6ce0161689", "Model": "v1-5, pruned: ema", "Precision": "full"}
@@ -53,6 +53,24 @@ FULL = Job(
     rng="device",
     seed_mode="batch",
     batch_index=5,
+    init=Init(
+        image="photo, of: me.png",
+        width=768,
+        height=8,
+        resize="pad",
+        background="#102030",
+        outpaint=(8, 0, 16, 24),
+        mask="mask.png",
+        alpha_mask=True,
+        invert_mask=True,
+        mask_blur=0.5,
+    ),
+    strength=0.3,
+    posterior="mean",
+    paste=False,
+    upscale=1.5,
+    upscale_in="latents",
+    upscale_strength=1 / 3,
 )
 
 
@@ -68,10 +86,15 @@ def test_layout() -> None:
 
 
 def test_numbers_and_defaults_are_written_plainly() -> None:
-    text = infotext(dataclasses.replace(FULL, prompt="x", negative_prompt="", scale=7.0, eta=1.0), {})
+    text = infotext(
+        dataclasses.replace(FULL, prompt="x", negative_prompt="", scale=7.0, eta=1.0, upscale=2.0), {}
+    )
     assert text == (
         "x\nSteps: 999, Sampler: PLMS, CFG scale: 7, Seed: 18446744073709551615, Size: 768x8, RNG: GPU, "
-        "Eta DDIM: 1, Timestep spacing: compvis, Seed mode: batch, Batch index: 5"
+        "Eta DDIM: 1, Timestep spacing: compvis, Seed mode: batch, Batch index: 5, Denoising strength: 0.3, "
+        'Posterior: mean, Init image: "photo, of: me.png", Init width: 768, Init height: 8, Resize: pad, '
+        "Background: #102030, Outpaint: 8 0 16 24, Mask: mask.png, Alpha mask: on, Invert mask: on, Mask blur: 0.5, "
+        "Paste: off, Hires upscale: 2, Hires upscaler: Latent, Upscale strength: 0.3333333333333333"
     )
     assert "RNG: CPU" in infotext(Job(prompt="x", rng="cpu"), {})
 
@@ -80,11 +103,20 @@ def test_every_field_of_a_job_survives() -> None:
     defaults = Job(prompt="")
     for field in dataclasses.fields(Job):
         assert getattr(FULL, field.name) != getattr(defaults, field.name), f"FULL should vary {field.name}"
+    assert FULL.init is not None
+    for field in dataclasses.fields(Init):
+        assert getattr(FULL.init, field.name) != getattr(Init("x"), field.name), f"FULL.init: {field.name}"
     assert job_from_infotext(infotext(FULL, EXTRAS)) == FULL
 
 
+def test_folders_of_files_stay_private() -> None:
+    job = dataclasses.replace(FULL, init=Init("/home/me/secret/photo.png", mask="secret/mask.png"))
+    text = infotext(job, {})
+    assert "secret" not in text and "photo.png" in text and "mask.png" in text
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
-@pytest.mark.parametrize("rng", ["philox", "cpu", "device"])
+@pytest.mark.parametrize("rng", ["philox", "cpu", "device", "numpy"])
 def test_names_survive(sampler: str, rng: str) -> None:
     job = Job(prompt="x", sampler=sampler, rng=rng)
     assert job_from_infotext(infotext(job, {})) == job

@@ -1,0 +1,303 @@
+"""The options of the scripts, in groups. Nothing heavy is imported, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from ldm import __version__
+from ldm.job import RESIZES
+from ldm.util import printable
+
+V1_CONFIG = "configs/stable-diffusion/v1-inference.yaml"
+V1_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
+INPAINTING_CONFIG = "configs/stable-diffusion/v1-inpainting-inference.yaml"
+INPAINTING_CKPT = "models/ldm/stable-diffusion-v1-inpainting/model.ckpt"
+BUNDLED_CONFIG = "configs/shapes/shapes-inference.yaml"
+BUNDLED_CKPT = "models/ldm/shapes/model.ckpt"
+LAION_CONFIG = "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
+LAION_CKPT = "models/ldm/text2img-large/model.ckpt"
+LAION_OUTDIR = "outputs/txt2img-samples-laion400m"
+
+# what the shared code reads of options that a script does not offer
+_NOT_OFFERED: dict[str, Any] = {
+    "laion400m": False,
+    "init_img": [],
+    "indir": None,
+    "strength": 1.0,
+    "resize": None,
+    "background": "white",
+    "posterior_mean": False,
+    "inpaint": False,
+    "mask": None,
+    "invert_mask": False,
+    "mask_blur": 0.0,
+    "no_paste": False,
+    "outpaint": (0, 0, 0, 0),
+    "upscale": 1.0,
+    "upscale_in": "pixels",
+    "upscale_strength": 0.5,
+}
+
+
+class _Help(argparse.HelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default in (argparse.SUPPRESS, None, "", []) or action.default is False
+        return action.help if silent else f"{action.help} (default: %(default)s)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Shows what was typed with terminal controls escaped."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with grouped help."""
+    parser = _Parser(description=description, formatter_class=_Help)
+    parser.set_defaults(**_NOT_OFFERED)
+    return parser
+
+
+def add_prompt_options(parser: argparse.ArgumentParser, prompt: str) -> None:
+    """What is drawn."""
+    group = parser.add_argument_group("prompt")
+    group.add_argument("--prompt", metavar="TEXT", default=prompt, help="what to draw")
+    group.add_argument("--negative_prompt", metavar="TEXT", default="", help="what to keep away from")
+    group.add_argument(
+        "--from-file", dest="from_file", metavar="FILE", help="read prompts from a file, one a line"
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, scale: float) -> None:
+    """How it is drawn."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--ddim_steps", metavar="N", type=int, default=50, help="denoising steps, 1 to 999")
+    samplers = group.add_mutually_exclusive_group()
+    samplers.add_argument("--plms", action="store_true", help="use the PLMS sampler instead of DDIM")
+    samplers.add_argument("--dpm_solver", action="store_true", help="use DPM-Solver++ instead of DDIM")
+    group.add_argument("--ddim_eta", metavar="X", type=float, default=0.0, help="DDIM's noise, 0 to 1")
+    group.add_argument(
+        "--scale",
+        metavar="X",
+        type=float,
+        help=f"guidance scale; 1 turns guidance off (default: {scale}, or what the model's config says)",
+    )
+    parser.set_defaults(usual_scale=scale)
+    group.add_argument(
+        "--timestep_spacing",
+        choices=("uniform", "compvis", "quad"),
+        default="uniform",
+        help="which timesteps are visited; compvis gives the original's list, which can be longer than asked",
+    )
+    group.add_argument("--seed", metavar="N", type=int, default=42, help="seed of the first image")
+    group.add_argument(
+        "--seed_mode",
+        choices=("image", "batch"),
+        default="image",
+        help="image: image i has seed + i and can be made again alone; batch: one stream, as in the original",
+    )
+    group.add_argument(
+        "--rng",
+        choices=("philox", "cpu", "device", "numpy"),
+        default="philox",
+        help="philox: the noise of a CUDA device, on any device; cpu, device: torch's generator there; numpy: "
+        "NumPy's, as in the published inpainting app",
+    )
+    group.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise")
+
+
+def add_size_options(parser: argparse.ArgumentParser, own: str = "the model's own size") -> None:
+    """How large; `own` says in words what is taken by default."""
+    group = parser.add_argument_group("size")
+    group.add_argument("--H", metavar="N", type=int, help=f"height in pixels (default: {own})")
+    group.add_argument("--W", metavar="N", type=int, help=f"width in pixels (default: {own})")
+    group.add_argument("--C", metavar="N", type=int, default=4, help="latent channels, as in the config")
+    group.add_argument("--f", metavar="N", type=int, default=8, help="downsampling factor, as in the config")
+    group.add_argument(
+        "--tiles",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="encode and decode in tiles, which is approximate; auto: if a picture would not fit into memory",
+    )
+
+
+def add_image_options(parser: argparse.ArgumentParser, strength: float, required: bool) -> None:
+    """Which pictures to start from, and how they are brought to size."""
+    group = parser.add_argument_group("picture to start from")
+    group.add_argument(
+        "--init-img",
+        dest="init_img",
+        metavar="FILE",
+        nargs="+",
+        required=required,
+        default=[],
+        help="PNG, JPEG, WebP, BMP or TIFF files, or folders of them",
+    )
+    group.add_argument(
+        "--strength",
+        metavar="X",
+        type=float,
+        default=strength,
+        help="how much changes: the share of the steps that run, 0 (nothing) to 1 (everything)",
+    )
+    group.add_argument(
+        "--resize",
+        choices=RESIZES,
+        help="how a picture becomes --W by --H: fit inside, fill and crop, stretch, or pad "
+        "(default: fill; with only one of --W and --H: fit; without: none)",
+    )
+    group.add_argument(
+        "--background",
+        metavar="COLOUR",
+        default="white",
+        help="what shows through transparency and pads: a name or #rrggbb",
+    )
+    group.add_argument(
+        "--posterior_mean",
+        action="store_true",
+        help="encode a picture to the mean of its latent distribution instead of a draw from it",
+    )
+
+
+def add_mask_options(parser: argparse.ArgumentParser) -> None:
+    """What is repainted."""
+    parser.set_defaults(inpaint=True)
+    group = parser.add_argument_group("mask")
+    group.add_argument(
+        "--mask", metavar="FILE", help="white is repainted (default: where the picture is transparent)"
+    )
+    group.add_argument(
+        "--indir", metavar="DIR", help="a folder of pictures NAME.png with their masks NAME_mask.png"
+    )
+    group.add_argument("--invert_mask", action="store_true", help="black is repainted")
+    group.add_argument(
+        "--mask_blur",
+        metavar="PX",
+        type=float,
+        default=4.0,
+        help="how softly the new part fades in at its edges",
+    )
+    group.add_argument(
+        "--no_paste",
+        action="store_true",
+        help="leave the rest as the autoencoder gives it, instead of the picture's own pixels",
+    )
+    group.add_argument(
+        "--outpaint",
+        metavar="L,T,R,B",
+        type=_four_numbers,
+        default=(0, 0, 0, 0),
+        help="add this many pixels at the left, top, right and bottom",
+    )
+
+
+def _four_numbers(text: str) -> tuple[int, int, int, int]:
+    try:
+        left, top, right, bottom = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not four whole numbers such as 0,0,64,0") from None
+    return left, top, right, bottom
+
+
+def add_upscale_options(parser: argparse.ArgumentParser) -> None:
+    """A second pass at a larger size."""
+    group = parser.add_argument_group("upscaling")
+    group.add_argument(
+        "--upscale", metavar="X", type=float, default=1.0, help="enlarge the finished picture and refine it"
+    )
+    group.add_argument(
+        "--upscale_strength",
+        metavar="X",
+        type=float,
+        default=_NOT_OFFERED["upscale_strength"],
+        help="the second pass's share of the steps, 0 to 1",
+    )
+    group.add_argument(
+        "--upscale_in", choices=("pixels", "latents"), default="pixels", help="what is enlarged"
+    )
+
+
+def add_batch_options(parser: argparse.ArgumentParser, n_iter: int, n_samples: int) -> None:
+    """How many."""
+    group = parser.add_argument_group("batches")
+    group.add_argument(
+        "--n_iter", metavar="N", type=int, default=n_iter, help="how often to repeat everything"
+    )
+    group.add_argument(
+        "--n_samples", metavar="N", type=int, default=n_samples, help="images per prompt and batch size"
+    )
+    group.add_argument(
+        "--n_rows", metavar="N", type=int, default=0, help="images in a grid's row (0: n_samples)"
+    )
+
+
+def add_output_options(parser: argparse.ArgumentParser, outdir: str) -> None:
+    """Where the pictures go."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--outdir", metavar="DIR", default=outdir, help="folder for samples and grids")
+    group.add_argument("--skip_grid", action="store_true", help="do not write a grid")
+    group.add_argument("--skip_save", action="store_true", help="do not write single images")
+    group.add_argument("--no_watermark", action="store_true", help="leave the invisible watermark out")
+    group.add_argument(
+        "--safety",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="blank what the safety checker flags; auto: if its model is on this machine, on: or refuse to run",
+    )
+    group.add_argument(
+        "--safety_model", metavar="PATH", help="folder or weights file of the safety checker, as published"
+    )
+
+
+def add_laion_option(parser: argparse.ArgumentParser) -> None:
+    """The original's other model."""
+    parser.add_argument_group("LAION-400M").add_argument(
+        "--laion400m",
+        action="store_true",
+        help=f"use the LAION-400M model: {LAION_CONFIG}, {LAION_CKPT}, {LAION_OUTDIR}",
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which weights, where and how they run."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--config", metavar="FILE", help=f"model config (default: {V1_CONFIG}, or what fits the checkpoint)"
+    )
+    group.add_argument(
+        "--ckpt",
+        metavar="FILE",
+        help=f"checkpoint (default: {V1_CKPT}, or the bundled model if that is absent)",
+    )
+    group.add_argument(
+        "--ema",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="use a checkpoint's averaged weights; auto: if it has any",
+    )
+    group.add_argument(
+        "--allow_targets",
+        metavar="PACKAGE",
+        action="append",
+        default=[],
+        help="let the config use classes of this package, which runs its code",
+    )
+    group.add_argument(
+        "--precision",
+        choices=("full", "autocast"),
+        default="autocast",
+        help="full: float32; autocast: fp16 on a GPU, bf16 on a CPU that can",
+    )
+    group.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+
+
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """What is said."""
+    group = parser.add_argument_group("report")
+    group.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
+    group.add_argument("--debug", action="store_true", help="show tracebacks and details")
+    group.add_argument("--version", action="version", version=__version__)

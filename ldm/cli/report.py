@@ -1,0 +1,160 @@
+"""What a run says: messages, progress, and one line and an exit code for every outcome.
+
+0: all done. 1: some image failed, or a resource ran out. 2: bad input, nothing generated. 128 + n: ended by
+signal n.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import io
+import logging
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ldm.util import InputError, printable
+
+logger = logging.getLogger("ldm")
+
+
+class Interrupts:
+    """The first Ctrl-C (or TERM, HUP) asks to stop behind the batch in hand, the second stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            # a run under nohup goes on when the terminal closes
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                with contextlib.suppress(ValueError):  # not in the main thread: somebody else's signals
+                    self._old[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.received is not None:
+            raise SystemExit(128 + number)
+        self.received = number
+        logger.warning("stopping behind this batch; once more to stop at once")
+
+
+class Progress:
+    """A bar over all denoising steps on a terminal, a line a batch elsewhere; both say the time left."""
+
+    def __init__(self, images: int, steps: int, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        self.images, self.done, self.started = images, 0, time.monotonic()
+        self._bar = tqdm(
+            total=steps,
+            unit="step",
+            disable=True if quiet else None,
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {remaining} left, {rate_fmt}",
+        )
+
+    def begin(self, count: int) -> None:
+        last = self.done + count
+        which = f"image {last}" if count == 1 else f"images {self.done + 1}-{last}"
+        self._bar.set_description_str(f"{which} of {self.images}", refresh=True)
+
+    def step(self, _: int) -> None:
+        self._bar.update()
+
+    def end(self, count: int) -> None:
+        self.done += count
+        if self._bar.disable:
+            each = (time.monotonic() - self.started) / self.done
+            left = each * (self.images - self.done)
+            logger.info("image %d of %d, %.1f s each, %.0f s left", self.done, self.images, each, left)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _Lines(logging.Formatter):
+    """Plain text for what is going on, the level in front of warnings."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"warning: {text}" if record.levelno == logging.WARNING else text
+
+
+class _Stderr(logging.Handler):
+    """Writes above the progress bar; a closed pipe or an ASCII terminal never stops the run."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        with contextlib.suppress(
+            OSError, ValueError, RuntimeError
+        ):  # RuntimeError: a signal came while writing
+            if "tqdm" in sys.modules:
+                from tqdm import tqdm
+
+                tqdm.write(text, file=sys.stderr)
+            else:
+                print(text, file=sys.stderr, flush=True)
+
+
+def set_up_messages(quiet: bool, debug: bool) -> None:
+    """Logs to stderr: everything with `debug`, only warnings and errors with `quiet`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    handler = _Stderr()
+    handler.setFormatter(_Lines("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
+
+
+def main(
+    parser: argparse.ArgumentParser, script: Callable[[argparse.Namespace], int], argv: Sequence[str] | None
+) -> int:
+    """Parses, runs and turns every outcome into one line and an exit code."""
+    opt = parser.parse_args(argv)
+    set_up_messages(opt.quiet, opt.debug)
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # stderr can be no real file
+        faulthandler.enable()  # a checkpoint that shrinks while it is mapped ends the process without a word
+    try:
+        return script(opt)
+    except InputError as error:
+        return _fail(f"error: {error}", 2, opt.debug)
+    except KeyboardInterrupt:
+        return _fail("error: interrupted", 130, False)
+    except MemoryError:
+        return _fail("error: out of memory; use a smaller --n_samples, --W or --H", 1, opt.debug)
+    except OSError as error:
+        where = f"{printable(error.filename)}: " if error.filename else ""
+        return _fail(f"error: {where}{error.strerror or error}", 1, opt.debug)
+    except Exception as error:  # noqa: BLE001 - the one place where any fault becomes one line
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            line = " ".join(printable(error).split())[:200]
+            return _fail(
+                f"error: out of memory ({line}); use a smaller --n_samples, --W or --H", 1, opt.debug
+            )
+        if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
+            line = " ".join(printable(error).split())[:200]
+            return _fail(
+                f"error: the GPU failed ({line}); finished images are kept, start again", 1, opt.debug
+            )
+        what = " ".join(printable(f"{type(error).__name__}: {error}").split())[:300]
+        return _fail(f"error: {what}; this is a bug, run with --debug to see where", 1, opt.debug)
+
+
+def _fail(line: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    logger.error("%s", line)
+    return code

@@ -1,0 +1,109 @@
+"""Configs are data: what a YAML file may say, checked before anything that it names is imported."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ldm.util import InputError, find, get_obj_from_str, printable
+
+_FREE_TARGETS = ("torch.nn.Identity",)
+
+
+class ConfigError(InputError):
+    """A config file that cannot be used."""
+
+
+def read_config(path: str | Path, allow_targets: Sequence[str] = ()) -> dict[str, Any]:
+    """The `model` entry of a YAML config, checked: only parts of this package, no interpolation.
+
+    `allow_targets` names further packages whose classes the config may use. Nothing foreign is imported
+    before its name has been checked. Faults are a `ConfigError` of one line.
+    """
+    path = find(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {printable(path)}: {error.strerror}") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"the config {printable(path)} is no usable YAML: {printable(reason)[:300]}"
+        ) from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict) or "target" not in tree["model"]:
+        raise ConfigError(f"the config {printable(path)} is no mapping with `model:` and its `target:`")
+    model = tree["model"]
+    _check_tree(model, path, ("ldm", *allow_targets))
+    for target in _targets(model):
+        _check_is_class(target, path)
+    _resolve_vocabulary(model)
+    return model
+
+
+def _check_tree(node: Any, path: Path, packages: Sequence[str]) -> None:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key == "target":
+                _check_target(value, path, packages)
+            _check_tree(value, path, packages)
+    elif isinstance(node, list):
+        for value in node:
+            _check_tree(value, path, packages)
+    elif isinstance(node, str) and "${" in node:
+        raise ConfigError(
+            f"{printable(path)}: interpolation is not supported here: {printable(node)}; write the value out"
+        )
+
+
+def _check_target(target: Any, path: Path, packages: Sequence[str]) -> None:
+    if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
+        raise ConfigError(f"{printable(path)}: target {printable(target)!r} is no dotted name of a class")
+    package = target.partition(".")[0]
+    if target not in _FREE_TARGETS and package not in packages:
+        raise ConfigError(
+            f"{printable(path)}: target {target} is not a part of this toolkit; "
+            f"if you trust that package, add --allow_targets {package}"
+        )
+
+
+def _targets(node: Any) -> Iterator[str]:
+    values = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
+    if isinstance(node, Mapping) and "target" in node:
+        yield node["target"]
+    for value in values:
+        yield from _targets(value)
+
+
+def _check_is_class(target: str, path: Path) -> None:
+    try:
+        found = get_obj_from_str(target)
+    except (ImportError, AttributeError):
+        raise ConfigError(f"{printable(path)}: there is no {target}") from None
+    package = target.partition(".")[0]
+    if not inspect.isclass(found) or found.__module__.partition(".")[0] != package:
+        raise ConfigError(f"{printable(path)}: target {target} is no class of the package {package}")
+
+
+def section(tree: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """The mapping that lies under `names`, each step through its `params`; empty where there is none."""
+    node: Any = tree
+    for key in ("params", *(part for name in names for part in (name, "params"))):
+        node = node.get(key) or {}
+        if not isinstance(node, Mapping):
+            raise ConfigError(f"the config's {'.'.join(names) or 'model'} is {node!r}; it must be a mapping")
+    return node
+
+
+def _resolve_vocabulary(model: Mapping[str, Any]) -> None:
+    """A vocabulary folder in the text model's `version` may be relative to the toolkit's folder."""
+    params = section(model, "cond_stage_config")
+    if isinstance(params.get("version"), str) and find(params["version"]).is_dir():
+        params["version"] = str(find(params["version"]))  # type: ignore[index]
