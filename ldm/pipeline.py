@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ from ldm.util import InputError, instantiate_from_config, printable
 
 logger = logging.getLogger(__name__)
 
+TILES = 64, 32  # sides in latent cells, and what is taken where even the first does not fit
 SAMPLERS: Mapping[str, type[Sampler]] = {
     "ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler,
 }  # fmt: skip
@@ -70,16 +71,23 @@ def load_model(
     if not isinstance(model, LatentDiffusion):
         raise ConfigError(f"the config's model {config['target']} is no LatentDiffusion")
     load_into(model, read_checkpoint(ckpt, mmap=mmap), dtype=torch.float32, ema=ema)
+    if model.use_ema:  # sampling needs one set of weights, and `load_into` has chosen it
+        model.use_ema = False
+        del model.model_ema
     return model.eval().to(device)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What became of a job: uint8 pixels [H, W, 3], or None if they were not finite, and notes for the record."""
+    """What became of a job: uint8 pixels [H, W, 3], or None if they were not finite, and notes for the record.
+
+    `kept`, bool [H, W], is True where the pixels are those of the picture that the job started from.
+    """
 
     job: Job
     pixels: np.ndarray | None
     notes: Mapping[str, str]
+    kept: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -106,13 +114,15 @@ class Pipeline:
     ):
         self.model = model
         self.precision = precision
-        self.canvas = cache(open_canvas) if canvases is None else canvases
+        self.canvas = lru_cache(maxsize=8)(open_canvas) if canvases is None else canvases
         self.tiles = tiles
         # autocast keeps its casts of weights only if they could be trained; otherwise it casts at every step
         model.model.requires_grad_(precision.autocast is not None)
         self._encode_prompt = lru_cache(maxsize=64)(self._encode_one)
         self._distribution = lru_cache(maxsize=4)(self._encode_canvas)
         self._hidden_all = lru_cache(maxsize=4)(self._encode_grey)
+        self._weight = lru_cache(maxsize=4)(lambda init: fade(self._repaint(init), init.mask_blur))
+        self._tile = lru_cache(maxsize=None)(self._choose_tile)  # once for each size, so that all agree
 
     @property
     def device(self) -> torch.device:
@@ -126,11 +136,15 @@ class Pipeline:
 
     def noise(self, jobs: Sequence[Job]) -> NoiseSource:
         """The noise of one batch of jobs; with seed mode "batch", keep the first batch's for the whole run."""
-        return self._noise(jobs, jobs[0].rng)
+        return noise_source(jobs[0].rng, jobs[0].seed_mode, _stream_seeds(jobs), self.device)
 
-    def _noise(self, jobs: Sequence[Job], rng: Literal["philox", "cpu", "device", "numpy"]) -> NoiseSource:
-        seeds = [job.seed for job in jobs] if jobs[0].seed_mode == "image" else [jobs[0].seed]
-        return noise_source(rng, jobs[0].seed_mode, seeds, self.device)
+    def _posterior_noise(self, jobs: Sequence[Job]) -> NoiseSource:
+        """What latents are drawn with: CPU streams of their own, and equal ones for every batch of a run.
+
+        So the noise that denoising starts from stays the one of text to image, and devices agree.
+        """
+        seeds = [int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]) for seed in _stream_seeds(jobs)]
+        return noise_source("cpu", jobs[0].seed_mode, seeds, self.device)
 
     def start_code(self, job: Job, count: int, noise: NoiseSource) -> Tensor:
         """The start noise of a batch of `count` jobs like this one [count, C, h, w], drawn from `noise`."""
@@ -154,12 +168,14 @@ class Pipeline:
             raise ValueError("the jobs of one batch may differ in prompts and seeds only")
         noise = self.noise(jobs) if noise is None else noise
         code = self.start_code(job, len(jobs), noise) if start_code is None else start_code
-        hidden = self._hidden(jobs, job.init, job.height, job.width)
-        latents = self._denoise(jobs, self._origin(jobs), job.strength, code, hidden, noise, on_step)
+        posterior = self._posterior_noise(jobs)
+        hidden = self._hidden(jobs, job.init, (job.height, job.width), posterior)
+        origin = self._origin(jobs, posterior)
+        latents = self._denoise(jobs, origin, job.strength, code, hidden, noise, on_step)
         if job.upscale > 1:
             origin = self._enlarged(jobs, latents)
             code = noise.draw(origin.latents.shape)
-            hidden = self._hidden(jobs, None, *job.upscaled_size)
+            hidden = self._hidden(jobs, None, job.upscaled_size, posterior)
             latents = self._denoise(jobs, origin, job.upscale_strength, code, hidden, noise, on_step)
         return [self._picture(job, latent[None]) for job, latent in zip(jobs, latents, strict=True)]
 
@@ -178,7 +194,7 @@ class Pipeline:
         )
 
     def _hidden(
-        self, jobs: Sequence[Job], init: Init | None, height: int, width: int
+        self, jobs: Sequence[Job], init: Init | None, size: tuple[int, int], posterior: NoiseSource
     ) -> tuple[Tensor, Tensor] | None:
         """For an inpainting model: its mask [1, 1, h, w], 1 is repainted, and the latents of what it may see.
 
@@ -187,11 +203,11 @@ class Pipeline:
         if not isinstance(self.model, LatentInpaintDiffusion):
             return None
         if init is None or self.canvas(init).repaint is None:
-            repaint = torch.ones(1, 1, height, width, device=self.device)
-            distribution = self._hidden_all(height, width)
+            repaint = torch.ones(1, 1, *size, device=self.device)
+            distribution = self._hidden_all(*size)
         else:
             repaint, distribution = self._repaint(init), self._distribution(init, True)
-        return to_latent_mask(repaint, self.factor, nearest=True), self._draw(distribution, jobs)
+        return to_latent_mask(repaint, self.factor, nearest=True), self._draw(distribution, jobs, posterior)
 
     # --- the pictures that jobs start from --------------------------------------------------------------------
 
@@ -207,26 +223,24 @@ class Pipeline:
         picture = self._original(init)
         return self._encode(hide(picture, self._repaint(init)) if hide_mask else picture)
 
-    def _draw(self, distribution: DiagonalGaussianDistribution, jobs: Sequence[Job]) -> Tensor:
-        """Scaled latents [N, C, h, w], one for each job, by its `posterior`.
-
-        A draw's noise comes from a CPU stream of its own: the noise that denoising starts from stays the one of
-        text to image, and equal on every device.
-        """
+    def _draw(
+        self, distribution: DiagonalGaussianDistribution, jobs: Sequence[Job], posterior: NoiseSource
+    ) -> Tensor:
+        """Scaled latents [N, C, h, w], one for each job, by its `posterior`."""
+        shape = (len(jobs), *distribution.mean.shape[1:])
         if jobs[0].posterior == "mean":
-            return self.model.get_first_stage_encoding(distribution.mode().expand(len(jobs), -1, -1, -1))
-        noise = self._noise(jobs, "cpu").draw((len(jobs), *distribution.mean.shape[1:]))
-        return self.model.get_first_stage_encoding(distribution, noise)
+            return self.model.get_first_stage_encoding(distribution.mode().expand(shape))
+        return self.model.get_first_stage_encoding(distribution, posterior.draw(shape))
 
     def _encode_grey(self, height: int, width: int) -> DiagonalGaussianDistribution:
         """What an inpainting model sees of a picture that is hidden as a whole."""
         return self._encode(torch.zeros(1, 3, height, width, device=self.device))
 
-    def _origin(self, jobs: Sequence[Job]) -> Origin | None:
+    def _origin(self, jobs: Sequence[Job], posterior: NoiseSource) -> Origin | None:
         init = jobs[0].init
         if init is None:
             return None
-        latents = self._draw(self._distribution(init, False), jobs)
+        latents = self._draw(self._distribution(init, False), jobs, posterior)
         if self.canvas(init).repaint is None or isinstance(self.model, LatentInpaintDiffusion):
             return Origin(latents)
         return Origin(latents, 1 - to_latent_mask(self._repaint(init), self.factor, nearest=False))
@@ -277,49 +291,70 @@ class Pipeline:
 
     def _picture(self, job: Job, latent: Tensor) -> Picture:
         """Decodes one latent [1, C, h, w] and puts what is kept of the job's own picture back."""
-        # another package's text model may lack it
-        cut_words = getattr(self.model.cond_stage_model, "cut_words", None)
-        cut = cut_words(job.prompt) if cut_words else ""
-        decoded, notes = self._decode(latent)
-        notes = ({"Prompt cut": cut} if cut else {}) | notes
+        decoded, overflowed = self._decode(latent)
+        notes = self._notes(job, overflowed)
         if not finite(decoded)[0]:
             return Picture(job, None, notes)
         if job.init is None or self.canvas(job.init).repaint is None or not job.paste or job.upscale > 1:
             return Picture(job, to_uint8(decoded)[0], notes)
-        return Picture(job, self._pasted(job.init, decoded), notes)
+        weight = self._weight(job.init)
+        pixels = to_uint8(paste(decoded.float(), self._original(job.init), weight))[0]
+        kept = (weight == 0)[0, 0].cpu().numpy()
+        pixels[kept] = self.canvas(job.init).pixels[kept]
+        return Picture(job, pixels, notes, kept)
 
-    def _pasted(self, init: Init, decoded: Tensor) -> np.ndarray:
-        """The decoded picture [1, 3, H, W] as pixels, with the canvas's own bytes where nothing is repainted."""
-        weight = fade(self._repaint(init), init.mask_blur)
-        blended = to_uint8(paste(decoded.float(), self._original(init), weight))[0]
-        untouched = (weight == 0)[0, 0].cpu().numpy()
-        return np.where(untouched[..., None], self.canvas(init).pixels, blended)
+    def _notes(self, job: Job, overflowed: bool) -> dict[str, str]:
+        """What the record says beside the job."""
+        # another package's text model may lack it
+        cut_words = getattr(self.model.cond_stage_model, "cut_words", None)
+        cut = cut_words(job.prompt) if cut_words else ""
+        tiled = any(self._tile(*size) for size in {(job.height, job.width), job.upscaled_size})
+        return {
+            name: note
+            for name, note, so in (
+                ("Prompt cut", cut, bool(cut)),
+                ("Tiles", "approximate", tiled),
+                ("Decoded in", "float32", overflowed),
+            )
+            if so
+        }
 
-    def _decode(self, latent: Tensor) -> tuple[Tensor, dict[str, str]]:
-        """The picture [1, 3, H, W] of scaled latents; if half precision overflows, once more in float32."""
-        factor = self.factor
-        if tiled := self._needs_tiles(latent.shape[-2] * latent.shape[-1] * factor**2):
-            decode = partial(decode_in_tiles, self.model.decode_first_stage, factor=factor)
-        else:
-            decode = self.model.decode_first_stage
-        notes = {"Decoded in tiles": "approximate"} if tiled else {}
+    def _decode(self, latent: Tensor) -> tuple[Tensor, bool]:
+        """The picture [1, 3, H, W] of scaled latents, and whether half precision overflowed: then in float32."""
+        decode, factor = self.model.decode_first_stage, self.factor
+        if tile := self._tile(*(side * factor for side in latent.shape[-2:])):
+            decode = partial(decode_in_tiles, decode, factor=factor, tile=tile, overlap=tile // 4)
         with self.precision.context(self.device):
             decoded = decode(latent)
-        if not finite(decoded)[0] and self.precision.autocast is not None:
-            decoded = decode(latent.float())
-            notes["Decoded in"] = "float32"
-        return decoded, notes
+        overflowed = self.precision.autocast is not None and not finite(decoded)[0]
+        return decode(latent.float()) if overflowed else decoded, overflowed
 
     def _encode(self, picture: Tensor) -> DiagonalGaussianDistribution:
         """The distribution of the latents of a float picture [1, 3, H, W], in float32 as in the original."""
-        if not self._needs_tiles(picture.shape[-2] * picture.shape[-1]):
+        if not (tile := self._tile(*picture.shape[-2:])):
             return self.model.encode_first_stage(picture)
+
+        def moments(x: Tensor) -> Tensor:
+            return self.model.encode_first_stage(x).parameters
+
         return DiagonalGaussianDistribution(
-            encode_in_tiles(lambda x: self.model.encode_first_stage(x).parameters, picture, self.factor)
+            encode_in_tiles(moments, picture, self.factor, tile, overlap=tile // 4)
         )
 
-    def _needs_tiles(self, pixels: int) -> bool:
-        if self.tiles != "auto":
-            return self.tiles == "on"
-        needed = needed_memory(self.model.first_stage_model.widths, pixels)
-        return choose_tiles(needed, available_memory(self.device))
+    def _choose_tile(self, height: int, width: int) -> int | None:
+        """The side in latent cells of the tiles for pictures of a size; None if they are not cut."""
+        large, small = TILES
+        available = available_memory(self.device)
+
+        def fits(pixels: int) -> bool:
+            return not choose_tiles(needed_memory(self.model.first_stage_model.widths, pixels), available)
+
+        if self.tiles == "off" or (self.tiles == "auto" and fits(height * width)):
+            return None
+        tile = large if fits((large * self.factor) ** 2) else small
+        return tile if max(height, width) > tile * self.factor else None
+
+
+def _stream_seeds(jobs: Sequence[Job]) -> list[int]:
+    """The seeds of a batch's noise streams: one an image, or one for the run."""
+    return [job.seed for job in jobs] if jobs[0].seed_mode == "image" else [jobs[0].seed]

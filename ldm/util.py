@@ -45,7 +45,7 @@ def instantiate_from_config(config: Mapping[str, Any], **overrides: Any) -> Any:
     """Builds `config["target"]` with the keyword arguments in `config["params"]`.
 
     This function imports whatever the config names. For configs that somebody else wrote, check the targets
-    first (`ldm.pipeline.read_config` does). An unknown parameter is an `InputError` that names it.
+    first (`ldm.config.read_config` does). An unknown parameter is an `InputError` that names it.
     """
     if "target" not in config:
         raise InputError(f"a config entry lacks `target`: it has {sorted(map(str, config)) or 'nothing'}")

@@ -201,6 +201,37 @@ def test_a_folder_is_a_job_for_each_picture(draw, tmp_path):
     assert names == ["b2.png", "b2.png", "b10.png", "b10.png"]
 
 
+def test_a_picture_that_goes_away_ends_the_run_with_what_is_done(draw, tmp_path, capsys, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for i in range(9):  # more than are kept open
+        Image.new("RGB", (32, 32), (25 * i, 0, 0)).save(tmp_path / "in" / f"{i}.png")
+    make = ldm.pipeline.Pipeline.make
+
+    def make_and_remove(*args):
+        (tmp_path / "in" / "8.png").unlink(missing_ok=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "in" / "3.png")
+        return make(*args)
+
+    monkeypatch.setattr(ldm.pipeline.Pipeline, "make", make_and_remove)
+    code, files = draw("--ddim_steps", "1", image="in")
+    assert code == 1
+    assert 3 <= len(files) < 9
+    assert re.search("3.png has changed|8.png: no such file", capsys.readouterr().err)
+
+
+def test_encoding_and_starting_noise_are_independent(draw):
+    """With torch's generator both come from CPU streams of the image's seed."""
+    from ldm.job import Job
+    from ldm.models.diffusion.noise import noise_source
+    from ldm.pipeline import Pipeline
+
+    jobs = [Job("", seed=seed, rng="cpu") for seed in (1, 2)]
+    posterior = Pipeline(tiny_model())._posterior_noise(jobs).draw((2, 4, 32, 32))
+    start = noise_source("cpu", "image", [1, 2], "cpu").draw((2, 4, 32, 32))
+    together = torch.corrcoef(torch.cat([posterior, start]).flatten(1))
+    assert (together - torch.eye(4)).abs().max() < 0.06
+
+
 def test_the_command_is_in_the_picture(draw):
     _, (path,) = draw(
         "--strength", "0.5", "--W", "64", "--H", "96", "--resize", "pad", "--background", "#102030"

@@ -130,13 +130,20 @@ def test_an_inpainting_model_draws_from_text_alone(nine_channels, tmp_path, monk
     assert np.asarray(Image.open("out/samples/00000.png")).std() > 0
 
 
-def test_the_watermark_is_that_of_the_inpainting_app(draw):
+def test_the_watermark_of_the_inpainting_app_marks_what_is_new(draw):
     size = ("--W", "256", "--H", "256", "--ddim_steps", "1")
-    _, (plain,) = draw(*size, "--no_watermark", outdir="plain")
-    _, (marked,) = draw(*size)
-    expected = Watermark(INPAINTING_TEXT).mark(np.asarray(Image.open(plain)))
-    assert np.array_equal(pixels(marked), expected)
-    assert not np.array_equal(pixels(marked), pixels(plain))
+    for name, options in (("plain", ["--no_watermark"]), ("marked", []), ("all", ["--no_paste"])):
+        draw(*size, *options, outdir=name)
+    plain, marked = (pixels(f"{name}/samples/00000.png") for name in ("plain", "marked"))
+    wholly = Watermark(INPAINTING_TEXT).mark(plain.astype(np.uint8))
+    mask = np.asarray(Image.open("mask.png").resize((256, 256))) > 127
+    assert np.array_equal(marked[~mask], plain[~mask])
+    assert not np.array_equal(marked[mask], plain[mask])
+    assert set(map(tuple, marked[mask] - plain[mask])) <= set(map(tuple, wholly[mask] - plain[mask]))
+    _, (bare,) = draw(*size, "--no_paste", "--no_watermark", outdir="bare")
+    assert np.array_equal(
+        pixels("all/samples/00000.png"), Watermark(INPAINTING_TEXT).mark(np.asarray(Image.open(bare)))
+    )
 
 
 def test_the_command_is_in_the_picture(draw):

@@ -3,9 +3,11 @@
 import dataclasses
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+import ldm.pipeline
 from ldm.config import ConfigError, read_config
 from ldm.job import Job
 from ldm.pipeline import Pipeline, load_model
@@ -191,3 +193,30 @@ def test_precision():
     assert resolve_precision("autocast", torch.device("cuda")).autocast is torch.float16
     with pytest.raises(InputError, match="half"):
         resolve_precision("half", torch.device("cpu"))
+
+
+def test_tiles_are_taken_where_a_picture_would_not_fit(tiny, monkeypatch):
+    def tile(height, width, available, tiles="auto"):
+        monkeypatch.setattr(ldm.pipeline, "available_memory", lambda device: available)
+        return Pipeline(tiny, tiles=tiles)._choose_tile(height, width)
+
+    needed = ldm.pipeline.needed_memory(tiny.first_stage_model.widths, 1024 * 1024)
+    assert tile(1024, 1024, None) is None
+    assert tile(1024, 1024, 2 * needed) is None
+    assert tile(1024, 1024, needed) == 64
+    assert tile(512, 512, needed // 8) == 32  # a tile of 64 is all of it
+    assert tile(1024, 1024, needed // 2, "off") is None
+    assert tile(1024, 512, 2 * needed, "on") == 64
+    assert tile(512, 512, 2 * needed, "on") is None
+
+
+def test_a_tiled_picture_says_so_and_looks_alike(tiny):
+    job = Job("a", width=640, height=64, steps=1, scale=1.0)
+    (whole,), (tiled,) = (Pipeline(tiny, tiles=tiles).make([job]) for tiles in ("off", "on"))
+    assert (whole.notes.get("Tiles"), tiled.notes["Tiles"]) == (None, "approximate")
+    assert np.abs(whole.pixels.astype(int) - tiled.pixels).mean() < np.std(whole.pixels) / 2
+
+
+def test_an_eta_above_1_is_possible(tiny):
+    (picture,) = Pipeline(tiny).make([dataclasses.replace(JOB, eta=1.5, steps=5)])
+    assert picture.pixels is not None

@@ -59,6 +59,10 @@ def check_options(opt: argparse.Namespace) -> None:
         need(0 <= getattr(opt, name) <= 1, f"--{name} is {getattr(opt, name)}; give 0 to 1")
     need(1 <= opt.upscale <= MAX_UPSCALE, f"--upscale is {opt.upscale}; give 1 to {MAX_UPSCALE}")
     need(0 <= opt.mask_blur <= 256, f"--mask_blur is {opt.mask_blur}; give 0 to 256 pixels")
+    need(
+        opt.safety != "off" or opt.safety_model is None,
+        f"--safety off does not go with --safety_model {printable(opt.safety_model)}; leave one out",
+    )
     need(min(opt.outpaint) >= 0, f"--outpaint is {opt.outpaint}; give four numbers of 0 or more")
     if opt.ddim_eta > 1:
         logger.warning("--ddim_eta %g is above 1: more noise than the method allows for", opt.ddim_eta)
@@ -211,12 +215,15 @@ class Canvases:
         from ldm.images.canvas import open_canvas
 
         self._open = functools.lru_cache(maxsize=8)(functools.partial(open_canvas, mask_needed=mask_needed))
-        self._digests: dict[Init, str] = {}
+        self._digests: dict[Init, tuple[str, str]] = {}
 
     def __call__(self, init: Init) -> Canvas:
         canvas = self._open(init)
-        digest = self._digests.setdefault(init, canvas.digest)
-        need(digest == canvas.digest, f"{printable(init.image)} has changed since this run began")
+        first = self._digests.setdefault(init, (canvas.digest, canvas.mask_digest))
+        for path, then, now in zip(
+            (init.image, init.mask), first, (canvas.digest, canvas.mask_digest), strict=True
+        ):
+            need(then == now, f"{printable(path)} has changed since this run began; start again")
         return canvas
 
 
@@ -255,7 +262,7 @@ def _inits(opt: argparse.Namespace) -> list[Init]:
             background=opt.background,
             outpaint=opt.outpaint,
             mask=mask,
-            alpha_mask=opt.inpaint and not mask and not any(opt.outpaint),
+            alpha_mask=opt.inpaint and not mask,
             invert_mask=opt.invert_mask,
             mask_blur=opt.mask_blur,
         )

@@ -6,7 +6,7 @@ import argparse
 from typing import Any, NoReturn
 
 from ldm import __version__
-from ldm.job import RESIZES
+from ldm.job import RESIZES, Init
 from ldm.util import printable
 
 V1_CONFIG = "configs/stable-diffusion/v1-inference.yaml"
@@ -31,7 +31,7 @@ _NOT_OFFERED: dict[str, Any] = {
     "inpaint": False,
     "mask": None,
     "invert_mask": False,
-    "mask_blur": 0.0,
+    "mask_blur": Init("").mask_blur,
     "no_paste": False,
     "outpaint": (0, 0, 0, 0),
     "upscale": 1.0,
@@ -178,7 +178,7 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         "--mask_blur",
         metavar="PX",
         type=float,
-        default=4.0,
+        default=_NOT_OFFERED["mask_blur"],
         help="how softly the new part fades in at its edges",
     )
     group.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -27,7 +28,7 @@ from ldm.cli.inputs import (
 )
 from ldm.cli.report import Interrupts, Progress
 from ldm.job import Job
-from ldm.util import printable
+from ldm.util import InputError, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +48,7 @@ def make_batches(
     """The run's jobs, batch by batch, numbered and seeded."""
     index = 0
     for start in starts:
-        for batch in [batch for _ in range(opt.n_iter) for batch in prompts]:
+        for batch in itertools.chain.from_iterable(itertools.repeat(prompts, opt.n_iter)):
             first = 0 if opt.fixed_code else index
             yield [
                 Job(
@@ -138,7 +139,7 @@ class Output:
             if verdict.pixels is None:
                 self._report_not_finite(picture.job)
             else:
-                self._write(picture.job, verdict.pixels, {**picture.notes, "Safety": verdict.word})
+                self._write(picture, verdict.pixels, {**picture.notes, "Safety": verdict.word})
 
     def _report_not_finite(self, job: Job) -> None:
         self.failed += 1
@@ -148,13 +149,18 @@ class Output:
             printable(job.prompt),
         )
 
-    def _write(self, job: Job, pixels: np.ndarray, notes: Mapping[str, str]) -> None:
+    def _write(self, picture: Picture, pixels: np.ndarray, notes: Mapping[str, str]) -> None:
+        """Writes what was passed of a picture, marked wherever it is not the user's own."""
         from ldm.images.metadata import infotext
 
+        job = picture.job
         if notes["Safety"] == "flagged":
             logger.warning("the safety check flagged seed %d, so its picture is blank", job.seed)
         if not self._opt.skip_save:
-            self._folder.save_sample(self._mark(pixels), infotext(job, {**self._extras(job), **notes}))
+            marked = self._mark(pixels)
+            if picture.kept is not None:
+                marked[picture.kept] = pixels[picture.kept]
+            self._folder.save_sample(marked, infotext(job, {**self._extras(job), **notes}))
         if not self._opt.skip_grid:
             self._grid.add(pixels)
         self.saved += 1
@@ -188,8 +194,8 @@ def run(opt: argparse.Namespace) -> int:
     device = resolve_device(opt.device)
     precision = resolve_precision(opt.precision, device)
     steps = _steps_of_each(opt)
-    for job in {start: next(make_batches(opt, prompts, [start]))[0] for start in starts}.values():
-        check_memory(job, config)
+    largest = max(starts, key=lambda start: start.width * start.height)
+    check_memory(next(make_batches(opt, prompts, [largest]))[0], config)
     batches = opt.n_iter * len(prompts) * len(starts)
     images = opt.n_iter * sum(map(len, prompts)) * len(starts)
     columns = min(opt.n_rows if opt.n_rows > 0 else opt.n_samples, images)
@@ -202,10 +208,16 @@ def run(opt: argparse.Namespace) -> int:
         logger.info("model loaded in %.1f s; %s, %s", time.monotonic() - started, device, precision.name)
         progress = Progress(images, steps * batches, opt.quiet)
         with contextlib.closing(output), contextlib.closing(progress):
-            for pictures in _generate(opt, pipeline, make_batches(opt, prompts, starts), progress):
-                output.add(pictures)
-                if output.failed or interrupts.received:
-                    break
+            try:
+                for pictures in _generate(opt, pipeline, make_batches(opt, prompts, starts), progress):
+                    output.add(pictures)
+                    if output.failed or interrupts.received:
+                        break
+            except InputError as error:  # a picture to start from went away meanwhile
+                if not output.saved:
+                    raise
+                logger.error("error: %s", error)
+                output.failed += 1
             output.finish()
     seconds = time.monotonic() - started
     logger.info(
@@ -281,8 +293,11 @@ def _extras(
         extras["Fixed code"] = "on"
 
     def of(job: Job) -> dict[str, str]:
-        picture = {} if job.init is None else {"Init image hash": canvases(job.init).digest[:10]}
-        return {"Model hash": digest()[:10], **extras, **picture}
+        if job.init is None:
+            return {"Model hash": digest()[:10], **extras}
+        canvas = canvases(job.init)
+        hashes = {"Init image hash": canvas.digest[:10], "Mask hash": canvas.mask_digest[:10]}
+        return {"Model hash": digest()[:10], **extras, **hashes}
 
     return of
 

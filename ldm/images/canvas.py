@@ -32,13 +32,15 @@ _Borders = tuple[int, int, int, int]  # left, top, right, bottom
 class Canvas:
     """What a job starts from: uint8 `pixels` [H, W, 3], and which of them are made anew.
 
-    `repaint` is bool [H, W], True where pixels are made anew, or None without a mask. `digest` is the SHA-256 of
-    the image file's bytes in hexadecimal. Each of `notes` says in one clause what was changed on the way.
+    `repaint` is bool [H, W], True where pixels are made anew, or None without a mask. `digest` and `mask_digest`
+    are the SHA-256 of the files' bytes in hexadecimal ("" without a mask file). Each of `notes` says in one clause
+    what was changed on the way.
     """
 
     pixels: np.ndarray
     repaint: np.ndarray | None
     digest: str
+    mask_digest: str
     notes: tuple[str, ...]
 
 
@@ -58,7 +60,7 @@ def open_canvas(init: Init, multiple: int = 32, mask_needed: bool = False) -> Ca
     borders = _borders(init.outpaint)
     source = read_picture(init.image)
     layout = _layout(source.color.size, init, multiple)
-    mask, mask_notes = _mask(init, source)
+    mask, mask_digest, mask_notes = _mask(init, source)
     repaint = _repainted(mask, layout)
     if mask_needed and not any(borders):
         _require_something(init, repaint)
@@ -76,6 +78,7 @@ def open_canvas(init: Init, multiple: int = 32, mask_needed: bool = False) -> Ca
         _grown(np.asarray(picture), borders),
         _with_borders(repaint, layout.canvas, borders),
         source.digest,
+        mask_digest,
         tuple(notes),
     )
 
@@ -206,12 +209,14 @@ def _opaque(source: Source, background: tuple[int, int, int]) -> Image.Image:
     return Image.composite(source.color, Image.new("RGB", source.color.size, background), source.alpha)
 
 
-def _mask(init: Init, source: Source) -> tuple[Image.Image | None, list[str]]:
-    """The grey mask at the size of the picture, white where it is repainted, and notes; None without a mask."""
+def _mask(init: Init, source: Source) -> tuple[Image.Image | None, str, list[str]]:
+    """The grey mask at the size of the picture (white is repainted; None without one), its digest, and notes."""
     notes: list[str] = []
+    digest = ""
     if init.mask:
         given = read_picture(init.mask)
         notes += [f"mask: {note}" for note in given.notes]
+        digest = given.digest
         mask = _grey(given)
         if mask.size != source.color.size:
             old, new = (f"{width}x{height}" for width, height in (mask.size, source.color.size))
@@ -220,8 +225,9 @@ def _mask(init: Init, source: Source) -> tuple[Image.Image | None, list[str]]:
     elif init.alpha_mask and source.alpha is not None:
         mask = ImageChops.invert(source.alpha)
     else:
-        return None, ["no transparency to use as the mask"] if init.alpha_mask else []
-    return ImageChops.invert(mask) if init.invert_mask else mask, notes
+        missed = init.alpha_mask and not any(init.outpaint)
+        return None, "", ["no transparency to use as the mask"] if missed else []
+    return ImageChops.invert(mask) if init.invert_mask else mask, digest, notes
 
 
 def _grey(mask: Source) -> Image.Image:

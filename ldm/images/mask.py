@@ -46,7 +46,9 @@ def fade(repaint: Tensor, blur: float) -> Tensor:
     reach = min(math.ceil(_REACH * blur), max(repaint.shape[-2:]))
     size = 2 * reach + 1
     blurred = gaussian_blur2d(repaint, (size, size), (blur, blur), border_type="replicate")
-    share = blurred / F.max_pool2d(blurred, size, stride=1, padding=reach).clamp_min(_WHOLE)
+    highest = F.max_pool2d(blurred, (1, size), stride=1, padding=(0, reach))
+    highest = F.max_pool2d(highest, (size, 1), stride=1, padding=(reach, 0))
+    share = blurred / highest.clamp_min(_WHOLE)
     weight = repaint * (2 * share - 1).clamp(0, 1)
     return torch.where(share > 1 - _WHOLE, repaint, weight)
 

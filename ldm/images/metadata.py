@@ -51,9 +51,21 @@ def _read_switch(text: str) -> bool:
     return text == "on"
 
 
+def _read_borders(text: str) -> tuple[int, ...]:
+    borders = tuple(map(int, text.split()))
+    if len(borders) != 4:
+        raise ValueError(text)
+    return borders
+
+
 _INT, _FLOAT, _WORD = _Codec(str, int), _Codec(_number, float), _Codec(str, str)
 _SWITCH = _Codec(lambda value: "on" if value else "off", _read_switch)
-_NUMBERS = _Codec(lambda values: " ".join(map(str, values)), lambda text: tuple(map(int, text.split())))
+_BORDERS = _Codec(lambda borders: " ".join(map(str, borders)), _read_borders)
+# A1111 has many upscalers; those of latents are called Latent (nearest) and the like
+_UPSCALER = _Codec(
+    _table({"pixels": "Lanczos", "latents": "Latent"}).write,
+    lambda label: "latents" if label.startswith("Latent") else "pixels",
+)
 _FILE = _Codec(lambda path: Path(path).name, str)  # the folder is the user's own affair
 
 # Key in the text, field of Job (of its `init` behind a dot), codec. The web UI says GPU where the sampling device
@@ -78,14 +90,14 @@ _UNLESS_DEFAULT = (
     ("Init height", "init.height", _INT),
     ("Resize", "init.resize", _WORD),
     ("Background", "init.background", _WORD),
-    ("Outpaint", "init.outpaint", _NUMBERS),
+    ("Outpaint", "init.outpaint", _BORDERS),
     ("Mask", "init.mask", _FILE),
     ("Alpha mask", "init.alpha_mask", _SWITCH),
     ("Invert mask", "init.invert_mask", _SWITCH),
     ("Mask blur", "init.mask_blur", _FLOAT),
     ("Paste", "paste", _SWITCH),
     ("Hires upscale", "upscale", _FLOAT),
-    ("Hires upscaler", "upscale_in", _table({"pixels": "Lanczos", "latents": "Latent"})),
+    ("Hires upscaler", "upscale_in", _UPSCALER),
     ("Upscale strength", "upscale_strength", _FLOAT),
 )
 _DEFAULTS = {field.name: field.default for field in fields(Job)} | {
@@ -149,7 +161,7 @@ def job_from_infotext(text: str) -> Job:
                 values[name] = codec.read(entries[key])
             except ValueError:
                 raise InputError(
-                    f"the text's entry {key} cannot be {printable(entries[key][:100])!r}: a number is needed"
+                    f"the text's entry {key} cannot be {printable(entries[key][:100])!r}"
                 ) from None
     init = {name.removeprefix("init."): values.pop(name) for name in list(values) if name.startswith("init.")}
     if "image" in init:

@@ -241,3 +241,16 @@ def test_an_independent_reader_agrees(prompt: str) -> None:
     assert sampler.negative_prompts[0].value == "dog"
     assert info.metadata["Size"] == "512x512"
     assert "Hashes" not in info.metadata
+
+
+@pytest.mark.parametrize("label", ["Latent", "Latent (nearest)", "Latent (antialiased)"])
+def test_upscalers_of_latents_are_told_from_others(label: str) -> None:
+    text = f"x\nSteps: 20, Sampler: DDIM, CFG scale: 7, Hires upscale: 2, Hires upscaler: {label}"
+    assert job_from_infotext(text).upscale_in == "latents"
+    assert job_from_infotext(text.replace(label, "R-ESRGAN 4x+")).upscale_in == "pixels"
+
+
+@pytest.mark.parametrize("entry", ["Outpaint: 1 2", "Paste: maybe", "Init width: wide"])
+def test_values_that_are_none_are_refused(entry: str) -> None:
+    with pytest.raises(InputError, match=entry.partition(":")[0]):
+        job_from_infotext(f"x\nSteps: 20, Sampler: DDIM, CFG scale: 7, Init image: a.png, {entry}")

@@ -41,6 +41,13 @@ def test_any_other_conditioning_is_refused():
         instantiate_from_config(config)
 
 
+def test_unknown_channels_are_refused():
+    config = inpainting_config()
+    config["params"]["concat_keys"] = ["mask", "maskd_image"]
+    with pytest.raises(InputError, match="maskd_image"), torch.device("meta"):
+        instantiate_from_config(config)
+
+
 def test_start_noise_of_the_published_app():
     noise = noise_source("numpy", "batch", [7], "cpu").draw((2, 4, 8, 8))
     assert np.array_equal(noise, np.random.RandomState(7).randn(2, 4, 8, 8).astype(np.float32))

@@ -215,6 +215,9 @@ class LatentInpaintDiffusion(LatentDiffusion):
             raise InputError(
                 f"conditioning_key is {self.model.conditioning_key!r}; inpainting needs 'hybrid'"
             )
+        unknown = [key for key in concat_keys if key not in ("mask", masked_image_key)]
+        if unknown:
+            raise InputError(f"concat_keys has {unknown}; it takes 'mask' and {masked_image_key!r}")
         self.concat_keys, self.masked_image_key = tuple(concat_keys), masked_image_key
         self.finetune_keys, self.keep_finetune_dims = finetune_keys, keep_finetune_dims
         self.c_concat_log_start, self.c_concat_log_end = c_concat_log_start, c_concat_log_end
@@ -223,8 +226,8 @@ class LatentInpaintDiffusion(LatentDiffusion):
         self, context: Tensor, mask: Tensor, masked_latent: Tensor
     ) -> dict[str, list[Tensor]]:
         """What `apply_model` takes: context [N, L, width], mask [N, 1, h, w] and scaled latent [N, C, h, w]."""
-        concat = {self.masked_image_key: masked_latent}
+        concat = {"mask": mask, self.masked_image_key: masked_latent}
         return {
-            "c_concat": [concat.get(key, mask).to(context.device) for key in self.concat_keys],
+            "c_concat": [concat[key] for key in self.concat_keys],
             "c_crossattn": [context],
         }

@@ -29,7 +29,10 @@ def clean_latent(x: Tensor, eps: Tensor, step: Step) -> Tensor:
 
 def previous_latent(pred_x0: Tensor, eps: Tensor, step: Step) -> Tensor:
     """The latent one step less noisy, before fresh noise is added (DDIM, Song et al. 2021, equation 12)."""
-    return step.alpha_prev**0.5 * pred_x0 + (1 - step.alpha_prev - step.sigma**2) ** 0.5 * eps
+    kept = max(
+        1 - step.alpha_prev - step.sigma**2, 0.0
+    )  # an eta above 1 can ask for more noise than there is
+    return step.alpha_prev**0.5 * pred_x0 + kept**0.5 * eps
 
 
 @dataclass(frozen=True)
