@@ -42,6 +42,8 @@ setup(
         "tokenizers>=0.21,<0.24",
         # the watermark of the original
         "invisible-watermark>=0.2,<0.3",
+        # the blur of masks
+        "kornia>=0.8,<0.10",
     ],
     extras_require={
         "train": TRAIN,
