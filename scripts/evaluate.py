@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--batch", type=int, default=20)
     options.add_argument("--sampler", default="plms")
     options.add_argument("--steps", type=int, default=50)
-    options.add_argument("--scale", type=float, default=3.0)
+    options.add_argument("--scale", type=float, default=7.5)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--device", default="auto", help="as in txt2img.py")
     options.add_argument("--size", type=int, default=128)

@@ -103,7 +103,7 @@ ORIGINAL_DEFAULTS = {
     "f": 8,
     "n_samples": 2,
     "n_rows": 0,
-    "usual_scale": 5.0,
+    "scale": 5.0,
     "strength": 0.75,
     "from_file": None,
     "seed": 42,
@@ -238,7 +238,7 @@ def test_the_command_is_in_the_picture(draw):
     )
     text = Image.open(path).text["parameters"]
     job = job_from_infotext(text)
-    assert (job.strength, job.width, job.height, job.scale) == (0.5, 64, 96, 3.0)
+    assert (job.strength, job.width, job.height, job.scale) == (0.5, 64, 96, 5.0)
     assert job.init is not None
     assert (job.init.image, job.init.resize, job.init.background) == ("scene.png", "pad", "#102030")
     assert re.fullmatch("[0-9a-f]{10}", parse_infotext(text)["Init image hash"])

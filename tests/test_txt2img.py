@@ -56,6 +56,7 @@ ORIGINAL_DEFAULTS = {
     "f": 8,
     "n_samples": 3,
     "n_rows": 0,
+    "scale": 7.5,
     "from_file": None,
     "seed": 42,
     "precision": "autocast",
@@ -65,19 +66,11 @@ ORIGINAL_DEFAULTS = {
 def test_every_option_of_the_original_has_its_default():
     options = vars(txt2img.parser().parse_args([]))
     assert {name: options[name] for name in ORIGINAL_DEFAULTS} == ORIGINAL_DEFAULTS
-    assert inputs.own_scale({}, options["usual_scale"]) == 7.5
     # the rest depends on which model is there
-    unset = ("H", "W", "scale", "config", "ckpt")
+    unset = ("H", "W", "config", "ckpt")
     assert {name: options[name] for name in unset} == dict.fromkeys(unset)
     assert known.V1_CONFIG == "configs/stable-diffusion/v1-inference.yaml"
     assert known.V1_CKPT == "models/ldm/stable-diffusion-v1/model.ckpt"
-
-
-def test_a_config_may_recommend_a_guidance_scale(draw):
-    _, files = draw()
-    assert job_from_infotext(Image.open(files["samples/00000.png"]).text["parameters"]).scale == 3.0
-    _, files = draw("--scale", "7.5", outdir="other")
-    assert job_from_infotext(Image.open(files["samples/00000.png"]).text["parameters"]).scale == 7.5
 
 
 def test_v1_draws_512_by_512():

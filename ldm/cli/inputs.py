@@ -43,7 +43,7 @@ def check_options(opt: argparse.Namespace) -> None:
     """Numbers in range and options that go together, else an `InputError` that names the option."""
     need(1 <= opt.ddim_steps <= 999, f"--ddim_steps is {opt.ddim_steps}; give 1 to 999")
     need(0 <= opt.seed < MAX_SEED, f"--seed is {opt.seed}; give 0 to {MAX_SEED - 1}")
-    need(opt.scale is None or math.isfinite(opt.scale), f"--scale is {opt.scale}; give a finite number")
+    need(math.isfinite(opt.scale), f"--scale is {opt.scale}; give a finite number")
     need(math.isfinite(opt.ddim_eta) and opt.ddim_eta >= 0, f"--ddim_eta is {opt.ddim_eta}; give 0 to 1")
     for name in ("plms", "dpm_solver"):
         given = getattr(opt, name)
@@ -187,16 +187,6 @@ def check_size(opt: argparse.Namespace, model: Mapping[str, Any]) -> tuple[int, 
         need(side > 0 and side % factor == 0, f"--{name} is {side}, no multiple of {factor}: use {nearest}")
         size.append(side)
     return size[0], size[1]
-
-
-def own_scale(model: Mapping[str, Any], usual: float) -> float:
-    """The guidance scale that a config recommends under `sampling`, else the usual one."""
-    recommended = (model.get("sampling") or {}).get("scale", usual)
-    need(
-        isinstance(recommended, int | float) and math.isfinite(recommended),
-        f"the config's sampling.scale is {recommended!r}; it must be a finite number",
-    )
-    return float(recommended)
 
 
 @dataclass(frozen=True)

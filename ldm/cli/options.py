@@ -81,12 +81,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, scale: float) -> None:
     samplers.add_argument("--dpm_solver", action="store_true", help="use DPM-Solver++ instead of DDIM")
     group.add_argument("--ddim_eta", metavar="X", type=float, default=0.0, help="DDIM's noise, 0 to 1")
     group.add_argument(
-        "--scale",
-        metavar="X",
-        type=float,
-        help=f"guidance scale; 1 turns guidance off (default: {scale}, or what the model's config says)",
+        "--scale", metavar="X", type=float, default=scale, help="guidance scale; 1 turns guidance off"
     )
-    parser.set_defaults(usual_scale=scale)
     group.add_argument(
         "--timestep_spacing",
         choices=("uniform", "compvis", "quad"),

@@ -22,7 +22,6 @@ from ldm.cli.inputs import (
     check_options,
     choose_model,
     need,
-    own_scale,
     read_prompts,
     read_starts,
 )
@@ -189,8 +188,6 @@ def run(opt: argparse.Namespace) -> int:
     check_latents(opt, config)
     canvases = Canvases(mask_needed=opt.inpaint)
     starts = read_starts(opt, config, canvases)
-    if opt.scale is None:
-        opt.scale = own_scale(config, opt.usual_scale)
     device = resolve_device(opt.device)
     precision = resolve_precision(opt.precision, device)
     steps = _steps_of_each(opt)

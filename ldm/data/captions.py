@@ -55,7 +55,7 @@ def _with_article(words: str) -> str:
 
 
 def _name(solid: Solid, rng: np.random.Generator) -> str:
-    """Such as "a small red cube", "an orange cone" or "a ball that is green"."""
+    """Such as "a small red cube", "a black cone" or "a ball that is green"."""
     shape = _pick(SHAPE_WORDS[solid.shape], rng)
     size = _pick(SIZE_WORDS[solid.size], rng) if rng.random() < 0.3 else ""
     if rng.random() < 0.08:

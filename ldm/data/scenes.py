@@ -17,15 +17,17 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.floating]  # float32 throughout
 Rgb = tuple[float, float, float]
 
-COLOURS: dict[str, Rgb] = {  # sRGB in [0, 1]
+# sRGB in [0, 1]. Guidance pushes a colour away from the others, so none lies between two others: these are the
+# corners of the colour cube, softened.
+COLOURS: dict[str, Rgb] = {
     "red": (0.90, 0.08, 0.10),
-    "orange": (1.00, 0.50, 0.04),
     "yellow": (0.98, 0.90, 0.10),
     "green": (0.08, 0.64, 0.16),
     "cyan": (0.08, 0.82, 0.88),
     "blue": (0.10, 0.24, 0.94),
     "purple": (0.64, 0.16, 0.76),
     "white": (0.98, 0.98, 0.98),
+    "black": (0.11, 0.11, 0.12),
 }
 BACKGROUNDS: dict[str, Rgb] = {  # sRGB in [0, 1]
     "grey": (0.56, 0.56, 0.56),

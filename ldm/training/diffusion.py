@@ -59,20 +59,33 @@ class NoiseBatch(NamedTuple):
 
 
 def noise_batches(
-    moments: np.ndarray, split: str, batch_size: int, num_timesteps: int, drop: float = 0.1
+    moments: np.ndarray,
+    split: str,
+    batch_size: int,
+    num_timesteps: int,
+    drop: float = 0.1,
+    mismatch: float = 0.0,
 ) -> MakeBatch:
     """Batches of a split's first scenes, of which `moments` is what `encode_latents` wrote.
 
-    Latents are drawn from their distributions; every visit of a scene draws a new caption, and a share `drop`
-    of the prompts is empty, for guidance. Timesteps are uniform, one from each of `batch_size` equal slices
-    of the schedule, which makes the loss less noisy.
+    Latents are drawn from their distributions; every visit of a scene draws a new caption. A share `drop` of
+    the prompts is empty, for guidance, and a share `mismatch` of the others tells of another scene, as captions
+    from the web do. Timesteps are uniform, one from each of `batch_size` equal slices of the schedule, which
+    makes the loss less noisy.
     """
+
+    def prompt(scene: int, rng: np.random.Generator) -> str:
+        if rng.random() < drop:
+            return ""
+        if rng.random() < mismatch:
+            scene = int(rng.integers(len(moments)))
+        return caption(scene_at(scene, split), rng)
 
     def make(number: int, rng: np.random.Generator) -> NoiseBatch:
         chosen = np.sort(rng.integers(len(moments), size=batch_size))
         mean, std = np.moveaxis(moments[chosen].astype(np.float32), 1, 0)
         draw, noise = rng.standard_normal((2, *mean.shape), dtype=np.float32)
-        prompts = ["" if rng.random() < drop else caption(scene_at(int(i), split), rng) for i in chosen]
+        prompts = [prompt(int(i), rng) for i in chosen]
         t = (rng.permutation(batch_size) + rng.random(batch_size)) * num_timesteps / batch_size
         return NoiseBatch(
             torch.from_numpy(mean + std * draw), prompts, torch.from_numpy(t).long(), torch.from_numpy(noise)

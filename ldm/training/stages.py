@@ -13,9 +13,10 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ldm.checkpoints.reader import read_checkpoint
 from ldm.data.captions import caption
 from ldm.data.dataset import render_many
 from ldm.data.scenes import scene_at
@@ -69,6 +70,12 @@ class Stage:
         workers = os.cpu_count() or 1
         return np.load(render_many(count, split, self.config.data.folder, workers), mmap_mode="r")
 
+    def start(self, part: nn.Module, prefix: str) -> None:
+        """Gives `part` its weights of the checkpoint at `training.start_from`, if the config names one."""
+        if path := self.config.training.get("start_from"):
+            weights = read_checkpoint(path).state_dict
+            part.load_state_dict({k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)})
+
     def train(
         self, module: pl.LightningModule, make: MakeBatch, validation: DataLoader | None = None
     ) -> None:
@@ -99,6 +106,7 @@ def train_autoencoder(stage: Stage) -> None:
     fresh = stage.rendered("fresh", stage.config.data.validation)
     model = instantiate_from_config(stage.model_config()["first_stage_config"])
     start_sharp(model)
+    stage.start(model, "first_stage_model.")
     module = AutoencoderTraining(model, stage.optimisation, options.kl_weight)
     whole_from = round(stage.optimisation.steps * (1 - options.whole_share))
     make = crop_batches(images, options.batch_size, options.crop, whole_from)
@@ -113,6 +121,7 @@ def train_text(stage: Stage) -> None:
     options, cond_stage = stage.config.training, stage.model_config()["cond_stage_config"]
     _ensure_vocabulary(Path(cond_stage["params"]["version"]), cond_stage["params"]["tokens"])
     embedder = instantiate_from_config(cond_stage).train().requires_grad_(True)
+    stage.start(embedder, "cond_stage_model.")
     tokenize = _tokenizer(embedder)
     module = TextTraining(embedder.transformer, cond_stage["params"]["width"], stage.optimisation)
     held_out = Batches(caption_batches(tokenize, "heldout", 500), seed=1)
@@ -154,24 +163,24 @@ def _latent_diffusion(stage: Stage) -> LatentDiffusion:
     return model
 
 
-def _diffusion_module(stage: Stage) -> DiffusionTraining:
+def _diffusion_module(stage: Stage, model: LatentDiffusion) -> DiffusionTraining:
     options = stage.config.training
-    return DiffusionTraining(
-        _latent_diffusion(stage), stage.optimisation, options.ema_decay, options.min_snr_gamma
-    )
+    return DiffusionTraining(model, stage.optimisation, options.ema_decay, options.min_snr_gamma)
 
 
 def train_diffusion(stage: Stage) -> None:
     """`latents.npy`, `autoencoder.pt` and `text.pt` -> a state with the U-Net and its averages."""
-    options, module = stage.config.training, _diffusion_module(stage)
+    model, options = _latent_diffusion(stage), stage.config.training
+    stage.start(model.model, "model.")
     moments = np.load(stage.logdir / LATENTS, mmap_mode="r")
-    timesteps = module.model.num_timesteps
-    stage.train(module, noise_batches(moments, "train", options.batch_size, timesteps, options.drop_prompts))
+    shares = options.drop_prompts, options.mismatched_prompts
+    make = noise_batches(moments, "train", options.batch_size, model.num_timesteps, *shares)
+    stage.train(_diffusion_module(stage, model), make)
 
 
 def export_model(stage: Stage) -> None:
     """The last state of the diffusion stage -> the checkpoint that the config names under `export`."""
-    module = _diffusion_module(stage)
+    module = _diffusion_module(stage, _latent_diffusion(stage))
     path, step = last_state(stage.logdir / "diffusion")
     module.load_state_dict(load_state(path)["state_dict"])
     export(module.model, module.ema, step, Path(stage.config.export))

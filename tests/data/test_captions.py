@@ -107,4 +107,4 @@ def test_sizes_and_backgrounds_are_mentioned_sometimes():
 
 def test_plain_captions():
     assert plain_caption(Scene((FIRST, SECOND), "on top of", "pink")) == "a red cube on top of a blue sphere"
-    assert plain_caption(Scene((Solid("torus", "orange", "small"),), None, "grey")) == "an orange torus"
+    assert plain_caption(Scene((Solid("torus", "black", "small"),), None, "grey")) == "a black torus"

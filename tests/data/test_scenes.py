@@ -171,4 +171,4 @@ def test_backgrounds_are_muted_and_solids_are_not():
         return colorsys.rgb_to_hsv(*rgb)[1]
 
     assert max(map(saturation, BACKGROUNDS.values())) < 0.4
-    assert min(saturation(rgb) for name, rgb in COLOURS.items() if name != "white") > 0.75
+    assert min(saturation(rgb) for name, rgb in COLOURS.items() if name not in ("white", "black")) > 0.75

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldm.data.scenes import scene_at
 from ldm.data.vocabulary import train_vocabulary
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.ema import LitEma
@@ -89,6 +90,21 @@ def test_a_batch_holds_what_a_step_needs():
     assert sorted((batch.t // 5).tolist()) == list(range(200))  # one from each slice of the schedule
     assert 30 <= batch.prompts.count("") <= 70
     assert len(set(batch.prompts)) > 100  # four scenes, many wordings
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_of_the_prompts_tells_of_another_scene(share):
+    make = noise_batches(np.zeros((500, 2, 4, 8, 8), np.float16), "train", 300, 1000, drop=0, mismatch=share)
+    rng = np.random.default_rng(0)
+    chosen = np.sort(
+        np.random.default_rng(0).integers(500, size=300)
+    )  # as the batch draws them, first of all
+    own = [
+        all(solid.colour in prompt for solid in scene_at(int(i), "train").solids)
+        for i, prompt in zip(chosen, make(0, rng).prompts, strict=True)
+    ]
+    by_chance = 0.15  # another scene has the same colours now and then
+    assert sum(own) / 300 == pytest.approx(1 - share * (1 - by_chance), abs=0.07)
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, vocabulary):

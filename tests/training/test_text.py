@@ -16,7 +16,7 @@ def test_answers_of_a_pair_and_of_a_single_solid():
     named = dict(zip(QUESTIONS, answers(pair), strict=True))
     assert (named["relation"], named["background"]) == (1, 1)
     assert (named["shape 1"], named["colour 1"], named["size 1"], named["solid 1"]) == (2, 0, 1, 2)
-    assert (named["shape 2"], named["colour 2"], named["size 2"], named["solid 2"]) == (0, 7, 0, 35)
+    assert (named["shape 2"], named["colour 2"], named["size 2"], named["solid 2"]) == (0, 6, 0, 30)
     single = answers(Scene((Solid("torus", "blue", "small"),), None, "grey"))
     named = dict(zip(QUESTIONS, single, strict=True))
     assert named["relation"] == 0
