@@ -297,3 +297,11 @@ def test_mistakes_are_one_line_and_code_2(draw, tmp_path, capsys, monkeypatch, o
     assert re.search(said, error)
     assert len(error.strip().splitlines()) == 1
     assert not files
+
+
+def test_a_missing_option_is_one_line(capsys):
+    with pytest.raises(SystemExit) as caught:
+        img2img.main([])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "--init-img" in error and len(error.strip().splitlines()) == 1

@@ -49,10 +49,10 @@ class _Help(argparse.HelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Shows what was typed with terminal controls escaped."""
+    """Says in one line what is wrong with what was typed, terminal controls escaped."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(printable(message))
+        self.exit(2, f"error: {printable(message)}; --help lists the options\n")
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
