@@ -19,8 +19,8 @@ LAION_CONFIG = "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
 LAION_CKPT = "models/ldm/text2img-large/model.ckpt"
 LAION_OUTDIR = "outputs/txt2img-samples-laion400m"
 
-# what the shared code reads of options that a script does not offer
-_NOT_OFFERED: dict[str, Any] = {
+# the defaults of options that not every script offers; the shared code reads all of them
+_DEFAULTS: dict[str, Any] = {
     "laion400m": False,
     "init_img": [],
     "indir": None,
@@ -58,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser with grouped help."""
     parser = _Parser(description=description, formatter_class=_Help)
-    parser.set_defaults(**_NOT_OFFERED)
+    parser.set_defaults(**_DEFAULTS)
     return parser
 
 
@@ -130,7 +130,6 @@ def add_image_options(parser: argparse.ArgumentParser, strength: float, required
         metavar="FILE",
         nargs="+",
         required=required,
-        default=[],
         help="PNG, JPEG, WebP, BMP or TIFF files, or folders of them",
     )
     group.add_argument(
@@ -149,7 +148,6 @@ def add_image_options(parser: argparse.ArgumentParser, strength: float, required
     group.add_argument(
         "--background",
         metavar="COLOUR",
-        default="white",
         help="what shows through transparency and pads: a name or #rrggbb",
     )
     group.add_argument(
@@ -174,7 +172,6 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         "--mask_blur",
         metavar="PX",
         type=float,
-        default=_NOT_OFFERED["mask_blur"],
         help="how softly the new part fades in at its edges",
     )
     group.add_argument(
@@ -186,7 +183,6 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         "--outpaint",
         metavar="L,T,R,B",
         type=_four_numbers,
-        default=(0, 0, 0, 0),
         help="add this many pixels at the left, top, right and bottom",
     )
 
@@ -203,18 +199,15 @@ def add_upscale_options(parser: argparse.ArgumentParser) -> None:
     """A second pass at a larger size."""
     group = parser.add_argument_group("upscaling")
     group.add_argument(
-        "--upscale", metavar="X", type=float, default=1.0, help="enlarge the finished picture and refine it"
+        "--upscale", metavar="X", type=float, help="enlarge the finished picture and refine it"
     )
     group.add_argument(
         "--upscale_strength",
         metavar="X",
         type=float,
-        default=_NOT_OFFERED["upscale_strength"],
         help="the second pass's share of the steps, 0 to 1",
     )
-    group.add_argument(
-        "--upscale_in", choices=("pixels", "latents"), default="pixels", help="what is enlarged"
-    )
+    group.add_argument("--upscale_in", choices=("pixels", "latents"), help="what is enlarged")
 
 
 def add_batch_options(parser: argparse.ArgumentParser, n_iter: int, n_samples: int) -> None:

@@ -91,14 +91,14 @@ def _watermark(opt: argparse.Namespace) -> Mark:
 
 def _screen(opt: argparse.Namespace, device: torch.device) -> Screen:
     """The safety check, by --safety."""
-    from ldm.checkpoints.safety import find_safety_model, load_safety_model
+    from ldm.checkpoints.safety import OWN_FOLDER, find_safety_model, load_safety_model
     from ldm.images.safety import Screen
 
     path = None if opt.safety == "off" else find_safety_model(opt.safety_model)
     if path is not None:
         checker = load_safety_model(path, device)
         return Screen(checker, checker.side)
-    where = "put the files of CompVis/stable-diffusion-safety-checker into models/safety_checker"
+    where = f"put the files of CompVis/stable-diffusion-safety-checker into {OWN_FOLDER}"
     need(opt.safety != "on", f"--safety on: no safety model found; {where}")
     if opt.safety == "auto":
         logger.info("safety check: no model found, images are unchecked; %s", where)
@@ -190,7 +190,7 @@ def run(opt: argparse.Namespace) -> int:
     starts = read_starts(opt, config, canvases)
     device = resolve_device(opt.device)
     precision = resolve_precision(opt.precision, device)
-    steps = _steps_of_each(opt)
+    steps = _steps_of_each(opt, from_image=starts[0].init is not None)
     largest = max(starts, key=lambda start: start.width * start.height)
     check_memory(next(make_batches(opt, prompts, [largest]))[0], config)
     batches = opt.n_iter * len(prompts) * len(starts)
@@ -226,7 +226,7 @@ def run(opt: argparse.Namespace) -> int:
     return 1 if output.failed else 0
 
 
-def _steps_of_each(opt: argparse.Namespace) -> int:
+def _steps_of_each(opt: argparse.Namespace, from_image: bool) -> int:
     """How many denoising steps a picture takes, in both passes; said where it is not what was asked for."""
     from ldm.models.diffusion.schedule import make_timesteps, steps_to_run
 
@@ -234,7 +234,6 @@ def _steps_of_each(opt: argparse.Namespace) -> int:
     rows = asked if opt.dpm_solver else len(make_timesteps(opt.timestep_spacing, asked))
     if rows != asked:
         logger.info("compvis spacing has %d steps for --ddim_steps %d", rows, asked)
-    from_image = bool(opt.init_img or opt.indir)
     steps = steps_to_run(opt.strength, asked, rows) if from_image else rows
     if from_image:
         logger.info("strength %g: %d of %d steps run", opt.strength, steps, rows)

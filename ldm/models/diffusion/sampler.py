@@ -29,9 +29,8 @@ def clean_latent(x: Tensor, eps: Tensor, step: Step) -> Tensor:
 
 def previous_latent(pred_x0: Tensor, eps: Tensor, step: Step) -> Tensor:
     """The latent one step less noisy, before fresh noise is added (DDIM, Song et al. 2021, equation 12)."""
-    kept = max(
-        1 - step.alpha_prev - step.sigma**2, 0.0
-    )  # an eta above 1 can ask for more noise than there is
+    # an eta above 1 can ask for more noise than there is
+    kept = max(1 - step.alpha_prev - step.sigma**2, 0.0)
     return step.alpha_prev**0.5 * pred_x0 + kept**0.5 * eps
 
 
@@ -102,9 +101,8 @@ class Sampler:
 
     allows_eta: ClassVar[bool] = True
     draws_always: ClassVar[bool] = True  # whether the original drew a step's noise also where its factor is 0
-    starts_above: ClassVar[bool] = (
-        True  # image to image noises to the level one step above its first, as ever
-    )
+    # image to image noises to the level one step above its first, as the original did
+    starts_above: ClassVar[bool] = True
 
     def __init__(self, model: Any, schedule: str = "linear"):
         self.model = model

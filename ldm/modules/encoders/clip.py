@@ -158,17 +158,9 @@ class CLIPVisionTransformer(nn.Module):
 
 
 class CLIPVisionModel(nn.Module):
-    """The vision tower under the name `vision_model`; the sizes default to those of ViT-L/14."""
+    """The vision tower under the name `vision_model`, the level that published checkpoints have."""
 
-    def __init__(
-        self,
-        side: int = 224,
-        patch: int = 14,
-        width: int = 1024,
-        layers: int = 24,
-        heads: int = 16,
-        inner: int = 4096,
-    ):
+    def __init__(self, side: int, patch: int, width: int, layers: int, heads: int, inner: int):
         super().__init__()
         self.vision_model = CLIPVisionTransformer(side, patch, width, layers, heads, inner)
 
