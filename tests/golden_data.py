@@ -70,6 +70,16 @@ def inpainting_config() -> dict[str, Any]:
     return config
 
 
+def laion_config(tokens: int) -> dict[str, Any]:
+    """The tiny model with the LAION-400M text model, for a vocabulary of so many tokens."""
+    config = tiny_config()
+    config["params"]["cond_stage_config"] = {
+        "target": "ldm.modules.encoders.modules.BERTEmbedder",
+        "params": {"n_embed": 64, "n_layer": 3, "vocab_size": tokens},
+    }
+    return config
+
+
 def tiny_model(config: Mapping[str, Any] | None = None) -> Any:
     """The tiny model, or another config's, with rebuilt weights."""
     from ldm.util import instantiate_from_config

@@ -33,6 +33,12 @@ def test_v1_with_averages(v1):
     assert shapes(on_meta(v1)) == keys("keys_v1_ema.json")
 
 
+def test_laion400m():
+    assert shapes(on_meta(read_config("configs/latent-diffusion/txt2img-1p4B-eval.yaml"))) == keys(
+        "keys_laion400m.json"
+    )
+
+
 def test_building_allocates_nothing(v1):
     model = on_meta(v1)
     kept = {name for name, value in model.named_buffers() if not value.is_meta}

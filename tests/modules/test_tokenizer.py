@@ -114,6 +114,27 @@ def test_padding_and_truncation(tokenizer):
         tokenizer(["cat"], max_length=1)
 
 
+def test_placeholders(folder):
+    tokenizer = CLIPTokenizer.from_folder(folder)
+    plain = tokenizer.encode
+    outside = {text: plain(text) for text in (*PROMPTS, "a inkwell, blink, i n k")}
+    commas = plain("a , b")[1:-1]
+    tokenizer.use_placeholders({"ink": [49408, 49409], "<ink>": [49410], "ink 2": [49411], "v1": [49412]})
+    assert {text: plain(text) for text in outside} == outside
+    assert plain("a INK, b")[1:-1] == [commas[0], 49408, 49409, *commas[1:]]
+    assert plain("ink<ink>ink 2 ink2 v1 v12 v1x")[1:-1] == [
+        *(49408, 49409, 49410, 49411, 49408, 49409),
+        *(*plain("2")[1:-1], 49412, *plain("v12")[1:-1], 49412, *plain("x")[1:-1]),
+    ]
+    assert tokenizer.placeholders_in("an ink, <ink> and inks") == ["ink", "<ink>"]
+    assert tokenizer.cut_words("a ink tail", max_length=5) == "tail"
+    assert tokenizer.cut_words("a ink tail", max_length=4) == "ink tail"
+    assert tokenizer(["a ink b"], max_length=4) == [[49406, commas[0], 49408, 49407]]
+    assert tokenizer.decode(plain("a ink b")) == "a b"
+    tokenizer.use_placeholders({})
+    assert plain("a ink")[1:-1] == [commas[0], *plain("ink")[1:-1]]
+
+
 def test_decode(tokenizer):
     ids = tokenizer(["A red  Cube, 東京 café"])[0]
     assert tokenizer.decode(ids) == "a red cube , 東京 café"

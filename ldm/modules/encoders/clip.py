@@ -14,18 +14,30 @@ def _position_ids(count: int) -> Tensor:
 
 
 class CLIPEmbeddings(nn.Module):
-    """Token plus position embeddings: ids [B, L] -> [B, L, width], L at most `positions`."""
+    """Token plus position embeddings: ids [B, L] -> [B, L, width], L at most `positions`.
+
+    Ids from `tokens` upward mean the rows of `added` [n, width], which is no part of the state dict.
+    """
 
     position_ids: Tensor
+    added: Tensor | None
 
     def __init__(self, tokens: int, positions: int, width: int):
         super().__init__()
         self.token_embedding = nn.Embedding(tokens, width)
         self.position_embedding = nn.Embedding(positions, width)
         self.register_buffer("position_ids", _position_ids(positions))
+        self.register_buffer("added", None, persistent=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
+        return self._tokens(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
+
+    def _tokens(self, input_ids: Tensor) -> Tensor:
+        if self.added is None:
+            return self.token_embedding(input_ids)
+        beyond = input_ids - self.token_embedding.num_embeddings
+        known = self.token_embedding(input_ids.where(beyond < 0, 0))
+        return known.where(beyond[..., None] < 0, F.embedding(beyond.clamp(min=0), self.added).to(known))
 
 
 class CLIPVisionEmbeddings(nn.Module):

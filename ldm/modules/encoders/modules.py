@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ldm.modules.encoders.bert import UNCASED, BERTTokenizer, TextTransformer, find_vocabulary
 from ldm.modules.encoders.clip import CLIPTextModel
 from ldm.modules.encoders.tokenizer import CLIPTokenizer
 from ldm.util import InputError, printable
@@ -17,6 +18,15 @@ from ldm.util import InputError, printable
 logger = logging.getLogger(__name__)
 
 OPENAI_VOCABULARIES = ("openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32")
+
+
+def _check_size(vocabulary: str | Path, size: int, tokens: int) -> None:
+    """That a vocabulary has an entry for each of a text model's tokens, else an `InputError`."""
+    if size != tokens:
+        raise InputError(
+            f"the vocabulary {printable(vocabulary)} has {size} entries, the text model {tokens}; "
+            "give the vocabulary that belongs to this checkpoint"
+        )
 
 
 class AbstractEncoder(nn.Module):
@@ -29,6 +39,11 @@ class AbstractEncoder(nn.Module):
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that the model does not see because the prompt is too long."""
         return ""
+
+    def warn_of_cuts(self, prompts: Sequence[str], limit: int) -> None:
+        """Shows what prompts lose that are longer than `limit` tokens."""
+        for cut in filter(None, map(self.cut_words, prompts)):
+            logger.warning("prompt longer than %d tokens; this is cut off: %s", limit, printable(cut))
 
 
 class FrozenCLIPEmbedder(AbstractEncoder):
@@ -69,22 +84,35 @@ class FrozenCLIPEmbedder(AbstractEncoder):
                 f"merges.txt nor one of {', '.join(OPENAI_VOCABULARIES)}; nothing is downloaded"
             )
         tokens = self.transformer.text_model.embeddings.token_embedding.num_embeddings
-        if tokenizer.size != tokens:
-            raise InputError(
-                f"the vocabulary {printable(self.version)} has {tokenizer.size} entries, "
-                f"the text model {tokens}; give the vocabulary that belongs to this checkpoint"
-            )
+        _check_size(self.version, tokenizer.size, tokens)
         return tokenizer
+
+    @property
+    def width(self) -> int:
+        """How many numbers the vector of a token has."""
+        return self.transformer.text_model.embeddings.token_embedding.embedding_dim
+
+    def use_embeddings(self, embeddings: Mapping[str, Tensor]) -> None:
+        """From now on these words, as the tokenizer's `clean` leaves them, stand for vectors [n, width] each.
+
+        Each vector takes the place of one token (textual inversion, Gal et al. 2022).
+        """
+        tower = self.transformer.text_model.embeddings
+        first, ids = tower.token_embedding.num_embeddings, {}
+        for word, vector in embeddings.items():
+            ids[word] = range(first, first + len(vector))
+            first += len(vector)
+        device = tower.token_embedding.weight.device
+        vectors = [vector.to(device, torch.float32) for vector in embeddings.values()]
+        tower.added = torch.cat(vectors).detach() if vectors else None
+        self.tokenizer.use_placeholders(ids)
 
     def freeze(self) -> None:
         """Evaluation mode, no gradients."""
         self.eval().requires_grad_(False)
 
     def forward(self, text: Sequence[str]) -> Tensor:
-        for cut in filter(None, map(self.cut_words, text)):
-            logger.warning(
-                "prompt longer than %d tokens; this is cut off: %s", self.max_length - 2, printable(cut)
-            )
+        self.warn_of_cuts(text, self.max_length - 2)
         weight = self.transformer.text_model.embeddings.token_embedding.weight
         ids = self.tokenizer(list(text), max_length=self.max_length)
         return self.transformer(torch.tensor(ids, device=weight.device))
@@ -94,4 +122,55 @@ class FrozenCLIPEmbedder(AbstractEncoder):
 
     def encode(self, text: Sequence[str]) -> Tensor:
         """Prompts -> [B, max_length, width]; a prompt too long is cut, with a warning that shows what is lost."""
+        return self(text)
+
+
+class BERTEmbedder(AbstractEncoder):
+    """Prompts -> hidden states of a transformer encoder over BERT's tokens [B, max_seq_len, n_embed].
+
+    The text model of `txt2img --laion400m`: `n_layer` layers of width `n_embed`, of its own weights in spite of
+    the name. `version` chooses the vocabulary, see `find_vocabulary`. With `use_tokenizer` off it takes ids
+    only. `device` is accepted and not used: the model lies where the rest lies.
+    """
+
+    def __init__(
+        self,
+        n_embed: int,
+        n_layer: int,
+        vocab_size: int = 30522,
+        max_seq_len: int = 77,
+        device: str | None = None,
+        use_tokenizer: bool = True,
+        embedding_dropout: float = 0.0,
+        version: str = UNCASED,
+    ):
+        super().__init__()
+        self.version = version
+        self.max_length = max_seq_len
+        self.use_tokenizer = use_tokenizer
+        self.transformer = TextTransformer(vocab_size, max_seq_len, n_embed, n_layer, embedding_dropout)
+
+    @cached_property
+    def tokenizer(self) -> BERTTokenizer:
+        """The vocabulary named by `version`, read when it is first needed."""
+        if not self.use_tokenizer:
+            raise InputError("the text model takes no prompts: the config's use_tokenizer is off; turn it on")
+        path = find_vocabulary(self.version)
+        tokenizer = BERTTokenizer.from_file(path, self.max_length)
+        _check_size(path, tokenizer.size, self.transformer.token_emb.num_embeddings)
+        return tokenizer
+
+    def forward(self, text: Sequence[str] | Tensor) -> Tensor:
+        """Prompts, or their ids [B, L] -> [B, L, n_embed]."""
+        if isinstance(text, Tensor):
+            return self.transformer(text)
+        self.warn_of_cuts(text, self.max_length - 2)
+        weight = self.transformer.token_emb.weight
+        return self.transformer(torch.tensor(self.tokenizer(text), device=weight.device))
+
+    def cut_words(self, prompt: str) -> str:
+        return self.tokenizer.cut_words(prompt)
+
+    def encode(self, text: Sequence[str] | Tensor) -> Tensor:
+        """As `forward`; a prompt too long is cut, with a warning that shows what is lost."""
         return self(text)

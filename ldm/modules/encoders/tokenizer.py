@@ -11,9 +11,10 @@ import html
 import importlib.util
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from ldm.util import InputError, printable
 
@@ -26,6 +27,14 @@ _TABLE = "bpe_simple_vocab_16e6.txt.gz"
 _WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 _KNOWN_TEXT = "a photograph of an astronaut riding a horse"
 _KNOWN_IDS = [49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558, 49407]
+
+
+class _Stretch(NamedTuple):
+    """A part of a cleaned text, where it begins, and its ids if it is a placeholder (else empty)."""
+
+    start: int
+    text: str
+    ids: Sequence[int]
 
 
 class CLIPTokenizer:
@@ -51,6 +60,8 @@ class CLIPTokenizer:
         self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._bpe.decoder = decoders.ByteLevel()
         self.size = len(vocabulary)
+        self._placeholders: Mapping[str, Sequence[int]] = {}
+        self._triggers: regex.Pattern[str] | None = None
         if self.size == VOCABULARY_SIZE and self.encode(_KNOWN_TEXT) != _KNOWN_IDS:
             raise InputError(f"{source} is not CLIP's token table: it gives other ids for a known sentence")
 
@@ -84,13 +95,41 @@ class CLIPTokenizer:
         rows = [_cut(self.encode(text), max_length) for text in texts]
         return [row + [padding] * (max_length - len(row)) for row in rows]
 
+    def use_placeholders(self, placeholders: Mapping[str, Sequence[int]]) -> None:
+        """From now on these texts, as `clean` leaves them, stand for ids of their own, from `size` upward.
+
+        A placeholder is a whole word, or several: beside a letter at its end there is no other letter, and
+        beside a digit no digit. Of several that fit the longest counts.
+        """
+        import regex
+
+        self._placeholders = dict(placeholders)
+        longest_first = sorted(self._placeholders, key=len, reverse=True)
+        self._triggers = regex.compile("|".join(map(_whole_words, longest_first))) if placeholders else None
+
+    def placeholders_in(self, text: str) -> list[str]:
+        """The placeholders that a text holds, in its order."""
+        return [stretch.text for stretch in self._stretches(clean(text)) if stretch.ids]
+
+    def _stretches(self, cleaned: str) -> Iterator[_Stretch]:
+        end = 0
+        for match in self._triggers.finditer(cleaned) if self._triggers else ():
+            yield _Stretch(end, cleaned[end : match.start()], ())
+            yield _Stretch(match.start(), match.group(), self._placeholders[match.group()])
+            end = match.end()
+        yield _Stretch(end, cleaned[end:], ())
+
     def encode(self, text: str) -> list[int]:
         """The ids of the whole text between the begin and the end token, however many.
 
         A text that UTF-8 cannot hold (lone surrogates) is an `InputError`.
         """
-        words = self._words.findall(clean(text))
-        return [self.begin_id, *self._bpe.encode(words, is_pretokenized=True).ids, self.end_id]
+        stretches = self._stretches(clean(text))
+        ids = (id for stretch in stretches for id in stretch.ids or self._encode_words(stretch.text))
+        return [self.begin_id, *ids, self.end_id]
+
+    def _encode_words(self, text: str) -> list[int]:
+        return self._bpe.encode(self._words.findall(text), is_pretokenized=True).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids in lower case, a space between words, without begin, end and padding."""
@@ -100,14 +139,21 @@ class CLIPTokenizer:
     def cut_words(self, text: str, max_length: int = CONTEXT_LENGTH) -> str:
         """The end of the cleaned text that does not fit into `max_length` tokens; empty if all fits."""
         cleaned = clean(text)
-        words = list(self._words.finditer(cleaned))
-        encoding = self._bpe.encode([word.group() for word in words], is_pretokenized=True)
+        starts = [start for stretch in self._stretches(cleaned) for start in self._token_starts(stretch)]
         kept = max_length - 2  # besides begin and end
-        if len(encoding.ids) <= kept:
-            return ""
-        word = encoding.word_ids[kept]
-        assert word is not None
-        return cleaned[words[word].start() + encoding.offsets[kept][0] :]
+        return cleaned[starts[kept] :] if len(starts) > kept else ""
+
+    def _token_starts(self, stretch: _Stretch) -> list[int]:
+        """Where in the cleaned text each token of a stretch begins."""
+        if stretch.ids:
+            return [stretch.start] * len(stretch.ids)
+        words = list(self._words.finditer(stretch.text))
+        encoding = self._bpe.encode([word.group() for word in words], is_pretokenized=True)
+        return [
+            stretch.start + words[word].start() + begin
+            for word, (begin, _) in zip(encoding.word_ids, encoding.offsets, strict=True)
+            if word is not None
+        ]
 
 
 def clean(text: str) -> str:
@@ -127,6 +173,16 @@ def clean(text: str) -> str:
 
         text = ftfy.fix_text(text)
     return " ".join(html.unescape(html.unescape(text)).split()).lower()
+
+
+def _whole_words(placeholder: str) -> str:
+    """The pattern of a placeholder that is not a part of a longer word or number."""
+    import regex
+
+    before, after = (r"\p{L}" if end.isalpha() else r"\p{N}" for end in (placeholder[0], placeholder[-1]))
+    left = f"(?<!{before})" if placeholder[0].isalnum() else ""
+    right = f"(?!{after})" if placeholder[-1].isalnum() else ""
+    return f"{left}{regex.escape(placeholder)}{right}"
 
 
 def _cut(ids: list[int], max_length: int) -> list[int]:

@@ -1,0 +1,184 @@
+"""The text model of the LAION-400M latent diffusion model: BERT's tokenizer and a transformer encoder.
+
+Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 4.3.1.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ldm.modules.attention import CrossAttention, FeedForward
+from ldm.util import InputError, find, printable
+
+UNCASED = "bert-base-uncased"
+OWN_VOCABULARY = "models/ldm/text2img-large/vocab.txt"
+
+_REPOSITORIES = (f"google-bert/{UNCASED}", UNCASED)  # today's name and the old one
+_FILE = "vocab.txt"
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_UNCASED_SIZE = 30522
+_KNOWN_TEXT = "Hello, my dog is cute"
+_KNOWN_IDS = [101, 7592, 1010, 2026, 3899, 2003, 10140, 102]
+
+
+class SelfAttention(CrossAttention):
+    """Multi-head self-attention over [B, L, width] whose last layer is named as in published checkpoints."""
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.to_out = nn.Linear(self.to_q.out_features, width)
+
+
+class Residual(nn.Sequential):
+    """Adds to its input what its children make of it in turn."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class PreNormLayers(nn.Module):
+    """`depth` times attention and feed-forward, each behind a layer norm and a residual."""
+
+    def __init__(self, width: int, depth: int):
+        super().__init__()
+        blocks = (block for _ in range(depth) for block in (SelfAttention(width), FeedForward(width)))
+        self.layers = nn.Sequential(*(Residual(nn.LayerNorm(width), block) for block in blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class PositionEmbedding(nn.Module):
+    """One learnt vector for each position."""
+
+    def __init__(self, positions: int, width: int):
+        super().__init__()
+        self.emb = nn.Embedding(positions, width)
+
+    def forward(self, length: int) -> Tensor:
+        """The vectors of the first positions [length, width]."""
+        return self.emb.weight[:length]
+
+
+class TextTransformer(nn.Module):
+    """Ids [B, L] -> hidden states [B, L, width] after the last layer norm; all tokens, padding too, see all.
+
+    `dropout` acts on the embeddings in training. `to_logits` is a part of published checkpoints that only the
+    training of a language model would use.
+    """
+
+    def __init__(self, tokens: int, positions: int, width: int, depth: int, dropout: float = 0.0):
+        super().__init__()
+        self.token_emb = nn.Embedding(tokens, width)
+        self.pos_emb = PositionEmbedding(positions, width)
+        self.emb_dropout = nn.Dropout(dropout)
+        self.attn_layers = PreNormLayers(width, depth)
+        self.norm = nn.LayerNorm(width)
+        self.to_logits = nn.Linear(width, tokens)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        embedded = self.token_emb(ids) + self.pos_emb(ids.shape[1])
+        return self.norm(self.attn_layers(self.emb_dropout(embedded)))
+
+
+class BERTTokenizer:
+    """Turns prompts into `max_length` ids of a WordPiece vocabulary (Devlin et al. 2019), in lower case.
+
+    `[CLS]`, the text, `[SEP]`, then `[PAD]`; a text that is cut keeps its `[SEP]`. A vocabulary without these
+    tokens, with one token twice, or of BERT's size (30,522) that is not BERT's, is an `InputError`: a wrong one
+    would ruin every picture without a word.
+    """
+
+    def __init__(self, vocabulary: Sequence[str], max_length: int, source: str):
+        """Builds from the tokens in order of their ids; `source` names their origin in messages."""
+        from tokenizers.implementations import BertWordPieceTokenizer
+
+        _check_vocabulary(vocabulary, source)
+        self.size = len(vocabulary)
+        self._wordpiece = BertWordPieceTokenizer({token: index for index, token in enumerate(vocabulary)})
+        if self.size == _UNCASED_SIZE and self._wordpiece.encode(_KNOWN_TEXT).ids != _KNOWN_IDS:
+            raise InputError(
+                f"{source} is not the vocabulary of {UNCASED}: it gives other ids for a known sentence"
+            )
+        self._wordpiece.enable_truncation(max_length)
+        self._wordpiece.enable_padding(length=max_length, pad_id=vocabulary.index("[PAD]"))
+
+    @classmethod
+    def from_file(cls, path: str | Path, max_length: int) -> BERTTokenizer:
+        """The tokenizer of a `vocab.txt`: a token a line, whose number is its id."""
+        return cls(_read_vocabulary(Path(path)), max_length, printable(path))
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text. A text that UTF-8 cannot hold (lone surrogates) is an `InputError`."""
+        return [self._wordpiece.encode(_checked(text)).ids for text in texts]
+
+    def cut_words(self, text: str) -> str:
+        """The end of the text that does not fit; empty if all fits."""
+        encoding = self._wordpiece.encode(_checked(text))
+        return text[max(end for _, end in encoding.offsets) :].strip() if encoding.overflowing else ""
+
+
+def find_vocabulary(version: str = UNCASED) -> Path:
+    """The vocabulary file on this computer that `version` stands for; nothing is downloaded.
+
+    It is such a file, a folder that holds `vocab.txt`, or "bert-base-uncased": then the file is searched at
+    `OWN_VOCABULARY`, here or in the toolkit's folder, and in the Hugging Face cache. None is an `InputError`.
+    """
+    path = next(filter(os.path.isfile, _places(version)), None)
+    if path is not None:
+        return path
+    raise InputError(
+        f"{OWN_VOCABULARY} does not exist; the text model needs BERT's vocabulary there: get it from "
+        f"https://huggingface.co/{_REPOSITORIES[0]}/resolve/main/{_FILE}"
+        if version in _REPOSITORIES
+        else f"the text model's vocabulary {printable(version)} is neither a file nor a folder with {_FILE} "
+        f"nor {UNCASED}; nothing is downloaded"
+    )
+
+
+def _places(version: str) -> Iterator[Path]:
+    yield from (find(version), find(version) / _FILE)
+    if version in _REPOSITORIES:
+        yield find(OWN_VOCABULARY)
+        yield from _cached()
+
+
+def _cached() -> Iterator[Path]:
+    from huggingface_hub import try_to_load_from_cache  # `tokenizers` depends on it
+
+    for repository in _REPOSITORIES:
+        path = try_to_load_from_cache(repository, _FILE)
+        if isinstance(path, str):
+            yield Path(path)
+
+
+def _read_vocabulary(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise InputError(f"cannot read the vocabulary {printable(path)}: {reason}") from None
+    return text.removesuffix("\n").split("\n")  # other signs that end a line are tokens
+
+
+def _check_vocabulary(vocabulary: Sequence[str], source: str) -> None:
+    missing = [token for token in _SPECIAL if token not in vocabulary]
+    if missing:
+        raise InputError(f"{source} is no vocabulary of BERT: it lacks {', '.join(missing)}")
+    if len(set(vocabulary)) != len(vocabulary):
+        raise InputError(f"{source} is no vocabulary of BERT: a token stands in it twice")
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the prompt is not valid text ({printable(text[error.start])} at position {error.start});"
+            " pass it as UTF-8"
+        ) from None
+    return text
