@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,12 @@ from yaml import YAMLError
 from ldm.util import InputError, find, get_obj_from_str, printable
 
 _FREE_TARGETS = ("torch.nn.Identity",)
+_MAX_BYTES = 2**20
+_MAX_SIZE = 2**20
+_MAX_DEPTH = 100
+_DEPTHS = ("num_res_blocks", "transformer_depth", "n_layer", "layers")  # how often something is built
+_LONG_LISTS = ("given_betas",)
+_NOT_BUILT = ("scheduler_config",)  # of training; its cycles are endless in the published configs
 
 
 class ConfigError(InputError):
@@ -29,8 +36,10 @@ def read_config(path: str | Path, allow_targets: Sequence[str] = ()) -> dict[str
     """
     path = find(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = _read_text(path)
         tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"cannot read the config {printable(path)}: {error.strerror}") from None
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -42,10 +51,23 @@ def read_config(path: str | Path, allow_targets: Sequence[str] = ()) -> dict[str
         raise ConfigError(f"the config {printable(path)} is no mapping with `model:` and its `target:`")
     model = tree["model"]
     _check_tree(model, path, ("ldm", *allow_targets))
+    _check_sizes(model, path)
     for target in _targets(model):
         _check_is_class(target, path)
     _resolve_vocabulary(model)
     return model
+
+
+def _read_text(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"the config {printable(path)} is a folder, pipe or device, not a file")
+    with path.open("rb") as file:
+        raw = file.read(_MAX_BYTES + 1)
+    if len(raw) > _MAX_BYTES:
+        raise ConfigError(
+            f"the config {printable(path)} is larger than {_MAX_BYTES // 2**20} MB; is it a config?"
+        )
+    return raw.decode("utf-8-sig")
 
 
 def _check_tree(node: Any, path: Path, packages: Sequence[str]) -> None:
@@ -61,6 +83,27 @@ def _check_tree(node: Any, path: Path, packages: Sequence[str]) -> None:
         raise ConfigError(
             f"{printable(path)}: interpolation is not supported here: {printable(node)}; write the value out"
         )
+
+
+def _check_sizes(node: Any, path: Path, name: str = "") -> None:
+    """Refuses numbers that no model can be built with, before anything is: each costs time or memory of its size."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key not in _NOT_BUILT:
+                _check_sizes(value, path, str(key))
+    elif isinstance(node, list):
+        if len(node) > _MAX_DEPTH and name not in _LONG_LISTS:
+            raise ConfigError(
+                f"{printable(path)}: {printable(name)} has {len(node)} entries; at most {_MAX_DEPTH}"
+            )
+        for value in node:
+            _check_sizes(value, path, name)
+    elif isinstance(node, float) and not math.isfinite(node):
+        raise ConfigError(f"{printable(path)}: {printable(name)} is {node}; it must be a finite number")
+    elif isinstance(node, int):
+        most = _MAX_DEPTH if name in _DEPTHS else _MAX_SIZE
+        if abs(node) > most:
+            raise ConfigError(f"{printable(path)}: {printable(name)} is {node}; at most {most} can be built")
 
 
 def _check_target(target: Any, path: Path, packages: Sequence[str]) -> None:

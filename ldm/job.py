@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
+MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin")
 RESIZES = ("fit", "fill", "stretch", "pad", "none")
 
 
@@ -45,6 +47,9 @@ class Job:
     draw from the autoencoder's distribution, as in the original, or the mean. `paste` puts the picture's own
     pixels back where its mask repaints nothing.
 
+    `loras` are files, or names of files that the pipeline finds, each with its weight on the U-Net and on the
+    text model.
+
     With `upscale` above 1 the finished picture is enlarged by that factor, as pixels or as latents
     (`upscale_in`), and made again from there at `upscale_strength`.
     """
@@ -69,8 +74,40 @@ class Job:
     upscale: float = 1.0
     upscale_in: Literal["pixels", "latents"] = "pixels"
     upscale_strength: float = 0.5
+    loras: tuple[tuple[str, float, float], ...] = ()
 
     @property
     def upscaled_size(self) -> tuple[int, int]:
         """Height and width of the finished picture, multiples of 8."""
         return round(self.height * self.upscale / 8) * 8, round(self.width * self.upscale / 8) * 8
+
+
+_NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+_LORA = re.compile(rf"<lora:([^<>:]+)(?::(?:te=)?({_NUMBER}))?(?::(?:unet=)?({_NUMBER}))?>")
+
+
+def split_loras(text: str) -> tuple[str, tuple[tuple[str, float, float], ...]]:
+    """A prompt without its `<lora:name:weight>` tags, and the LoRAs they ask for, as `Job.loras` has them.
+
+    As in AUTOMATIC1111's web UI, `<lora:name>` has weight 1, and of two weights `<lora:name:te:unet>` the first
+    is the text model's. The space before tags that end a prompt goes with them.
+    """
+    loras, end = [], -1
+    for match in _LORA.finditer(text):
+        name, text_weight, weight = match.groups()
+        on_text = float(text_weight or 1)
+        loras.append((name, float(weight or on_text), on_text))
+        end = match.end()
+    kept = _LORA.sub("", text)
+    return kept.removesuffix(" ") if end == len(text) else kept, tuple(loras)
+
+
+def lora_name(file: str) -> str:
+    """What the LoRA of a file is called: the file's name without the ending of a model's file."""
+    return next((file.removesuffix(end) for end in MODEL_ENDINGS if file.endswith(end)), file)
+
+
+def lora_tag(name: str, weight: float, text_weight: float) -> str:
+    """The tag from which `split_loras` reads a LoRA back."""
+    numbers = [weight] if weight == text_weight else [text_weight, weight]
+    return f"<lora:{':'.join([name, *(repr(float(number)).removesuffix('.0') for number in numbers)])}>"

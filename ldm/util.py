@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import inspect
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
@@ -30,6 +33,27 @@ def find(path: str | Path) -> Path:
 def printable(text: object) -> str:
     """`text` with every character that could drive a terminal (controls, bidi marks, surrogates) escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+@contextlib.contextmanager
+def written_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Within it a file is written under the hidden name it yields; at its end `path` is the whole file.
+
+    If anything fails, `path` is as it was and the hidden file is gone. Raises FileExistsError if `path` exists
+    and `overwrite` is off.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        with open(part, "r+b") as file:
+            os.fsync(file.fileno())
+        if not overwrite and os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):  # it has its name by now, or was never made
+            part.unlink()
 
 
 def get_obj_from_str(string: str, reload: bool = False) -> Any:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ldm.util import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,12 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     if _state(resolved) == state:
         _remember(str(resolved), {"state": state, "sha256": digest})
     return digest
+
+
+def files_sha256(paths: Sequence[str | os.PathLike[str]]) -> str:
+    """The SHA-256 of a file; of several, that of their digests one behind the other."""
+    digests = [file_sha256(path) for path in paths]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _state(path: Path) -> list[int]:
@@ -65,14 +72,7 @@ def _remember(path: str, entry: dict[str, Any]) -> None:
     target = _cache_file()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump({**_read_cache(), path: entry}, file, indent=1)
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        with written_whole(target, overwrite=True) as part:
+            part.write_text(json.dumps({**_read_cache(), path: entry}, indent=1), encoding="utf-8")
     except OSError as error:
         logger.debug("checksum not remembered: %s", error)

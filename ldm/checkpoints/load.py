@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from ldm.checkpoints.reader import Checkpoint
-from ldm.checkpoints.recognise import looks_like
-from ldm.checkpoints.sniff import CheckpointError
-from ldm.util import printable
+from ldm.checkpoints.layouts import WORDS, component_configs, parts_in
+from ldm.checkpoints.reader import Checkpoint, read_json
+from ldm.checkpoints.recognise import V1, kind_of, looks_like
+from ldm.checkpoints.sniff import CheckpointError, reading
+from ldm.config import ConfigError
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.encoders.tokenizer import CLIPTokenizer
+from ldm.util import InputError, instantiate_from_config, printable
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +43,13 @@ SCHEDULE_BUFFERS = frozenset(
         "posterior_mean_coef2",
     }
 )
-_EMA_PREFIX = "model_ema."
-_EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
-_HARMLESS_PREFIXES = (_EMA_PREFIX, "first_stage_model.loss.")
-_TEXT_TOWER = re.compile(r"^(cond_stage_model\.transformer\.)(?=embeddings\.|encoder\.|final_layer_norm\.)")
+EMA_PREFIX = "model_ema."
+EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
+_HARMLESS_PREFIXES = (EMA_PREFIX, "first_stage_model.loss.")
+_REMARKS = {
+    "prediction_type": "; v1 models predict the noise",
+    "num_hidden_layers": "; is CLIP skip built into it?",
+}
 _NAMED = 5
 
 
@@ -75,6 +83,73 @@ def undrawn() -> Iterator[None]:
             kind.reset_parameters = initialise
 
 
+def build_model(config: Mapping[str, Any]) -> LatentDiffusion:
+    """The model of a checked config on the meta device: without memory for weights, its schedule computed."""
+    try:
+        with torch.device("meta"), undrawn():
+            model = instantiate_from_config(config)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a wrong value leads to, the config is at fault
+        reason = printable(f"{type(error).__name__}: {error}")
+        raise ConfigError(f"the config describes no model that can be built: {reason}") from error
+    if not isinstance(model, LatentDiffusion):
+        raise ConfigError(f"the config's model {config['target']} is no LatentDiffusion")
+    return model
+
+
+def check_fit(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
+    """That a checkpoint has every part of a model, and agrees with it where it describes itself.
+
+    What a diffusers folder says (heads, groups, schedule, scale, what is predicted) cannot be told from the
+    shapes of its weights. Raises `CheckpointError`.
+    """
+    present = parts_in(checkpoint.state_dict)
+    absent = [part for part in WORDS if part not in present]
+    if present and absent and kind_of(checkpoint.state_dict).family in ("", V1):  # `load_into` names others
+        options = " and ".join(f"--{part}" for part in absent if part != "unet")
+        advice = "give a whole model" if "unet" in absent else f"give a whole model, or add {options}"
+        raise _error(checkpoint, f"has the {_words(present)}, but no {_words(absent)}; {advice}")
+    ours = component_configs(model) if checkpoint.configs else {}
+    for component, theirs in checkpoint.configs.items():
+        of_clip = theirs.get("text_config")  # a whole CLIP's text encoder
+        said = of_clip if isinstance(of_clip, dict) else theirs
+        for name, value in ours[component].items():
+            if name in said and said[name] != value:
+                raise _error(
+                    checkpoint,
+                    f"its {component} has {name} {printable(said[name])[:100]}, and this config's model "
+                    f"{printable(value)}{_REMARKS.get(name, '')}{looks_like(checkpoint.state_dict)}",
+                )
+
+
+def _words(parts: Iterable[str]) -> str:
+    return " and ".join(WORDS[part] for part in WORDS if part in set(parts))
+
+
+def use_vocabulary(model: LatentDiffusion, folder: Path | None) -> None:
+    """Lets the text encoder read prompts with the token table in `folder`, if there is one."""
+    embedder = model.cond_stage_model
+    if folder is None or not isinstance(embedder, FrozenCLIPEmbedder):
+        return
+    if (folder / "vocab.json").is_file():
+        embedder.version = str(folder)
+        return
+    tokens = embedder.transformer.text_model.embeddings.token_embedding.num_embeddings
+    with reading(folder / "tokenizer.json"):
+        tokenizer = _read_tokenizer(folder / "tokenizer.json")
+        if tokenizer.size != tokens:
+            raise CheckpointError(f"has {tokenizer.size} entries, the text encoder {tokens}")
+        embedder.tokenizer = tokenizer
+
+
+def _read_tokenizer(path: Path) -> CLIPTokenizer:
+    """The tokenizer of the one file that newer versions of transformers write."""
+    table = read_json(path)["model"]
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in table["merges"]]
+    return CLIPTokenizer(table["vocab"], [(left, right) for left, right in merges], printable(path))
+
+
 def load_into(
     model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None = None, ema: Ema = "auto"
 ) -> LoadReport:
@@ -88,11 +163,7 @@ def load_into(
     tensors for one key are a `CheckpointError`, raised before any tensor is read.
     """
     expected = model.state_dict()
-    found = {_TEXT_TOWER.sub(r"\1text_model.", key): tensor for key, tensor in checkpoint.state_dict.items()}
-    if len(found) < len(checkpoint.state_dict):
-        raise _error(
-            checkpoint, "has text encoder weights twice, with and without 'text_model.'; keep one set"
-        )
+    found = checkpoint.state_dict
     weights = _choose_weights(found, checkpoint, ema)
     parameters = {name for name, _ in model.named_parameters()}
     chosen = _match(expected, parameters, found, weights)
@@ -125,7 +196,7 @@ def load_into(
 def _choose_weights(
     found: Mapping[str, torch.Tensor], checkpoint: Checkpoint, ema: Ema
 ) -> Literal["ema", "plain"]:
-    has_ema = any(key.startswith(_EMA_PREFIX) and key not in _EMA_COUNTERS for key in found)
+    has_ema = any(key.startswith(EMA_PREFIX) and key not in EMA_COUNTERS for key in found)
     if ema == "on" and not has_ema:
         raise _error(checkpoint, "has no EMA weights (model_ema.*); load it with ema off")
     return "ema" if has_ema and ema != "off" else "plain"
@@ -133,7 +204,7 @@ def _choose_weights(
 
 def ema_key(key: str) -> str:
     """The key of the moving average of the weight `key`: the name after `model.` with all dots removed."""
-    return _EMA_PREFIX + key.removeprefix("model.").replace(".", "")
+    return EMA_PREFIX + key.removeprefix("model.").replace(".", "")
 
 
 def _match(
@@ -160,7 +231,7 @@ def _keeps_own(key: str, own: torch.Tensor) -> bool:
 
 
 def _is_computed(key: str) -> bool:
-    return key in SCHEDULE_BUFFERS or key in _EMA_COUNTERS or key.endswith("position_ids")
+    return key in SCHEDULE_BUFFERS or key in EMA_COUNTERS or key.endswith("position_ids")
 
 
 def _is_harmless(key: str) -> bool:

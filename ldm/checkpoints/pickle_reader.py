@@ -19,7 +19,7 @@ from ldm.checkpoints.sniff import CheckpointError
 from ldm.checkpoints.tensor_bytes import Storage, TensorSpec
 
 MAX_PICKLE_BYTES = 64 * 2**20
-_MAX_INSTRUCTIONS = 1_000_000  # a v1 training checkpoint with EMA and optimizer has about 200,000
+MAX_INSTRUCTIONS = 1_000_000  # a v1 training checkpoint with EMA and optimizer has about 200,000
 _MAX_TENSORS = 65_536
 
 DTYPES = {
@@ -193,8 +193,8 @@ class _Machine:
         self._push_name(f"{module}.{attribute}")
 
     def _push_name(self, asked: str) -> None:
-        name = asked.replace("__builtin__.", "builtins.", 1).replace("numpy._core.", "numpy.core.", 1)
-        if name not in _BUILDERS and name not in DTYPES:
+        name = _today(asked)
+        if not is_known(name):
             raise CheckpointError(
                 f"asks to import {asked[:200]}; refused, nothing was run "
                 "(only state dicts are read, no whole pickled models)"
@@ -224,6 +224,16 @@ class _Machine:
         if self.declared.setdefault(storage.key, storage) != storage:
             raise CheckpointError(f"declares record {storage.key[:100]!r} with two types or sizes")
         self.stack.append(storage)
+
+
+def _today(name: str) -> str:
+    """A name of Python 2 or of NumPy 2 as it stands in the tables."""
+    return name.replace("__builtin__.", "builtins.", 1).replace("numpy._core.", "numpy.core.", 1)
+
+
+def is_known(name: str) -> bool:
+    """Whether a checkpoint may name this without being refused."""
+    return _today(name) in _BUILDERS or _today(name) in DTYPES
 
 
 def _storage(pid: Any) -> Storage:
@@ -285,8 +295,8 @@ def read_pickle(stream: BinaryIO, declared: dict[str, Storage] | None = None) ->
     """
     machine = _Machine({} if declared is None else declared)
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-        if count > _MAX_INSTRUCTIONS:
-            raise CheckpointError(f"has a pickle of more than {_MAX_INSTRUCTIONS} instructions")
+        if count > MAX_INSTRUCTIONS:
+            raise CheckpointError(f"has a pickle of more than {MAX_INSTRUCTIONS} instructions")
         instruction = _INSTRUCTIONS.get(opcode.name)
         if instruction is None:
             raise CheckpointError(

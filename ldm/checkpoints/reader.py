@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ldm.checkpoints.layouts import CLASSES, PREFIXES, WORDS, Component, parts_in, to_compvis
 from ldm.checkpoints.legacy import read_torch_legacy
 from ldm.checkpoints.pickle_reader import DTYPES
-from ldm.checkpoints.recognise import looks_like
+from ldm.checkpoints.recognise import kind_of, looks_like
 from ldm.checkpoints.safetensors_file import read_safetensors
 from ldm.checkpoints.sniff import CheckpointError, Kind, open_regular, reading, sniff
 from ldm.checkpoints.torch_zip import damaged_records, read_torch_zip
@@ -29,13 +31,16 @@ class Checkpoint:
     """A checkpoint as its file holds it: names to strided CPU tensors of the file's own types.
 
     `metadata` has the scalars that stand beside the state dict (`global_step`, `epoch`, ...) or the text
-    metadata of a safetensors file.
+    metadata of a safetensors file. Of a diffusers folder `configs` has what its components say of themselves
+    (`unet/config.json` and so on) and `vocabulary` the folder of its tokenizer.
     """
 
     path: Path
     kind: Kind
     state_dict: Mapping[str, torch.Tensor]
     metadata: Mapping[str, Scalar] = field(default_factory=dict)
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    vocabulary: Path | None = None
 
 
 def read_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Checkpoint:
@@ -58,22 +63,27 @@ def read_tree(path: str | os.PathLike[str], mmap: bool = True) -> Any:
         return _read_tree(path, mmap)[0]
 
 
-def find_damage(path: str | os.PathLike[str]) -> list[str]:
-    """The names of damaged parts: records whose CRC is wrong, else tensors that hold NaN or infinity.
+def find_damaged_records(path: str | os.PathLike[str]) -> list[str]:
+    """The names of the records of a zip file whose bytes do not have their CRC; other formats have none.
 
-    Reads the whole file. An empty list means that nothing was found; only the zip format has checksums.
+    Reads the whole file.
     """
     with reading(path), open_regular(path) as file:
-        if sniff(file) == "torch zip" and (damaged := damaged_records(file)):
-            return damaged
-    tensors = read_checkpoint(path).state_dict
+        return damaged_records(file) if sniff(file) == "torch zip" else []
+
+
+def find_not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The keys of the tensors that hold NaN or infinity."""
     return [key for key, tensor in tensors.items() if not _is_finite(tensor)]
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
     if tensor.dtype in _FLOAT8:
         tensor = tensor.float()
-    return bool(torch.isfinite(tensor).all())
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(torch.isfinite(total) or torch.isfinite(tensor).all())  # sums are quick, but may overflow
 
 
 def _read_tree(path: str | os.PathLike[str], mmap: bool) -> tuple[Any, Kind, dict[str, Scalar]]:
@@ -122,3 +132,164 @@ def _check_tensors(state_dict: Mapping[str, torch.Tensor]) -> None:
     for key, tensor in state_dict.items():
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.dtype not in known:
             raise CheckpointError(f"tensor {key[:200]!r} is no plain CPU tensor of a known type")
+
+
+# --- models of any layout -----------------------------------------------------------------------------------------
+
+MODEL_INDEX = "model_index.json"
+# the best first: without a pickle, then in full precision
+_WEIGHTS = (
+    ("diffusion_pytorch_model", "safetensors"),
+    ("model", "safetensors"),
+    ("diffusion_pytorch_model", "bin"),
+    ("pytorch_model", "bin"),
+)
+_VARIANTS = ("", ".fp16")
+_HARMLESS_COMPONENTS = {"tokenizer", "scheduler", "safety_checker", "feature_extractor"}
+_MAX_JSON = 16 * 2**20
+_VOCABULARIES = ("vocab.json", "tokenizer.json")
+
+
+def read_model(
+    path: str | os.PathLike[str],
+    mmap: bool = True,
+    vae: str | os.PathLike[str] | None = None,
+    text_encoder: str | os.PathLike[str] | None = None,
+) -> Checkpoint:
+    """A model, or what a file has of one, under CompVis's names: from any file or a folder of diffusers.
+
+    `vae` and `text_encoder` are files or folders whose part of that kind takes the place of the model's own,
+    if it has one. The layout is told by the content. Nothing is run from a file. Faults are a
+    `CheckpointError` of one line.
+    """
+    others: dict[Component, str | os.PathLike[str]] = {}
+    if vae is not None:
+        others["vae"] = vae
+    if text_encoder is not None:
+        others["text_encoder"] = text_encoder
+    model = _read_any(path, mmap, [part for part in PREFIXES if part not in others])
+    for part, other in others.items():
+        model = _with_part(model, part, _read_any(other, mmap, [part]))
+    return model
+
+
+def model_files(path: str | os.PathLike[str], only: Component | None = None) -> list[Path]:
+    """The files that `read_model` takes the weights from; of a folder, those of one component if `only` says so."""
+    parts: list[Component] = list(PREFIXES) if only is None else [only]
+    with reading(path):
+        if not os.path.isdir(path):
+            return [Path(path)]
+        return [file for folder in _components(Path(path), parts).values() for file in _weights(folder)]
+
+
+def _read_any(path: str | os.PathLike[str], mmap: bool, parts: list[Component]) -> Checkpoint:
+    """The parts of a folder, or all that a file holds, under CompVis's names."""
+    model = _read_folder(Path(path), mmap, parts) if os.path.isdir(path) else read_checkpoint(path, mmap)
+    with reading(path):
+        return replace(model, state_dict=to_compvis(model.state_dict))
+
+
+def _with_part(model: Checkpoint, part: Component, other: Checkpoint) -> Checkpoint:
+    """`model` with its `part` from `other`, which its path then names."""
+    prefix = PREFIXES[part]
+    new = {key: tensor for key, tensor in other.state_dict.items() if key.startswith(prefix)}
+    with reading(other.path):
+        if part not in parts_in(new):
+            raise CheckpointError(f"has no {WORDS[part]}: it is {kind_of(other.state_dict).name}")
+    kept = {key: tensor for key, tensor in model.state_dict.items() if not key.startswith(prefix)}
+    configs = {name: config for name, config in model.configs.items() if name != part}
+    if part in other.configs:
+        configs[part] = other.configs[part]
+    vocabulary = other.vocabulary if part == "text_encoder" and other.vocabulary else model.vocabulary
+    path = Path(f"{model.path} with {other.path}")
+    return replace(model, path=path, state_dict={**kept, **new}, configs=configs, vocabulary=vocabulary)
+
+
+def _read_folder(folder: Path, mmap: bool, parts: list[Component]) -> Checkpoint:
+    """A folder that diffusers saved, or one of the folders in it."""
+    with reading(folder):
+        components = _components(folder, parts)
+        files = [(part, file) for part, component in components.items() for file in _weights(component)]
+        configs = {part or "": read_json(component / "config.json") for part, component in components.items()}
+        configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
+    state_dict: dict[str, torch.Tensor] = {}
+    kind: Kind = "safetensors"
+    for part, file in files:
+        read = read_checkpoint(file, mmap)
+        kind = read.kind
+        named = {f"{part}.{key}" if part else key: tensor for key, tensor in read.state_dict.items()}
+        with reading(file):
+            if twice := state_dict.keys() & named.keys():
+                raise CheckpointError(f"repeats {min(twice)[:200]!r} of another file of its folder")
+        state_dict.update(named)
+    if configs.get(""):  # a component alone: what it is, its weights tell
+        word = kind_of(state_dict).part
+        configs.update({part: configs[""] for part in PREFIXES if WORDS[part] == word})
+    found = {name: config for name, config in configs.items() if name and config}
+    return Checkpoint(folder, kind, state_dict, {}, found, _vocabulary(folder))
+
+
+def _components(folder: Path, parts: list[Component]) -> dict[Component | None, Path]:
+    """The folders that the parts lie in: those that the index names, or the folder itself, of one unknown part."""
+    if not os.path.lexists(folder / MODEL_INDEX):
+        return {None: folder}
+    index = read_json(folder / MODEL_INDEX)
+    classes = {
+        name: str(value[1])
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and value[1] is not None
+    }
+    foreign = sorted(set(classes) - set(PREFIXES) - _HARMLESS_COMPONENTS)
+    foreign += [classes[part] for part in parts if classes.get(part, CLASSES[part]) != CLASSES[part]]
+    absent = [part for part in parts if part not in classes]
+    if foreign or absent:
+        reason = f"with {', '.join(foreign)}" if foreign else f"without {', '.join(absent)}"
+        pipeline = str(index.get("_class_name"))[:80]
+        raise CheckpointError(
+            f"is a diffusers folder of {pipeline} {reason[:200]}; this toolkit runs Stable Diffusion v1"
+        )
+    return {part: folder / part for part in parts}
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files of a component's weights, the best of those that are there."""
+    for stem, extension in _WEIGHTS:
+        for variant in _VARIANTS:
+            if (whole := folder / f"{stem}{variant}.{extension}").is_file():
+                return [whole]
+            if (index := folder / f"{stem}.{extension}.index{variant}.json").is_file():
+                return list(_shards(index))
+    names = " nor ".join(f"{stem}.{extension}" for stem, extension in _WEIGHTS)
+    raise CheckpointError(f"holds no weights: neither {names} is in {folder.name or 'it'}")
+
+
+def _shards(index: Path) -> Iterator[Path]:
+    """The files that an index names, each once; all beside it."""
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"has no weight_map in {index.name}")
+    for name in sorted(set(map(str, files.values()))):
+        if Path(name).name != name or name == "..":
+            raise CheckpointError(
+                f"names a file outside of its folder in {index.name}: {name[:200]!r}; refused"
+            )
+        yield index.with_name(name)
+
+
+def _vocabulary(folder: Path) -> Path | None:
+    places = (folder / "tokenizer", folder)
+    return next((place for place in places if any((place / name).is_file() for name in _VOCABULARIES)), None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file of a folder; empty without the file. Faults are a `CheckpointError`."""
+    if not os.path.lexists(path):
+        return {}
+    with reading(path), open_regular(path) as file:
+        text = file.read(_MAX_JSON + 1)
+        if len(text) > _MAX_JSON:
+            raise CheckpointError(f"is larger than {_MAX_JSON // 2**20} MB, and no model's settings are")
+        tree = json.loads(text)
+        if not isinstance(tree, dict):
+            raise CheckpointError("is no JSON mapping")
+        return tree

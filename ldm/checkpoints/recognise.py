@@ -1,81 +1,220 @@
-"""Tells other models by the keys of their checkpoints, to say in one line why a file does not fit."""
+"""Tells what a state dict is by its keys and shapes, to name it and to say in one line why it does not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
+Part = Literal[
+    "", "model", "U-Net", "autoencoder", "text encoder", "ControlNet", "LoRA", "embedding", "safety checker"
+]
+
+V1 = "Stable Diffusion v1"
+V2 = "Stable Diffusion v2"
+SDXL = "SDXL"
+LAION = "LDM text2img-large (LAION-400M)"
+INPAINTING = "inpainting"
+
 _UNET = "model.diffusion_model."
-_CROSS_ATTENTION = f"{_UNET}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
-_FIRST_CONVOLUTION = f"{_UNET}input_blocks.0.0.weight"
-_SD2_WIDTH = 1024
 _INPAINTING_CHANNELS = 9
+_MOST_LEAVES = 100_000
+# columns of the matrices by which a U-Net, or what changes one, reads the text
+_FAMILIES = {768: V1, 1024: V2, 1280: LAION, 2048: SDXL}
+# channels that a U-Net's first convolution takes
+_VARIANTS = {
+    5: "depth",
+    7: "upscaler",
+    8: "InstructPix2Pix (8 input channels)",
+    _INPAINTING_CHANNELS: INPAINTING,
+}
+_TEXT_WIDTHS = {768: V1, 1024: V2}
 
-# (prefix or part of a key, model); the first that occurs decides.
-_PREFIXES = (
-    ("conditioner.embedders.", "SDXL"),
-    ("cond_stage_model.model.transformer.resblocks.", "Stable Diffusion v2"),
-    ("control_model.", "a ControlNet"),
-    ("lora_", "a LoRA"),
-    ("lycoris_", "a LoRA"),
-    ("string_to_param", "a textual inversion embedding"),
-    ("emb_params", "a textual inversion embedding"),
-    ("down_blocks.", "a U-Net in the diffusers layout"),
-    ("controlnet_", "a ControlNet in the diffusers layout"),
-    ("encoder.down_blocks.", "an autoencoder in the diffusers layout"),
-    ("decoder.up_blocks.", "an autoencoder in the diffusers layout"),
-    ("encoder.down.", "an autoencoder (VAE) alone"),
-    ("decoder.up.", "an autoencoder (VAE) alone"),
-    ("text_model.", "a text encoder alone"),
+# What a key says the file is; the first pattern that a key begins with (or holds, after `.*`) decides.
+_PARTS: tuple[tuple[str, Part, str], ...] = (
+    (r"(lora|lycoris|oft)_(unet|te)|lycoris_|base_model\.model\.|.*(\.lora_(A|B|down|up)\b)", "LoRA", ""),
+    (r".*(_lora\.(down|up)\.|\.lora\.(down|up)\.|lora_linear_layer|\.hada_w1|\.lokr_w)", "LoRA", ""),
+    (r"control_model\.", "ControlNet", "CompVis"),
+    (r"controlnet_(cond_embedding|down_blocks|mid_block)", "ControlNet", "diffusers"),
+    (r"string_to_param", "embedding", "A1111"),
+    (r"emb_params$", "embedding", "kohya"),
+    (r"concept_embeds", "safety checker", "diffusers"),
+    (r"(conditioner|model\.diffusion_model|first_stage_model|cond_stage_model)\.", "model", "CompVis"),
+    (r"(unet\.)?(down_blocks|mid_block|up_blocks)\.", "U-Net", "diffusers"),
+    (r"(diffusion_model\.)?(input_blocks|middle_block|output_blocks)\.", "U-Net", "CompVis"),
+    (r"(vae\.)?(encoder\.down|decoder\.up)\.", "autoencoder", "CompVis"),
+    (r"(vae\.)?(encoder\.down_blocks|decoder\.up_blocks)\.", "autoencoder", "diffusers"),
+    (
+        r"(text_encoder\.|transformer\.)?(text_model|embeddings|final_layer_norm)\.",
+        "text encoder",
+        "diffusers",
+    ),
 )
-_PARTS = (
-    (".lora_down.", "a LoRA"),
-    (".lora_A.", "a LoRA"),
-    (".lora.down.", "a LoRA"),
-    ("_lora.down.", "a LoRA"),
+# What is there if all keys of a checkpoint begin like this.
+_ALONE: dict[str, Part] = {
+    "model.diffusion_model.": "U-Net",
+    "first_stage_model.": "autoencoder",
+    "cond_stage_model.": "text encoder",
+}
+# How an adapter changes a weight, other than by the product of two matrices.
+_METHODS = (
+    (".hada_w1_a", "LoHa"),
+    (".lokr_w", "LoKr"),
+    (".oft_", "OFT"),
+    (".on_input", "IA3"),
+    (".b2.weight", "GLoRA"),
+    (".dora_scale", "DoRA"),
 )
+_NAMES: dict[Part, str] = {
+    "": "an unknown state dict",
+    "model": "a latent diffusion model",
+    "U-Net": "a U-Net alone",
+    "autoencoder": "an autoencoder (VAE) alone",
+    "text encoder": "a text encoder alone",
+    "ControlNet": "a ControlNet",
+    "LoRA": "a LoRA",
+    "embedding": "a textual inversion embedding",
+    "safety checker": "a safety checker",
+}
 
 
-def other_model(state_dict: Mapping[str, torch.Tensor]) -> str | None:
+@dataclass(frozen=True, slots=True)
+class ModelKind:
+    """What a state dict is: which `part`, of a model of which `family`, with keys in the style of `layout`.
+
+    `variant` says what else the U-Net takes ("inpainting": a mask and a masked picture). What cannot be told
+    is empty: `part` for an unknown state dict, `family` for a model of other sizes than the published ones.
+    """
+
+    part: Part
+    family: str = ""
+    variant: str = ""
+    layout: str = ""
+
+    @property
+    def name(self) -> str:
+        """For messages: "Stable Diffusion v1 inpainting", "a LoRA for SDXL in the kohya layout", ..."""
+        model = " ".join(filter(None, (self.family, self.variant)))
+        if self.part in ("model", "U-Net") and self.layout == "CompVis" and model:
+            return model if self.part == "model" else f"the U-Net of {model} alone"
+        return (
+            _NAMES[self.part]
+            + (f" for {model}" if model else "")
+            + (f" in the {self.layout} layout" if self.layout not in ("", "CompVis") else "")
+        )
+
+
+def kind_of(state_dict: Mapping[str, Any]) -> ModelKind:
+    """What a state dict is, told by its keys and its tensors' shapes; mappings in it count with their keys."""
+    shapes = {key: _shape(value) for key, value in tensors_in(state_dict)}
+    part, layout = _part(shapes)
+    if part == "LoRA":
+        return ModelKind(part, _family_of_adapter(shapes), "", _flavour(shapes))
+    if part == "embedding":
+        return ModelKind(part, _TEXT_WIDTHS.get(_size(shapes, ""), ""), "", layout)
+    if part == "":
+        return _kind_of_one_tensor(shapes)
+    first_convolution = r"(^|\.)(input_blocks\.0\.0|conv_in)\.weight$"
+    takes_channels = part in ("model", "U-Net", "ControlNet")
+    variant = _VARIANTS.get(_size(shapes, first_convolution, axis=1), "") if takes_channels else ""
+    return ModelKind(part, _family(shapes), variant, layout)
+
+
+def tensors_in(tree: Mapping[str, Any], depth: int = 3) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a mapping and of those in it, the names of each level joined by dots.
+
+    Mappings below `depth` levels stay whole, and what comes behind the first 100,000 values is left out: a file
+    may let one mapping occur in many places.
+    """
+    return itertools.islice(_leaves(tree, depth), _MOST_LEAVES)
+
+
+def _leaves(tree: Mapping[str, Any], depth: int) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value and depth > 1:
+            yield from ((f"{key}.{name}", leaf) for name, leaf in _leaves(value, depth - 1))
+        else:
+            yield str(key), value
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def _part(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Part, str]:
+    for pattern, part, layout in _PARTS:
+        match = re.compile(pattern).match
+        if any(match(key) for key in shapes):
+            alone = [prefix for prefix in _ALONE if any(key.startswith(prefix) for key in shapes)]
+            return (_ALONE[alone[0]] if part == "model" and len(alone) == 1 else part), layout
+    return "", ""
+
+
+def _family(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if any(key.startswith("conditioner.embedders.") for key in shapes):
+        return SDXL
+    if any(key.startswith("cond_stage_model.model.transformer.resblocks.") for key in shapes):
+        return V2
+    reads = _FAMILIES.get(_size(shapes, r"attn2\.to_k\.weight$"), "")
+    return reads or _TEXT_WIDTHS.get(_size(shapes, r"\.token_embedding\.weight$"), "")
+
+
+def _kind_of_one_tensor(shapes: Mapping[str, tuple[int, ...]]) -> ModelKind:
+    """An embedding is also a single tensor under the word it stands for; SDXL's has one for each tower."""
+    if set(shapes) == {"clip_l", "clip_g"}:
+        return ModelKind("embedding", SDXL)
+    family = (
+        _TEXT_WIDTHS.get(_size(shapes, "")) if len(shapes) == 1 and _size(shapes, "", axis=2) == 0 else None
+    )
+    return ModelKind("embedding", family, "", "diffusers") if family else ModelKind("")
+
+
+def _flavour(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if any(re.match(r"(lora|lycoris|oft)_", key) for key in shapes):
+        style = "kohya"
+    else:
+        style = "PEFT" if any(".lora_A." in key for key in shapes) else "diffusers"
+    return " ".join([style, *(name for part, name in _METHODS if any(part in key for key in shapes))])
+
+
+def _family_of_adapter(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if any(re.match(r"lora_te2_|text_encoder_2\.", key) for key in shapes):
+        return SDXL
+    down = r".*(down\.weight|lora_A\.weight|hada_w1_b)$"
+    text = r"(lora_te|text_encoder|text_model).*q_proj" + down
+    read = _size(shapes, r"attn2(_|\.|\.processor\.)to_k(_lora)?\b" + down, axis=1)
+    return _FAMILIES.get(read) or _TEXT_WIDTHS.get(_size(shapes, text, axis=1), "")
+
+
+def _size(shapes: Mapping[str, tuple[int, ...]], pattern: str, axis: int = -1) -> int:
+    """The size along `axis` of the first tensor that has one and whose key holds `pattern`; 0 without any."""
+    found = (shape for key, shape in shapes.items() if len(shape) > max(axis, 0) and re.search(pattern, key))
+    return next((shape[axis] for shape in found), 0)
+
+
+def other_model(state_dict: Mapping[str, Any]) -> str | None:
     """What the state dict seems to be if it is no whole Stable Diffusion v1 model, such as "SDXL"; else None.
 
     A v1 inpainting model counts as another model too: it needs its own config.
     """
-    named = _by_names(state_dict)
-    if named:
-        return named
-    if _dimension(state_dict, _CROSS_ATTENTION, -1) == _SD2_WIDTH:
-        return "Stable Diffusion v2"
-    channels = _dimension(state_dict, _FIRST_CONVOLUTION, 1)
-    return {
-        8: "InstructPix2Pix (8 input channels)",
-        _INPAINTING_CHANNELS: "an inpainting model (9 input channels), which needs the inpainting config",
-    }.get(channels)
+    kind = kind_of(state_dict)
+    fits = kind.part in ("model", "U-Net") and kind.layout == "CompVis" and not kind.variant
+    if kind.part == "" or (fits and kind.family in (V1, LAION, "")):
+        return None
+    return f"{kind.name}, which needs the inpainting config" if kind.variant == INPAINTING else kind.name
 
 
 def is_inpainting_model(state_dict: Mapping[str, torch.Tensor]) -> bool:
     """Whether the U-Net takes a mask and a masked picture beside the latent: 9 input channels."""
-    return _dimension(state_dict, _FIRST_CONVOLUTION, 1) == _INPAINTING_CHANNELS
+    first = state_dict.get(f"{_UNET}input_blocks.0.0.weight", torch.empty(0))
+    return first.ndim >= 2 and first.shape[1] == _INPAINTING_CHANNELS
 
 
-def _by_names(keys: Iterable[str]) -> str | None:
-    names = [str(key) for key in keys]
-    for prefix, model in _PREFIXES:
-        if any(name.startswith(prefix) for name in names):
-            return model
-    for part, model in _PARTS:
-        if any(part in name for name in names):
-            return model
-    return None
-
-
-def looks_like(state_dict: Mapping[str, torch.Tensor]) -> str:
+def looks_like(state_dict: Mapping[str, Any]) -> str:
     """A clause for an error message, such as "; it looks like SDXL, this toolkit runs ..."; often empty."""
     other = other_model(state_dict)
     return f"; it looks like {other}, and this toolkit runs Stable Diffusion v1" if other else ""
-
-
-def _dimension(state_dict: Mapping[str, torch.Tensor], key: str, axis: int) -> int:
-    shape = state_dict[key].shape if key in state_dict else ()
-    return shape[axis] if len(shape) >= 2 else 0

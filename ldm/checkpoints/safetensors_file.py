@@ -10,6 +10,8 @@ import torch
 from ldm.checkpoints.sniff import MAX_SAFETENSORS_HEADER, CheckpointError
 from ldm.checkpoints.tensor_bytes import MAX_DIMENSIONS, FileBytes, bounded_product
 
+_MAX_HEADER_PARTS = 2_000_000  # of JSON; a tensor takes about 8, and a LoRA's list of tags one each
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -49,7 +51,10 @@ def read_header(content: FileBytes) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(content.read(0, 8), "little")
     if length > MAX_SAFETENSORS_HEADER:
         raise CheckpointError(f"has a safetensors header of {length} bytes; at most {MAX_SAFETENSORS_HEADER}")
-    header = json.loads(bytes(content.read(8, length)).decode("utf-8"), object_pairs_hook=_unique)
+    raw = bytes(content.read(8, length))
+    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > _MAX_HEADER_PARTS:
+        raise CheckpointError(f"has a safetensors header of more than {_MAX_HEADER_PARTS} parts; refused")
+    header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     if not isinstance(header, dict):
         raise CheckpointError("has a safetensors header that is no mapping")
     return header, 8 + length

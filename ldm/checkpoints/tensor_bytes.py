@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -12,6 +14,26 @@ import torch
 from ldm.checkpoints.sniff import CheckpointError, file_size
 
 MAX_DIMENSIONS = 8
+
+
+_maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+
+def forget(tensor: torch.Tensor) -> None:
+    """Lets the pages of a tensor that is a view of a mapped file leave memory; they are read again when needed.
+
+    A tensor that was changed in place, or that is no such view, keeps its memory.
+    """
+    if tensor.is_inference() or tensor._version or not tensor.is_contiguous() or os.name != "posix":
+        return
+    start = tensor.data_ptr()
+    for mapped in _maps:
+        offset = start - torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
+        if offset >= 0 and offset + tensor.nbytes <= len(mapped):
+            first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+            whole = (offset + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+            if whole > 0:
+                mapped.madvise(mmap.MADV_DONTNEED, first, whole)
 
 
 class FileBytes:
@@ -25,9 +47,11 @@ class FileBytes:
     def __init__(self, file: BinaryIO, use_mmap: bool) -> None:
         self.size = file_size(file)
         self._file = file
-        self._map = (
-            memoryview(mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)) if use_mmap else None
-        )
+        self._map = None
+        if use_mmap:
+            mapped = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
+            _maps.add(mapped)
+            self._map = memoryview(mapped)
 
     def read(self, start: int, length: int) -> memoryview:
         """The bytes [start, start + length) as a writable buffer; `CheckpointError` outside of the file."""

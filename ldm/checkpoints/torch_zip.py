@@ -6,6 +6,7 @@ import io
 import itertools
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -16,6 +17,10 @@ from ldm.checkpoints.sniff import ZIP_START, CheckpointError
 from ldm.checkpoints.tensor_bytes import FileBytes, TensorSpec
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
+_END = struct.Struct("<4s8xIIH")  # signature, ..., size and start of the directory, length of the comment
+_LOCATOR = struct.Struct("<4s4xQ4x")  # signature, ..., start of the large end record
+_LARGE_END = struct.Struct("<4s36xQQ")  # signature, ..., size and start of the directory
+_MAX_READ = 8 * 2**20  # a v1 training checkpoint with EMA and optimizer has a directory of about 0.4 MB
 _UTF8_NAME = 0x800
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 
@@ -25,18 +30,25 @@ def read_torch_zip(file: BinaryIO, use_mmap: bool) -> Any:
 
     Call it inside `reading`. With `use_mmap` the tensors are views on one private map of the file.
     """
-    with _open_zip(file) as archive:
+    with open_zip(file) as archive:
         records = _checked_records(archive)
         content = FileBytes(file, use_mmap)
         starts = _data_starts(content, archive)
-        described = read_pickle(io.BytesIO(archive.read(records["data.pkl"])))
+        described = read_pickle(io.BytesIO(_pickle_bytes(content, records["data.pkl"], starts)))
         return build_tree(described, _tensor_maker(content, records, starts))
+
+
+def _pickle_bytes(content: FileBytes, record: zipfile.ZipInfo, starts: dict[str, int]) -> memoryview:
+    data = content.read(starts[record.filename], record.file_size)
+    if zlib.crc32(data) != record.CRC:
+        raise CheckpointError("is damaged: its data.pkl does not match its checksum (CRC); download it again")
+    return data
 
 
 def damaged_records(file: BinaryIO) -> list[str]:
     """The names of all records whose bytes do not match their CRC. Reads the whole file."""
     damaged = []
-    with _open_zip(file) as archive:
+    with open_zip(file) as archive:
         for record in _checked_records(archive).values():
             try:
                 with archive.open(record) as content:
@@ -47,9 +59,23 @@ def damaged_records(file: BinaryIO) -> list[str]:
     return damaged
 
 
-def _open_zip(file: BinaryIO) -> zipfile.ZipFile:
+class _ShortReads:
+    """A file for `zipfile`, which reads the whole directory in one piece: a piece may have 8 MB at most."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _MAX_READ:
+            raise CheckpointError(f"has a zip directory of more than {_MAX_READ // 2**20} MB; refused")
+        return self._file.read(size)
+
+
+def open_zip(file: BinaryIO) -> zipfile.ZipFile:
+    """A zip archive, its directory read and bounded in size; `CheckpointError` without one."""
     try:
-        return zipfile.ZipFile(file)
+        return zipfile.ZipFile(_ShortReads(file))  # type: ignore[arg-type]  # it needs no more of a file
     except zipfile.BadZipFile:
         raise CheckpointError("is incomplete: no zip directory at its end; download it again") from None
 
@@ -112,14 +138,34 @@ def _tensor_maker(
 
 def _data_starts(content: FileBytes, archive: zipfile.ZipFile) -> dict[str, int]:
     """Where the bytes of each member begin, by its full name, checked to end before the next member begins."""
+    _check_end(content, archive.start_dir)
     members = archive.infolist()
     starts = {member.filename: _data_start(content, member) for member in members}
     headers = sorted(member.header_offset for member in members)
+    if headers[0] != 0:
+        raise CheckpointError("has bytes in front of its first zip member; refused")
     limits = dict(itertools.pairwise([*headers, archive.start_dir]))
     for member in members:
         if starts[member.filename] + member.file_size > limits[member.header_offset]:
             raise CheckpointError(f"has a member that overlaps the next, {member.filename[:100]!r}; refused")
     return starts
+
+
+def _check_end(content: FileBytes, start_dir: int) -> None:
+    """Raises `CheckpointError` unless the file ends with the archive, which says of itself where it begins.
+
+    Otherwise `zipfile`, which puts up with bytes in front, and torch could see two archives in one file.
+    """
+    end = content.size - _END.size
+    signature, _, start, comment = _END.unpack(content.read(end, _END.size))
+    mark, large_end = _LOCATOR.unpack(content.read(end - _LOCATOR.size, _LOCATOR.size))
+    if mark == b"PK\x06\x07":
+        end -= _LOCATOR.size + _LARGE_END.size
+        _, _, start = _LARGE_END.unpack(content.read(end, _LARGE_END.size))
+    else:
+        large_end = end
+    if signature != b"PK\x05\x06" or comment or start != start_dir or large_end != end:
+        raise CheckpointError("has bytes in front of or behind its zip archive; refused")
 
 
 def _data_start(content: FileBytes, record: zipfile.ZipInfo) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.ema import LitEma
+from ldm.util import written_whole
 
 
 def save_atomically(value: Any, path: Path) -> None:
     """`torch.save` that leaves either the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".tmp")
-    torch.save(value, part)
-    os.replace(part, path)
+    with written_whole(path, overwrite=True) as part:
+        torch.save(value, part)
 
 
 def half_state(model: LatentDiffusion) -> OrderedDict[str, Tensor]:

@@ -17,7 +17,16 @@ import torch
 
 from ldm.checkpoints.reader import read_checkpoint, read_tree
 from ldm.checkpoints.sniff import CheckpointError
-from tests.checkpoints.files import StorageId, Tensor, call, described, named, text, write_zip
+from tests.checkpoints.files import (
+    StorageId,
+    Tensor,
+    call,
+    described,
+    named,
+    safetensors_bytes,
+    text,
+    write_zip,
+)
 
 ORDERED_DICT = named("collections", "OrderedDict") + b")R"
 RUN = "import os; os.environ['CANARY'] = 'dead'; open(os.environ['CANARY_FILE'], 'w')"
@@ -260,6 +269,51 @@ def test_compressed_members_are_refused(tmp_path: Path, compression: int) -> Non
         read_checkpoint(write_zip(tmp_path / "m.ckpt", GOOD, compression=compression))
 
 
+@pytest.mark.parametrize("mmap", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda whole, other: whole + other,
+        lambda whole, other: b"PK\x03\x04" + bytes(60) + whole,
+        lambda whole, other: whole[:-2] + b"\x04\x00note",
+        lambda whole, other: whole + b"x",
+    ],
+    ids=["two archives", "bytes in front", "comment", "bytes behind"],
+)
+def test_an_archive_that_is_not_the_whole_file_is_refused(tmp_path: Path, mmap: bool, change: Any) -> None:
+    """Of two archives in a row torch reads the first, and Python's zipfile the second."""
+    whole = write_zip(tmp_path / "a", GOOD).read_bytes()
+    other = write_zip(tmp_path / "b", described({"b": Tensor((4,), (1,))})).read_bytes()
+    (tmp_path / "evil.ckpt").write_bytes(change(whole, other))
+    with pytest.raises(CheckpointError, match=r"in front of or behind its zip archive|incomplete"):
+        read_checkpoint(tmp_path / "evil.ckpt", mmap=mmap)
+
+
+def test_torch_and_zipfile_do_not_agree_on_two_archives(tmp_path: Path) -> None:
+    """Why the test above matters: if this ever fails, both read the same."""
+    whole = write_zip(tmp_path / "a", GOOD).read_bytes()
+    other = write_zip(tmp_path / "b", described({"b": Tensor((4,), (1,))})).read_bytes()
+    (tmp_path / "evil.ckpt").write_bytes(whole + other)
+    with zipfile.ZipFile(tmp_path / "evil.ckpt") as archive:
+        assert archive.read("archive/data.pkl") == described({"b": Tensor((4,), (1,))})
+    assert list(torch.load(tmp_path / "evil.ckpt", weights_only=True)) == ["a"]
+
+
+@pytest.mark.parametrize("members", [1, 66_000])
+def test_archives_with_the_large_end_record_are_read(tmp_path: Path, members: int) -> None:
+    """More than 65535 members need the format's second, 64-bit end record; a forged one is refused."""
+    path = write_zip(
+        tmp_path / "m.ckpt", GOOD, {"data/0": bytes(16), **{f"x/{i}": b"" for i in range(members)}}
+    )
+    assert read_checkpoint(path).state_dict["a"].shape == (4,)
+    whole = bytearray(path.read_bytes())
+    if members > 65535:
+        whole[-22 - 20 + 8] ^= 1  # where the locator says that the record begins
+        path.write_bytes(whole)
+        with pytest.raises(CheckpointError, match="in front of or behind"):
+            read_checkpoint(path)
+
+
 def _patch_directory(path: Path, offset: int, value: bytes) -> None:
     """Writes into the zip directory's entry of the last member."""
     whole = bytearray(path.read_bytes())
@@ -393,6 +447,21 @@ for path in sys.argv[1:]:
 """
 
 
+def _many_members(path: Path) -> Path:
+    """A torch zip whose directory names 400,000 empty members that share one header."""
+    name = b"%08x"
+    entries = [
+        b"PK\x01\x02" + bytes(24) + (8).to_bytes(2, "little") + bytes(16) + name % i for i in range(400_000)
+    ]
+    front, directory = b"PK\x03\x04" + bytes(60), b"".join(entries)
+    counts = (len(entries).to_bytes(8, "little")) * 2
+    place = len(directory).to_bytes(8, "little") + len(front).to_bytes(8, "little")
+    end = b"PK\x06\x06" + (44).to_bytes(8, "little") + bytes(12) + counts + place
+    locator = b"PK\x06\x07" + bytes(4) + (len(front) + len(directory)).to_bytes(8, "little") + bytes(4)
+    path.write_bytes(front + directory + end + locator + b"PK\x05\x06" + bytes(4) + b"\xff" * 12 + bytes(2))
+    return path
+
+
 def _bombs(folder: Path) -> Iterator[tuple[Path, str]]:
     def pickled(name: str, data: bytes) -> Path:
         return write_zip(folder / name, b"\x80\x02" + data + b".")
@@ -427,6 +496,17 @@ def _bombs(folder: Path) -> Iterator[tuple[Path, str]]:
     header = folder / "header"
     header.write_bytes(b"\xff" * 7 + b"\x7f" + b"{" * 30)
     yield header, "safetensors header of"
+    parts = folder / "parts"
+    parts.write_bytes(safetensors_bytes(b'{"a":[' + b"[]," * 10_000_000 + b"[]]}"))
+    yield parts, "more than 2000000 parts"
+    yield _many_members(folder / "members"), "zip directory of more than 8 MB"
+    levels = b"}q\x00" + b"".join(
+        b"}(" + b"".join(text(str(i)) + b"h" + bytes([n]) for i in range(250)) + b"uq" + bytes([n + 1])
+        for n in range(9)
+    )
+    yield pickled("mappings", b"](" + levels + b"e"), "found list"
+    tree = b"}(" + text("levels") + b"](" + levels + b"e" + text("top") + b"h\x09u"
+    yield pickled("tree", tree), "'levels' is no tensor"
 
 
 def test_bombs_are_refused_quickly_and_in_little_memory(tmp_path: Path) -> None:

@@ -210,13 +210,6 @@ def test_a_model_with_averages_takes_a_file_without() -> None:
     assert (model.state_dict()[average] == 3).all() and model.state_dict()["model_ema.decay"] == 7
 
 
-def test_text_towers_without_their_outer_level_are_accepted() -> None:
-    model = model_of(SMALL)
-    short = NORM.replace("text_model.", "")
-    report = load_into(model, small_file(**{NORM: None, short: torch.full((6,), 9.0)}))
-    assert (model.state_dict()[NORM] == 9).all() and report.unknown == ()
-
-
 def keys_of(name: str) -> dict[str, torch.Tensor]:
     shapes = json.loads((GOLDEN / name).read_text())
     return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
@@ -270,9 +263,3 @@ def test_another_model_is_named_in_the_refusal() -> None:
         CheckpointError, match=r"\[2, 9, 3, 3\], the model expects \[2, 4, 3, 3\].*inpainting config"
     ):
         load_into(model_of({**SMALL, conv: (2, 4, 3, 3)}), nine)
-
-
-def test_a_file_with_both_names_of_one_text_encoder_weight_is_refused() -> None:
-    twin = NORM.replace("text_model.", "")
-    with pytest.raises(CheckpointError, match="text encoder weights twice"):
-        load_into(model_of(SMALL), small_file(**{twin: torch.zeros(6)}))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import collections
 import pickle
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
-from ldm.checkpoints.reader import find_damage, read_checkpoint, read_tree
+from ldm.checkpoints.reader import find_damaged_records, find_not_finite, read_checkpoint, read_tree
 from ldm.checkpoints.sniff import CheckpointError
 from tests.checkpoints.files import (
     LIGHTNING_CLASS,
@@ -199,11 +202,11 @@ def test_hostile_key_names_are_shown_escaped(tmp_path: Path) -> None:
 def test_a_flipped_bit_is_found_and_the_record_named(tmp_path: Path) -> None:
     path = tmp_path / "m.ckpt"
     torch.save({"a": torch.zeros(1000), "b": torch.full((1000,), 7.5)}, path)
-    assert find_damage(path) == []
+    assert find_damaged_records(path) == []
     whole = bytearray(path.read_bytes())
     whole[whole.index(np.float32(7.5).tobytes() * 500) + 41] ^= 16
     path.write_bytes(whole)
-    assert find_damage(path) == ["m/data/1"]
+    assert find_damaged_records(path) == ["m/data/1"]
 
 
 def test_a_flipped_bit_in_the_description_is_refused(tmp_path: Path) -> None:
@@ -219,7 +222,20 @@ def test_weights_that_are_no_numbers_are_found(tmp_path: Path, bad: float) -> No
     torch.save(
         {"good": torch.ones(3), "bad": torch.tensor([1.0, bad]), "n": torch.arange(2)}, tmp_path / "m.ckpt"
     )
-    assert find_damage(tmp_path / "m.ckpt") == ["bad"]
+    assert find_not_finite(read_checkpoint(tmp_path / "m.ckpt").state_dict) == ["bad"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_large_numbers_are_no_damage_and_opposite_infinities_are(dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    tensors = {
+        "large": torch.full((1000,), most, dtype=dtype),
+        "both": torch.tensor([most, float("inf"), float("-inf")], dtype=dtype),
+        "none": torch.empty(0, dtype=dtype),
+        "whole": torch.full((9,), 2**62),
+        "small": torch.ones(4).to(torch.float8_e4m3fn),
+    }
+    assert find_not_finite(tensors) == ["both"]
 
 
 @pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "legacy"])
@@ -248,3 +264,30 @@ def test_messages_are_one_line_and_begin_with_the_path(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         read_checkpoint(tmp_path / "a\nb.ckpt")
     assert re.fullmatch(r".*/a\\nb\.ckpt: is empty \(0 bytes\); download it again", str(error.value))
+
+
+SHRINK = """
+import faulthandler, os, sys
+from ldm.checkpoints.reader import read_checkpoint
+faulthandler.enable()
+for path in sys.argv[2:]:
+    tensor = read_checkpoint(path, mmap=sys.argv[1] == "mmap").state_dict["a"]
+    os.truncate(path, 0)
+    print(int(tensor.sum()))
+"""
+
+
+@pytest.mark.parametrize("mode", ["mmap", "read"])
+def test_a_file_that_shrinks_while_in_use(tmp_path: Path, mode: str) -> None:
+    """What is mapped is lost, and the process with it, as with any map: with a stack. What is read stays."""
+    paths = [tmp_path / name for name in ("zip", "legacy", "safetensors")]
+    safetensors.torch.save_file({"a": torch.ones(100_000)}, paths[2])
+    for path in paths[:2]:
+        torch.save({"a": torch.ones(100_000)}, path, _use_new_zipfile_serialization=path.name == "zip")
+    command = [sys.executable, "-c", SHRINK, mode, *map(str, paths)]
+    root = Path(__file__).resolve().parents[2]
+    child = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    if mode == "read":
+        assert child.returncode == 0 and child.stdout == "100000\n" * 3
+    else:
+        assert child.returncode == -signal.SIGBUS and "Fatal Python error" in child.stderr

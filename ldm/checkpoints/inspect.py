@@ -1,0 +1,334 @@
+"""Says what a model file is, without running anything from it and without trusting it: also of refused files."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.checkpoints.hashing import file_sha256
+from ldm.checkpoints.imports import imports_of
+from ldm.checkpoints.load import EMA_COUNTERS, EMA_PREFIX, build_model, check_fit, load_into
+from ldm.checkpoints.lora_files import lora_hash
+from ldm.checkpoints.pickle_reader import is_known
+from ldm.checkpoints.published import PUBLISHED
+from ldm.checkpoints.reader import (
+    find_damaged_records,
+    find_not_finite,
+    model_files,
+    read_checkpoint,
+    read_model,
+    read_tree,
+)
+from ldm.checkpoints.recognise import ModelKind, kind_of, tensors_in
+from ldm.checkpoints.safetensors_file import read_header
+from ldm.checkpoints.sniff import CheckpointError, file_size, open_regular, reading, sniff
+from ldm.checkpoints.tensor_bytes import FileBytes
+from ldm.util import printable
+
+ConfigFor = Callable[[ModelKind], Mapping[str, Any] | None]
+
+UNKNOWN = ModelKind("")
+_FOLDER = "diffusers folder"
+_LONGEST_VALUE = 300
+_MOST_ENTRIES = 100
+_SHOWN = 5
+
+_OLD_HASH_START, _OLD_HASH_BYTES = 0x100000, 0x10000
+# whose weights a key names, whatever the file is as a whole
+_PARTS = {
+    EMA_PREFIX: "EMA",
+    "model.diffusion_model.": "U-Net",
+    "first_stage_model.": "autoencoder",
+    "cond_stage_model.": "text encoder",
+    "conditioner.": "text encoder",
+    "control_model.": "ControlNet",
+    "lora_unet_": "U-Net",
+    "unet.": "U-Net",
+    "lora_te": "text encoder",
+    "text_encoder.": "text encoder",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found in a file, or in a diffusers folder as a whole.
+
+    `refused` is why the reader does not take the file. `parameters` and `precisions` count numbers, by the part
+    of the model and by type. `fits` says whether the model of a config takes the weights (None: nothing to
+    compare with), `problem` why not, `unexpected` which keys it has no place for. `imports` is what pickles ask
+    for, `foreign` the part of it that the reader refuses. `damaged` names records and weights. Text from the
+    file is cut and escaped.
+    """
+
+    path: str
+    size: int
+    format: str = ""
+    refused: str = ""
+    kind: ModelKind = UNKNOWN
+    tensors: int = 0
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    precisions: Mapping[str, int] = field(default_factory=dict)
+    ema: bool = False
+    global_step: int | None = None
+    fits: bool | None = None
+    problem: str = ""
+    unexpected: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    imports: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    checked: bool = False
+    damaged: tuple[str, ...] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    published: str = ""
+
+    @property
+    def sound(self) -> bool:
+        """Whether the file is read, no damage was found, and its weights fit the model if there is one."""
+        return not self.refused and not self.damaged and self.fits is not False
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, for `json.dumps`."""
+        return {**asdict(self), "kind": {"name": self.kind.name, **asdict(self.kind)}}
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What the reader makes of a file: tensors by key, other values by name."""
+
+    format: str
+    tensors: Mapping[str, torch.Tensor]
+    values: Mapping[str, Any]
+
+
+def inspect_path(
+    path: str | os.PathLike[str],
+    deep: bool = True,
+    config_for: ConfigFor = lambda kind: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Inspection]:
+    """What a file is; of a diffusers folder what it is as a whole, then each of its weights files.
+
+    With `deep` every byte is read, for checksums and damage, and `say` is told before something that takes
+    time. `config_for` gives the checked config whose model the weights should fit, or None. A path that cannot be
+    read at all is a `CheckpointError`; one that the reader refuses is an answer.
+    """
+    if not os.path.isdir(path):
+        return [_inspect_file(Path(path), deep, config_for, say)]
+    files = [_inspect_file(file, deep, config_for, say) for file in model_files(path)]
+    return [_inspect_folder(Path(path), files, config_for), *files]
+
+
+def _inspect_file(
+    path: Path,
+    deep: bool,
+    config_for: ConfigFor,
+    say: Callable[[str], None],
+) -> Inspection:
+    with reading(path), open_regular(path) as file:
+        imports = tuple(_short(name) for name in imports_of(file))
+        found = Inspection(printable(path), file_size(file), imports=imports)
+    found = replace(found, foreign=tuple(name for name in imports if not is_known(name)))
+    try:
+        content = _read(path)
+    except CheckpointError as error:
+        found = replace(found, format=_format(path), refused=str(error))
+    else:
+        found = _compare(_describe(found, content), path, config_for)
+        found = _check(found, path, content, say) if deep else found
+    return _hash(found, path, say) if deep else _hash_quickly(found, path)
+
+
+def _read(path: Path) -> _Content:
+    """A state dict, or else tensors that lie elsewhere in the file: an embedding has them beside other values."""
+    try:
+        read = read_checkpoint(path)
+        return _Content(read.kind, read.state_dict, read.metadata)
+    except CheckpointError:
+        tree = read_tree(path)
+        values = dict(tensors_in(tree)) if isinstance(tree, Mapping) else {}
+        tensors = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
+        if not tensors or kind_of(tensors) == UNKNOWN:
+            raise
+        return _Content(_format(path), tensors, values)
+
+
+def _format(path: Path) -> str:
+    try:
+        with reading(path), open_regular(path) as file:
+            return sniff(file)
+    except CheckpointError:
+        return ""
+
+
+def _describe(found: Inspection, content: _Content) -> Inspection:
+    kind = kind_of(content.tensors)
+    parameters: Counter[str] = Counter()
+    precisions: Counter[str] = Counter()
+    for key, tensor in content.tensors.items():
+        parameters[_part(key, kind)] += tensor.numel()
+        precisions[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    step = content.values.get("global_step", content.values.get("step"))
+    return replace(
+        found,
+        format=content.format,
+        kind=kind,
+        tensors=len(content.tensors),
+        parameters=dict(parameters.most_common()),
+        precisions=dict(precisions.most_common()),
+        ema=any(key.startswith(EMA_PREFIX) and key not in EMA_COUNTERS for key in content.tensors),
+        global_step=step if type(step) is int else None,
+        metadata=_metadata(content.values),
+    )
+
+
+def _part(key: str, kind: ModelKind) -> str:
+    named = next((part for prefix, part in _PARTS.items() if key.startswith(prefix)), None)
+    return named or (kind.part if kind.part not in ("", "model", "LoRA") else "other")
+
+
+def _metadata(values: Mapping[str, Any]) -> dict[str, str]:
+    plain = [(key, value) for key, value in values.items() if isinstance(value, (str, int, float))]
+    return {_short(key): _short(value) for key, value in plain[:_MOST_ENTRIES]}
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    more = f"... ({len(text):,} characters)" if len(text) > _LONGEST_VALUE else ""
+    return printable(text[:_LONGEST_VALUE]) + more
+
+
+def _compare(found: Inspection, path: Path, config_for: ConfigFor) -> Inspection:
+    """With the answers of the code that loads models; it looks at keys and shapes, and reads no weights."""
+    config = config_for(found.kind)
+    if config is None:
+        return found
+    model = build_model(config)
+    try:
+        checkpoint = read_model(path)
+        check_fit(model, checkpoint)
+        unexpected = load_into(model, checkpoint).unknown
+    except CheckpointError as error:
+        return replace(found, fits=False, problem=str(error))
+    return replace(found, fits=True, unexpected=tuple(map(_short, unexpected)))
+
+
+def _check(found: Inspection, path: Path, content: _Content, say: Callable[[str], None]) -> Inspection:
+    say(f"looking for damage in {found.path} ({amount(found.size)})")
+    damaged = find_damaged_records(path) or find_not_finite(content.tensors)
+    return replace(found, checked=True, damaged=tuple(map(_short, damaged)))
+
+
+def _hash_quickly(found: Inspection, path: Path) -> Inspection:
+    has_it = found.size > _OLD_HASH_START
+    return replace(found, hashes={"A1111, old": old_model_hash(path)} if has_it else {})
+
+
+def _hash(found: Inspection, path: Path, say: Callable[[str], None]) -> Inspection:
+    say(f"computing the checksum of {found.path} ({amount(found.size)})")
+    digest = file_sha256(path)
+    hashes = {"SHA-256": digest, "AutoV2": digest[:10], **_hash_quickly(found, path).hashes}
+    if found.kind.part == "LoRA":
+        hashes["A1111, LoRA"] = lora_hash(path)
+        if found.format == "safetensors":
+            hashes["AutoV3"] = _weights_sha256(path)[:12]
+    if found.kind.part == "embedding":
+        hashes["A1111, embedding"] = digest[:12]
+    return replace(found, hashes=hashes, published=PUBLISHED.get(digest, ""))
+
+
+def old_model_hash(path: Path) -> str:
+    """The first rule of AUTOMATIC1111's web UI: 8 hex digits of the SHA-256 of 64 KiB behind the first MiB."""
+    with path.open("rb") as file:
+        file.seek(_OLD_HASH_START)
+        return sha256(file.read(_OLD_HASH_BYTES)).hexdigest()[:8]
+
+
+def _weights_sha256(path: Path) -> str:
+    """The SHA-256 of what follows the header of a safetensors file."""
+    with reading(path), open_regular(path) as file:
+        content = FileBytes(file, use_mmap=True)
+        _, start = read_header(content)
+        return sha256(content.read(start, content.size - start)).hexdigest()
+
+
+def _inspect_folder(path: Path, files: Sequence[Inspection], config_for: ConfigFor) -> Inspection:
+    """The sum of the files of a folder's components, and whether the whole fits."""
+    unets = [file.kind for file in files if file.kind.part == "U-Net"]
+    kind = replace(unets[0], part="model") if unets and len(files) > 1 else files[0].kind
+    found = Inspection(
+        printable(path),
+        sum(file.size for file in files),
+        _FOLDER,
+        "; ".join(file.refused for file in files if file.refused),
+        kind,
+        sum(file.tensors for file in files),
+        dict(sum((Counter(file.parameters) for file in files), Counter())),
+        dict(sum((Counter(file.precisions) for file in files), Counter())),
+        checked=all(file.checked for file in files),
+        damaged=tuple(f"{file.path}: {name}" for file in files for name in file.damaged),
+    )
+    return found if found.refused else _compare(found, path, config_for)
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+def amount(size: int) -> str:
+    """A number of bytes for people: "4.27 GB"."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    power = min((len(str(size)) - 1) // 3, len(units) - 1)
+    return f"{size / 1000**power:.3g} {units[power]}"
+
+
+def lines(found: Inspection) -> Iterator[str]:
+    """A report of one file, line by line."""
+    yield found.path
+    rows = [*_what(found), *_weights(found), *_safety(found), *found.hashes.items()]
+    # the word in front keeps a file from adding rows of its own to the report
+    rows += [(f"metadata {key}", value) for key, value in found.metadata.items() if key != "global_step"]
+    yield from (f"  {name:<16} {value}" for name, value in rows)
+
+
+def _what(found: Inspection) -> Iterator[tuple[str, str]]:
+    yield "kind", "not known: it was not read" if found.refused else found.kind.name
+    yield "format", f"{found.format or 'unknown'}, {found.size:,} bytes"
+    if found.refused:
+        yield "refused", found.refused
+    if found.published:
+        yield "published as", found.published
+
+
+def _weights(found: Inspection) -> Iterator[tuple[str, str]]:
+    if not found.tensors:
+        return
+    yield "weights", f"{sum(found.parameters.values()):,} in {found.tensors:,} tensors"
+    yield from ((f"  {part}", f"{count:,}") for part, count in found.parameters.items())
+    yield "precision", ", ".join(f"{name} ({count:,})" for name, count in found.precisions.items())
+    yield "EMA weights", "yes" if found.ema else "no"
+    if found.global_step is not None:
+        yield "training steps", f"{found.global_step:,}"
+    if found.fits is not None:
+        yield "loads", "yes" if found.fits else f"no: {found.problem}"
+    if found.unexpected:
+        yield "unexpected keys", f"{len(found.unexpected)}: {_some(found.unexpected)}"
+
+
+def _safety(found: Inspection) -> Iterator[tuple[str, str]]:
+    if found.checked:
+        yield "damage", f"{len(found.damaged)}: {_some(found.damaged)}" if found.damaged else "none found"
+    if found.imports:
+        others = (
+            f", {len(found.foreign)} of them not allowed: {_some(found.foreign)}" if found.foreign else ""
+        )
+        yield "asks to import", f"{len(found.imports)} names{others or ', all known'}; none was imported"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -1,0 +1,86 @@
+#!/usr/bin/env python
+"""Says what model files are: kind, parts, precision, checksums, damage; runs nothing from them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from ldm import cli  # this toolkit's own, whatever else is installed
+from ldm.cli.options import INPAINTING_CONFIG, LAION_CONFIG, V1_CONFIG
+
+sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
+
+if TYPE_CHECKING:
+    from ldm.checkpoints.recognise import ModelKind
+
+
+def parser() -> argparse.ArgumentParser:
+    options = cli.make_parser(__doc__ or "")
+    options.add_argument("paths", metavar="PATH", nargs="+", help="model files, or folders of diffusers")
+    group = options.add_argument_group("inspection")
+    group.add_argument("--json", action="store_true", help="print one JSON object a file, each on its line")
+    group.add_argument(
+        "--no_hash", action="store_true", help="be quick: no checksums, no search for damage in the weights"
+    )
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="compare the keys with this config's model (default: the published one of the same kind)",
+    )
+    group.add_argument(
+        "--allow_targets",
+        metavar="PACKAGE",
+        action="append",
+        default=[],
+        help="let the config use classes of this package, which runs its code",
+    )
+    cli.add_report_options(options)
+    return options
+
+
+def published_config(kind: ModelKind) -> str | None:
+    """The config of a whole model of a kind that this toolkit runs."""
+    from ldm.checkpoints.recognise import INPAINTING, LAION, V1
+
+    configs = {(V1, ""): V1_CONFIG, (V1, INPAINTING): INPAINTING_CONFIG, (LAION, ""): LAION_CONFIG}
+    return configs.get((kind.family, kind.variant)) if kind.part == "model" else None
+
+
+def run(opt: argparse.Namespace) -> int:
+    from ldm.checkpoints.inspect import inspect_path, lines
+    from ldm.config import read_config
+    from ldm.util import InputError, find
+
+    logger = logging.getLogger("ldm")
+
+    def config_for(kind: ModelKind) -> dict[str, Any] | None:
+        path = opt.config or published_config(kind)
+        return read_config(path, opt.allow_targets) if path else None
+
+    worst = 0
+    for path in opt.paths:
+        try:
+            found = inspect_path(find(path), not opt.no_hash, config_for, logger.info)
+        except InputError as error:
+            logger.error("error: %s", error)
+            worst = 2
+            continue
+        for one in found:
+            print(json.dumps(one.as_json()) if opt.json else "\n".join(lines(one)))
+            worst = max(worst, 0 if one.sound else 1)
+    return worst
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.main(parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Configs that are wrong, hostile or too large: one line that names the fault, and nothing runs or is built."""
+
+import itertools
+import os
+import sys
+
+import pytest
+import torch
+import yaml
+
+from ldm.config import ConfigError, read_config
+from ldm.pipeline import load_model
+from ldm.util import InputError
+from tests.golden_data import GOLDEN, tiny_config
+
+MODEL = "model: {target: ldm.models.diffusion.ddpm.LatentDiffusion}\n"
+LEVELS = "abcdefghij"
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in itertools.pairwise(LEVELS)
+)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def changed(**values):
+    """The tiny model's config as YAML, with entries of its own replaced."""
+    config = tiny_config()
+    for path, value in values.items():
+        *names, last = path.split("__")
+        node = config["params"]
+        for name in names:
+            node = node[name]["params"]
+        node[last] = value
+    return yaml.safe_dump({"model": config})
+
+
+def refusal(path, **options):
+    with pytest.raises(ConfigError) as caught:
+        read_config(path, **options)
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: None, "cannot read the config .*No such file"),
+        (lambda path: path.mkdir(), "is a folder, pipe or device"),
+        (lambda path: os.mkfifo(path), "is a folder, pipe or device"),
+        (lambda path: path.symlink_to(path), "symbolic links"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a folder, pipe or device"),
+        (lambda path: path.write_bytes(b" " * (2**20 + 1)), "larger than 1 MB"),
+    ],
+)
+def test_paths_that_are_no_configs(tmp_path, make, reason):
+    make(tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match=reason):
+        read_config(tmp_path / "c.yaml")
+
+
+def test_what_a_tag_would_run_is_refused_with_its_line(config_file, tmp_path):
+    canary = tmp_path / "canary"
+    text = MODEL + f"other: !!python/object/apply:os.system ['touch {canary}']"
+    assert "line 2" in refusal(config_file(text))
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB + MODEL,
+        "model: &a {target: ldm.models.diffusion.ddpm.LatentDiffusion, params: *a}",
+        "model: " + "[" * 2000 + "]" * 2000,
+        "{model: " * 2000 + "}" * 2000,
+    ],
+    ids=["aliases", "cycle", "lists", "mappings"],
+)
+def test_bombs_cycles_and_depth(config_file, text):
+    assert "no usable YAML" in refusal(config_file(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"model:\n\ttarget: x", b"model:\0 x", b"model: {target: ldm.\xe9}", "model: 1".encode("utf-16")],
+    ids=["tab", "NUL", "latin-1", "UTF-16"],
+)
+def test_bytes_that_are_no_utf8_yaml(config_file, text):
+    assert "no usable YAML" in refusal(config_file(text))
+
+
+def test_a_foreign_target_deep_inside_is_found_before_any_import(config_file):
+    config = tiny_config()
+    config["params"]["first_stage_config"]["params"]["lossconfig"] = {
+        "params": [{"target": "antigravity.Loss"}]
+    }
+    path = config_file(yaml.safe_dump({"model": config}))
+    assert "antigravity.Loss is not a part of this toolkit" in refusal(path)
+    assert "antigravity" not in sys.modules
+
+
+def test_secrets_of_the_environment_are_not_resolved(config_file, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    for text in ("${oc.env:SECRET_TOKEN}", "${oc.decode:'1'}", "a ${oc.env:NONE,${oc.env:SECRET_TOKEN}}"):
+        message = refusal(config_file(changed(first_stage_key=text)))
+        assert "interpolation is not supported" in message and "hunter2" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("linear_start", float("nan"), "linear_start is nan"),
+        ("scale_factor", float("inf"), "scale_factor is inf"),
+        ("timesteps", 10**11, "timesteps is 100000000000"),
+        ("unet_config__model_channels", 10**12, "at most 1048576"),
+        ("unet_config__num_res_blocks", 10**6, "num_res_blocks is 1000000; at most 100"),
+        ("unet_config__channel_mult", [1] * 101, "channel_mult has 101 entries"),
+        ("cond_stage_config__layers", 10**6, "layers is 1000000"),
+    ],
+)
+def test_numbers_that_no_model_can_be_built_with(config_file, name, value, reason):
+    assert reason in refusal(config_file(changed(**{name: value})))
+
+
+def test_what_only_training_reads_may_be_endless(config_file):
+    schedule = {"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": {"cycle_lengths": [10**13]}}
+    assert read_config(config_file(changed(scheduler_config=schedule)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [
+        ("use_ema", "on", "use_ema"),
+        ("timesteps", "12:30", "timesteps"),
+        ("linear_start", "nan", "linear_start"),
+        ("unet_config__model_channels", 64.0, "model_channels"),
+        ("unet_config__use_checkpoint", 1, "use_checkpoint"),
+        ("unet_config__no_such_thing", 1, "no_such_thing"),
+        ("unet_config__num_heads", 0, "can be built"),
+        ("unet_config__model_channels", -64, "can be built"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named_before_anything_is_read(config_file, name, value, word):
+    with pytest.raises(InputError, match=word):
+        load_model(read_config(config_file(changed(**{name: value}))), "not/read.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("unet_config__model_channels", 64),
+        ("unet_config__model_channels", 10**6),
+        ("unet_config__context_dim", 32),
+    ],
+)
+def test_a_config_that_does_not_fit_the_checkpoint_is_blamed(config_file, tmp_path, tiny, name, value):
+    """Sizes are compared on paper: a model of a million channels takes no memory."""
+    torch.save(tiny.state_dict(), tmp_path / "m.ckpt")
+    with pytest.raises(
+        InputError, match=r"has shape .*, the model expects .*config or checkpoint is of another"
+    ):
+        load_model(read_config(config_file(changed(**{name: value}))), tmp_path / "m.ckpt")
+
+
+def test_a_checkpoint_that_the_config_names_is_ignored_with_a_note(config_file, tmp_path, tiny, caplog):
+    torch.save(tiny.state_dict(), tmp_path / "m.ckpt")
+    os.mkfifo(tmp_path / "canary")  # whoever opened it would wait for ever
+    names = {key: str(tmp_path / "canary") for key in ("ckpt_path", "first_stage_config__ckpt_path")}
+    assert load_model(read_config(config_file(changed(**names))), tmp_path / "m.ckpt")
+    notes = [record.message for record in caplog.records if "ckpt_path" in record.message]
+    assert len(notes) == 2 and all(note.endswith("is ignored") for note in notes)
+
+
+def test_the_published_spelling_of_numbers_is_read(config_file):
+    text = (GOLDEN / "tiny.yaml").read_text()
+    assert "linear_start: 0.00085" in text
+    model = read_config(config_file(text.replace("linear_start: 0.00085", "linear_start: 8.5e-4")))
+    assert model["params"]["linear_start"] == 0.00085
