@@ -11,15 +11,17 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from pathlib import Path
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from ldm.job import Init, Job
+from ldm.job import Init, Job, lora_name, lora_tag, split_loras
 from ldm.util import InputError, printable
 
+INFOTEXT_KEYWORD = "parameters"  # of the PNG's text chunk
 NEGATIVE = "Negative prompt:"
 _EXACT_PROMPT, _EXACT_NEGATIVE = "Exact prompt", "Exact negative prompt"
-_NOT_FOR_EXTRAS = ("Prompt", "Negative prompt", "Size-1", "Size-2", _EXACT_PROMPT, _EXACT_NEGATIVE)
+_LORAS = "Loras"
+_NOT_FOR_EXTRAS = ("Prompt", "Negative prompt", "Size-1", "Size-2", _EXACT_PROMPT, _EXACT_NEGATIVE, _LORAS)
 _FEWEST_PAIRS = 3  # a last line with fewer pairs is a part of the prompt
 
 _KEY = re.compile(r"\w[\w \-/]{1,80}")
@@ -41,6 +43,11 @@ def _table(labels: Mapping[str, str]) -> _Codec:
     return _Codec(lambda name: labels.get(name, name), lambda label: names.get(label, label))
 
 
+def file_name(path: str) -> str:
+    """The last part of a path, of Windows or another system."""
+    return PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
+
+
 def _number(value: float) -> str:
     return repr(float(value)).removesuffix(".0")
 
@@ -58,6 +65,20 @@ def _read_borders(text: str) -> tuple[int, ...]:
     return borders
 
 
+def _read_loras(text: str) -> tuple[tuple[str, float, float], ...]:
+    loras = json.loads(text)
+    if not isinstance(loras, list) or not all(isinstance(lora, list) and len(lora) == 3 for lora in loras):
+        raise ValueError(text)
+    return tuple(
+        (file_name(str(name)), float(weight), float(text_weight)) for name, weight, text_weight in loras
+    )
+
+
+def _named_loras(job: Job) -> tuple[tuple[str, float, float], ...]:
+    """The job's LoRAs by the names alone of their files."""
+    return tuple((lora_name(file_name(name)), weight, on_text) for name, weight, on_text in job.loras)
+
+
 _INT, _FLOAT, _WORD = _Codec(str, int), _Codec(_number, float), _Codec(str, str)
 _SWITCH = _Codec(lambda value: "on" if value else "off", _read_switch)
 _BORDERS = _Codec(lambda borders: " ".join(map(str, borders)), _read_borders)
@@ -66,7 +87,7 @@ _UPSCALER = _Codec(
     _table({"pixels": "Lanczos", "latents": "Latent"}).write,
     lambda label: "latents" if label.startswith("Latent") else "pixels",
 )
-_FILE = _Codec(lambda path: Path(path).name, str)  # the folder is the user's own affair
+_FILE = _Codec(file_name, str)  # its folder is the user's own affair
 
 # Key in the text, field of Job (of its `init` behind a dot), codec. The web UI says GPU where the sampling device
 # draws the noise, and NV where CUDA's Philox noise is computed on another. A text without RNG is taken for NV: as
@@ -100,6 +121,8 @@ _UNLESS_DEFAULT = (
     ("Hires upscaler", "upscale_in", _UPSCALER),
     ("Upscale strength", "upscale_strength", _FLOAT),
 )
+# the entries of a text that belong to the job, as `parse_infotext` names them; all others are extras
+JOB_KEYS = frozenset(key for key, _, _ in (*_ALWAYS, _RNG, *_UNLESS_DEFAULT)) | {"Size", *_NOT_FOR_EXTRAS}
 _DEFAULTS = {field.name: field.default for field in fields(Job)} | {
     f"init.{field.name}": field.default for field in fields(Init)
 }
@@ -108,35 +131,41 @@ _DEFAULTS = {field.name: field.default for field in fields(Job)} | {
 def infotext(job: Job, extras: Mapping[str, str]) -> str:
     """The text from which `job` can be made again, with `extras` (Model hash, Model, Version, ...) beside it.
 
-    Where the plain form would lose something of a prompt (control characters, a line in it that begins with
-    `Negative prompt:`), the entries `Exact prompt` and `Exact negative prompt` carry it as JSON. Empty extras
-    are left out. Raises ValueError for an extra whose name cannot be written or belongs to the job.
+    LoRAs stand as `<lora:name:weight>` at the end of the prompt. Where the plain form would lose something of a
+    prompt (control characters, a line in it that begins with `Negative prompt:`), the entries `Exact prompt`
+    (with `Loras`) and `Exact negative prompt` carry it as JSON. Empty extras are left out. Raises ValueError for
+    an extra whose name cannot be written or belongs to the job.
     """
     pairs = _pairs(job, {key: value for key, value in extras.items() if value})
-    shown = [_storable(job.prompt)] if job.prompt else []
+    tags = "".join(lora_tag(*lora) for lora in _named_loras(job))
+    shown = [_storable(" ".join(filter(None, (job.prompt, tags))))] if job.prompt or tags else []
     if job.negative_prompt:
         shown.append(f"{NEGATIVE} {_storable(job.negative_prompt)}")
     prompt, negative, _ = _split("\n".join([*shown, _line(pairs)]))
-    exact = {
-        key: _plain_json(wanted)
-        for key, wanted, read in (
-            (_EXACT_PROMPT, job.prompt, prompt),
-            (_EXACT_NEGATIVE, job.negative_prompt, negative),
-        )
-        if read != wanted
-    }
+    exact = {}
+    if split_loras(prompt) != (job.prompt, _named_loras(job)):
+        exact[_EXACT_PROMPT] = _plain_json(job.prompt)
+        if tags:
+            exact[_LORAS] = _plain_json(to_json(_named_loras(job)))
+    if negative != job.negative_prompt:
+        exact[_EXACT_NEGATIVE] = _plain_json(job.negative_prompt)
     return "\n".join([*shown, _line(pairs | exact)])
 
 
 def parse_infotext(text: str) -> dict[str, str]:
     """The entries of an infotext by name, with the prompts under `Prompt` and `Negative prompt`.
 
-    A size such as `Size: 512x768` becomes `Size-1` and `Size-2`. A text whose last line is not one of
-    settings is all prompt.
+    The prompt's LoRA tags are taken out of it and stand under `Loras`, as JSON. A size such as `Size: 512x768`
+    becomes `Size-1` and `Size-2`. A text whose last line is not one of settings is all prompt.
     """
     prompt, negative, pairs = _split(text.replace("\r\n", "\n"))
-    exact_prompt, exact_negative = pairs.pop(_EXACT_PROMPT, prompt), pairs.pop(_EXACT_NEGATIVE, negative)
-    return pairs | {"Prompt": exact_prompt, "Negative prompt": exact_negative}
+    negative = pairs.pop(_EXACT_NEGATIVE, negative)
+    if _EXACT_PROMPT in pairs:
+        prompt = pairs.pop(_EXACT_PROMPT)
+    else:
+        prompt, loras = split_loras(prompt)
+        pairs |= {_LORAS: to_json(loras)} if loras else {}
+    return pairs | {"Prompt": prompt, "Negative prompt": negative}
 
 
 def job_from_infotext(text: str) -> Job:
@@ -144,7 +173,11 @@ def job_from_infotext(text: str) -> Job:
 
     Raises InputError for a text without settings or with a value that is none.
     """
-    entries = parse_infotext(text)
+    return job_from_entries(parse_infotext(text))
+
+
+def job_from_entries(entries: Mapping[str, str]) -> Job:
+    """`job_from_infotext`, from the entries that `parse_infotext` gives."""
     if "Steps" not in entries:
         raise InputError("the text holds no generation settings: its last line should begin with `Steps: `")
     codecs = (
@@ -153,13 +186,14 @@ def job_from_infotext(text: str) -> Job:
         ("Size-2", "height", _INT),
         _RNG,
         *_UNLESS_DEFAULT,
+        (_LORAS, "loras", _Codec(to_json, _read_loras)),
     )
     values: dict[str, Any] = {}
     for key, name, codec in codecs:
         if key in entries:
             try:
                 values[name] = codec.read(entries[key])
-            except ValueError:
+            except (ValueError, TypeError, OverflowError, RecursionError):
                 raise InputError(
                     f"the text's entry {key} cannot be {printable(entries[key][:100])!r}"
                 ) from None
@@ -185,9 +219,8 @@ def _pairs(job: Job, extras: Mapping[str, str]) -> dict[str, str]:
         for key, name, codec in (_RNG, *_UNLESS_DEFAULT)
         if key == "RNG" or _field(job, name) != _DEFAULTS[name]
     }
-    reserved = {*own, *(key for key, _, _ in _UNLESS_DEFAULT), "RNG", *_NOT_FOR_EXTRAS}
     for key in extras:
-        if key in reserved or not _KEY.fullmatch(key):
+        if key in JOB_KEYS or not _KEY.fullmatch(key):
             raise ValueError(f"{key!r} cannot be the name of an extra entry")
     model = {key: extras[key] for key in ("Model hash", "Model") if key in extras}
     version = {key: extras[key] for key in ("Version",) if key in extras}
@@ -224,7 +257,7 @@ def _entry(key: str, value: str) -> dict[str, str]:
 def _quoted(value: str) -> str:
     """`value`, as a JSON string if the plain form could not be read back."""
     plain = value == value.strip() and not value.startswith('"') and not re.search("[,:\n]", value)
-    return value if plain and not _SIZE.fullmatch(value) and not _UNSTORABLE.search(value) else _json(value)
+    return value if plain and not _SIZE.fullmatch(value) and not _UNSTORABLE.search(value) else to_json(value)
 
 
 def _unquoted(value: str) -> str:
@@ -236,13 +269,14 @@ def _unquoted(value: str) -> str:
         return value
 
 
-def _json(value: str) -> str:
+def to_json(value: Any) -> str:
+    """JSON on one line that can stand in any file: characters that could drive a terminal are escaped."""
     return _UNSTORABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
 def _plain_json(value: str) -> str:
     """JSON without a comma or colon in it, at which simpler readers than ours would split it."""
-    return _json(value).replace(",", "\\u002c").replace(":", "\\u003a")
+    return to_json(value).replace(",", "\\u002c").replace(":", "\\u003a")
 
 
 def _storable(prompt: str) -> str:

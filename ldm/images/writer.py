@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.images.metadata import INFOTEXT_KEYWORD
+from ldm.images.record import KEYWORD as RECORD_KEYWORD
 from ldm.util import InputError, printable
 
 logger = logging.getLogger(__name__)
@@ -91,15 +93,17 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def encode_png(pixels: np.ndarray, text: str = "", compress_level: int = 6) -> bytes:
-    """The PNG file of uint8 pixels [H, W, 3], with `text` under the keyword `parameters`.
+def encode_png(pixels: np.ndarray, text: str = "", compress_level: int = 6, record: str = "") -> bytes:
+    """The PNG file of uint8 pixels [H, W, 3], with `text` under the keyword `parameters`, `record` under `ldm`.
 
     Latin-1 text becomes a tEXt chunk, any other an iTXt chunk. Readers refuse long chunks, so of text above
-    64 kB only the last line, the settings, is kept, and nothing if that alone is too long; a warning says so.
+    64 kB only the last line, the settings, is kept, and nothing if that alone is too long (as of a record, which
+    is one line); a warning says so.
     """
     info = PngInfo()
-    if text := _within_limit(text):
-        info.add_text("parameters", text)
+    for keyword, content in ((INFOTEXT_KEYWORD, text), (RECORD_KEYWORD, record)):
+        if kept := _within_limit(content):
+            info.add_text(keyword, kept)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=compress_level, pnginfo=info)
     return buffer.getvalue()
@@ -152,9 +156,9 @@ class RunFolder:
             os.close(self._presence)
             self._presence = None
 
-    def save_sample(self, pixels: np.ndarray, text: str = "") -> Path:
-        """Writes uint8 pixels [H, W, 3] and their infotext as the next sample. Raises OSError."""
-        return self._samples.publish_next(encode_png(pixels, text, self._compress_level))
+    def save_sample(self, pixels: np.ndarray, text: str = "", record: str = "") -> Path:
+        """Writes uint8 pixels [H, W, 3], their infotext and record as the next sample. Raises OSError."""
+        return self._samples.publish_next(encode_png(pixels, text, self._compress_level, record))
 
     def save_grid(self, pixels: np.ndarray, text: str = "") -> Path:
         """Writes uint8 pixels [H, W, 3] and their infotext as the next grid. Raises OSError."""

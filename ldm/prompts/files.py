@@ -1,58 +1,130 @@
-"""Prompt files: one prompt a line."""
+"""Prompt files as lines of text, with every fault of a file gathered into one error."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 
 from ldm.util import InputError, printable
 
 MAX_LINE = 10_000
+STDIN = "-"
+_SHOWN_FAULTS = 20
+_MOST_FAULTS = 1_000  # a file with more is no prompt file: the rest of it is not read
+
+
+class Faults:
+    """The faults of one source, told together."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._shown: list[tuple[int, str]] = []
+        self._count = 0
+
+    def add(self, number: int, what: str) -> None:
+        """Notes what is wrong with line `number`; raises once there are a thousand."""
+        self._count += 1
+        if self._count <= _SHOWN_FAULTS:
+            self._shown.append((number, what))
+        if self._count == _MOST_FAULTS:
+            self.raise_any()
+
+    def raise_any(self) -> None:
+        """Raises `InputError` with a line for each of twenty faults at most, and a count of the others."""
+        if not self._shown:
+            return
+        told = [
+            f"{self.name}, line {number}: {what}" for number, what in sorted(self._shown, key=itemgetter(0))
+        ]
+        more = self._count - len(told)
+        raise InputError("\n".join([*told, f"and {more} more"] if more else told))
+
+
+def source_name(source: str | Path) -> str:
+    """What messages call a prompt file."""
+    return "standard input" if source == STDIN else printable(source)
 
 
 def read_prompt_file(path: str | Path) -> list[str]:
-    """The prompts of a file, every line checked; see `prompt_lines` for the format and the errors."""
-    return [text for _, text in prompt_lines(path)]
+    """The lines of a file that are not blank, each taken literally; see `read_lines` for format and errors."""
+    faults = Faults(source_name(path))
+    prompts = [text for text in read_lines(path, faults) if text and not text.isspace()]
+    faults.raise_any()
+    if not prompts:
+        raise no_prompt(faults.name)
+    return prompts
 
 
-def prompt_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Yields line number (from 1) and text of each line that is not blank, holding one line at a time.
+def no_prompt(name: str) -> InputError:
+    """The error for a source without a prompt."""
+    return InputError(f"{name} holds no prompt: write one a line")
+
+
+def read_lines(source: str | Path, faults: Faults) -> Iterator[str]:
+    """Yields every line of a file, or of standard input for "-", holding one line at a time.
 
     Lines are UTF-8, with or without a byte order mark, and end in LF, CRLF or CR; every other separator
-    (form feed, U+2028, ...) is part of the prompt. `InputError` for a file that cannot be read or holds no
-    prompt, for a line of more than 10,000 characters, and for bytes that are not UTF-8.
+    (form feed, U+2028, ...) is part of the text. A line of more than 10,000 characters or with bytes that are
+    not UTF-8 is noted in `faults` and comes out empty. `InputError` for a file that cannot be read.
     """
-    name = printable(path)
-    blank = True
     try:
-        # Bytes that are not UTF-8 come out as lone surrogates, so that the line and the offset are known.
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            number, offset = 0, 0
-            while raw := file.readline(MAX_LINE + len("\r\n")):
-                number += 1
-                _check_utf8(raw, f"{name}, line {number}", offset)
-                offset += len(raw.encode())
-                text = raw.removesuffix("\n").removesuffix("\r").removeprefix("\ufeff" if number == 1 else "")
-                if len(text) > MAX_LINE:
-                    raise InputError(
-                        f"{name}, line {number}: longer than {MAX_LINE:,} characters; shorten it"
-                    )
-                if text.strip():
-                    blank = False
-                    yield number, text
+        with _open(source) as file:
+            yield from _checked_lines(file, faults)
     except OSError as error:
-        raise InputError(f"cannot read the prompt file {name}: {error.strerror}") from None
-    if blank:
-        raise InputError(f"the prompt file {name} holds no prompt: write one a line")
+        raise InputError(f"cannot read the prompt file {faults.name}: {error.strerror or error}") from None
 
 
-def _check_utf8(raw: str, place: str, offset: int) -> None:
-    """Raises if `raw`, which starts `offset` bytes into the file, holds an escaped byte."""
+@contextlib.contextmanager
+def _open(source: str | Path) -> Iterator[io.TextIOWrapper]:
+    """The source as text in which bytes that are not UTF-8 are lone surrogates, so that their place is known."""
+    if source != STDIN:
+        with open(source, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            yield file
+        return
+    if sys.stdin is None:
+        raise InputError("--from-file - reads standard input, but it is closed; give a file")
+    file = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="surrogateescape", newline="")
+    try:
+        yield file
+    finally:
+        file.detach()  # standard input stays open
+
+
+def _checked_lines(file: io.TextIOWrapper, faults: Faults) -> Iterator[str]:
+    number, offset, after_cr = 0, 0, False
+    while raw := file.readline(MAX_LINE + len("\r\n")):
+        size = _size(raw)
+        if after_cr and raw == "\n":  # the second half of a CRLF that a limit of `readline` cut
+            after_cr, offset = False, offset + size
+            continue
+        number += 1
+        text = raw.removesuffix("\n").removesuffix("\r").removeprefix("\ufeff" if number == 1 else "")
+        fault = _foreign_byte(raw, offset)
+        if len(text) > MAX_LINE:
+            fault = fault or f"longer than {MAX_LINE:,} characters; shorten it"
+            while raw and not raw.endswith(("\n", "\r")):
+                raw = file.readline(1 << 16)
+                size += _size(raw)
+        if fault:
+            faults.add(number, fault)
+        after_cr, offset = raw.endswith("\r"), offset + size
+        yield "" if fault else text
+
+
+def _size(raw: str) -> int:
+    return len(raw) if raw.isascii() else len(raw.encode(errors="surrogateescape"))
+
+
+def _foreign_byte(raw: str, offset: int) -> str:
+    """What is wrong with the first byte of `raw`, which starts `offset` bytes into the file, that is not UTF-8."""
     try:
         raw.encode()
     except UnicodeEncodeError as error:
         position = offset + len(raw[: error.start].encode())
         byte = ord(raw[error.start]) & 0xFF
-        raise InputError(
-            f"{place}: byte 0x{byte:02x} at offset {position} is not UTF-8; save the file as UTF-8"
-        ) from None
+        return f"byte 0x{byte:02x} at offset {position} is not UTF-8; save the file as UTF-8"
+    return ""

@@ -71,6 +71,7 @@ FULL = Job(
     upscale=1.5,
     upscale_in="latents",
     upscale_strength=1 / 3,
+    loras=(("ink", 0.8, 0.8), ("film, grain", 1.0, -0.25)),
 )
 
 
@@ -87,7 +88,8 @@ def test_layout() -> None:
 
 def test_numbers_and_defaults_are_written_plainly() -> None:
     text = infotext(
-        dataclasses.replace(FULL, prompt="x", negative_prompt="", scale=7.0, eta=1.0, upscale=2.0), {}
+        dataclasses.replace(FULL, prompt="x", negative_prompt="", scale=7.0, eta=1.0, upscale=2.0, loras=()),
+        {},
     )
     assert text == (
         "x\nSteps: 999, Sampler: PLMS, CFG scale: 7, Seed: 18446744073709551615, Size: 768x8, RNG: GPU, "
@@ -187,7 +189,8 @@ def test_a_text_of_the_web_ui_is_read() -> None:
     assert entries["Schedule type"] == "Karras"
     assert (entries["Size-1"], entries["Size-2"]) == ("640", "448")
     assert job_from_infotext(text) == Job(
-        prompt="masterpiece, (cat:1.2) <lora:x:0.8>",
+        prompt="masterpiece, (cat:1.2)",
+        loras=(("x", 0.8, 0.8),),
         negative_prompt="lowres,\nugly",
         steps=20,
         sampler="DPM++ 2M",

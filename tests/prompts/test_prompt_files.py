@@ -1,10 +1,12 @@
 """Prompt files: what counts as a line, and one line for each fault."""
 
+import io
+import sys
 import tracemalloc
 
 import pytest
 
-from ldm.prompts.files import MAX_LINE, prompt_lines, read_prompt_file
+from ldm.prompts.files import MAX_LINE, Faults, read_lines, read_prompt_file
 from ldm.util import InputError
 
 
@@ -26,12 +28,20 @@ def refusal(path) -> str:
     return str(caught.value)
 
 
+def lines_of(source) -> list[str]:
+    faults = Faults("it")
+    lines = list(read_lines(source, faults))
+    faults.raise_any()
+    return lines
+
+
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("last", [True, False])
 def test_line_ends_and_byte_order_mark(write, end, mark, last):
     content = mark + end.join(["ein Mädchen".encode(), b"", b"  ", b"two"]) + (end if last else b"")
-    assert list(prompt_lines(write(content))) == [(1, "ein Mädchen"), (4, "two")]
+    assert lines_of(write(content)) == ["ein Mädchen", "", "  ", "two"]
+    assert read_prompt_file(write(content)) == ["ein Mädchen", "two"]
 
 
 @pytest.mark.parametrize(
@@ -94,13 +104,69 @@ def test_missing_file_and_directory(tmp_path):
     assert "directory" in refusal(tmp_path)
 
 
+def test_all_faults_at_once(write):
+    """Also behind a line that is too long, whichever way it ends."""
+    long = b"a" * (MAX_LINE + 70_000)
+    lines = [b"ok", b"\xff", long, b"ok", long + b"\xfe", b"ok\xe4"]
+    for end in (b"\n", b"\r\n", b"\r"):
+        content = end.join(lines)
+        with pytest.raises(InputError) as caught:
+            read_prompt_file(write(content))
+        told = str(caught.value).split("\n")
+        assert [line.partition("prompts.txt, ")[2].partition(":")[0] for line in told] == [
+            "line 2", "line 3", "line 5", "line 6",
+        ]  # fmt: skip
+        assert f"byte 0xe4 at offset {len(content) - 1} is" in told[-1]
+
+
+def test_a_line_end_on_the_limit_of_what_is_read_at_once(write):
+    for length in range(MAX_LINE + (1 << 16) - 2, MAX_LINE + (1 << 16) + 6):
+        content = b"a" * length + b"\r\n" + b"\xff"
+        with pytest.raises(InputError, match=rf"line 2: byte 0xff at offset {length + 2} is"):
+            read_prompt_file(write(content))
+
+
+def test_many_faults_are_counted(write):
+    with pytest.raises(InputError) as caught:
+        read_prompt_file(write(b"\xff\n" * 45))
+    told = str(caught.value).split("\n")
+    assert len(told) == 21
+    assert told[-1] == "and 25 more"
+
+
+def test_a_file_of_faults_is_not_read_to_its_end(write):
+    path = write(b"\xff\n" * 5_000)
+    faults = Faults("it")
+    with pytest.raises(InputError, match="and 980 more"):
+        list(read_lines(path, faults))
+
+
+def test_standard_input(monkeypatch):
+    binary = io.BytesIO("\ufeffeine Straße\r\n\r\nzwei".encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(binary, encoding="ascii"))
+    assert read_prompt_file("-") == ["eine Straße", "zwei"]
+    assert not binary.closed
+
+
+def test_standard_input_faults(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\n\xff")))
+    with pytest.raises(InputError, match=r"^standard input, line 2: byte 0xff at offset 2 "):
+        read_prompt_file("-")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    with pytest.raises(InputError, match="standard input holds no prompt"):
+        read_prompt_file("-")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="closed"):
+        read_prompt_file("-")
+
+
 def test_a_long_file_streams(write):
     path = write(
         b"".join(b"%07d a prompt of the usual length, with a few words in it\n" % i for i in range(100_000))
     )
     tracemalloc.start()
     try:
-        assert sum(1 for _ in prompt_lines(path)) == 100_000
+        assert sum(1 for _ in read_lines(path, Faults("it"))) == 100_000
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
         assert len(read_prompt_file(path)) == 100_000
         assert tracemalloc.get_traced_memory()[1] < 20 << 20

@@ -1,0 +1,53 @@
+"""Pictures of other programs, and of this one, as jobs that can be run again.
+
+`read_job` finds the text that a program left in a PNG, JPEG or WebP file; each program's own way of writing has
+a module here. What the text asks for and this toolkit does not do is said in the notes of the `Recipe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ldm.images.foreign import comfyui, invokeai, own, webui
+from ldm.images.foreign.recipe import Recipe
+from ldm.images.foreign.texts import read_texts
+from ldm.images.metadata import INFOTEXT_KEYWORD
+from ldm.images.record import KEYWORD as RECORD_KEYWORD
+from ldm.util import InputError, printable
+
+__all__ = ["Recipe", "read_job"]
+
+# The first keyword that a file has and that can be read counts. ComfyUI's graph stands before the infotext,
+# since extensions of ComfyUI write both, and the graph says how the noise was drawn.
+_READERS: tuple[tuple[str, Callable[[str], Recipe]], ...] = (
+    (RECORD_KEYWORD, own.read),
+    ("prompt", comfyui.read),
+    (INFOTEXT_KEYWORD, webui.read),
+    ("invokeai_metadata", invokeai.read_metadata),
+    ("sd-metadata", invokeai.read_sd_metadata),
+    ("Dream", invokeai.read_dream),
+)
+
+
+def read_job(path: str) -> Recipe:
+    """How the picture at `path` was made, by the text in its file.
+
+    Raises InputError, of one line that begins with the path, for a file that is no PNG, JPEG or WebP picture or
+    that holds no settings that are understood.
+    """
+    texts = read_texts(path)
+    faults: list[str] = []
+    for keyword, read in _READERS:
+        if keyword in texts:
+            try:
+                recipe = read(texts[keyword])
+            except InputError as error:
+                faults.append(f"its text `{keyword}` is not used: {error}")
+            else:
+                return replace(recipe, notes=(*faults, *recipe.notes))
+    reason = (
+        "; ".join(faults)
+        or "holds no generation settings; pictures lose them when they are edited or uploaded"
+    )
+    raise InputError(f"{printable(path)}: {reason}")

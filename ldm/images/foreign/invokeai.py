@@ -1,0 +1,144 @@
+"""InvokeAI: JSON since version 3, and the command line and JSON of versions before."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from ldm.images.foreign.recipe import Draft, Recipe
+from ldm.images.metadata import file_name
+from ldm.util import InputError
+
+_UNWANTED = re.compile(r"\[([^\[\]]*)\]")  # the negative prompt of version 2 stands within the prompt
+_QUOTED = re.compile(r'\s*"((?:[^"\\]|\\.)*)"(.*)', re.DOTALL)
+_BARE = re.compile(r"(.*?)((?:\s--?[A-Za-z].*)?)", re.DOTALL)
+_DREAM_NUMBERS = {"s": "steps", "S": "seed", "W": "width", "H": "height", "C": "cfg_scale", "f": "strength"}
+_NOT_HERE = (
+    "cfg_rescale_multiplier", "seamless", "seamless_x", "seamless_y", "clip_skip", "vae", "controlnets", "ipAdapters",
+    "t2iAdapters", "hrf_enabled", "refiner_model", "variations", "threshold", "perlin", "facetool", "upscale",
+    "postprocessing",
+)  # fmt: skip
+
+
+def read_metadata(text: str) -> Recipe:
+    """The recipe of a picture of version 3 or later."""
+    content = _object(text)
+    draft = Draft("InvokeAI")
+    draft.values["prompt"] = _text(content.get("positive_prompt"))
+    draft.values["negative_prompt"] = _text(content.get("negative_prompt"))
+    _settings(content, _text(content.get("scheduler")), draft)
+    model = content.get("model")
+    if isinstance(model, dict):
+        draft.model = file_name(_text(model.get("name") or model.get("model_name")))
+        draft.model_hash = _text(model.get("hash") or model.get("model_hash"))
+    loras = content.get("loras")
+    for lora in loras[:20] if isinstance(loras, list) else []:
+        if isinstance(lora, dict):
+            names = lora.get("model") or lora.get("lora")
+            name = names.get("name") or names.get("model_name") if isinstance(names, dict) else None
+            draft.lora(name, lora.get("weight"), lora.get("weight"))
+    if content.get("rand_device", "cpu") == "cpu":
+        draft.cpu_noise()
+    return draft.finish()
+
+
+def read_sd_metadata(text: str) -> Recipe:
+    """The recipe of a picture of version 1.15 to 2.3, by its JSON."""
+    content = _object(text)
+    images = content.get("images")
+    image = content.get("image") or (images[0] if isinstance(images, list) and images else None)
+    if not isinstance(image, dict):
+        raise InputError("it describes no picture")
+    draft = Draft("InvokeAI")
+    prompt = image.get("prompt")
+    if isinstance(prompt, list):
+        parts = [part for part in prompt if isinstance(part, dict)]
+        prompt = " ".join(_text(part.get("prompt")) for part in parts)
+        if len(parts) > 1:
+            draft.note("its prompt has weighted parts, which are joined here")
+    _split_prompt(_text(prompt), draft)
+    _settings(image, _text(image.get("sampler")), draft)
+    draft.model = file_name(
+        _text(content.get("model_weights") or content.get("model_id") or content.get("model"))
+    )
+    draft.model_hash = _text(content.get("model_hash"))
+    draft.note("its noise is taken to be an NVIDIA card's; another GPU's would differ")
+    return draft.finish()
+
+
+def read_dream(text: str) -> Recipe:
+    """The recipe of a picture of version 1 or 2, by the command that made it."""
+    quoted = _QUOTED.fullmatch(text) or _BARE.fullmatch(text)
+    if quoted is None:
+        raise InputError("it is no command")
+    content: dict[str, Any] = {}
+    draft = Draft("InvokeAI")
+    for letter, value in _options(quoted[2]):
+        if letter in _DREAM_NUMBERS:
+            content[_DREAM_NUMBERS[letter]] = _number(value)
+        elif letter in ("A", "I"):
+            content[letter] = value
+        elif letter not in ("n", "g", "o", "F"):  # how many, a grid, a folder, a fit
+            draft.note(f"left out: option -{letter} {value}".rstrip())
+    if "steps" not in content and "seed" not in content:
+        raise InputError("its command has neither steps nor seed")
+    _split_prompt(quoted[1].strip(), draft)
+    content["init_image"] = content.get("I", "")
+    _settings(content, content.get("A", "k_lms"), draft)
+    draft.note("its noise is taken to be an NVIDIA card's; another GPU's would differ")
+    return draft.finish()
+
+
+def _options(text: str) -> list[tuple[str, str]]:
+    """Options and their values; the space between a letter and its value may be missing."""
+    found = []
+    words = text.split()[:200]
+    for i, word in enumerate(words):
+        if re.match("-[A-Za-z]", word):
+            following = words[i + 1] if i + 1 < len(words) else ""
+            found.append((word[1], word[2:] or ("" if following.startswith("-") else following)))
+        elif word.startswith("--"):
+            found.append((word[1:], ""))
+    return found
+
+
+def _settings(content: dict[str, Any], sampler: str, draft: Draft) -> None:
+    for name in ("seed", "steps", "width", "height"):
+        draft.whole(name, content.get(name))
+    draft.number("scale", content.get("cfg_scale"))
+    draft.sampler(sampler)
+    steps = draft.values.get("steps", 0)
+    if draft.values["sampler"] != "dpm_solver" and steps and 1000 % steps:
+        draft.note(f"its timesteps for {steps} steps lie a little lower than those taken here")
+    image = _text(content.get("init_image"))
+    if image or content.get("generation_mode") == "img2img" or content.get("type") == "img2img":
+        draft.start_from(file_name(image), content.get("strength", 0.75))
+    for name in _NOT_HERE:
+        draft.leave_out(name, content.get(name))
+
+
+def _split_prompt(text: str, draft: Draft) -> None:
+    draft.values["prompt"] = " ".join(_UNWANTED.sub(" ", text).split())
+    draft.values["negative_prompt"] = " ".join(_UNWANTED.findall(text))
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError("it is no JSON") from None
+    if not isinstance(content, dict):
+        raise InputError("it is no JSON object")
+    return content
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _number(text: str) -> int | float | None:
+    try:
+        return int(text) if re.fullmatch("-?[0-9]{1,20}", text) else float(text)
+    except ValueError:
+        return None

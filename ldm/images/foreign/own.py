@@ -1,0 +1,29 @@
+"""The record of this toolkit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ldm.images.foreign.recipe import Recipe, checked
+from ldm.images.record import read_record
+from ldm.job import Job
+from ldm.util import printable
+
+
+def read(text: str) -> Recipe:
+    """The recipe of a picture with a record."""
+    job, extras, unknown = read_record(text)
+    notes = [f"a newer version wrote {printable(name)[:100]}, which is left out" for name in unknown[:20]]
+    return recipe(job, extras, notes)
+
+
+def recipe(job: Job, extras: Mapping[str, str], notes: list[str]) -> Recipe:
+    """The recipe of a picture of this toolkit. Whoever wrote the file cannot choose a folder to read from."""
+    job = checked(job)
+    if job.init is not None:
+        notes = [
+            *notes,
+            f"it starts from the picture {printable(job.init.image)}, which the file does not hold",
+        ]
+    model, digest = extras.get("Model", ""), extras.get("Model hash", "")
+    return Recipe(job, "ldm", model, digest, dict(extras), tuple(notes))

@@ -1,0 +1,163 @@
+"""What is understood of how a picture was made, and what every program's reader needs to say it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldm.images.metadata import file_name
+from ldm.images.record import read_record, record
+from ldm.job import Init, Job, lora_name
+from ldm.util import printable
+
+_MAX_NOTES, _MAX_NOTE = 40, 300
+_WEIGHTS = re.compile(r"(?<!\\)[()\[\]]|\bBREAK\b|\bAND\b|\w[+-]{1,9}(?=\s|,|$)")
+_TAG = re.compile(r"<(lora|lyco|hypernet):[^<>]{1,200}>")
+
+# Part of a sampler's name, the sampler here that is nearest, the eta with which it is. The first match counts.
+_NEAREST = (
+    ("plms", "plms", 0.0),
+    ("pndm", "plms", 0.0),
+    ("ancestral", "ddim", 1.0),
+    ("eulera", "ddim", 1.0),
+    ("dpm2a", "ddim", 1.0),
+    ("dpmpp2sa", "ddim", 1.0),
+    ("ddpm", "ddim", 1.0),
+    ("lcm", "ddim", 1.0),
+    ("sde", "ddim", 1.0),
+    ("ddim", "ddim", 0.0),
+    ("euler", "ddim", 0.0),
+    ("lms", "plms", 0.0),
+    ("", "dpm_solver", 0.0),  # DPM-Solver's many relatives, Heun, UniPC, DEIS: of second order or higher
+)
+_SAME = {"ddim": "ddim", "plms": "plms"}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a picture was made: the `job`, as far as it could be understood, and what else its file says.
+
+    `source` is the program: "ldm", "A1111", "stable-diffusion.cpp", "ComfyUI" or "InvokeAI". `model` and
+    `model_hash` are the checkpoint's as the file names them, or empty. `extras` are this toolkit's own entries
+    (`Config`, `Precision`, ...). Each of `notes` says one thing that will differ, in a printable line. Of files
+    that the job starts from only the names are known.
+    """
+
+    job: Job
+    source: str
+    model: str = ""
+    model_hash: str = ""
+    extras: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def checked(job: Job) -> Job:
+    """`job` as its record would give it back: without folders, and with values that its fields can have.
+
+    Raises InputError for a value that is none, such as a number that is not finite.
+    """
+    return read_record(record(job, {})).job
+
+
+class Draft:
+    """A recipe in the making: fields of the job as they are found, and notes."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.model = self.model_hash = ""
+        self.values: dict[str, Any] = {"prompt": ""}
+        self.notes: list[str] = []
+        self.loras: list[tuple[str, float, float]] = []
+
+    def note(self, text: str) -> None:
+        """Says one thing that will differ; said twice, it stands once."""
+        text = printable(text)[:_MAX_NOTE]
+        if text not in self.notes and len(self.notes) < _MAX_NOTES:
+            self.notes.append(text)
+
+    def leave_out(self, what: str, value: object) -> None:
+        """Notes a setting that has no counterpart here, unless it is off."""
+        if value not in (None, "", 0, False, [], {}):
+            self.note(
+                f"left out: {what} {str(value)[:100] if isinstance(value, (str, int, float)) else ''}".rstrip()
+            )
+
+    def whole(self, name: str, value: object) -> None:
+        """A field that is a whole number of 0 or more; anything else is noted."""
+        if type(value) is int and 0 <= value < 2**64:
+            self.values[name] = value
+        else:
+            self._refuse(name, value)
+
+    def number(self, name: str, value: object) -> None:
+        """A field that is a finite number; anything else is noted."""
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9:
+            self.values[name] = float(value)
+        else:
+            self._refuse(name, value)
+
+    def _refuse(self, name: str, value: object) -> None:
+        said = "not said" if value is None else f"no usable number ({type(value).__name__!s})"
+        self.note(f"{name} is {said}; {getattr(Job(''), name)} is taken")
+
+    def sampler(self, name: str) -> None:
+        """The sampler of a foreign name, or the nearest one."""
+        plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))[:100].removeprefix("k")
+        own, eta = next((own, eta) for part, own, eta in _NEAREST if part in plain)
+        self.values["sampler"] = own
+        if _SAME.get(plain) != own:
+            with_eta = f" with eta {eta:g}" if eta else ""
+            self.note(f"sampler {name[:100] or '(none named)'} is not here; {own}{with_eta} is nearest")
+            self.values["eta"] = eta
+
+    def spacing_of_compvis(self) -> None:
+        """DDIM or PLMS on the original's timesteps, where those can be had for this count of steps."""
+        steps, sampler = self.values.get("steps", Job("").steps), self.values["sampler"]
+        if sampler == "dpm_solver" or not 1 <= steps <= 999 or 1000 % steps == 0:
+            return
+        stride = 1000 // steps
+        if math.ceil(1000 / stride) * stride - stride + 1 <= 999:
+            self.values["timestep_spacing"] = "compvis"
+        else:
+            self.note(f"its timesteps for {steps} steps are not known here; evenly spaced ones are taken")
+
+    def cpu_noise(self) -> None:
+        """Noise of torch's generator on the CPU, which uses the lower 32 bits of a seed."""
+        self.values["rng"] = "cpu"
+        seed = self.values.get("seed", 0)
+        if seed >= 2**32:
+            self.values["seed"] = seed % 2**32
+            self.note(f"seed {seed} is {seed % 2**32} to the noise generator, which uses 32 bits")
+
+    def lora(self, name: object, weight: object, text_weight: object) -> None:
+        """A LoRA by the name of its file, with its weights on the U-Net and on the text model."""
+        if isinstance(name, str) and name:
+            weights = [
+                float(w) if isinstance(w, (int, float)) and abs(w) < 1e9 else 1.0
+                for w in (weight, text_weight)
+            ]
+            self.loras.append((lora_name(file_name(name)), weights[0], weights[1]))
+
+    def start_from(self, name: str, strength: object) -> None:
+        """A picture that the job starts from; its name may be empty."""
+        self.number("strength", strength)
+        if name:
+            self.values["init"] = Init(name)
+        self.note(f"it starts from a picture{f' {name}' if name else ''} that the file does not hold")
+
+    def finish(self) -> Recipe:
+        """The recipe, and notes on what stands in its prompts."""
+        for prompt in (self.values["prompt"], self.values.get("negative_prompt", "")):
+            for tag in _TAG.finditer(prompt):
+                self.note(f"left out: {tag[0]}")
+            if _WEIGHTS.search(prompt):
+                self.note(f"signs in its prompts are weights to {self.source}")
+        for name, *_ in self.loras:
+            self.note(f"it needs the LoRA {name}")
+        self.values["loras"] = tuple(self.loras)
+        return Recipe(
+            checked(Job(**self.values)), self.source, self.model, self.model_hash, {}, tuple(self.notes)
+        )

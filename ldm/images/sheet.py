@@ -1,0 +1,165 @@
+"""Labelled contact sheets: pictures in a table whose rows and columns have names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ldm.images.grid import MAX_PAGE_PIXELS
+from ldm.util import InputError, printable
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom lie outside
+
+PADDING = 6  # pixels between pictures, and around texts
+FONT_SIZE = 16
+LINE = 20  # pixels from line to line
+MAX_ROW_LABEL = 220  # pixels across
+MIN_COLUMN = 64  # pixels across, so that a name finds room
+MAX_LINES = 4
+_MAX_CHARACTERS = 400  # of a label; more than any band can show
+_CUT = "..."
+_PAPER, _INK = (255, 255, 255), (0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything lies on a sheet of `size` (width, height): the pictures row by row, and the labels."""
+
+    size: tuple[int, int]
+    title: Box
+    rows: tuple[Box, ...]
+    columns: tuple[Box, ...]
+    pictures: tuple[Box, ...]
+
+
+def sheet(
+    pictures: Sequence[np.ndarray | None], rows: Sequence[str], columns: Sequence[str], title: str = ""
+) -> Image.Image:
+    """Uint8 pictures [H, W, 3], row by row, as a table on white, with a name beside each row and above each column.
+
+    Pictures keep their pixels; a smaller one lies at the top left of its cell, and a cell whose picture is None
+    stays white. Texts are wrapped, and cut where they need too much room; controls in them are escaped.
+    Raises InputError if the sheet would be larger than 67 million pixels.
+    """
+    placed = layout([None if p is None else (p.shape[1], p.shape[0]) for p in pictures], rows, columns, title)
+    page = Image.new("RGB", placed.size, _PAPER)
+    labels = (
+        (title, placed.title),
+        *zip(rows, placed.rows, strict=True),
+        *zip(columns, placed.columns, strict=True),
+    )
+    for text, box in labels:
+        _write(page, text, box)
+    for picture, box in zip(pictures, placed.pictures, strict=True):
+        if picture is not None:
+            page.paste(Image.fromarray(picture), box[:2])
+    return page
+
+
+def layout(
+    sizes: Sequence[tuple[int, int] | None], rows: Sequence[str], columns: Sequence[str], title: str = ""
+) -> Layout:
+    """Where `sheet` puts pictures of these sizes (width, height)."""
+    if len(sizes) != len(rows) * len(columns) or not sizes:
+        raise ValueError(f"{len(sizes)} pictures do not fill {len(rows)} rows of {len(columns)} columns")
+    table = [
+        [size or (0, 0) for size in sizes[i : i + len(columns)]] for i in range(0, len(sizes), len(columns))
+    ]
+    widths = [max(*(row[j][0] for row in table), MIN_COLUMN) for j in range(len(columns))]
+    heights = [max(max(height for _, height in row), LINE if any(rows) else 0) for row in table]
+    beside = _widest(rows)
+    left = beside + PADDING if beside else 0
+    lefts = _starts(left, widths)
+    top = _band([title], sum(widths) + left)
+    head = top + max(_band([text], width) for text, width in zip(columns, widths, strict=True))
+    tops = _starts(head, heights)
+    width, height = lefts[-1] + widths[-1] + PADDING, tops[-1] + heights[-1] + PADDING
+    if width * height > MAX_PAGE_PIXELS:
+        raise InputError(
+            f"a sheet of {len(rows)} by {len(columns)} pictures has {width}x{height} pixels, more than "
+            f"{MAX_PAGE_PIXELS // 10**6} million; make a smaller one"
+        )
+    return Layout(
+        (width, height),
+        (PADDING, 0, width, top),
+        tuple((PADDING, y, left, y + h) for y, h in zip(tops, heights, strict=True)),
+        tuple((x, top, x + w, head) for x, w in zip(lefts, widths, strict=True)),
+        tuple(
+            (x, y, x + w, y + h)
+            for y, row in zip(tops, table, strict=True)
+            for x, (w, h) in zip(lefts, row, strict=True)
+        ),
+    )
+
+
+def _starts(first: int, lengths: Sequence[int]) -> list[int]:
+    """Where things of these lengths begin, one behind the other with padding before each."""
+    return list(accumulate((length + PADDING for length in lengths[:-1]), initial=first + PADDING))
+
+
+def _widest(labels: Sequence[str]) -> int:
+    """How many pixels across the names of rows take."""
+    return max(min(int(_length(_plain(label))) + 1, MAX_ROW_LABEL) if label else 0 for label in labels)
+
+
+def _band(labels: Sequence[str], width: int) -> int:
+    """How many pixels high the labels are, in lines that are not wider than `width`."""
+    lines = max(len(wrap(label, width, MAX_LINES)) for label in labels)
+    return lines * LINE + PADDING if lines else 0
+
+
+def wrap(text: str, width: int, lines: int) -> list[str]:
+    """`text` in at most `lines` lines that are at most `width` pixels across; the last one says if more is cut."""
+    rest, done = _plain(text), []
+    while rest and len(done) < lines:
+        fitting = _fitting(rest, width)
+        last = len(done) == lines - 1
+        if len(fitting) < len(rest) and last:
+            fitting = _fitting(rest, width - int(_length(_CUT)) - 1)
+            return [*done, f"{fitting.rstrip()}{_CUT}"]
+        space = fitting.rfind(" ")
+        if len(fitting) < len(rest) and rest[len(fitting)] != " " and space > 0:
+            fitting = fitting[:space]
+        done.append(fitting.rstrip())
+        rest = rest[len(fitting) :].lstrip()
+    return done
+
+
+def _fitting(text: str, width: int) -> str:
+    """The longest beginning of a text that is not wider than `width` pixels, but at least one character."""
+    low, high = 1, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _length(text[:middle]) <= width else (low, middle - 1)
+    return text[:low]
+
+
+def _plain(text: str) -> str:
+    return printable(" ".join(text[:_MAX_CHARACTERS].split()))
+
+
+@lru_cache(maxsize=1)
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(FONT_SIZE)
+
+
+def _length(text: str) -> float:
+    return _font().getlength(text)
+
+
+def _write(page: Image.Image, text: str, box: Box) -> None:
+    """Draws a text inside its box and nowhere else."""
+    left, top, right, bottom = box
+    lines = wrap(text, right - left, min(MAX_LINES, (bottom - top) // LINE))
+    if not lines:
+        return
+    band = Image.new("RGB", (right - left, bottom - top), _PAPER)
+    draw = ImageDraw.Draw(band)
+    for i, line in enumerate(lines):
+        draw.text((0, i * LINE), line, fill=_INK, font=_font())
+    page.paste(band, (left, top))

@@ -1,0 +1,61 @@
+"""Weighted and long prompts -> what the U-Net's cross-attention looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.prompts.weights import Chunk, chunk_prompt
+from ldm.util import InputError
+
+
+def count_chunks(embedder: nn.Module, prompts: Sequence[str]) -> int:
+    """How many chunks of 75 tokens the longest of the prompts takes; see `chunk_prompt` for the errors."""
+    return max(map(len, _chunked(embedder, prompts)))
+
+
+def encode_weighted(embedder: nn.Module, prompts: Sequence[str], chunks: int = 1) -> Tensor:
+    """Prompts in A1111's syntax -> [N, 77 * C, width], where C is `chunks` or as many as the longest prompt takes.
+
+    Each chunk goes through the text model by itself, so that the result does not depend on the other prompts;
+    shorter prompts are filled up with chunks of the empty one. A prompt of one chunk without weights gives what
+    `embedder.encode` gives, bit for bit. `InputError` for a text model other than CLIP's.
+    """
+    rows = _chunked(embedder, prompts)
+    count = max(chunks, *map(len, rows))
+    (empty,) = _chunked(embedder, [""])
+    encoded: dict[Chunk, Tensor] = {}
+    for row in rows:
+        row += empty * (count - len(row))
+        encoded |= {chunk: _encode(embedder, chunk) for chunk in row if chunk not in encoded}
+    return torch.cat([torch.cat([encoded[chunk] for chunk in row], dim=1) for row in rows])
+
+
+def _clip(embedder: nn.Module) -> FrozenCLIPEmbedder:
+    if not isinstance(embedder, FrozenCLIPEmbedder):
+        raise InputError("prompt weights need a CLIP text model, which this model has not")
+    return embedder
+
+
+def _chunked(embedder: nn.Module, prompts: Sequence[str]) -> list[list[Chunk]]:
+    clip = _clip(embedder)
+    return [chunk_prompt(prompt, clip.tokenizer, clip.max_length - 2) for prompt in prompts]
+
+
+def _encode(embedder: nn.Module, chunk: Chunk) -> Tensor:
+    """One chunk [1, 77, width], by its weights."""
+    transformer = _clip(embedder).transformer
+    device = transformer.text_model.embeddings.token_embedding.weight.device
+    hidden = transformer(torch.tensor([chunk.ids], device=device))
+    if all(weight == 1 for weight in chunk.weights):
+        return hidden
+    return weigh(hidden, torch.tensor(chunk.weights, device=device))
+
+
+def weigh(hidden: Tensor, weights: Tensor) -> Tensor:
+    """Hidden states [1, L, width] times the weights [L] of their tokens, then all times old mean / new mean."""
+    weighted = hidden * weights[:, None].to(hidden.dtype)
+    return weighted * (hidden.float().mean() / weighted.float().mean()).to(hidden.dtype)

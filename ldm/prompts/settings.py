@@ -1,0 +1,200 @@
+"""What a prompt list or a sweep can set of a job: one table of names, types and ranges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ldm.job import RESIZES, Init, Job
+from ldm.util import printable
+
+MAX_SEED = 2**32 - 1
+_MAX_SIDE = 65_536
+_INIT = "init."
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One field of a `Job`, or `init.` and one of its `Init`: its type, and which values it takes.
+
+    `low` and `high` are inclusive; a text with `choices` must be one of them. A tuple has a setting for each of
+    its entries in `row`; with `many` it is a tuple of such tuples.
+    """
+
+    field: str
+    kind: type
+    low: float = -math.inf
+    high: float = math.inf
+    multiple: int = 1
+    choices: tuple[str, ...] = ()
+    row: tuple[Setting, ...] = ()
+    many: bool = False
+    optional: bool = False
+
+    def parse(self, text: str) -> Any:
+        """The value that a text stands for. Raises ValueError, with what is wrong, if it is of another type."""
+        try:
+            if self.row and not self.many:
+                return tuple(part.parse(word) for part, word in zip(self.row, text.split(","), strict=True))
+            if self.kind is bool:
+                return {"true": True, "false": False}[text.strip().lower()]
+            if self.choices:
+                return "_".join(text.lower().split())
+            return text if self.many else self.kind(text)
+        except (ValueError, KeyError):
+            raise ValueError(self._refusal(text)) from None
+
+    def check(self, value: Any) -> Any:
+        """The value as the job holds it. Raises ValueError, with what is wrong, for a wrong type or range."""
+        if not self._fits(value):
+            raise ValueError(self._refusal(value))
+        if value is None:
+            return None
+        if self.many:
+            return tuple(map(self._as_row, value))
+        return self._as_row(value) if self.row else self.kind(value)
+
+    def _as_row(self, value: Any) -> tuple[Any, ...]:
+        return tuple(part.check(entry) for part, entry in zip(self.row, value, strict=True))
+
+    def read(self, text: str) -> Any:
+        """The checked value that a text stands for."""
+        return self.check(self.parse(text))
+
+    def _fits(self, value: Any) -> bool:
+        if value is None:
+            return self.optional
+        if self.many:
+            return isinstance(value, list | tuple) and all(map(self._fits_row, value))
+        if self.row:
+            return self._fits_row(value)
+        if self.kind is str:
+            return isinstance(value, str) and _is_text(value) and (not self.choices or value in self.choices)
+        if self.kind is bool or isinstance(value, bool):
+            return self.kind is bool and isinstance(value, bool)
+        if not isinstance(value, int | float if self.kind is float else int):
+            return False
+        in_range = _is_finite(value) and self.low <= value <= self.high
+        return in_range and (self.multiple == 1 or value % self.multiple == 0)
+
+    def _fits_row(self, value: Any) -> bool:
+        if not isinstance(value, list | tuple) or len(value) != len(self.row):
+            return False
+        return all(part._fits(entry) for part, entry in zip(self.row, value, strict=True))
+
+    def _refusal(self, value: Any) -> str:
+        shown = value if isinstance(value, str) else repr(value)
+        return f"is {printable(shown[:80]) or 'empty'}; give {self._wanted()}"
+
+    def _wanted(self) -> str:
+        if self.row:
+            entries = f"[{', '.join(part._wanted() for part in self.row)}]"
+            return f"a list of {entries}" if self.many else entries[1:-1]
+        if self.choices:
+            return " or ".join([", ".join(self.choices[:-1]), self.choices[-1]])
+        if self.kind in (str, bool):
+            return "valid text" if self.kind is str else "true or false"
+        number = "a number" if self.kind is float else "a whole number"
+        if self.multiple > 1:
+            number = f"a multiple of {self.multiple}"
+        if math.isinf(self.high):
+            return "a finite number" if math.isinf(self.low) else f"{number} of {self.low:g} or more"
+        return f"{number} from {self.low:.10g} to {self.high:.10g}"
+
+
+def _is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it: lone surrogates can come out of JSON."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
+
+
+_RANGES: Mapping[str, Mapping[str, Any]] = {
+    "seed": {"low": 0, "high": MAX_SEED},
+    "width": {"low": 8, "high": _MAX_SIDE, "multiple": 8},
+    "height": {"low": 8, "high": _MAX_SIDE, "multiple": 8},
+    "steps": {"low": 1, "high": 999},
+    "sampler": {"choices": ("ddim", "plms", "dpm_solver")},
+    "eta": {"low": 0},
+    "timestep_spacing": {"choices": ("uniform", "compvis", "quad")},
+    "batch_index": {"low": 0},
+    "strength": {"low": 0, "high": 1},
+    "upscale": {"low": 1, "high": 8},
+    "upscale_strength": {"low": 0, "high": 1},
+    "init.width": {"low": 1, "high": _MAX_SIDE},
+    "init.height": {"low": 1, "high": _MAX_SIDE},
+    "init.resize": {"choices": RESIZES},
+    "init.outpaint": {"low": 0, "high": _MAX_SIDE},
+    "init.mask_blur": {"low": 0, "high": 256},
+}
+
+
+def _setting(field: str, hint: Any) -> Setting:
+    """The setting of a field by its annotation and `_RANGES`."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    (kind,) = (option for option in options if option is not type(None))
+    extra: dict[str, Any] = {"optional": len(options) > 1, **_RANGES.get(field, {})}
+    if get_origin(kind) is tuple:
+        many = get_args(kind)[-1] is ...
+        row = get_args(get_args(kind)[0]) if many else get_args(kind)
+        return Setting(field, tuple, row=tuple(_setting(field, part) for part in row), many=many)
+    if get_origin(kind) is Literal:
+        kind, extra["choices"] = str, get_args(kind)
+    return Setting(field, kind, **extra)
+
+
+def _settings(cls: type, prefix: str = "") -> dict[str, Setting]:
+    hints = get_type_hints(cls)
+    names = [prefix + field.name for field in fields(cls) if field.name != "init"]
+    return {name: _setting(name, hints[name.removeprefix(prefix)]) for name in names}
+
+
+SETTINGS: Mapping[str, Setting] = _settings(Job) | _settings(Init, _INIT)
+
+
+# this tool's own names on the command line, where they are not the fields' own
+OWN_NAMES: Mapping[str, str] = {
+    "ddim_steps": "steps",
+    "ddim_eta": "eta",
+    "W": "width",
+    "H": "height",
+    "init-img": "init.image",
+    "init_img": "init.image",
+    "mask": "init.mask",
+    "resize": "init.resize",
+    "background": "init.background",
+    "mask_blur": "init.mask_blur",
+    "outpaint": "init.outpaint",
+}
+
+
+def find_setting(name: str) -> Setting | None:
+    """The setting that goes by a name: a field of `Job`, `init.` and one of `Init`, or a name on the command line."""
+    return SETTINGS.get(OWN_NAMES.get(name, name))
+
+
+def override(job: Job, values: Mapping[str, Any]) -> Job:
+    """The job with other values, by field; `init.` and a field change its picture, `init` None takes it away.
+
+    Raises ValueError if a job without a picture gets only other fields of one.
+    """
+    of_init = {name.removeprefix(_INIT): v for name, v in values.items() if name.startswith(_INIT)}
+    own = {name: v for name, v in values.items() if name != "init" and not name.startswith(_INIT)}
+    start = None if "init" in values else job.init
+    if of_init and start is None:
+        if "image" not in of_init:
+            raise ValueError(f"{', '.join(of_init)} of a picture to start from, but there is none; give one")
+        start = Init(of_init["image"])
+    return replace(job, init=replace(start, **of_init) if start is not None else None, **own)
