@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm.checkpoints.load import Ema, load_into, undrawn
-from ldm.checkpoints.reader import read_checkpoint
-from ldm.config import ConfigError
+from ldm.checkpoints.load import Ema, build_model, check_fit, load_into, use_vocabulary
+from ldm.checkpoints.lora import LoraStack
+from ldm.checkpoints.lora_files import lora_file
+from ldm.checkpoints.reader import read_model
+from ldm.checkpoints.tensor_bytes import forget
 from ldm.images.canvas import Canvas, open_canvas
 from ldm.images.mask import fade, hide, paste, to_latent_mask
 from ldm.images.pixels import finite, from_uint8, to_uint8
@@ -30,7 +33,8 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.schedule import steps_to_run
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.runtime.device import FULL, Precision
+from ldm.runtime.device import FULL, Precision, widened
+from ldm.runtime.fast import prepare
 from ldm.runtime.tiling import (
     available_memory,
     choose_tiles,
@@ -38,11 +42,11 @@ from ldm.runtime.tiling import (
     encode_in_tiles,
     needed_memory,
 )
-from ldm.util import InputError, instantiate_from_config, printable
 
 logger = logging.getLogger(__name__)
 
 TILES = 64, 32  # sides in latent cells, and what is taken where even the first does not fit
+LOW_MEMORY = 300_000_000  # bytes of weights that stay in memory where little is wanted
 SAMPLERS: Mapping[str, type[Sampler]] = {
     "ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler,
 }  # fmt: skip
@@ -54,23 +58,21 @@ def load_model(
     device: torch.device | str = "cpu",
     ema: Ema = "auto",
     mmap: bool = True,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    dtype: torch.dtype | None = torch.float32,
 ) -> LatentDiffusion:
-    """The model of a checked config with the weights of a checkpoint, in float32, ready to sample.
+    """The model of a checked config with the weights of a checkpoint in `dtype` (None: the file's), ready to sample.
 
-    It is built without memory of its own and takes the checkpoint's tensors; see `ldm.checkpoints` for what
+    `ckpt` is a file or a folder of diffusers, `vae` and `text_encoder` files or folders with another part. The
+    model is built without memory of its own and takes the checkpoint's tensors; see `ldm.checkpoints` for what
     is refused.
     """
-    try:
-        with torch.device("meta"), undrawn():
-            model = instantiate_from_config(config)
-    except InputError:
-        raise
-    except Exception as error:  # whatever a wrong value leads to, the config is at fault
-        reason = printable(f"{type(error).__name__}: {error}")
-        raise ConfigError(f"the config describes no model that can be built: {reason}") from error
-    if not isinstance(model, LatentDiffusion):
-        raise ConfigError(f"the config's model {config['target']} is no LatentDiffusion")
-    load_into(model, read_checkpoint(ckpt, mmap=mmap), dtype=torch.float32, ema=ema)
+    model = build_model(config)
+    checkpoint = read_model(ckpt, mmap, vae, text_encoder)
+    check_fit(model, checkpoint)
+    load_into(model, checkpoint, dtype, ema)
+    use_vocabulary(model, checkpoint.vocabulary)
     if model.use_ema:  # sampling needs one set of weights, and `load_into` has chosen it
         model.use_ema = False
         del model.model_ema
@@ -103,6 +105,8 @@ class Pipeline:
 
     `canvases` opens the pictures that jobs start from. `tiles` says whether the autoencoder works piece by
     piece: "auto" does where a picture would not fit into memory otherwise; the result is then approximate.
+    `find_lora` gives the file of a name in `Job.loras`; by default the name is its path. With `lowmem` each network
+    takes memory only while it is in use, and the U-Net's weights no more than a share of it.
     """
 
     def __init__(
@@ -111,13 +115,16 @@ class Pipeline:
         precision: Precision = FULL,
         canvases: Callable[[Init], Canvas] | None = None,
         tiles: Literal["auto", "on", "off"] = "auto",
+        find_lora: Callable[[str], Path] = lora_file,
+        lowmem: bool = False,
     ):
         self.model = model
+        self.loras = LoraStack(model, find_lora)
         self.precision = precision
         self.canvas = lru_cache(maxsize=8)(open_canvas) if canvases is None else canvases
         self.tiles = tiles
-        # autocast keeps its casts of weights only if they could be trained; otherwise it casts at every step
-        model.model.requires_grad_(precision.autocast is not None)
+        self._lowmem = lowmem
+        self._packer = prepare(model, precision.dtype, forget, LOW_MEMORY if lowmem else None)
         self._encode_prompt = lru_cache(maxsize=64)(self._encode_one)
         self._distribution = lru_cache(maxsize=4)(self._encode_canvas)
         self._hidden_all = lru_cache(maxsize=4)(self._encode_grey)
@@ -166,6 +173,8 @@ class Pipeline:
         job = jobs[0]
         if len({replace(j, prompt="", negative_prompt="", seed=0, batch_index=0) for j in jobs}) > 1:
             raise ValueError("the jobs of one batch may differ in prompts and seeds only")
+        if self.loras.apply(job.loras):
+            self._encode_prompt.cache_clear()
         noise = self.noise(jobs) if noise is None else noise
         code = self.start_code(job, len(jobs), noise) if start_code is None else start_code
         posterior = self._posterior_noise(jobs)
@@ -178,6 +187,22 @@ class Pipeline:
             hidden = self._hidden(jobs, None, job.upscaled_size, posterior)
             latents = self._denoise(jobs, origin, job.upscale_strength, code, hidden, noise, on_step)
         return [self._picture(job, latent[None]) for job, latent in zip(jobs, latents, strict=True)]
+
+    @contextmanager
+    def _using(self, network: nn.Module) -> Iterator[None]:
+        """Within it one network runs in this pipeline's precision; behind it its memory is free with `lowmem`."""
+        if self._lowmem and self._packer is None:
+            network.to(self.device)
+        with self.precision.context(self.device):
+            yield
+        if self._lowmem:
+            self._release(network)
+
+    def _release(self, network: nn.Module) -> None:
+        if self._packer is None:
+            network.to("cpu")
+        else:
+            self._packer.drop(network)
 
     # --- conditioning ---------------------------------------------------------------------------------------
 
@@ -272,15 +297,17 @@ class Pipeline:
         count = steps_to_run(1.0 if origin is None else strength, job.steps, len(sampler.table))
         if origin is not None and count == 0:
             return origin.latents
-        with self.precision.context(self.device):
+        with self._using(self.model.cond_stage_model):
+            cond = self._condition([job.prompt for job in jobs], hidden)
+            guided = job.scale != 1.0
+            uncond = self._condition([job.negative_prompt for job in jobs], hidden) if guided else None
+        with self._using(self.model.model):
             return sampler.decode(
                 code if origin is None else sampler.start_from(origin.latents, count, code),
-                self._condition([job.prompt for job in jobs], hidden),
+                cond,
                 count,
                 unconditional_guidance_scale=job.scale,
-                unconditional_conditioning=None
-                if job.scale == 1.0
-                else self._condition([job.negative_prompt for job in jobs], hidden),
+                unconditional_conditioning=uncond,
                 callback=on_step,
                 noise=noise,
                 mask=None if origin is None else origin.keep,
@@ -324,10 +351,13 @@ class Pipeline:
         decode, factor = self.model.decode_first_stage, self.factor
         if tile := self._tile(*(side * factor for side in latent.shape[-2:])):
             decode = partial(decode_in_tiles, decode, factor=factor, tile=tile, overlap=tile // 4)
-        with self.precision.context(self.device):
+        with self._using(self.model.first_stage_model):
             decoded = decode(latent)
-        overflowed = self.precision.autocast is not None and not finite(decoded)[0]
-        return decode(latent.float()) if overflowed else decoded, overflowed
+        if self.precision.dtype != torch.float16 or finite(decoded)[0]:
+            return decoded, False
+        autoencoder = self.model.first_stage_model
+        with widened(autoencoder.decoder, autoencoder.post_quant_conv):
+            return decode(latent.float()), True
 
     def _encode(self, picture: Tensor) -> DiagonalGaussianDistribution:
         """The distribution of the latents of a float picture [1, 3, H, W], in float32 as in the original."""

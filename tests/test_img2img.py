@@ -75,7 +75,7 @@ def test_figures_of_the_original_through_the_command_line(tmp_path, monkeypatch,
     monkeypatch.setattr(
         model, "decode_first_stage", lambda z: (decoded.append(z), torch.zeros(1, 3, 64, 64))[1]
     )
-    monkeypatch.setattr(ldm.pipeline, "load_model", lambda *args: model)
+    monkeypatch.setattr(ldm.pipeline, "load_model", lambda *args, **options: model)
     monkeypatch.setattr(ldm.pipeline, "noise_source", lambda *args: GivenNoise())
     (tmp_path / "list.txt").write_text("first\nsecond\n")
     Image.new("RGB", (64, 64)).save(tmp_path / "any.png")

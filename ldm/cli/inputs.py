@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import logging
 import math
 import os
@@ -22,14 +23,14 @@ from ldm.cli.options import (
     INPAINTING_CONFIG,
     LAION_CKPT,
     LAION_CONFIG,
-    LAION_OUTDIR,
     V1_CKPT,
     V1_CONFIG,
 )
-from ldm.job import Init, Job
+from ldm.job import Init, Job, lora_name, split_loras
 from ldm.util import InputError, find, printable
 
 if TYPE_CHECKING:
+    from ldm.checkpoints.lora_files import LoraFiles
     from ldm.images.canvas import Canvas
 
 logger = logging.getLogger("ldm")
@@ -37,6 +38,8 @@ logger = logging.getLogger("ldm")
 MAX_SEED = 2**32
 MAX_COUNT = 100_000
 MAX_UPSCALE = 8
+
+_LAION_KEY = "cond_stage_model.transformer.token_emb.weight"  # of its text model, which is not CLIP's
 
 
 def check_options(opt: argparse.Namespace) -> None:
@@ -86,6 +89,44 @@ def read_prompts(opt: argparse.Namespace) -> list[list[str]]:
     return [prompts[i : i + opt.n_samples] for i in range(0, len(prompts), opt.n_samples)]
 
 
+def split_batches(opt: argparse.Namespace, batches: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The prompts of each batch, so that all of one batch ask for the same LoRAs."""
+    if opt.lora_dir is None and any(split_loras(prompt)[1] for batch in batches for prompt in batch):
+        logger.warning("without --lora_dir, <lora:...> in a prompt is text like any other")
+    return [
+        list(alike)
+        for batch in batches
+        for _, alike in itertools.groupby(batch, key=lambda prompt: read_loras(opt, prompt)[1])
+    ]
+
+
+def read_loras(opt: argparse.Namespace, prompt: str) -> tuple[str, tuple[tuple[str, float, float], ...]]:
+    """A prompt as the model sees it, and the LoRAs of the options and the prompt."""
+    given = tuple((lora_name(Path(path).name), weight, on_text) for path, weight, on_text in opt.lora)
+    if opt.lora_dir is None:
+        return prompt, given
+    text, asked = split_loras(prompt)
+    wrong = text.partition("<lora:")[1:]
+    need(
+        not any(wrong),
+        f"{printable(''.join(wrong)[:60])} in a prompt is no <lora:NAME:WEIGHT> or <lora:NAME:TEXT:WEIGHT>",
+    )
+    return text, given + asked
+
+
+def find_loras(opt: argparse.Namespace, batches: Sequence[Sequence[str]]) -> tuple[LoraFiles, list[str]]:
+    """Where the run's LoRAs lie, and their names, all there."""
+    from ldm.checkpoints.lora_files import LoraFiles
+
+    files = LoraFiles([path for path, _, _ in opt.lora], opt.lora_dir)
+    names = dict.fromkeys(name for batch in batches for name, _, _ in read_loras(opt, batch[0])[1])
+    for name in names:
+        files(name)
+    for path, _ in opt.embedding:
+        need(_exists(Path(path)), f"{printable(path)} does not exist; give another with --embedding")
+    return files, list(names)
+
+
 def _text(option: str, text: str) -> str:
     """A command-line text as UTF-8 even where the locale is ASCII, else an `InputError`."""
     try:
@@ -96,21 +137,26 @@ def _text(option: str, text: str) -> str:
 
 def choose_model(opt: argparse.Namespace) -> tuple[Path, Path]:
     """Config and checkpoint, both there: the user's, a published one at its place, or the bundled model's."""
-    if opt.laion400m:
-        opt.outdir = LAION_OUTDIR
-        for path in (LAION_CONFIG, LAION_CKPT):
-            need(_exists(find(path)), f"{path} does not exist; --laion400m needs it there")
-        return find(LAION_CONFIG), find(LAION_CKPT)
-    if opt.config is None and opt.ckpt is None:
+    for option, path in (("vae", opt.vae), ("text_encoder", opt.text_encoder)):
+        need(
+            path is None or _exists(Path(path)), f"{printable(path)} does not exist; give another --{option}"
+        )
+    if opt.config is None and opt.ckpt is None and not opt.laion400m:
         config, ckpt = _usual_model(opt.inpaint)
         return find(config), find(ckpt)
-    ckpt = find(opt.ckpt or V1_CKPT)
+    ckpt = find(opt.ckpt or (LAION_CKPT if opt.laion400m else V1_CKPT))
     for option, path in (("config", opt.config), ("ckpt", ckpt)):
         need(
             path is None or _exists(find(path)),
             f"{printable(path)} does not exist; give another with --{option}",
         )
-    config = opt.config or (INPAINTING_CONFIG if _paints_in(ckpt) else V1_CONFIG)
+    config = opt.config or _config_of(ckpt)
+    need(
+        not opt.laion400m or opt.config or config == LAION_CONFIG,
+        f"{printable(ckpt)} is not the LAION-400M model; leave --laion400m out, or give another with --ckpt",
+    )
+    if config == LAION_CONFIG:
+        _check_vocabulary()
     return find(config), ckpt
 
 
@@ -128,12 +174,22 @@ def _usual_model(inpaint: bool) -> tuple[str, str]:
     return BUNDLED_CONFIG, BUNDLED_CKPT
 
 
-def _paints_in(ckpt: Path) -> bool:
-    """Whether a checkpoint is an inpainting model, told by its content."""
-    from ldm.checkpoints.reader import read_checkpoint
+def _config_of(ckpt: Path) -> str:
+    """The published config that a checkpoint needs, told by its content."""
+    from ldm.checkpoints.reader import read_model
     from ldm.checkpoints.recognise import is_inpainting_model
 
-    return is_inpainting_model(read_checkpoint(ckpt).state_dict)
+    state_dict = read_model(ckpt).state_dict
+    if _LAION_KEY in state_dict:
+        return LAION_CONFIG
+    return INPAINTING_CONFIG if is_inpainting_model(state_dict) else V1_CONFIG
+
+
+def _check_vocabulary() -> None:
+    """That the LAION-400M model's vocabulary is there, before the model is read."""
+    from ldm.modules.encoders.bert import find_vocabulary
+
+    find_vocabulary()
 
 
 def _exists(path: Path) -> bool:

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ldm.runtime.allocator import restart_tuned
 from ldm.util import InputError, printable
 
 logger = logging.getLogger("ldm")
@@ -124,6 +125,8 @@ def main(
 ) -> int:
     """Parses, runs and turns every outcome into one line and an exit code."""
     opt = parser.parse_args(argv)
+    if argv is None:  # the command line's own: nothing has been imported or opened yet
+        restart_tuned()
     set_up_messages(opt.quiet, opt.debug)
     with contextlib.suppress(AttributeError, ValueError, OSError):  # stderr can be no real file
         faulthandler.enable()  # a checkpoint that shrinks while it is mapped ends the process without a word

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import itertools
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +22,12 @@ from ldm.cli.inputs import (
     check_memory,
     check_options,
     choose_model,
+    find_loras,
     need,
+    read_loras,
     read_prompts,
     read_starts,
+    split_batches,
 )
 from ldm.cli.report import Interrupts, Progress
 from ldm.job import Job
@@ -34,8 +38,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ldm.checkpoints.embeddings import Embeddings
+    from ldm.checkpoints.lora_files import LoraFiles
     from ldm.images.safety import Screen
     from ldm.images.writer import RunFolder
+    from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.pipeline import Picture, Pipeline
 
 logger = logging.getLogger("ldm")
@@ -71,8 +78,9 @@ def make_batches(
                     upscale=opt.upscale,
                     upscale_in=opt.upscale_in,
                     upscale_strength=opt.upscale_strength,
+                    loras=loras,
                 )
-                for i, prompt in enumerate(batch)
+                for i, (prompt, loras) in enumerate(read_loras(opt, prompt) for prompt in batch)
             ]
             index += len(batch)
 
@@ -176,7 +184,8 @@ class Output:
 def run(opt: argparse.Namespace) -> int:
     """Text and pictures to pictures: the exit code."""
     check_options(opt)
-    prompts = read_prompts(opt)
+    prompts = split_batches(opt, read_prompts(opt))
+    find_lora, loras = find_loras(opt, prompts)
     config_path, ckpt_path = choose_model(opt)
 
     from ldm.config import read_config
@@ -199,8 +208,15 @@ def run(opt: argparse.Namespace) -> int:
     started = time.monotonic()
     with RunFolder(opt.outdir) as folder, Interrupts() as interrupts:
         mark, screen = _watermark(opt), _screen(opt, device)
-        pipeline = Pipeline(load_model(config, ckpt_path, device, opt.ema), precision, canvases, opt.tiles)
+        model = load_model(
+            config, ckpt_path, device, opt.ema, vae=opt.vae, text_encoder=opt.text_encoder, dtype=None
+        )
+        embeddings = _embeddings(opt, model)
+        pipeline = Pipeline(model, precision, canvases, opt.tiles, find_lora, opt.lowmem)
+        for name in loras:
+            pipeline.loras.read(name)
         extras = _extras(opt, config_path, ckpt_path, precision.name, canvases)
+        extras = _with_hashes(extras, find_lora, embeddings)
         output = Output(opt, folder, columns, mark, screen, extras)
         logger.info("model loaded in %.1f s; %s, %s", time.monotonic() - started, device, precision.name)
         progress = Progress(images, steps * batches, opt.quiet)
@@ -272,11 +288,12 @@ def _extras(
 
     The checkpoint's hash takes seconds for a large file, so it is computed while the first pictures are made.
     """
-    from ldm.checkpoints.hashing import file_sha256
+    from ldm.checkpoints.hashing import files_sha256
+    from ldm.checkpoints.reader import model_files
 
-    digest = _in_background(file_sha256, ckpt)
+    hashes = {"Model hash": _in_background(files_sha256, model_files(ckpt))}
     extras = {
-        "Model": ckpt.parent.name if ckpt.stem == "model" else ckpt.stem,
+        "Model": ckpt.parent.name if ckpt.stem == "model" else ckpt.name if ckpt.is_dir() else ckpt.stem,
         "Config": config.stem,
         "Precision": precision,
         "Version": f"ldm {__version__}",
@@ -288,20 +305,60 @@ def _extras(
     if opt.fixed_code:
         extras["Fixed code"] = "on"
 
+    if opt.vae is not None:
+        extras["VAE"] = Path(opt.vae).name
+        hashes["VAE hash"] = _in_background(files_sha256, model_files(opt.vae, "vae"))
+    if opt.text_encoder is not None:
+        extras["Text encoder"] = Path(opt.text_encoder).name
+        files = model_files(opt.text_encoder, "text_encoder")
+        hashes["Text encoder hash"] = _in_background(files_sha256, files)
+
     def of(job: Job) -> dict[str, str]:
+        entries = {**{name: digest()[:10] for name, digest in hashes.items()}, **extras}
         if job.init is None:
-            return {"Model hash": digest()[:10], **extras}
+            return entries
         canvas = canvases(job.init)
-        hashes = {"Init image hash": canvas.digest[:10], "Mask hash": canvas.mask_digest[:10]}
-        return {"Model hash": digest()[:10], **extras, **hashes}
+        return {**entries, "Init image hash": canvas.digest[:10], "Mask hash": canvas.mask_digest[:10]}
 
     return of
 
 
-def _in_background(function: Callable[[Path], str], path: Path) -> Callable[[], str]:
-    """Starts `function(path)` on a thread that never holds up the end of the process; the call waits for it."""
+def _embeddings(opt: argparse.Namespace, model: LatentDiffusion) -> Embeddings | None:
+    """The textual inversions that prompts can use; None if there are none."""
+    if not opt.embedding and opt.embedding_dir is None:
+        return None
+    from ldm.checkpoints.embeddings import Embeddings
+
+    return Embeddings(model.cond_stage_model, opt.embedding, opt.embedding_dir)
+
+
+def _with_hashes(
+    extras: Callable[[Job], dict[str, str]], find_lora: LoraFiles, embeddings: Embeddings | None
+) -> Callable[[Job], dict[str, str]]:
+    """`extras`, and which LoRAs and textual inversions a job uses, as AUTOMATIC1111's web UI says it."""
+    from ldm.checkpoints.hashing import file_sha256
+    from ldm.checkpoints.lora_files import lora_hash
+    from ldm.images.metadata import file_name
+
+    def of(job: Job) -> dict[str, str]:
+        used = embeddings.used_in(job.prompt, job.negative_prompt) if embeddings else []
+        return {
+            **extras(job),
+            "Lora hashes": _listed({file_name(name): lora_hash(find_lora(name)) for name, *_ in job.loras}),
+            "TI hashes": _listed({e.name: file_sha256(e.path)[:12] for e in used}),
+        }
+
+    return of
+
+
+def _listed(hashes: Mapping[str, str]) -> str:
+    return ", ".join(f"{re.sub('[:,]', '', name)}: {digest}" for name, digest in hashes.items())
+
+
+def _in_background(function: Callable[[list[Path]], str], paths: list[Path]) -> Callable[[], str]:
+    """Starts `function(paths)` on a thread that never holds up the end of the process; the call waits for it."""
     results: list[str] = []
-    thread = threading.Thread(target=lambda: results.append(function(path)), daemon=True)
+    thread = threading.Thread(target=lambda: results.append(function(paths)), daemon=True)
     thread.start()
 
     def result() -> str:

@@ -62,7 +62,8 @@ class AutoencoderKL(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (unscaled) -> pictures, meant to lie in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(z))
+        assert self.post_quant_conv.bias is not None
+        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.bias.dtype)))
 
     def forward(
         self, input: Tensor, sample_posterior: bool = True

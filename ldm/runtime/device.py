@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from ldm.runtime.kernels import fast_bf16
 from ldm.util import InputError, printable
 
 logger = logging.getLogger(__name__)
@@ -42,30 +45,58 @@ def resolve_device(name: str) -> torch.device:
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """A name for reports, and the dtype that matrix products and convolutions are cast to (None: float32)."""
+    """What weights and activations of the networks are held in; a name for reports.
+
+    The schedule, the sampler's arithmetic, guidance and the statistics of norms are float32 in any case.
+    """
 
     name: str
-    autocast: torch.dtype | None
+    dtype: torch.dtype
 
     def context(self, device: torch.device) -> AbstractContextManager:
-        """What model calls run in."""
-        return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+        """What model calls run in: on a CPU, layers of other packages are cast on the way."""
+        half_on_cpu = device.type == "cpu" and self.dtype != torch.float32
+        return torch.autocast("cpu", self.dtype) if half_on_cpu else nullcontext()
 
 
-FULL = Precision("full", None)
+FULL = Precision("full", torch.float32)
+BF16 = Precision("bf16", torch.bfloat16)
+FP16 = Precision("fp16", torch.float16)
 
 
 def resolve_precision(requested: str, device: torch.device) -> Precision:
-    """`full` is float32; `autocast` is fp16 on a GPU, and bf16 on a CPU that has instructions for it."""
+    """`full` is float32; `autocast` is fp16 on a GPU, and bf16 on a CPU that has instructions for it.
+
+    `bf16` and `fp16` are themselves; fp16 on a CPU is an `InputError`, as it would take hours.
+    """
     if requested == "full":
         # convolutions on a GPU would round their inputs to 10 bits otherwise
         torch.backends.cudnn.allow_tf32 = False
         return FULL
-    if requested != "autocast":
-        raise InputError(f"unknown precision {printable(requested)!r}; it is full or autocast")
+    if requested == "bf16":
+        return BF16
+    if requested not in ("autocast", "fp16"):
+        raise InputError(f"unknown precision {printable(requested)!r}; it is full, autocast, bf16 or fp16")
     if device.type != "cpu":
-        return Precision("autocast fp16", torch.float16)
-    if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
-        return Precision("autocast bf16", torch.bfloat16)
+        return FP16
+    if requested == "fp16":
+        raise InputError(
+            "--precision fp16 needs a GPU: a CPU has no instructions for it; use autocast or full"
+        )
+    if fast_bf16():
+        return BF16
     logger.info("this CPU has no bf16 instructions; using full precision")
     return FULL
+
+
+@contextmanager
+def widened(*networks: nn.Module) -> Iterator[None]:
+    """Within it networks in half precision are float32, which holds the same weights exactly."""
+    dtypes = [next(network.parameters()).dtype for network in networks]
+    for network in networks:
+        network.float()
+    try:
+        yield
+    finally:
+        for network, dtype in zip(networks, dtypes, strict=True):
+            network.to(dtype)

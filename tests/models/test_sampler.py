@@ -5,7 +5,7 @@ import torch
 
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.guidance import guided_noise, join
+from ldm.models.diffusion.guidance import Guidance, join
 from ldm.models.diffusion.noise import TorchNoise
 from ldm.models.diffusion.plms import PLMSSampler
 
@@ -54,7 +54,7 @@ def test_guidance_doubles_the_batch_unless_its_scale_is_one(tiny, scale, rows):
 def test_guidance_formula_is_linear_in_the_scale(tiny):
     model, x, t = Shrinker(tiny), torch.randn(2, 4, 3, 5), torch.tensor([5, 5])
     cond, uncond = torch.full((2, 1, 1, 1), 0.5), torch.full((2, 1, 1, 1), 0.2)
-    at = {s: guided_noise(model, x, t, cond, uncond, s) for s in (0.0, 1.0, 3.0)}
+    at = {s: Guidance(cond, uncond, s).noise(model, x, t) for s in (0.0, 1.0, 3.0)}
     assert torch.allclose(at[0.0], 0.2 * x)
     assert torch.allclose(at[3.0], at[0.0] + 3 * (at[1.0] - at[0.0]), atol=1e-6)
 

@@ -41,8 +41,13 @@ class DiffusionWrapper(nn.Module):
     ) -> Tensor:
         if c_concat:
             x = torch.cat([x, *c_concat], dim=1)
-        context = torch.cat(list(c_crossattn), dim=1) if c_crossattn else None
+        context = _joined(c_crossattn) if c_crossattn else None
         return self.diffusion_model(x, t, context=context)
+
+
+def _joined(contexts: Sequence[Tensor]) -> Tensor:
+    """Contexts one behind the other; a single one stays the object that it is."""
+    return contexts[0] if len(contexts) == 1 else torch.cat(list(contexts), dim=1)
 
 
 class LatentDiffusion(nn.Module):

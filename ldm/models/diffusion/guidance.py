@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -27,15 +29,27 @@ def join(first: T, second: T) -> T:
     return torch.cat([first, second])  # type: ignore[list-item, return-value]
 
 
-def guided_noise(
-    model: Denoiser, x: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning | None, scale: float
-) -> Tensor:
-    """The noise in `x`, moved away from the unconditional prediction by `scale`; in the dtype of `x`.
+@dataclass(frozen=True)
+class Guidance:
+    """What the noise is predicted under: a conditioning, and how far to move away from another one.
 
-    With scale 1 or without `uncond` the model runs on the conditioning alone, else on both as one batch.
+    With scale 1 or without `uncond` the model runs on `cond` alone, else on both as one batch. A scale of
+    several numbers [N, 1, 1, 1] holds for one sample each.
     """
-    if uncond is None or scale == 1.0:
-        return model.apply_model(x, t, cond).to(x.dtype)
-    both = model.apply_model(torch.cat([x, x]), torch.cat([t, t]), join(uncond, cond))
-    without, with_ = both.to(x.dtype).chunk(2)
-    return without + scale * (with_ - without)
+
+    cond: Conditioning
+    uncond: Conditioning | None = None
+    scale: float | Tensor = 1.0
+
+    @cached_property
+    def both(self) -> Conditioning:
+        """The two as one batch, the same object at every step, so that what a model makes of it can be kept."""
+        return join(self.uncond, self.cond)
+
+    def noise(self, model: Denoiser, x: Tensor, t: Tensor) -> Tensor:
+        """The noise in `x` [N, ...] at timesteps t [N], guided; in the dtype of `x`."""
+        if self.uncond is None or (isinstance(self.scale, float | int) and self.scale == 1.0):
+            return model.apply_model(x, t, self.cond).to(x.dtype)
+        both = model.apply_model(torch.cat([x, x]), torch.cat([t, t]), self.both)
+        without, with_ = both.to(x.dtype).chunk(2)
+        return without + self.scale * (with_ - without)

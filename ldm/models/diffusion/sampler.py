@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.guidance import Conditioning, guided_noise
+from ldm.models.diffusion.guidance import Conditioning, Guidance
 from ldm.models.diffusion.noise import NoiseSource, TorchNoise
 from ldm.models.diffusion.schedule import Step, StepTable, make_timesteps
 
@@ -40,10 +40,8 @@ class Walk:
 
     model: Any
     noise: NoiseSource
-    cond: Conditioning
+    guidance: Guidance
     draws_always: bool = True
-    uncond: Conditioning = None
-    scale: float = 1.0
     mask: Tensor | None = None
     x0: Tensor | None = None
     temperature: float = 1.0
@@ -55,10 +53,10 @@ class Walk:
     def predict(self, x: Tensor, t: float) -> Tensor:
         """The guided noise in `x` at timestep `t`."""
         times = self._times(x, t)
-        eps = guided_noise(self.model, x, times, self.cond, self.uncond, self.scale)
+        eps = self.guidance.noise(self.model, x, times)
         if self.score_corrector is not None:
             kwargs = self.corrector_kwargs or {}
-            eps = self.score_corrector.modify_score(self.model, eps, x, times, self.cond, **kwargs)
+            eps = self.score_corrector.modify_score(self.model, eps, x, times, self.guidance.cond, **kwargs)
         return eps
 
     def advance(self, x: Tensor, eps: Tensor, step: Step) -> tuple[Tensor, Tensor]:
@@ -169,10 +167,8 @@ class Sampler:
         walk = Walk(
             self.model,
             self._noise(noise),
-            conditioning,
+            Guidance(conditioning, unconditional_conditioning, unconditional_guidance_scale),
             self.draws_always,
-            unconditional_conditioning,
-            unconditional_guidance_scale,
             mask,
             x0,
             temperature,
@@ -228,10 +224,8 @@ class Sampler:
         walk = Walk(
             self.model,
             self._noise(noise),
-            cond,
+            Guidance(cond, unconditional_conditioning, unconditional_guidance_scale),
             self.draws_always,
-            unconditional_conditioning,
-            unconditional_guidance_scale,
             mask,
             x0,
         )

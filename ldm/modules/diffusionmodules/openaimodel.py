@@ -262,6 +262,7 @@ class UNetModel(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
+        context = None if context is None else context.to(self.dtype)
         h = x.to(self.dtype)
         skips: list[Tensor] = []
         for block in self.input_blocks:
@@ -269,6 +270,10 @@ class UNetModel(nn.Module):
             skips.append(h)
         h = self.middle_block(h, emb, context)
         for block in self.output_blocks:
-            h = torch.cat([h, skips.pop()], dim=1)
+            h = self.with_skip(h, skips.pop())
             h = block(h, emb, context, output_size=skips[-1].shape[2:] if skips else None)
         return self.out(h).to(x.dtype)
+
+    def with_skip(self, h: Tensor, skip: Tensor) -> Tensor:
+        """What an output block takes: the map from below and the one from the input side, as channels."""
+        return torch.cat([h, skip], dim=1)

@@ -1,0 +1,348 @@
+"""Makes a loaded model fast where it lies: the same layers under the same names, computed in fewer passes.
+
+`accelerate` changes the classes of a model's layers to those of this module; their parameters stay what the
+checkpoint's file says. On a CPU each layer keeps a copy of its weights, cast and packed for the kernels, beside
+parameters that cost no memory as long as they are views of a file. Results differ by rounding only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.attention import (
+    GEGLU,
+    BasicTransformerBlock,
+    CrossAttention,
+    FeedForward,
+    SpatialTransformer,
+)
+from ldm.modules.diffusionmodules import model as autoencoder
+from ldm.modules.diffusionmodules import openaimodel as unet
+from ldm.runtime import kernels
+
+Forget = Callable[[Tensor], object]
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What was made of a weight, and its size in bytes."""
+
+    weight: Tensor
+    version: int
+    made: Any
+    size: int
+
+
+class Packer:
+    """Casts and packs weights, once for each layer, within a `budget` in bytes (None: no limit).
+
+    What does not fit is made again at each use. `forget` is told of each weight that was read, so that a
+    file's pages can leave memory.
+    """
+
+    def __init__(self, dtype: torch.dtype, forget: Forget, budget: int | None = None):
+        self.dtype = dtype
+        self._forget = forget
+        self._budget = budget
+        self._kept: dict[nn.Module, _Kept] = {}
+
+    def get(self, user: nn.Module, weight: Tensor, make: Callable[[Tensor], Made]) -> Made:
+        """`make(weight)` for `user`, made again once the weight is another object or was changed in place."""
+        version = 0 if weight.is_inference() else weight._version
+        kept = self._kept.get(user)
+        if kept is not None and kept.weight is weight and kept.version == version:
+            return kept.made
+        self._kept.pop(user, None)
+        made = make(weight)
+        self._forget(weight)
+        size = weight.numel() * self.dtype.itemsize
+        if self._budget is None or size + self.size <= self._budget:
+            self._kept[user] = _Kept(weight, version, made, size)
+        return made
+
+    @property
+    def size(self) -> int:
+        """Bytes of what is kept."""
+        return sum(kept.size for kept in self._kept.values())
+
+    def drop(self, module: nn.Module) -> None:
+        """Frees what is kept for the layers of `module`."""
+        for layer in module.modules():
+            self._kept.pop(layer, None)
+
+
+class PackedConv2d(nn.Conv2d):
+    """A convolution whose weight is packed when it first runs. Inputs of any dtype; output in the packer's."""
+
+    packer: Packer
+
+    def forward(self, input: Tensor, add: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """`add` like the output; `shift` [1, out_channels] is the same for all samples and pixels."""
+        stride, padding = self.stride, cast(tuple[int, ...], self.padding)
+        packed = self.packer.get(
+            self,
+            self.weight,
+            lambda weight: kernels.pack_convolution(weight, self.packer.dtype, stride, padding, input.shape),
+        )
+        bias = self.bias
+        if shift is not None:
+            bias = shift[0] if bias is None else bias + shift[0]
+        return kernels.convolve(input, packed, bias, stride, padding, add)
+
+    def doubled(self, x: Tensor, user: nn.Module) -> Tensor:
+        """The convolution of x at twice its size (nearest neighbour), without the large map. For 3x3 kernels."""
+        packed = self.packer.get(
+            user,
+            self.weight,
+            lambda weight: [
+                kernels.pack_convolution(part, self.packer.dtype, (1, 1), (1, 1), x.shape)
+                for part in kernels.parity_weights(weight)
+            ],
+        )
+        return kernels.convolve_doubled(x, packed, self.bias)
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer whose weight is packed when it first runs. Inputs of any dtype; output in the packer's."""
+
+    packer: Packer
+
+    def forward(self, input: Tensor, add: Tensor | None = None) -> Tensor:
+        packed = self.packer.get(
+            self, self.weight, lambda weight: kernels.pack_linear(weight, self.packer.dtype)
+        )
+        return kernels.multiply(input, packed, self.bias, add)
+
+
+class WideEmbedding(nn.Embedding):
+    """An embedding that gives float32, whatever its file holds."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).float()
+
+
+class FusedGEGLU(GEGLU):
+    """The gate's GELU and the product with the gate happen inside the two matrix products."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        proj = cast(PackedLinear, self.proj)
+        value, gate = proj.packer.get(
+            self,
+            proj.weight,
+            lambda weight: [kernels.pack_linear(half, proj.packer.dtype) for half in weight.chunk(2)],
+        )
+        of_value, of_gate = proj.bias.chunk(2)
+        return kernels.multiply(x, value, of_value, times=kernels.multiply(x, gate, of_gate, gelu=True))
+
+
+class FastFeedForward(FeedForward):
+    """The residual is added inside the last product."""
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        return self.net[2](self.net[0](x), add)
+
+
+class FastCrossAttention(CrossAttention):
+    """Keys and values of a context are made once; the residual is added inside the last product."""
+
+    _context: tuple[Tensor, Tensor, Tensor] | None = None
+    _keys_values: tuple[Tensor, Tensor] | None = None
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        add: Tensor | None = None,
+    ) -> Tensor:
+        if mask is not None:
+            out = super().forward(x, context, mask)
+            return out if add is None else out + add
+        k, v = (self.to_k(x), self.to_v(x)) if context is None else self._of(context)
+        return self.to_out[0](kernels.attend(self.to_q(x), k, v, self.heads), add)
+
+    def _of(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        made_of = context, self.to_k.weight, self.to_v.weight
+        last = self._context
+        if (
+            last is None
+            or self._keys_values is None
+            or any(a is not b for a, b in zip(last, made_of, strict=True))
+        ):
+            self._context, self._keys_values = made_of, (self.to_k(context), self.to_v(context))
+        return self._keys_values
+
+
+class FastTransformerBlock(BasicTransformerBlock):
+    """Residuals are added inside products. Where the context has twice x's samples, x is doubled behind attn1."""
+
+    def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = self.attn1(self.norm1(x), add=x)
+        if context is not None:
+            x = _repeated(x, len(context))
+        x = self.attn2(self.norm2(x), context=context, add=x)
+        return self.ff(self.norm3(x), add=x)
+
+
+class FastSpatialTransformer(SpatialTransformer):
+    """Stays in channels-last memory; the residual is added inside the last product."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        height = x.shape[2]
+        tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context=context)
+        maps = rearrange(tokens, "b (h w) c -> b c h w", h=height)
+        return self.proj_out(maps, _repeated(x, len(maps)))
+
+
+class FastResBlock(unet.ResBlock):
+    """Norm and SiLU in one buffer; time embedding and residual are added inside the convolutions."""
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.use_scale_shift_norm:
+            return super()._forward(x, emb)
+        emb = self.emb_layers(emb)
+        if len(emb) == 1:
+            h = self.in_layers[2](_norm_silu(self.in_layers[0], x), shift=emb)
+        else:
+            h = self.in_layers[2](_norm_silu(self.in_layers[0], x)) + emb[:, :, None, None]
+        return self.out_layers[3](_norm_silu(self.out_layers[0], h), self.skip_connection(x))
+
+
+class FastUpsample(unet.Upsample):
+    """Doubles the size within the convolution."""
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        doubles = output_size is None or [2 * side for side in x.shape[2:]] == list(output_size)
+        if doubles and isinstance(self.conv, PackedConv2d):
+            return self.conv.doubled(x, self)
+        return super().forward(x, output_size)
+
+
+class FastUNet(unet.UNetModel):
+    """Does once what is the same for both halves of a guided batch: all before the text is first looked at."""
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+        if torch.equal(timesteps, timesteps[:1].expand_as(timesteps)):
+            timesteps = timesteps[:1]
+            half = len(x) // 2
+            if self._looks_at(context, len(x)) and torch.equal(x[:half], x[half:]):
+                x = x[:half]
+        return super().forward(x, timesteps, context)
+
+    def _looks_at(self, context: Tensor | None, samples: int) -> bool:
+        if context is None or len(context) != samples or samples % 2:
+            return False
+        return any(isinstance(layer, SpatialTransformer) for layer in self.input_blocks.modules())
+
+    def with_skip(self, h: Tensor, skip: Tensor) -> Tensor:
+        return super().with_skip(h, _repeated(skip, len(h)))
+
+
+class FastResnetBlock(autoencoder.ResnetBlock):
+    """Norm and SiLU in one buffer; the residual is added inside the convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(_norm_silu(self.norm1, x))
+        return self.conv2(_norm_silu(self.norm2, h), self.nin_shortcut(x))
+
+
+class FastAttnBlock(autoencoder.AttnBlock):
+    """Attention between pixels without leaving channels-last memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (rearrange(layer(h), "b c h w -> b (h w) c") for layer in (self.q, self.k, self.v))
+        out = rearrange(kernels.attend(q, k, v, heads=1), "b (h w) c -> b c h w", h=x.shape[2])
+        return self.proj_out(out, x)
+
+
+class FastPictureUpsample(autoencoder.Upsample):
+    """Doubles the size within the convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv.doubled(x, self) if isinstance(self.conv, PackedConv2d) else super().forward(x)
+
+
+def _norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
+    return F.silu(norm(x), inplace=True)
+
+
+def _repeated(x: Tensor, samples: int) -> Tensor:
+    """`x` once more behind itself until it has so many samples."""
+    return x if len(x) == samples else x.repeat(samples // len(x), *[1] * (x.dim() - 1))
+
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: PackedConv2d,
+    nn.Linear: PackedLinear,
+    nn.Embedding: WideEmbedding,
+    GEGLU: FusedGEGLU,
+    FeedForward: FastFeedForward,
+    CrossAttention: FastCrossAttention,
+    BasicTransformerBlock: FastTransformerBlock,
+    SpatialTransformer: FastSpatialTransformer,
+    unet.ResBlock: FastResBlock,
+    unet.Upsample: FastUpsample,
+    unet.UNetModel: FastUNet,
+    autoencoder.ResnetBlock: FastResnetBlock,
+    autoencoder.AttnBlock: FastAttnBlock,
+    autoencoder.Upsample: FastPictureUpsample,
+}
+
+
+def accelerate(network: nn.Module, packer: Packer) -> None:
+    """Changes the layers of a network on the CPU to the fast ones. Subclasses from elsewhere stay what they are.
+
+    Such a subclass may walk the blocks of its network as before: every block takes and gives what it did,
+    in the packer's dtype. Parameters that are not packed become float32.
+    """
+    for layer in network.modules():
+        fast = _FAST.get(type(layer))
+        if isinstance(layer, nn.Conv2d) and not _packable(layer):
+            fast = None
+        if fast is not None:
+            layer.__class__ = cast(Any, fast)
+        if isinstance(layer, PackedConv2d | PackedLinear):
+            layer.packer = packer
+        for name, parameter in layer.named_parameters(recurse=False):
+            if not (isinstance(layer, PackedConv2d | PackedLinear | WideEmbedding) and name == "weight"):
+                parameter.data = parameter.data.float()
+
+
+def prepare(
+    model: LatentDiffusion, dtype: torch.dtype, forget: Forget, budget: int | None = None
+) -> Packer | None:
+    """Brings a loaded model's networks to `dtype`: packed beside their parameters on a CPU, else the parameters.
+
+    The picture encoder stays in float32, as in the original, and so does the embedding of timesteps. Returns
+    what holds the packed weights; `forget` and `budget` are as in `Packer`.
+    """
+    vae, network = model.first_stage_model, model.model.diffusion_model
+    fast = [network, model.cond_stage_model, vae.decoder, vae.post_quant_conv]
+    if model.device.type != "cpu" or not kernels.can_pack():
+        for part in fast:
+            part.to(dtype)
+        return None
+    packer = Packer(dtype, forget, budget)
+    exact = Packer(torch.float32, forget)
+    for part in fast:
+        accelerate(part, packer)
+    for part in (network.time_embed, network.out, vae.encoder, vae.quant_conv):
+        accelerate(part, exact)
+    return packer
+
+
+def _packable(layer: nn.Conv2d) -> bool:
+    plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return plain and layer.groups == 1 and set(layer.dilation) == {1}

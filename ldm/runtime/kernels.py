@@ -1,0 +1,145 @@
+"""Products on the CPU with weights in the layout that its kernels want, and with what follows fused in.
+
+Everything here changes rounding only. Maps are [N, C, H, W] in channels-last memory; weights are cast and packed
+once. The operations are oneDNN's, under the names by which torch's own compiler calls them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# How many attention scores are computed at a time for each thread: 2 MB in bf16, so that they stay in its cache.
+SCORES = 2**20
+
+
+def can_pack() -> bool:
+    """Whether this build of torch has the kernels."""
+    return torch.backends.mkldnn.is_available()
+
+
+def fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 numbers faster than float32."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def pack_convolution(
+    weight: Tensor, dtype: torch.dtype, stride: Sequence[int], padding: Sequence[int], size: Sequence[int]
+) -> Tensor:
+    """A convolution's weight [out, in, kh, kw] for `convolve` on maps of about `size` [N, C, H, W]."""
+    weight = weight.detach().to(dtype)
+    return torch.ops.mkldnn._reorder_convolution_weight.default(weight, padding, stride, [1, 1], 1, size)
+
+
+def convolve(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    add: Tensor | None = None,
+) -> Tensor:
+    """The convolution of x, plus `add`, rounded once."""
+    x = x.to(packed.dtype).contiguous(memory_format=torch.channels_last)
+    if add is None:
+        return torch.ops.mkldnn._convolution_pointwise.default(
+            x, packed, bias, padding, stride, [1, 1], 1, "none", [], ""
+        )
+    add = add.to(packed.dtype).contiguous(memory_format=torch.channels_last)
+    return torch.ops.mkldnn._convolution_pointwise.binary(
+        x, add, packed, _like(bias, packed), padding, stride, [1, 1], 1, "add", 1.0, None, [], None
+    )
+
+
+def pack_linear(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix [out, in] for `multiply`."""
+    return torch.ops.mkldnn._reorder_linear_weight.default(weight.detach().to(dtype).contiguous(), None)
+
+
+def multiply(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    add: Tensor | None = None,
+    times: Tensor | None = None,
+    gelu: bool = False,
+) -> Tensor:
+    """x [..., in] times the matrix, plus bias; then the GELU, or plus `add`, or times `times`; rounded once."""
+    x = x.to(packed.dtype)
+    if add is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(
+            x, add.to(packed.dtype), packed, _like(bias, packed), "add"
+        )
+    if times is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, times, packed, _like(bias, packed), "mul")
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "gelu" if gelu else "none", [], "none")
+
+
+def _like(bias: Tensor | None, packed: Tensor) -> Tensor | None:
+    """The bias for a kernel with two inputs, which wants one dtype throughout."""
+    return None if bias is None else bias.to(packed.dtype)
+
+
+def parity_weights(weight: Tensor) -> list[Tensor]:
+    """A kernel [out, in, 3, 3] behind a doubling of the size, as four [out, in, 2, 2] for the small map.
+
+    An output pixel sees two of the small map's rows and columns, one of them twice; which, depends on whether
+    its own row and column are even. So weights are added up beforehand, in float32, for pixels at an even row
+    and column, an odd column, an odd row, and both odd.
+    """
+
+    def pairs(kernel: Tensor, axis: int) -> list[Tensor]:
+        first, middle, last = kernel.unbind(axis)
+        return [torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)]
+
+    return [kernel for rows in pairs(weight.detach().float(), 2) for kernel in pairs(rows, 3)]
+
+
+def convolve_doubled(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """A 3x3 convolution of x [N, C, h, w] at twice its size (nearest neighbour), by packed `parity_weights`."""
+    n, _, h, w = x.shape
+    out: Tensor | None = None
+    for part, kernel in enumerate(packed):
+        row, column = divmod(part, 2)
+        y = convolve(x, kernel, bias, (1, 1), (1, 1))  # one row and one column more than each parity needs
+        if out is None:
+            size = n, y.shape[1], 2 * h, 2 * w
+            out = torch.empty(size, dtype=y.dtype, memory_format=torch.channels_last)
+        out[:, :, row::2, column::2] = y[:, :, row : row + h, column : column + w]
+    assert out is not None
+    return out
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Multi-head attention of q [B, N, heads * d] on k and v [B, M, heads * d] -> [B, N, heads * d].
+
+    torch's kernel is the fastest for float32, and for bf16 on CPUs that have matrix units; elsewhere it
+    multiplies bf16 numbers no faster than float32, and three products of its own kind in slices are faster.
+    """
+    if q.dtype != torch.bfloat16 or torch.cpu._is_amx_tile_supported():
+        q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return attend_in_slices(q, k, v, heads)
+
+
+def attend_in_slices(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """`attend` with a few heads and rows of scores at a time, so that they never leave the cache."""
+    batch, queries, width = q.shape
+    d, keys = width // heads, k.shape[1]
+    q, k, v = (
+        y.unflatten(-1, (heads, d)).transpose(1, 2).reshape(batch * heads, -1, d) for y in (q * d**-0.5, k, v)
+    )
+    k = k.transpose(1, 2)
+    out = torch.empty_like(q)
+    rows = min(queries, max(SCORES // keys, 1))
+    group = torch.get_num_threads() * max(SCORES // (rows * keys), 1)
+    for head in range(0, batch * heads, group):
+        some = slice(head, head + group)
+        for row in range(0, queries, rows):
+            part = slice(row, row + rows)
+            scores = torch.bmm(q[some, part], k[some])
+            out[some, part] = torch.bmm(torch.softmax(scores, dim=-1), v[some])
+    return out.view(batch, heads, queries, d).transpose(1, 2).flatten(2)
