@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin")
@@ -48,7 +48,7 @@ class Job:
     pixels back where its mask repaints nothing.
 
     `loras` are files, or names of files that the pipeline finds, each with its weight on the U-Net and on the
-    text model.
+    text model. `prompt_syntax` "a1111" reads weights and BREAK in the prompts, see `ldm.prompts.weights`.
 
     With `upscale` above 1 the finished picture is enlarged by that factor, as pixels or as latents
     (`upscale_in`), and made again from there at `upscale_strength`.
@@ -75,11 +75,17 @@ class Job:
     upscale_in: Literal["pixels", "latents"] = "pixels"
     upscale_strength: float = 0.5
     loras: tuple[tuple[str, float, float], ...] = ()
+    prompt_syntax: Literal["plain", "a1111"] = "plain"
 
     @property
     def upscaled_size(self) -> tuple[int, int]:
         """Height and width of the finished picture, multiples of 8."""
         return round(self.height * self.upscale / 8) * 8, round(self.width * self.upscale / 8) * 8
+
+
+def batch_key(job: Job) -> Job:
+    """What the jobs of one batch have in common: everything but prompts, guidance scale and seed."""
+    return replace(job, prompt="", negative_prompt="", scale=0.0, seed=0, batch_index=0)
 
 
 _NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"

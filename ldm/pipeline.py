@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints.cache import cached_file, read_cached, write_cached
 from ldm.checkpoints.load import Ema, build_model, check_fit, load_into, use_vocabulary
 from ldm.checkpoints.lora import LoraStack
 from ldm.checkpoints.lora_files import lora_file
-from ldm.checkpoints.reader import read_model
+from ldm.checkpoints.reader import Checkpoint, model_files, read_model
 from ldm.checkpoints.tensor_bytes import forget
 from ldm.images.canvas import Canvas, open_canvas
 from ldm.images.mask import fade, hide, paste, to_latent_mask
 from ldm.images.pixels import finite, from_uint8, to_uint8
 from ldm.images.resample import enlarge_latents, enlarge_pixels
-from ldm.job import Init, Job
+from ldm.job import Init, Job, batch_key
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -33,8 +34,9 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.schedule import steps_to_run
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.prompts.conditioning import count_chunks, encode_weighted
 from ldm.runtime.device import FULL, Precision, widened
-from ldm.runtime.fast import prepare
+from ldm.runtime.fast import halved, prepare
 from ldm.runtime.tiling import (
     available_memory,
     choose_tiles,
@@ -61,22 +63,43 @@ def load_model(
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
     dtype: torch.dtype | None = torch.float32,
+    cache: Path | None = None,
 ) -> LatentDiffusion:
     """The model of a checked config with the weights of a checkpoint in `dtype` (None: the file's), ready to sample.
 
     `ckpt` is a file or a folder of diffusers, `vae` and `text_encoder` files or folders with another part. The
     model is built without memory of its own and takes the checkpoint's tensors; see `ldm.checkpoints` for what
-    is refused.
+    is refused. In the folder `cache` the weights are kept as a CPU runs them in bf16, for the next time.
     """
     model = build_model(config)
     checkpoint = read_model(ckpt, mmap, vae, text_encoder)
     check_fit(model, checkpoint)
+    if cache is not None:
+        files = [file for path in (ckpt, vae, text_encoder) if path is not None for file in model_files(path)]
+        checkpoint, ema = _from_cache(cached_file(cache, files, ema), model, checkpoint, ema, mmap)
     load_into(model, checkpoint, dtype, ema)
     use_vocabulary(model, checkpoint.vocabulary)
     if model.use_ema:  # sampling needs one set of weights, and `load_into` has chosen it
         model.use_ema = False
         del model.model_ema
     return model.eval().to(device)
+
+
+def _from_cache(
+    path: Path, model: LatentDiffusion, checkpoint: Checkpoint, ema: Ema, mmap: bool
+) -> tuple[Checkpoint, Ema]:
+    """What to load in place of `checkpoint`: the cached weights at `path`, which are made if they are missing."""
+    cached = read_cached(path, checkpoint, mmap)
+    if cached is None:
+        load_into(model, checkpoint, None, ema)
+        weights = {
+            key: value for key, value in model.state_dict().items() if not key.startswith("model_ema.")
+        }
+        halves = halved(model)
+        types = {key: torch.bfloat16 if key in halves else value.dtype for key, value in weights.items()}
+        write_cached(path, weights, types)
+        cached = read_cached(path, checkpoint, mmap)
+    return (checkpoint, ema) if cached is None else (cached, "off")
 
 
 @dataclass(frozen=True)
@@ -100,13 +123,35 @@ class Origin:
     keep: Tensor | None = None
 
 
+class _Silent:
+    """What a sampler needs of a model, which predicts no noise at all."""
+
+    def __init__(self, model: LatentDiffusion) -> None:
+        self.alphas_cumprod, self.num_timesteps = model.alphas_cumprod, model.num_timesteps
+
+    def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class _Passed:
+    """A stream of noise whose numbers are passed over."""
+
+    def __init__(self, noise: NoiseSource) -> None:
+        self.skip = noise.skip
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        self.skip(shape)
+        return torch.zeros(tuple(shape))
+
+
 class Pipeline:
     """A loaded model that makes pictures from jobs.
 
     `canvases` opens the pictures that jobs start from. `tiles` says whether the autoencoder works piece by
     piece: "auto" does where a picture would not fit into memory otherwise; the result is then approximate.
     `find_lora` gives the file of a name in `Job.loras`; by default the name is its path. With `lowmem` each network
-    takes memory only while it is in use, and the U-Net's weights no more than a share of it.
+    takes memory only while it is in use, and the U-Net's weights no more than a share of it; `compiled` leaves the
+    U-Net to torch's compiler.
     """
 
     def __init__(
@@ -117,6 +162,7 @@ class Pipeline:
         tiles: Literal["auto", "on", "off"] = "auto",
         find_lora: Callable[[str], Path] = lora_file,
         lowmem: bool = False,
+        compiled: bool = False,
     ):
         self.model = model
         self.loras = LoraStack(model, find_lora)
@@ -124,8 +170,10 @@ class Pipeline:
         self.canvas = lru_cache(maxsize=8)(open_canvas) if canvases is None else canvases
         self.tiles = tiles
         self._lowmem = lowmem
-        self._packer = prepare(model, precision.dtype, forget, LOW_MEMORY if lowmem else None)
+        self._packer = prepare(model, precision.dtype, forget, LOW_MEMORY if lowmem else None, compiled)
         self._encode_prompt = lru_cache(maxsize=64)(self._encode_one)
+        # few, as a rule one for the whole run: apart, so that many prompts do not push it out
+        self._encode_negative = lru_cache(maxsize=8)(self._encode_one)
         self._distribution = lru_cache(maxsize=4)(self._encode_canvas)
         self._hidden_all = lru_cache(maxsize=4)(self._encode_grey)
         self._weight = lru_cache(maxsize=4)(lambda init: fade(self._repaint(init), init.mask_blur))
@@ -165,18 +213,23 @@ class Pipeline:
         start_code: Tensor | None = None,
         on_step: Callable[[int], object] | None = None,
     ) -> list[Picture]:
-        """The pictures of jobs that differ at most in prompts and seeds, as one batch.
+        """The pictures of jobs that differ at most in prompts, guidance scales and seeds, as one batch.
 
         `noise` is the batch's own by default, `start_code` is drawn from it; `on_step(i)` is called behind
         each denoising step.
         """
         job = jobs[0]
-        if len({replace(j, prompt="", negative_prompt="", seed=0, batch_index=0) for j in jobs}) > 1:
-            raise ValueError("the jobs of one batch may differ in prompts and seeds only")
+        if len(set(map(batch_key, jobs))) > 1:
+            raise ValueError("the jobs of one batch may differ in prompts, guidance scales and seeds only")
         if self.loras.apply(job.loras):
             self._encode_prompt.cache_clear()
+            self._encode_negative.cache_clear()
         noise = self.noise(jobs) if noise is None else noise
         code = self.start_code(job, len(jobs), noise) if start_code is None else start_code
+        if len(lengths := dict.fromkeys(map(self._count_chunks, jobs))) > 1:
+            return self._make_by_length(
+                jobs, lengths, noise if job.seed_mode == "batch" else None, code, on_step
+            )
         posterior = self._posterior_noise(jobs)
         hidden = self._hidden(jobs, job.init, (job.height, job.width), posterior)
         origin = self._origin(jobs, posterior)
@@ -187,6 +240,61 @@ class Pipeline:
             hidden = self._hidden(jobs, None, job.upscaled_size, posterior)
             latents = self._denoise(jobs, origin, job.upscale_strength, code, hidden, noise, on_step)
         return [self._picture(job, latent[None]) for job, latent in zip(jobs, latents, strict=True)]
+
+    def _make_by_length(
+        self,
+        jobs: Sequence[Job],
+        lengths: Iterable[int | None],
+        noise: NoiseSource | None,
+        code: Tensor,
+        on_step: Callable[[int], object] | None,
+    ) -> list[Picture]:
+        """`make` for prompts of different lengths: what is read in as many chunks is a batch of its own."""
+        made: dict[int, Picture] = {}
+        for length in lengths:
+            places = [i for i, job in enumerate(jobs) if self._count_chunks(job) == length]
+            last = len(made) + len(places) == len(jobs)  # the steps are told once
+            alike = [jobs[i] for i in places]
+            source, start = (noise, code[places]) if noise else (None, None)
+            made |= zip(places, self.make(alike, source, start, on_step if last else None), strict=True)
+        return [made[i] for i in range(len(jobs))]
+
+    @torch.inference_mode()
+    def skip(self, jobs: Sequence[Job], noise: NoiseSource, start_code: Tensor | None = None) -> None:
+        """Leaves `noise` as `make` with the same arguments would leave it, and makes nothing."""
+        job, passed = jobs[0], _Passed(noise)
+        if start_code is None:
+            self.start_code(job, len(jobs), passed)
+        lengths = list(map(self._count_chunks, jobs))
+        for length in dict.fromkeys(lengths):
+            count = lengths.count(length)
+            self._skip_steps(job, count, (job.height, job.width), job.init, job.strength, passed)
+            if job.upscale > 1:
+                height, width = job.upscaled_size
+                self.start_code(replace(job, height=height, width=width), count, passed)
+                self._skip_steps(job, count, (height, width), None, job.upscale_strength, passed, again=True)
+
+    def _skip_steps(
+        self,
+        job: Job,
+        count: int,
+        size: tuple[int, int],
+        init: Init | None,
+        strength: float,
+        noise: NoiseSource,
+        again: bool = False,
+    ) -> None:
+        """What `_denoise` draws for a batch of `count` jobs: the same loop over a model that says nothing."""
+        sampler = SAMPLERS[job.sampler](_Silent(self.model))
+        sampler.make_schedule(job.steps, job.timestep_spacing, job.eta, verbose=False)
+        from_noise = init is None and not again
+        steps = steps_to_run(1.0 if from_noise else strength, job.steps, len(sampler.table))
+        masked = init is not None and self.canvas(init).repaint is not None
+        masked = masked and not isinstance(self.model, LatentInpaintDiffusion)
+        x = torch.zeros(count, self.model.channels, size[0] // self.factor, size[1] // self.factor)
+        if steps or from_noise:
+            mask, x0 = (torch.ones(1, 1, *x.shape[2:]), x) if masked else (None, None)
+            sampler.decode(x, None, steps, noise=noise, mask=mask, x0=x0)
 
     @contextmanager
     def _using(self, network: nn.Module) -> Iterator[None]:
@@ -206,11 +314,20 @@ class Pipeline:
 
     # --- conditioning ---------------------------------------------------------------------------------------
 
-    def _encode_one(self, prompt: str) -> Tensor:
-        return self.model.get_learned_conditioning([prompt])
+    def _encode_one(self, prompt: str, chunks: int | None) -> Tensor:
+        """What a prompt says [1, L, width]: as it is, or with weights and in so many chunks of 75 tokens."""
+        if chunks is None:
+            return self.model.get_learned_conditioning([prompt])
+        return encode_weighted(self.model.cond_stage_model, [prompt], chunks)
 
-    def _condition(self, prompts: Sequence[str], hidden: tuple[Tensor, Tensor] | None) -> Conditioning:
-        context = torch.cat([self._encode_prompt(prompt) for prompt in prompts])
+    def _count_chunks(self, job: Job) -> int | None:
+        """In how many chunks the prompts of a job are read, both in as many; None where they are read plainly."""
+        if job.prompt_syntax == "plain":
+            return None
+        return count_chunks(self.model.cond_stage_model, [job.prompt, job.negative_prompt])
+
+    def _condition(self, encoded: Sequence[Tensor], hidden: tuple[Tensor, Tensor] | None) -> Conditioning:
+        context = torch.cat(list(encoded))
         if hidden is None:
             return context
         assert isinstance(self.model, LatentInpaintDiffusion)
@@ -298,21 +415,30 @@ class Pipeline:
         if origin is not None and count == 0:
             return origin.latents
         with self._using(self.model.cond_stage_model):
-            cond = self._condition([job.prompt for job in jobs], hidden)
-            guided = job.scale != 1.0
-            uncond = self._condition([job.negative_prompt for job in jobs], hidden) if guided else None
+            chunks = self._count_chunks(job)
+            cond = self._condition([self._encode_prompt(job.prompt, chunks) for job in jobs], hidden)
+            guided = any(job.scale != 1.0 for job in jobs)
+            negative = [self._encode_negative(job.negative_prompt, chunks) for job in jobs] if guided else []
+            uncond = self._condition(negative, hidden) if guided else None
         with self._using(self.model.model):
             return sampler.decode(
                 code if origin is None else sampler.start_from(origin.latents, count, code),
                 cond,
                 count,
-                unconditional_guidance_scale=job.scale,
+                unconditional_guidance_scale=self._scales(jobs),
                 unconditional_conditioning=uncond,
                 callback=on_step,
                 noise=noise,
                 mask=None if origin is None else origin.keep,
                 x0=None if origin is None else origin.latents,
             )
+
+    def _scales(self, jobs: Sequence[Job]) -> float | Tensor:
+        """The guidance scale of a batch, or where its jobs differ those of each [N, 1, 1, 1]."""
+        scales = [job.scale for job in jobs]
+        if len(set(scales)) == 1:
+            return scales[0]
+        return torch.tensor(scales, device=self.device)[:, None, None, None]
 
     # --- pixels -----------------------------------------------------------------------------------------------
 
@@ -334,7 +460,7 @@ class Pipeline:
         """What the record says beside the job."""
         # another package's text model may lack it
         cut_words = getattr(self.model.cond_stage_model, "cut_words", None)
-        cut = cut_words(job.prompt) if cut_words else ""
+        cut = cut_words(job.prompt) if cut_words and job.prompt_syntax == "plain" else ""
         tiled = any(self._tile(*size) for size in {(job.height, job.width), job.upscaled_size})
         return {
             name: note

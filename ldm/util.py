@@ -35,6 +35,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def cache_path(name: str) -> Path:
+    """Where what can be made again is kept between runs: this toolkit's file or folder `name` in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm-v1" / name
+
+
 @contextlib.contextmanager
 def written_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Within it a file is written under the hidden name it yields; at its end `path` is the whole file.

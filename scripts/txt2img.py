@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     cli.add_output_options(options, outdir="outputs/txt2img-samples")
     cli.add_model_options(options)
     cli.add_laion_option(options)
+    cli.add_telling_options(options)
     cli.add_report_options(options)
     return options
 

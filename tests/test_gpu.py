@@ -14,6 +14,7 @@ from ldm.models.diffusion.noise import PhiloxNoise
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.pipeline import Pipeline, load_model
 from ldm.runtime.device import resolve_precision
+from ldm.runtime.fast import prepare
 from tests.golden_data import TOLERANCE, figure, figures, relative_error, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -93,6 +94,14 @@ def test_fp16_stays_within_the_originals_error(model, method, steps, scale):
         latents = sample(model, method, steps, scale)
     expected = figure(f"sample/{method}_S{steps}_scale{scale}")
     assert relative_error(latents, expected) <= FP16_BUDGET[method, steps, scale]
+
+
+@pytest.mark.parametrize(("method", "steps", "scale"), FP16_BUDGET)
+def test_fp16_parameters_stay_within_the_originals_error(device, method, steps, scale):
+    model = tiny_model().to(device)
+    prepare(model, torch.float16, lambda weight: None)
+    expected = figure(f"sample/{method}_S{steps}_scale{scale}")
+    assert relative_error(sample(model, method, steps, scale), expected) <= FP16_BUDGET[method, steps, scale]
 
 
 def test_a_batch_of_philox_noise_is_the_devices_own(device):

@@ -266,7 +266,7 @@ def test_upscaling_is_another_pass_at_a_larger_size(draw):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--strength", "1.5"], "--strength is 1.5; give 0 to 1"),
+        (["--strength", "1.5"], "--strength is 1.5; give a number from 0 to 1"),
         (["--strength", "nan"], "--strength is nan"),
         (["--strength", "-0.1"], "--strength is -0.1"),
         (["--upscale", "0.5"], "--upscale is 0.5"),

@@ -130,8 +130,51 @@ def test_building_without_initial_weights_leaves_layers_as_they_were():
     assert torch.nn.Linear(64, 64).weight.std() > 0.01
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
+def test_a_mixed_batch_gives_each_job_what_it_gets_alone(pipeline, sampler):
+    scales = [1.0, 7.5, 3.0, -2.0]
+    jobs = [
+        dataclasses.replace(
+            JOB, prompt=f"cube {i}", negative_prompt="x" * i, seed=i, scale=scale, sampler=sampler
+        )
+        for i, scale in enumerate(scales)
+    ]
+    together = pixels(pipeline, jobs)
+    for job, picture in zip(jobs, together, strict=True):
+        assert (picture - pixels(pipeline, [job])[0]).abs().mean() < 1.0  # rounding of another batch size
+    assert (together[1] - pixels(pipeline, [dataclasses.replace(jobs[1], scale=3.0)])[0]).abs().mean() > 1.0
+
+
+def test_many_prompts_leave_the_negative_one_encoded(tiny, monkeypatch):
+    encoded, encode = [], tiny.get_learned_conditioning
+    monkeypatch.setattr(tiny, "get_learned_conditioning", lambda c: (encoded.append(c[0]), encode(c))[1])
+    pipeline = Pipeline(tiny)
+    for i in range(3):
+        jobs = [dataclasses.replace(JOB, prompt=f"{i} {j}", steps=1, width=8, height=8) for j in range(72)]
+        pipeline.make(jobs)
+    assert encoded.count("") == 1
+    assert len(encoded) > 64  # more than are kept
+
+
+def test_weights_count_in_a_syntax_that_has_them(pipeline):
+    def drawn(prompt, syntax="a1111", **changes):
+        return pixels(pipeline, [dataclasses.replace(JOB, prompt=prompt, prompt_syntax=syntax, **changes)])
+
+    assert torch.equal(drawn("a red cube"), drawn("a red cube", "plain"))
+    assert torch.equal(drawn("(a red cube:1.0)"), drawn("a red cube", "plain"))
+    assert not torch.equal(drawn("a (red:1.5) cube"), drawn("a red cube", "plain"))
+
+
+def test_prompts_of_different_lengths_share_a_call(pipeline):
+    prompts = ["a cube", "a cube BREAK a sphere", "a cone"]
+    jobs = [dataclasses.replace(JOB, prompt=p, seed=i, prompt_syntax="a1111") for i, p in enumerate(prompts)]
+    together = pixels(pipeline, jobs)
+    for job, picture in zip(jobs, together, strict=True):
+        assert (picture - pixels(pipeline, [job])[0]).abs().mean() < 1.0
+
+
 def test_a_batch_has_one_size_and_step_count(pipeline):
-    with pytest.raises(ValueError, match="prompts and seeds only"):
+    with pytest.raises(ValueError, match="scales and seeds only"):
         pipeline.make([JOB, dataclasses.replace(JOB, steps=4)])
 
 
@@ -176,7 +219,7 @@ def test_decoding_is_tried_again_in_float32(tiny, monkeypatch):
         tried.append(decoder.conv_in.weight.dtype)
         return torch.full((1, 3, 64, 64), 0.0 if tried[-1] is torch.float32 else float("inf"))
 
-    monkeypatch.setattr(ldm.pipeline, "prepare", lambda model, dtype, forget, budget: None)
+    monkeypatch.setattr(ldm.pipeline, "prepare", lambda *args: None)
     monkeypatch.setattr(tiny, "decode_first_stage", decode)
     decoder.half()
     weights = decoder.conv_in.weight.clone()

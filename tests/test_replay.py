@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import scripts.img2img
 import scripts.inpaint
+import scripts.replay
 import scripts.txt2img
-from ldm.cli.inputs import Start, _inits, check_options, read_prompts
-from ldm.cli.replay import command, compare, describe_watermark, options, quoted
-from ldm.cli.run import make_batches
-from ldm.images.foreign import Recipe
+from ldm.cli.inputs import Start, _inits, check_options
+from ldm.cli.plan import Plan, read_wishes
+from ldm.cli.replay import command, compare, describe_watermark, options, place, quoted
+from ldm.data.scenes import image_at
+from ldm.images.canvas import open_canvas
+from ldm.images.foreign import Recipe, read_job
 from ldm.images.watermark import Evidence
 from ldm.job import Init, Job
 from ldm.util import InputError
@@ -50,8 +57,7 @@ def remade(recipe: Recipe) -> Job:
     starts = [
         Start(init, recipe.job.width, recipe.job.height) for init in (_inits(opt) if opt.init_img else [None])
     ]
-    *_, last = make_batches(opt, read_prompts(opt), starts)
-    return last[-1]
+    return Plan(opt, read_wishes(opt), starts, open_canvas)[-1]
 
 
 TEXT_JOBS = [
@@ -63,6 +69,7 @@ TEXT_JOBS = [
     ),
     Job("a cat", loras=(("b", 0.8, 0.5), ("c d:1", -1.0, -1.0))),
     Job("a cat", scale=-1.5),
+    Job("a (cat:1.2)", prompt_syntax="a1111"),
 ]
 
 
@@ -239,3 +246,116 @@ def test_the_watermark_of_a_marked_picture_is_seen() -> None:
     plain = np.stack(np.broadcast_arrays(x, x[:, None], 128.0), axis=-1).astype(np.uint8)
     assert "is there" in describe_watermark(detect(Watermark().mark(plain)), TEXT)
     assert "is there" not in describe_watermark(detect(plain), TEXT)
+
+
+# --- the script --------------------------------------------------------------------------------------------------
+
+FAST = ["--ddim_steps", "2", "--device", "cpu", "--quiet", "--skip_grid"]
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Path]]:
+    """Runs a script with the bundled model: its samples."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(script: ModuleType, *options: str) -> list[Path]:
+        assert script.main([*FAST, "--outdir", "out", *options]) == 0
+        return sorted((tmp_path / "out" / "samples").glob("*.png"))
+
+    return run
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def same(first: Path, second: Path) -> bool:
+    return bool((pixels(first) == pixels(second)).all())
+
+
+def test_a_picture_of_a_batch_comes_back_bit_for_bit(made: Callable[..., list[Path]], capsys) -> None:
+    samples = made(scripts.txt2img, "--n_samples", "3", "--n_iter", "1", "--prompt", "a red cube")
+    before = samples[1].read_bytes()
+    for count in (1, 2):
+        assert scripts.replay.main([str(samples[1]), "--verify", "--quiet"]) == 0
+        assert "identical: all" in capsys.readouterr().out
+        assert len(list(Path("outputs/replay").iterdir())) == count  # no companion, no overwriting
+    assert samples[1].read_bytes() == before == Path("outputs/replay/00001-1.png").read_bytes()
+    recipe = read_job("outputs/replay/00001.png")
+    assert (recipe.job.seed, recipe.extras["Batch size"], recipe.extras["Batch pos"]) == (43, "3", "1")
+    assert recipe.model_hash and recipe.extras["Config"] == "shapes-inference"
+
+
+def test_a_changed_option(made: Callable[..., list[Path]], capsys) -> None:
+    samples = made(scripts.txt2img, "--n_samples", "2", "--n_iter", "1", "--no_watermark")
+    assert scripts.replay.main([str(samples[1]), "--seed", "42", "--n_samples", "1", "--quiet"]) == 0
+    assert read_job("outputs/replay/00001.png").job == read_job(str(samples[0])).job
+    assert scripts.replay.main([str(samples[1]), "--verify", "--scale", "3", "--quiet"]) == 1
+    assert "different" in capsys.readouterr().out
+    assert (
+        scripts.replay.main([str(samples[1]), "--verify", "--scale", "3", "--tolerance", "255", "--quiet"])
+        == 0
+    )
+
+
+def test_a_stream_of_a_run(made: Callable[..., list[Path]]) -> None:
+    samples = made(
+        scripts.txt2img, "--n_samples", "2", "--n_iter", "2", "--seed_mode", "batch", "--rng", "cpu"
+    )
+    assert scripts.replay.main([str(samples[2]), "--verify", "--quiet"]) == 0
+    assert not same(samples[2], samples[0])
+
+
+def test_pictures_to_start_from_lie_beside_or_are_given(made: Callable[..., list[Path]], capsys) -> None:
+    Image.fromarray(image_at(3, "fresh")).save("scene.png")
+    Image.fromarray(np.tile(np.uint8([0, 255]).repeat(32), (64, 1))).save("mask.png")
+    [first, *_] = made(scripts.img2img, "--init-img", "scene.png", "--strength", "0.5")
+    *_, last = made(scripts.inpaint, "--init-img", "scene.png", "--mask", "mask.png")
+    assert scripts.replay.main([str(first), "--quiet"]) == 2
+    assert "scene.png, does not exist; give it with --init-img" in capsys.readouterr().err
+    assert scripts.replay.main([str(first), "--verify", "--quiet", "--init-img", "."]) == 0
+    for name in ("scene.png", "mask.png"):
+        shutil.copy(name, last.parent)
+    assert scripts.replay.main([str(first), str(last), "--verify", "--quiet"]) == 0
+    shutil.copy("mask.png", last.parent / "scene.png")
+    assert scripts.replay.main([str(first), "--quiet"]) == 2
+    assert "its hash differs" in capsys.readouterr().err
+
+
+def test_one_bad_file_does_not_stop_the_others(made: Callable[..., list[Path]], capsys) -> None:
+    [sample, *_] = made(scripts.txt2img, "--n_samples", "1", "--n_iter", "1")
+    Path("text.png").write_text("no picture")
+    assert scripts.replay.main(["text.png", "absent.png", str(sample), "--quiet"]) == 1
+    assert Path("outputs/replay/00000.png").is_file()
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert [error.split(":")[1].strip() for error in errors] == ["text.png", "absent.png"]
+    assert scripts.replay.main(["text.png", "--quiet"]) == 2
+
+
+def test_foreign_files_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x96, Clip skip: 2"
+    text = f"a cat\nNegative prompt: dog\n{settings}"
+    info, exif = PngInfo(), Image.Exif()
+    info.add_text("parameters", text)
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
+    Image.new("RGB", (64, 96)).save("a.png", pnginfo=info)
+    Image.new("RGB", (64, 96)).save("b.jpg", exif=exif)
+    assert scripts.replay.main(["a.png", "--show", "--ddim_steps", "40"]) == 0
+    out = capsys.readouterr().out
+    assert "of A1111" in out and "--ddim_steps 40" in out and "Clip skip 2" in out and "too small" in out
+    assert scripts.replay.main(["a.png", "b.jpg", "--show", "--json"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["arguments"] == second["arguments"] and first["source"] == "A1111"
+    opt = typed(second["command"])
+    assert (opt.prompt, opt.seed, opt.W, opt.H, opt.ddim_eta) == ("a cat", 5, 64, 96, 1.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.jpg"]
+
+
+def test_the_seed_of_the_picture_is_changed_not_of_its_batch() -> None:
+    recipe = Recipe(Job("x", seed=1), "ldm", extras={"Batch size": "3", "Batch pos": "2"})
+    assert (place(recipe), typed(command(recipe)).seed) == (2, 2**32 - 1)  # seeds wrap around
+    assert typed(command(recipe, {"seed": "9"})).seed == 7
+    assert typed(command(recipe, {"seed": "9", "n_samples": "1"})).seed == 9
+    assert place(recipe, {"n_samples": "1"}) == 0

@@ -78,6 +78,22 @@ def test_help_imports_nothing_heavy():
     assert not {"torch", "numpy", "omegaconf", "PIL", "einops", "tqdm"} & modules_after(code)
 
 
+# what a run needs, and what that needs
+RUN_NEEDS = {"PIL", "einops", "ldm", "numpy", "omegaconf", "regex", "scripts", "tokenizers", "torch", "tqdm"}
+THEY_NEED = {"antlr4", "attr", "clip", "cython_runtime", "packaging", "torchgen", "typing_extensions", "yaml"}
+
+
+def test_a_run_imports_no_more_than_it_uses(tmp_path):
+    """With the bundled model: no training framework, no OpenCV, no second model library."""
+    options = ["--outdir", str(tmp_path), "--no_watermark", "--ddim_steps", "1", "--device", "cpu", "--quiet"]
+    code = (
+        f"import scripts.txt2img\nscripts.txt2img.main({[*options, '--n_iter', '1', '--n_samples', '1']!r})"
+    )
+    imported = {name for name in modules_after(code) if not name.startswith("_")}
+    assert (tmp_path / "samples/00000.png").is_file()
+    assert imported - set(sys.stdlib_module_names) <= RUN_NEEDS | THEY_NEED
+
+
 def test_every_module_imports_with_the_core_dependencies():
     core = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)

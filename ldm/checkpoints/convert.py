@@ -126,7 +126,13 @@ def write_safetensors(
 
     If `metadata` has a `modelspec.hash_sha256`, that is made the SHA-256 of the tensors' bytes.
     """
-    types = {key: _type(key, tensor, dtype) for key, tensor in tensors.items()}
+    write_as(path, tensors, {key: _type(key, tensor, dtype) for key, tensor in tensors.items()}, metadata)
+
+
+def write_as(
+    path: Path, tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype], metadata: Mapping[str, str]
+) -> None:
+    """`write_safetensors` with a type for each tensor."""
     order = sorted(tensors, key=lambda key: (-types[key].itemsize, key))
     entries: dict[str, Any] = {}
     end = 0
@@ -142,7 +148,7 @@ def write_safetensors(
         file.write(_header(entries, metadata))
         for key in order:
             for piece in tensors[key].detach().contiguous().reshape(-1).split(_PIECE):
-                data = _cast(key, piece, dtype).contiguous().view(torch.uint8).numpy().data
+                data = piece.to(types[key]).contiguous().view(torch.uint8).numpy().data
                 sha.update(data)
                 file.write(data)
         if _HASH in metadata:

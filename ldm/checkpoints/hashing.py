@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.util import written_whole
+from ldm.util import cache_path, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,7 @@ def _digest(path: Path) -> str:
 
 
 def _cache_file() -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(folder) / "ldm-v1" / "sha256.json"
+    return cache_path("sha256.json")
 
 
 def _read_cache() -> dict[str, Any]:

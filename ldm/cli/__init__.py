@@ -11,6 +11,7 @@ from ldm.cli.options import (
     add_report_options,
     add_sampling_options,
     add_size_options,
+    add_telling_options,
     add_upscale_options,
     make_parser,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "add_report_options",
     "add_sampling_options",
     "add_size_options",
+    "add_telling_options",
     "add_upscale_options",
     "main",
     "make_parser",

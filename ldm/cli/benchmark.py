@@ -26,7 +26,8 @@ from ldm import __version__
 from ldm.cli.benchmark_worker import Setting
 from ldm.cli.inputs import need
 from ldm.cli.options import V1_CONFIG
-from ldm.util import ROOT, InputError, find, printable
+from ldm.runtime.allocator import SWITCH
+from ldm.util import ROOT, InputError, cache_path, find, printable
 
 logger = logging.getLogger("ldm")
 
@@ -89,6 +90,13 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
         help="auto: float32 for full, else float16 on a GPU and bfloat16 on a CPU",
     )
 
+    group.add_argument(
+        "--peer_malloc",
+        choices=("system", "tuned"),
+        default="system",
+        help="tuned: the peer gets the allocator setting that this toolkit gives itself, too",
+    )
+
     group = parser.add_argument_group("model")
     group.add_argument("--config", metavar="FILE", default=V1_CONFIG, help="model config")
     group.add_argument(
@@ -110,6 +118,8 @@ class Process:
         paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         environment |= QUIET
+        if setting.malloc == "system" and environment.get(SWITCH) == "tuned":  # what this tool set for itself
+            del environment["GLIBC_TUNABLES"]
         if setting.threads:
             environment["OMP_NUM_THREADS"] = str(setting.threads)
         spawned = time.time()
@@ -252,7 +262,14 @@ def _pair(opt: argparse.Namespace, precision: str) -> list[Setting]:
     """Ours in one precision, and the peer, if there is one, in the one that belongs to it."""
     peer_dtype = _peer_dtype(opt, precision)
     ours = _ours(opt, precision)
-    return [ours, *(replace(ours, subject=peer, precision=peer_dtype) for peer in [opt.peers] if peer)]
+    return [
+        ours,
+        *(
+            replace(ours, subject=peer, precision=peer_dtype, malloc=opt.peer_malloc)
+            for peer in [opt.peers]
+            if peer
+        ),
+    ]
 
 
 def _ours(opt: argparse.Namespace, precision: str) -> Setting:
@@ -269,6 +286,7 @@ def _ours(opt: argparse.Namespace, precision: str) -> Setting:
         strength=opt.strength,
         picture="",
         compiled=opt.compile,
+        malloc="tuned",
         seed=opt.seed,
         spawned=0.0,
     )
@@ -289,8 +307,7 @@ def _peer_dtype(opt: argparse.Namespace, precision: str) -> str:
 
 def _prepare(opt: argparse.Namespace, peer_dtypes: Sequence[str]) -> dict[str, Any]:
     """Checkpoint, peer folders and picture, made in a process of their own, which frees its memory."""
-    given = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    cache = Path(opt.cache) if opt.cache else Path(given) / "ldm-v1" / "benchmark"
+    cache = Path(opt.cache) if opt.cache else cache_path("benchmark")
     with Process(_ours(opt, "full")) as process:
         fields = {
             "cache": str(cache),

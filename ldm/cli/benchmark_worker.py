@@ -38,6 +38,7 @@ class Setting:
     strength: float
     picture: str
     compiled: bool
+    malloc: str  # system, tuned
     seed: int
     spawned: float
 
@@ -179,14 +180,9 @@ class Ours:
         self.setting = setting
         device = resolve_device(setting.device)
         precision = resolve_precision(setting.precision, device)
-        model = load_model(read_config(setting.config), setting.ckpt, device)
-        self.pipeline = Pipeline(model, precision, tiles="off")
+        model = load_model(read_config(setting.config), setting.ckpt, device, dtype=None)
+        self.pipeline = Pipeline(model, precision, tiles="off", compiled=setting.compiled)
         self.watch = watch = Stopwatch(device)
-        if setting.compiled:
-            import torch
-
-            unet = model.model.diffusion_model
-            unet.forward = torch.compile(unet.forward)
         model.get_learned_conditioning = watch.timed("text", model.get_learned_conditioning)
         model.encode_first_stage = watch.timed("encode", model.encode_first_stage)
         model.apply_model = watch.timed("unet", model.apply_model)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +24,9 @@ from ldm.cli.options import (
     V1_CKPT,
     V1_CONFIG,
 )
-from ldm.job import Init, Job, lora_name, split_loras
+from ldm.job import Init, Job
+from ldm.prompts.lines import MAX_COUNT
+from ldm.prompts.settings import OWN_NAMES, SETTINGS
 from ldm.util import InputError, find, printable
 
 if TYPE_CHECKING:
@@ -35,42 +35,35 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ldm")
 
-MAX_SEED = 2**32
-MAX_COUNT = 100_000
-MAX_UPSCALE = 8
+# options that set a field of every job, by the field whose range holds for them
+_CHECKED = {name: OWN_NAMES.get(name, name) for name in (
+    "ddim_steps", "seed", "scale", "ddim_eta", "strength", "upscale", "upscale_strength", "mask_blur", "outpaint",
+)}  # fmt: skip
 
 _LAION_KEY = "cond_stage_model.transformer.token_emb.weight"  # of its text model, which is not CLIP's
 
 
 def check_options(opt: argparse.Namespace) -> None:
     """Numbers in range and options that go together, else an `InputError` that names the option."""
-    need(1 <= opt.ddim_steps <= 999, f"--ddim_steps is {opt.ddim_steps}; give 1 to 999")
-    need(0 <= opt.seed < MAX_SEED, f"--seed is {opt.seed}; give 0 to {MAX_SEED - 1}")
-    need(math.isfinite(opt.scale), f"--scale is {opt.scale}; give a finite number")
-    need(math.isfinite(opt.ddim_eta) and opt.ddim_eta >= 0, f"--ddim_eta is {opt.ddim_eta}; give 0 to 1")
-    for name in ("plms", "dpm_solver"):
-        given = getattr(opt, name)
-        need(
-            not (given and opt.ddim_eta),
-            f"--{name} adds no noise, so --ddim_eta {opt.ddim_eta} is impossible",
-        )
-    spaced = opt.timestep_spacing != "uniform"
-    need(not (opt.dpm_solver and spaced), "--dpm_solver has uniform --timestep_spacing only")
+    for name, field in _CHECKED.items():
+        try:
+            SETTINGS[field].check(getattr(opt, name))
+        except ValueError as error:
+            raise InputError(f"--{name} {error}") from None
     for name in ("n_iter", "n_samples"):
         need(1 <= getattr(opt, name) <= MAX_COUNT, f"--{name} is {getattr(opt, name)}; give 1 to {MAX_COUNT}")
-    for name in ("strength", "upscale_strength"):
-        need(0 <= getattr(opt, name) <= 1, f"--{name} is {getattr(opt, name)}; give 0 to 1")
-    need(1 <= opt.upscale <= MAX_UPSCALE, f"--upscale is {opt.upscale}; give 1 to {MAX_UPSCALE}")
-    need(0 <= opt.mask_blur <= 256, f"--mask_blur is {opt.mask_blur}; give 0 to 256 pixels")
     need(
         opt.safety != "off" or opt.safety_model is None,
         f"--safety off does not go with --safety_model {printable(opt.safety_model)}; leave one out",
     )
-    need(min(opt.outpaint) >= 0, f"--outpaint is {opt.outpaint}; give four numbers of 0 or more")
     if opt.ddim_eta > 1:
         logger.warning("--ddim_eta %g is above 1: more noise than the method allows for", opt.ddim_eta)
     if opt.skip_grid and opt.skip_save:
         logger.warning("--skip_grid and --skip_save together: nothing will be written")
+    if opt.sweep and opt.skip_save:
+        logger.warning(
+            "with --skip_save, --sweep makes no labelled sheet, which is made from the images' files"
+        )
 
 
 def need(condition: bool, message: str) -> None:
@@ -78,61 +71,14 @@ def need(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def read_prompts(opt: argparse.Namespace) -> list[list[str]]:
-    """The prompts of each batch: n_samples times the one, or the file's lines in batches of n_samples."""
-    opt.negative_prompt = _text("--negative_prompt", opt.negative_prompt)
-    if opt.from_file is None:
-        return [[_text("--prompt", opt.prompt)] * opt.n_samples]
-    from ldm.prompts.files import read_prompt_file
-
-    prompts = read_prompt_file(opt.from_file)
-    return [prompts[i : i + opt.n_samples] for i in range(0, len(prompts), opt.n_samples)]
-
-
-def split_batches(opt: argparse.Namespace, batches: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The prompts of each batch, so that all of one batch ask for the same LoRAs."""
-    if opt.lora_dir is None and any(split_loras(prompt)[1] for batch in batches for prompt in batch):
-        logger.warning("without --lora_dir, <lora:...> in a prompt is text like any other")
-    return [
-        list(alike)
-        for batch in batches
-        for _, alike in itertools.groupby(batch, key=lambda prompt: read_loras(opt, prompt)[1])
-    ]
-
-
-def read_loras(opt: argparse.Namespace, prompt: str) -> tuple[str, tuple[tuple[str, float, float], ...]]:
-    """A prompt as the model sees it, and the LoRAs of the options and the prompt."""
-    given = tuple((lora_name(Path(path).name), weight, on_text) for path, weight, on_text in opt.lora)
-    if opt.lora_dir is None:
-        return prompt, given
-    text, asked = split_loras(prompt)
-    wrong = text.partition("<lora:")[1:]
-    need(
-        not any(wrong),
-        f"{printable(''.join(wrong)[:60])} in a prompt is no <lora:NAME:WEIGHT> or <lora:NAME:TEXT:WEIGHT>",
-    )
-    return text, given + asked
-
-
-def find_loras(opt: argparse.Namespace, batches: Sequence[Sequence[str]]) -> tuple[LoraFiles, list[str]]:
-    """Where the run's LoRAs lie, and their names, all there."""
+def find_loras(opt: argparse.Namespace) -> LoraFiles:
+    """Where the run's LoRAs lie; those of the options are there, and so are the textual inversions."""
     from ldm.checkpoints.lora_files import LoraFiles
 
     files = LoraFiles([path for path, _, _ in opt.lora], opt.lora_dir)
-    names = dict.fromkeys(name for batch in batches for name, _, _ in read_loras(opt, batch[0])[1])
-    for name in names:
-        files(name)
     for path, _ in opt.embedding:
         need(_exists(Path(path)), f"{printable(path)} does not exist; give another with --embedding")
-    return files, list(names)
-
-
-def _text(option: str, text: str) -> str:
-    """A command-line text as UTF-8 even where the locale is ASCII, else an `InputError`."""
-    try:
-        return text.encode("utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeError:
-        raise InputError(f"{option} holds bytes that are not UTF-8: {printable(text)[:80]}") from None
+    return files
 
 
 def choose_model(opt: argparse.Namespace) -> tuple[Path, Path]:
@@ -202,7 +148,7 @@ def _exists(path: Path) -> bool:
 def check_latents(opt: argparse.Namespace, model: Mapping[str, Any]) -> None:
     """That --C and --f are the config's."""
     channels = _param(model, "channels", opt.C)
-    factor = _factor(model)
+    factor = latent_factor(model)
     need(channels == opt.C, f"--C is {opt.C}, but the model has {channels} latent channels")
     need(factor == opt.f, f"--f is {opt.f}, but the model's downsampling factor is {factor}")
 
@@ -216,7 +162,7 @@ def _param(model: Mapping[str, Any], name: str, default: int) -> int:
     return value
 
 
-def _factor(model: Mapping[str, Any]) -> int:
+def latent_factor(model: Mapping[str, Any]) -> int:
     """How many pixels one latent value spans along each side."""
     from ldm.config import ConfigError, section
 
@@ -228,12 +174,12 @@ def _factor(model: Mapping[str, Any]) -> int:
 
 def own_side(model: Mapping[str, Any]) -> int:
     """The side in pixels of the pictures that a config's model was made for."""
-    return _param(model, "image_size", 64) * _factor(model)
+    return _param(model, "image_size", 64) * latent_factor(model)
 
 
 def check_size(opt: argparse.Namespace, model: Mapping[str, Any]) -> tuple[int, int]:
     """Width and height of a picture from text, by default the config's, checked against its factor."""
-    factor = _factor(model)
+    factor = latent_factor(model)
     size = []
     for name in ("W", "H"):
         given = getattr(opt, name)
@@ -332,7 +278,7 @@ def check_memory(job: Job, model: Mapping[str, Any]) -> None:
 
     height, width = job.upscaled_size
     channels = section(model, "unet_config").get("model_channels", 320)
-    needed = 10 * 4 * channels * height * width // _factor(model) ** 2
+    needed = 10 * 4 * channels * height * width // latent_factor(model) ** 2
     total = _total_memory()
     need(
         total is None or needed <= 4 * total,

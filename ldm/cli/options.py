@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from ldm import __version__
 from ldm.job import RESIZES, Init
+from ldm.prompts.dialects import FORMATS
 from ldm.util import printable
 
 V1_CONFIG = "configs/stable-diffusion/v1-inference.yaml"
@@ -70,7 +71,30 @@ def add_prompt_options(parser: argparse.ArgumentParser, prompt: str) -> None:
     group.add_argument("--prompt", metavar="TEXT", default=prompt, help="what to draw")
     group.add_argument("--negative_prompt", metavar="TEXT", default="", help="what to keep away from")
     group.add_argument(
-        "--from-file", dest="from_file", metavar="FILE", help="read prompts from a file, one a line"
+        "--from-file",
+        dest="from_file",
+        metavar="FILE",
+        help="read prompts, and what else lines say, from a file, or from standard input with -",
+    )
+    group.add_argument(
+        "--prompt_format", choices=FORMATS, default="auto", help="how the lines of that file are written"
+    )
+    group.add_argument(
+        "--expand", action="store_true", help="write out {a|b|c} in prompts, one image an option"
+    )
+    group.add_argument(
+        "--sweep",
+        metavar="FIELD=VALUES",
+        action="append",
+        default=[],
+        help="make each image for each of these values, such as scale=5,7.5,10 or steps=10..50:10, and a labelled "
+        "sheet; can be given several times, for all combinations",
+    )
+    group.add_argument(
+        "--prompt_syntax",
+        choices=("plain", "a1111"),
+        default="plain",
+        help="a1111: (x:1.3), [x] and BREAK in prompts mean what they mean in AUTOMATIC1111's web UI",
     )
 
 
@@ -230,6 +254,19 @@ def add_output_options(parser: argparse.ArgumentParser, outdir: str) -> None:
     """Where the pictures go."""
     group = parser.add_argument_group("output")
     group.add_argument("--outdir", metavar="DIR", default=outdir, help="folder for samples and grids")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the newest run of this folder made by the same command",
+    )
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="with --resume: look into the files, and make damaged ones again",
+    )
+    group.add_argument(
+        "--gallery", action="store_true", help="write gallery.html, a page that shows the folder's images"
+    )
     group.add_argument("--skip_grid", action="store_true", help="do not write a grid")
     group.add_argument("--skip_save", action="store_true", help="do not write single images")
     group.add_argument("--no_watermark", action="store_true", help="leave the invisible watermark out")
@@ -291,6 +328,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=("full", "autocast", "bf16", "fp16"),
         default="autocast",
         help="full: float32; autocast: fp16 on a GPU, bf16 on a CPU that can",
+    )
+    group.add_argument(
+        "--cache_weights",
+        metavar="DIR",
+        nargs="?",
+        const="",
+        help="keep the weights as bf16 needs them, for a faster start next time (default DIR: the user's cache)",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the U-Net: minutes at first, kept for later runs; needs a C++ compiler",
     )
     group.add_argument(
         "--lowmem", action="store_true", help="keep in memory only what is in use: slower, the same pictures"
@@ -366,6 +415,15 @@ def _embedding(text: str) -> tuple[str, str | None]:
     """A file and the name for it; a file whose own name holds a `=` is taken whole."""
     path, sign, name = text.rpartition("=")
     return (path, name) if sign and path and not os.path.exists(text) else (text, None)
+
+
+def add_telling_options(parser: argparse.ArgumentParser) -> None:
+    """What is told instead of, or beside, making pictures."""
+    group = parser.add_argument_group("telling")
+    group.add_argument("--dry_run", action="store_true", help="say what would be made, and make nothing")
+    group.add_argument(
+        "--json", action="store_true", help="tell on stdout what happens, for programs: a JSON object a line"
+    )
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ Nothing here prints, loads a model or touches a file.
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import shlex
@@ -24,15 +25,22 @@ if TYPE_CHECKING:
 SURE = 1e-6  # below this probability, chance is no explanation of a watermark
 UNSURE = 1e-2  # above it, it is a good one
 
-Options = dict[str, str | None]  # by name without dashes; None for a switch
+Options = dict[
+    str, str | list[str] | None
+]  # by name without dashes; None for a switch, a list for several values
+Changes = Mapping[str, str | list[str] | None]
+
+_REPEATED = ("lora", "embedding", "allow_targets")  # options that are given once for each value
+_SAMPLERS = ("plms", "dpm_solver")
 
 
 def options(recipe: Recipe) -> tuple[str, Options]:
     """The script that makes a recipe's picture again, and its options; defaults of a job are left out.
 
     What the script cannot know from the file stays open: which checkpoint `Recipe.model` is, and in which folder
-    the picture, the mask and the LoRAs lie that are named. A picture of a batch with one stream of noise comes
-    last of as many as that takes.
+    the picture, the mask and the LoRAs lie that are named. A picture that was made in a batch is made in one of
+    that size again, at its place there, since the sums' last bits depend on both (not on what else is in it); of the
+    run's samples `place(recipe)` is the picture.
     """
     job = recipe.job
     init = job.init
@@ -43,7 +51,8 @@ def options(recipe: Recipe) -> tuple[str, Options]:
     chosen |= {job.sampler: None} if job.sampler != "ddim" else {}
     chosen |= _unless_default(
         job,
-        {"ddim_eta": "eta", "timestep_spacing": "timestep_spacing", "rng": "rng", "seed_mode": "seed_mode"},
+        {"ddim_eta": "eta", "timestep_spacing": "timestep_spacing", "rng": "rng", "seed_mode": "seed_mode"}
+        | {"prompt_syntax": "prompt_syntax"},
     )
     chosen |= _count(recipe)
     if init is None and job.strength == 1:
@@ -60,21 +69,80 @@ def options(recipe: Recipe) -> tuple[str, Options]:
     return _script(job), chosen
 
 
-def command(recipe: Recipe, changes: Mapping[str, str | None] | None = None, drop: Sequence[str] = ()) -> str:
+def place(recipe: Recipe, changes: Changes | None = None) -> int:
+    """Which of the samples of a recipe's command is the picture, from 0."""
+    if recipe.job.seed_mode == "batch":
+        return recipe.job.batch_index
+    entry = recipe.extras.get("Batch pos", "0")
+    inside = re.fullmatch("[0-9]{1,5}", entry) and int(entry) < _batch_size(recipe)
+    return int(entry) if inside and "n_samples" not in (changes or {}) else 0
+
+
+def _batch_size(recipe: Recipe) -> int:
+    size = recipe.extras.get("Batch size", "1")
+    return int(size) if re.fullmatch("[1-9][0-9]{0,4}", size) else 1
+
+
+def _first_seed(recipe: Recipe, seed: str, changes: Changes) -> str:
+    """The seed of a command's first picture where the picture at its place has `seed`; seeds count up."""
+    if recipe.job.seed_mode == "batch" or not re.fullmatch("[0-9]{1,10}", seed):
+        return seed
+    return str((int(seed) - place(recipe, changes)) % 2**32) if int(seed) < 2**32 else seed
+
+
+def command(recipe: Recipe, changes: Changes | None = None, drop: Sequence[str] = ()) -> str:
     """The command line that makes a recipe's picture again, on one line that can be pasted into bash or zsh.
 
-    `changes` replace or add options, `drop` leaves some out. The job's LoRAs are options of their own, whose files
-    are expected to lie where the command runs, or with `lora_dir` among the changes tags in the prompt.
+    See `arguments`.
+    """
+    script, typed = arguments(recipe, changes or {}, drop)
+    return " ".join(map(quoted, ["python", f"scripts/{script}.py", *typed]))
+
+
+def arguments(recipe: Recipe, changes: Changes, drop: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """The script that makes a recipe's picture again, and what is typed behind its name.
+
+    `changes` replace or add options, `drop` leaves some out. A picture or mask to start from changes the script.
+    The job's LoRAs are options of their own, whose files are expected to lie where the command runs, or with
+    `lora_dir` among the changes tags in the prompt; `lora` among them replaces them all.
     """
     script, chosen = options(recipe)
-    arguments = [f"--lora={lora}" for lora in _loras(recipe.job)]
-    if "lora_dir" in (changes or {}) and arguments:
-        chosen["prompt"] = " ".join(
-            [recipe.job.prompt, "".join(lora_tag(*lora) for lora in recipe.job.loras)]
-        )
-        arguments = []
-    chosen = {name: value for name, value in {**chosen, **(changes or {})}.items() if name not in drop}
-    return " ".join(map(quoted, ["python", f"scripts/{script}.py", *_arguments(chosen), *arguments]))
+    loras = recipe.job.loras
+    if "lora_dir" in changes and "lora" not in changes and loras:
+        tags = "".join(lora_tag(*lora) for lora in loras)
+        chosen["prompt"] = " ".join(filter(None, [recipe.job.prompt, tags]))
+    elif loras:
+        chosen["lora"] = [lora_option(*lora) for lora in loras]
+    if not changes.keys().isdisjoint(_SAMPLERS):
+        chosen = {name: value for name, value in chosen.items() if name not in _SAMPLERS}
+    if "mask" in changes:
+        script = "inpaint"
+    elif "init_img" in changes and script == "txt2img":
+        script = "img2img"
+    kept = {name: value for name, value in {**chosen, **changes}.items() if name not in drop}
+    if isinstance(seed := kept.get("seed"), str):
+        kept["seed"] = _first_seed(recipe, seed, changes)
+    return script, _arguments(kept)
+
+
+def lora_option(file: str, weight: float, on_text: float) -> str:
+    """A value of the option that takes LoRAs; the weights are always said, so that no name is taken for one."""
+    return f"{file}:{_number(weight)}:{_number(on_text)}"
+
+
+def as_changes(parser: argparse.ArgumentParser) -> None:
+    """Makes the options that a parser has so far changes: only what is typed is kept, as text."""
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.type, action.default = None, argparse.SUPPRESS
+
+
+def changes_of(typed: Mapping[str, object]) -> Options:
+    """What such a parser kept, as options."""
+    return {
+        name: value if isinstance(value, list) else None if value is True else str(value)
+        for name, value in typed.items()
+    }
 
 
 def quoted(argument: str) -> str:
@@ -98,14 +166,17 @@ def _ansi_c(character: str) -> str:
 
 def _arguments(chosen: Options) -> list[str]:
     """Options as arguments; a value that begins with a dash is joined to its option, else it would pose as one."""
-    arguments: list[str] = []
+    typed: list[str] = []
     for name, value in chosen.items():
         option = "--" + {"init_img": "init-img", "from_file": "from-file"}.get(name, name)
         if value is None:
-            arguments.append(option)
+            typed.append(option)
+        elif isinstance(value, list) and name in _REPEATED:
+            typed += [f"{option}={one}" for one in value]
         else:
-            arguments += [f"{option}={value}"] if value.startswith("-") else [option, value]
-    return arguments
+            first, *rest = value if isinstance(value, list) else [value]
+            typed += [*([f"{option}={first}"] if first.startswith("-") else [option, first]), *rest]
+    return typed
 
 
 def _script(job: Job) -> str:
@@ -148,13 +219,11 @@ def _picture(init: Init) -> Options:
 
 
 def _count(recipe: Recipe) -> Options:
-    """One picture, or in a batch with one stream of noise as many as come before it."""
-    size = recipe.extras.get("Batch size", "1")
-    per_batch = int(size) if re.fullmatch("[1-9][0-9]{0,4}", size) else 1
-    per_batch = per_batch if recipe.job.seed_mode == "batch" else 1
+    """One batch of the recorded size, or with one stream of noise as many as there are up to the picture's."""
+    per_batch = _batch_size(recipe)
     return {
         "n_samples": str(per_batch),
-        "n_iter": str(recipe.job.batch_index // per_batch + 1),
+        "n_iter": str(place(recipe) // per_batch + 1),
         "skip_grid": None,
     }
 
@@ -169,12 +238,11 @@ def _of_the_run(recipe: Recipe) -> Options:
         chosen["ema"] = extras["EMA"]
     if extras.get("Fixed code") == "on" and recipe.job.seed_mode == "batch":
         chosen["fixed_code"] = None
+    if extras.get("Watermark") == "off":
+        chosen["no_watermark"] = None
+    if extras.get("Tiles") == "approximate":
+        chosen["tiles"] = "on"
     return chosen
-
-
-def _loras(job: Job) -> list[str]:
-    """Values of the option that takes LoRAs; the weights are always said, so that no name is taken for one."""
-    return [f"{name}:{_number(weight)}:{_number(on_text)}" for name, weight, on_text in job.loras]
 
 
 # --- comparing ---------------------------------------------------------------------------------------------------

@@ -10,9 +10,12 @@ import argparse
 import contextlib
 import faulthandler
 import io
+import json
 import logging
+import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -85,6 +88,59 @@ class Progress:
         self._bar.close()
 
 
+class Events:
+    """What happens, for programs: one JSON object a line on stdout. A stdout that is gone never stops the run."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._alone = threading.Lock()
+        self._handler = _Warnings(self)
+
+    def __enter__(self) -> Events:
+        if self._enabled:
+            logger.addHandler(self._handler)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logger.removeHandler(self._handler)
+
+    def emit(self, event: str, **values: Any) -> None:
+        """Writes one event with its values."""
+        if not self._enabled:
+            return
+        line = json.dumps({"event": event, **values})
+        try:
+            with self._alone:
+                print(line, flush=True)
+        except (OSError, ValueError) as error:
+            self._enabled = False
+            _silence_stdout()
+            reason = error.strerror if isinstance(error, OSError) else "it is closed"
+            logger.warning("stdout takes no more events (%s); the run goes on", reason)
+
+
+def _silence_stdout() -> None:
+    """Sends what is still in stdout's buffer nowhere, so that the end of the process does not fail on it."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, sys.stdout.fileno())
+        finally:
+            os.close(nowhere)
+
+
+class _Warnings(logging.Handler):
+    """Tells warnings and errors as events too."""
+
+    def __init__(self, events: Events) -> None:
+        super().__init__(logging.WARNING)
+        self._events = events
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = "warning" if record.levelno == logging.WARNING else "error"
+        self._events.emit(kind, text=record.getMessage().removeprefix("error: "))
+
+
 class _Lines(logging.Formatter):
     """Plain text for what is going on, the level in front of warnings."""
 
@@ -130,30 +186,31 @@ def main(
     set_up_messages(opt.quiet, opt.debug)
     with contextlib.suppress(AttributeError, ValueError, OSError):  # stderr can be no real file
         faulthandler.enable()  # a checkpoint that shrinks while it is mapped ends the process without a word
+    return outcome(lambda: script(opt), opt.debug)
+
+
+def outcome(task: Callable[[], int], debug: bool) -> int:
+    """The exit code of a task; any fault of it becomes one line."""
     try:
-        return script(opt)
+        return task()
     except InputError as error:
-        return _fail(f"error: {error}", 2, opt.debug)
+        return _fail(f"error: {error}", 2, debug)
     except KeyboardInterrupt:
         return _fail("error: interrupted", 130, False)
     except MemoryError:
-        return _fail("error: out of memory; use a smaller --n_samples, --W or --H", 1, opt.debug)
+        return _fail("error: out of memory; use a smaller --n_samples, --W or --H", 1, debug)
     except OSError as error:
         where = f"{printable(error.filename)}: " if error.filename else ""
-        return _fail(f"error: {where}{error.strerror or error}", 1, opt.debug)
+        return _fail(f"error: {where}{error.strerror or error}", 1, debug)
     except Exception as error:  # noqa: BLE001 - the one place where any fault becomes one line
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             line = " ".join(printable(error).split())[:200]
-            return _fail(
-                f"error: out of memory ({line}); use a smaller --n_samples, --W or --H", 1, opt.debug
-            )
+            return _fail(f"error: out of memory ({line}); use a smaller --n_samples, --W or --H", 1, debug)
         if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
             line = " ".join(printable(error).split())[:200]
-            return _fail(
-                f"error: the GPU failed ({line}); finished images are kept, start again", 1, opt.debug
-            )
+            return _fail(f"error: the GPU failed ({line}); finished images are kept, start again", 1, debug)
         what = " ".join(printable(f"{type(error).__name__}: {error}").split())[:300]
-        return _fail(f"error: {what}; this is a bug, run with --debug to see where", 1, opt.debug)
+        return _fail(f"error: {what}; this is a bug, run with --debug to see where", 1, debug)
 
 
 def _fail(line: str, code: int, debug: bool) -> int:

@@ -4,188 +4,60 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
+import functools
+import hashlib
 import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
 from ldm.cli.inputs import (
-    MAX_SEED,
     Canvases,
-    Start,
     check_latents,
-    check_memory,
     check_options,
     choose_model,
     find_loras,
     need,
-    read_loras,
-    read_prompts,
     read_starts,
-    split_batches,
 )
-from ldm.cli.report import Interrupts, Progress
+from ldm.cli.manifest import RunFile, describe, open_run
+from ldm.cli.output import Output, make_mark, make_screen
+from ldm.cli.plan import Plan, check_job, count_steps, read_wishes, schedule_length
+from ldm.cli.preview import show
+from ldm.cli.report import Events, Interrupts, Progress
+from ldm.cli.sheets import write_sheets
 from ldm.job import Job
-from ldm.util import InputError, printable
+from ldm.util import InputError, cache_path, printable
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor
 
     from ldm.checkpoints.embeddings import Embeddings
     from ldm.checkpoints.lora_files import LoraFiles
-    from ldm.images.safety import Screen
     from ldm.images.writer import RunFolder
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.pipeline import Picture, Pipeline
+    from ldm.runtime.device import Precision
 
 logger = logging.getLogger("ldm")
-
-
-def make_batches(
-    opt: argparse.Namespace, prompts: Sequence[Sequence[str]], starts: Sequence[Start]
-) -> Iterator[list[Job]]:
-    """The run's jobs, batch by batch, numbered and seeded."""
-    index = 0
-    for start in starts:
-        for batch in itertools.chain.from_iterable(itertools.repeat(prompts, opt.n_iter)):
-            first = 0 if opt.fixed_code else index
-            yield [
-                Job(
-                    prompt=prompt,
-                    negative_prompt=opt.negative_prompt,
-                    seed=opt.seed if opt.seed_mode == "batch" else (opt.seed + first + i) % MAX_SEED,
-                    width=start.width,
-                    height=start.height,
-                    steps=opt.ddim_steps,
-                    sampler="plms" if opt.plms else "dpm_solver" if opt.dpm_solver else "ddim",
-                    scale=opt.scale,
-                    eta=opt.ddim_eta,
-                    timestep_spacing=opt.timestep_spacing,
-                    rng=opt.rng,
-                    seed_mode=opt.seed_mode,
-                    batch_index=index + i if opt.seed_mode == "batch" else 0,
-                    init=start.init,
-                    strength=opt.strength if start.init else 1.0,
-                    posterior="mean" if opt.posterior_mean else "sample",
-                    paste=not opt.no_paste,
-                    upscale=opt.upscale,
-                    upscale_in=opt.upscale_in,
-                    upscale_strength=opt.upscale_strength,
-                    loras=loras,
-                )
-                for i, (prompt, loras) in enumerate(read_loras(opt, prompt) for prompt in batch)
-            ]
-            index += len(batch)
-
-
-Mark = Callable[["np.ndarray"], "np.ndarray"]
-
-
-def _watermark(opt: argparse.Namespace) -> Mark:
-    """What marks a picture; a missing library is found out before the model is loaded."""
-    if opt.no_watermark:
-        return lambda rgb: rgb
-    from ldm.images.watermark import INPAINTING_TEXT, TEXT, Watermark
-
-    return Watermark(INPAINTING_TEXT if opt.inpaint else TEXT).mark
-
-
-def _screen(opt: argparse.Namespace, device: torch.device) -> Screen:
-    """The safety check, by --safety."""
-    from ldm.checkpoints.safety import OWN_FOLDER, find_safety_model, load_safety_model
-    from ldm.images.safety import Screen
-
-    path = None if opt.safety == "off" else find_safety_model(opt.safety_model)
-    if path is not None:
-        checker = load_safety_model(path, device)
-        return Screen(checker, checker.side)
-    where = f"put the files of CompVis/stable-diffusion-safety-checker into {OWN_FOLDER}"
-    need(opt.safety != "on", f"--safety on: no safety model found; {where}")
-    if opt.safety == "auto":
-        logger.info("safety check: no model found, images are unchecked; %s", where)
-    return Screen(None)
-
-
-class Output:
-    """Takes finished pictures to files: samples as they come, and a grid of all of them."""
-
-    def __init__(
-        self,
-        opt: argparse.Namespace,
-        folder: RunFolder,
-        columns: int,
-        mark: Mark,
-        screen: Screen,
-        extras: Callable[[Job], dict[str, str]],
-    ) -> None:
-        from ldm.images.grid import GridWriter
-
-        self._opt, self._folder, self._mark, self._extras = opt, folder, mark, extras
-        self._screen = screen
-        self._grid = GridWriter(folder.path, columns, lambda sheet: folder.save_grid(mark(sheet)))
-        self.saved = self.failed = 0
-
-    def add(self, pictures: Sequence[Picture]) -> None:
-        """Checks and writes pictures with the text that makes them again; what is not finite is reported."""
-        from ldm.images.safety import SafetyError
-
-        try:
-            verdicts = self._screen.screen([picture.pixels for picture in pictures])
-        except SafetyError as error:
-            self.failed += len(pictures)
-            logger.error("error: %s", error)
-            return
-        for picture, verdict in zip(pictures, verdicts, strict=True):
-            if verdict.pixels is None:
-                self._report_not_finite(picture.job)
-            else:
-                self._write(picture, verdict.pixels, {**picture.notes, "Safety": verdict.word})
-
-    def _report_not_finite(self, job: Job) -> None:
-        self.failed += 1
-        logger.error(
-            "error: the model gave no finite picture for seed %d, prompt %s; try --precision full",
-            job.seed,
-            printable(job.prompt),
-        )
-
-    def _write(self, picture: Picture, pixels: np.ndarray, notes: Mapping[str, str]) -> None:
-        """Writes what was passed of a picture, marked wherever it is not the user's own."""
-        from ldm.images.metadata import infotext
-
-        job = picture.job
-        if notes["Safety"] == "flagged":
-            logger.warning("the safety check flagged seed %d, so its picture is blank", job.seed)
-        if not self._opt.skip_save:
-            marked = self._mark(pixels)
-            if picture.kept is not None:
-                marked[picture.kept] = pixels[picture.kept]
-            self._folder.save_sample(marked, infotext(job, {**self._extras(job), **notes}))
-        if not self._opt.skip_grid:
-            self._grid.add(pixels)
-        self.saved += 1
-
-    def finish(self) -> None:
-        """Writes the grid."""
-        self._grid.finish()
-
-    def close(self) -> None:
-        """Drops what `finish` did not write."""
-        self._grid.close()
 
 
 def run(opt: argparse.Namespace) -> int:
     """Text and pictures to pictures: the exit code."""
     check_options(opt)
-    prompts = split_batches(opt, read_prompts(opt))
-    find_lora, loras = find_loras(opt, prompts)
+    need(
+        not opt.verify or opt.resume, "--verify looks into the files of a run that goes on; give --resume too"
+    )
+    need(
+        not (opt.resume and opt.skip_save),
+        "--skip_save leaves no files to --resume from; leave one of them out",
+    )
+    wishes, find_lora = read_wishes(opt), find_loras(opt)
     config_path, ckpt_path = choose_model(opt)
 
     from ldm.config import read_config
@@ -199,99 +71,199 @@ def run(opt: argparse.Namespace) -> int:
     starts = read_starts(opt, config, canvases)
     device = resolve_device(opt.device)
     precision = resolve_precision(opt.precision, device)
-    steps = _steps_of_each(opt, from_image=starts[0].init is not None)
-    largest = max(starts, key=lambda start: start.width * start.height)
-    check_memory(next(make_batches(opt, prompts, [largest]))[0], config)
-    batches = opt.n_iter * len(prompts) * len(starts)
-    images = opt.n_iter * sum(map(len, prompts)) * len(starts)
-    columns = min(opt.n_rows if opt.n_rows > 0 else opt.n_samples, images)
+    plan = Plan(opt, wishes, starts, canvases, lambda job: check_job(job, config, find_lora))
+    _tell_steps(plan[0])
+    if opt.dry_run:
+        return show(opt, plan, config)
+    columns = min(opt.n_rows if opt.n_rows > 0 else opt.n_samples, len(plan))
     started = time.monotonic()
-    with RunFolder(opt.outdir) as folder, Interrupts() as interrupts:
-        mark, screen = _watermark(opt), _screen(opt, device)
+    with RunFolder(opt.outdir) as folder, Interrupts() as interrupts, Events(opt.json) as events:
+        hashes = _hashes(opt, ckpt_path)
+        settings = _settings(opt, plan, config_path, precision, device, find_lora)
+        claim = functools.partial(_claim, opt, folder, plan, columns, settings, hashes)
+        resumed = claim() if opt.resume else None  # what is refused is refused before the model is loaded
+        mark, screen = make_mark(opt), make_screen(opt, device)
         model = load_model(
-            config, ckpt_path, device, opt.ema, vae=opt.vae, text_encoder=opt.text_encoder, dtype=None
+            config,
+            ckpt_path,
+            device,
+            opt.ema,
+            vae=opt.vae,
+            text_encoder=opt.text_encoder,
+            dtype=None,
+            cache=_weights_cache(opt, device, precision),
         )
         embeddings = _embeddings(opt, model)
-        pipeline = Pipeline(model, precision, canvases, opt.tiles, find_lora, opt.lowmem)
-        for name in loras:
+        pipeline = Pipeline(model, precision, canvases, opt.tiles, find_lora, opt.lowmem, opt.compile)
+        for name in plan.loras():
             pipeline.loras.read(name)
-        extras = _extras(opt, config_path, ckpt_path, precision.name, canvases)
+        extras = _extras(opt, config_path, ckpt_path, precision.name, canvases, hashes)
         extras = _with_hashes(extras, find_lora, embeddings)
-        output = Output(opt, folder, columns, mark, screen, extras)
         logger.info("model loaded in %.1f s; %s, %s", time.monotonic() - started, device, precision.name)
-        progress = Progress(images, steps * batches, opt.quiet)
-        with contextlib.closing(output), contextlib.closing(progress):
+        batches = plan.batches()
+        claimed = resumed or claim()
+        output = Output(opt, folder, claimed, columns, mark, screen, extras, events)
+        batches = [batch for batch in batches if output.wants(batch)]
+        progress = Progress(
+            sum(map(len, batches)), sum(count_steps(plan[batch[0]]) for batch in batches), opt.quiet
+        )
+        events.emit(
+            "start",
+            folder=str(folder.path),
+            run=str(claimed.path),
+            images=len(plan),
+            existing=output.existing,
+        )
+        with contextlib.closing(claimed), contextlib.closing(progress), output:
             try:
-                for pictures in _generate(opt, pipeline, make_batches(opt, prompts, starts), progress):
-                    output.add(pictures)
+                for indices, pictures in _generate(opt, pipeline, plan, output, progress):
+                    output.add(indices, pictures)
                     if output.failed or interrupts.received:
                         break
             except InputError as error:  # a picture to start from went away meanwhile
+                output.wait()
                 if not output.saved:
                     raise
                 logger.error("error: %s", error)
                 output.failed += 1
             output.finish()
+            if not opt.skip_save:
+                write_sheets(plan, folder.path, claimed.sample_path, mark)
     seconds = time.monotonic() - started
     logger.info(
         "%d images in %.1f s (%.2f s each, loading included) in %s",
         output.saved, seconds, seconds / max(output.saved, 1), printable(folder.path),
     )  # fmt: skip
-    if interrupts.received:
-        return 128 + interrupts.received
-    return 1 if output.failed else 0
+    code = 128 + interrupts.received if interrupts.received else 1 if output.failed else 0
+    if code and not opt.skip_save and not output.complete:
+        logger.warning("to make the rest, give the same command once more with --resume")
+    events.emit("done", saved=output.saved, failed=output.failed, seconds=round(seconds, 3), code=code)
+    return code
 
 
-def _steps_of_each(opt: argparse.Namespace, from_image: bool) -> int:
-    """How many denoising steps a picture takes, in both passes; said where it is not what was asked for."""
-    from ldm.models.diffusion.schedule import make_timesteps, steps_to_run
+def _claim(
+    opt: argparse.Namespace,
+    folder: RunFolder,
+    plan: Plan,
+    columns: int,
+    settings: Mapping[str, Any],
+    hashes: Mapping[str, Callable[[], str]],
+) -> RunFile:
+    """The run's numbers: new ones, or with --resume those of the run that is gone on with."""
+    from ldm.images.grid import count_pages
 
-    asked = opt.ddim_steps
-    rows = asked if opt.dpm_solver else len(make_timesteps(opt.timestep_spacing, asked))
-    if rows != asked:
-        logger.info("compvis spacing has %d steps for --ddim_steps %d", rows, asked)
-    steps = steps_to_run(opt.strength, asked, rows) if from_image else rows
-    if from_image:
-        logger.info("strength %g: %d of %d steps run", opt.strength, steps, rows)
+    pages = 0 if opt.skip_grid else count_pages((job.upscaled_size for job in plan), columns)
+    made_from = describe(plan[:], plan.batches(), {"columns": columns, **settings})
+    return open_run(folder, made_from, len(plan), pages, hashes, opt.resume)
+
+
+def _settings(
+    opt: argparse.Namespace,
+    plan: Plan,
+    config: Path,
+    precision: Precision,
+    device: torch.device,
+    find_lora: LoraFiles,
+) -> dict[str, Any]:
+    """What the pixels and the files depend on beside the jobs and the checkpoint."""
+    from ldm.checkpoints.hashing import file_sha256
+
+    inits = dict.fromkeys(job.init for job in plan.kinds() if job.init is not None)
+    pictures = dict.fromkeys(path for init in inits for path in (init.image, init.mask) if path)
+    below = sorted(Path(opt.embedding_dir).rglob("*")) if opt.embedding_dir is not None else []
+    embeddings = [*(Path(path) for path, _ in opt.embedding), *(path for path in below if path.is_file())]
+    names = ("n_samples", "fixed_code", "ema", "tiles", "no_watermark", "safety", "skip_grid", "inpaint")
+    return {
+        **{name: getattr(opt, name) for name in names},
+        "precision": precision.name,
+        "device": device.type,
+        "config": hashlib.sha256(config.read_bytes()).hexdigest(),
+        "pictures": {
+            printable(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in pictures
+        },
+        "lora_files": {name: file_sha256(find_lora(name)) for name in plan.loras()},
+        "embeddings": {printable(path): file_sha256(path) for path in embeddings},
+    }
+
+
+def _hashes(opt: argparse.Namespace, ckpt: Path) -> dict[str, Callable[[], str]]:
+    """The SHA-256 of the files of weights; for large ones it takes seconds, so it is computed beside the rest."""
+    from ldm.checkpoints.hashing import files_sha256
+    from ldm.checkpoints.reader import model_files
+
+    hashes = {"Model hash": _in_background(files_sha256, model_files(ckpt))}
+    if opt.vae is not None:
+        hashes["VAE hash"] = _in_background(files_sha256, model_files(opt.vae, "vae"))
+    if opt.text_encoder is not None:
+        files = model_files(opt.text_encoder, "text_encoder")
+        hashes["Text encoder hash"] = _in_background(files_sha256, files)
+    return hashes
+
+
+def _weights_cache(opt: argparse.Namespace, device: torch.device, precision: Precision) -> Path | None:
+    """The folder of cached weights, if they are wanted and of use."""
+    if opt.cache_weights is None:
+        return None
+    if device.type != "cpu" or precision.name != "bf16":
+        logger.info(
+            "--cache_weights is for bf16 on a CPU; %s on %s reads the checkpoint", precision.name, device
+        )
+        return None
+    return Path(opt.cache_weights) if opt.cache_weights else cache_path("weights")
+
+
+def _tell_steps(job: Job) -> None:
+    """Says how many denoising steps a picture takes where it is not what was asked for."""
+    from ldm.models.diffusion.schedule import steps_to_run
+
+    rows = schedule_length(job)
+    if rows != job.steps:
+        logger.info("compvis spacing has %d steps for --ddim_steps %d", rows, job.steps)
+    if job.init is not None:
+        steps = steps_to_run(job.strength, job.steps, rows)
+        logger.info("strength %g: %d of %d steps run", job.strength, steps, rows)
         if steps == 0:
             logger.info("so the picture only passes through the autoencoder")
-    if opt.upscale > 1:
-        again = steps_to_run(opt.upscale_strength, asked, rows)
-        logger.info("upscaling at strength %g: %d of %d more steps", opt.upscale_strength, again, rows)
-        steps += again
-    return steps
+    if job.upscale > 1:
+        again = steps_to_run(job.upscale_strength, job.steps, rows)
+        logger.info("upscaling at strength %g: %d of %d more steps", job.upscale_strength, again, rows)
 
 
 def _generate(
-    opt: argparse.Namespace, pipeline: Pipeline, batches: Iterator[list[Job]], progress: Progress
-) -> Iterator[list[Picture]]:
-    """The pictures of each batch. In seed mode "batch" one stream of noise serves the whole run."""
+    opt: argparse.Namespace, pipeline: Pipeline, plan: Plan, output: Output, progress: Progress
+) -> Iterator[tuple[list[int], list[Picture]]]:
+    """The numbers and pictures of each batch that is wanted. In seed mode "batch" one stream of noise serves all."""
     noise = None
     codes: dict[tuple[int, int], Tensor] = {}  # by size
-    for jobs in batches:
-        progress.begin(len(jobs))
+    for indices in plan.batches():
+        wanted = output.wants(indices)
+        if opt.seed_mode == "image" and not wanted:
+            continue
+        jobs = [plan[i] for i in indices]
         code, size = None, (jobs[0].width, jobs[0].height)
         if opt.seed_mode == "batch":
             noise = noise or pipeline.noise(jobs)
             if opt.fixed_code and size not in codes:
                 codes[size] = pipeline.start_code(jobs[0], opt.n_samples, noise)
             code = codes[size][: len(jobs)] if opt.fixed_code else None
+            if not wanted:
+                pipeline.skip(jobs, noise, code)
+                continue
+        progress.begin(len(jobs))
         pictures = pipeline.make(jobs, noise, code, progress.step)
         progress.end(len(jobs))
-        yield pictures
+        yield indices, pictures
 
 
 def _extras(
-    opt: argparse.Namespace, config: Path, ckpt: Path, precision: str, canvases: Canvases
+    opt: argparse.Namespace,
+    config: Path,
+    ckpt: Path,
+    precision: str,
+    canvases: Canvases,
+    hashes: Mapping[str, Callable[[], str]],
 ) -> Callable[[Job], dict[str, str]]:
-    """What else the metadata of a job's picture says, so that the command can be typed again.
-
-    The checkpoint's hash takes seconds for a large file, so it is computed while the first pictures are made.
-    """
-    from ldm.checkpoints.hashing import files_sha256
-    from ldm.checkpoints.reader import model_files
-
-    hashes = {"Model hash": _in_background(files_sha256, model_files(ckpt))}
+    """What else the metadata of a job's picture says, so that the command can be typed again."""
     extras = {
         "Model": ckpt.parent.name if ckpt.stem == "model" else ckpt.name if ckpt.is_dir() else ckpt.stem,
         "Config": config.stem,
@@ -304,14 +276,13 @@ def _extras(
         extras["Batch size"] = str(opt.n_samples)
     if opt.fixed_code:
         extras["Fixed code"] = "on"
+    if opt.no_watermark:
+        extras["Watermark"] = "off"
 
     if opt.vae is not None:
         extras["VAE"] = Path(opt.vae).name
-        hashes["VAE hash"] = _in_background(files_sha256, model_files(opt.vae, "vae"))
     if opt.text_encoder is not None:
         extras["Text encoder"] = Path(opt.text_encoder).name
-        files = model_files(opt.text_encoder, "text_encoder")
-        hashes["Text encoder hash"] = _in_background(files_sha256, files)
 
     def of(job: Job) -> dict[str, str]:
         entries = {**{name: digest()[:10] for name, digest in hashes.items()}, **extras}

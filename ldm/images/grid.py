@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -11,6 +11,20 @@ import numpy as np
 
 PADDING = 2  # black pixels around every picture, and so between neighbours
 MAX_PAGE_PIXELS = 2**26  # below the size at which Pillow warns of a decompression bomb
+
+
+def count_pages(shapes: Iterable[tuple[int, int]], columns: int) -> int:
+    """How many sheets `GridWriter` makes of pictures of these heights and widths, in order."""
+    pages, shape, count = 0, None, 0
+    for now in shapes:
+        rows = count // columns
+        height = (rows + 1) * (now[0] + PADDING) + PADDING
+        width = columns * (now[1] + PADDING) + PADDING
+        full = count % columns == 0 and rows > 0 and height * width > MAX_PAGE_PIXELS
+        if now != shape or full:
+            pages, shape, count = pages + 1, now, 0
+        count += 1
+    return pages
 
 
 class GridWriter:

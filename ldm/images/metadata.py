@@ -120,6 +120,7 @@ _UNLESS_DEFAULT = (
     ("Hires upscale", "upscale", _FLOAT),
     ("Hires upscaler", "upscale_in", _UPSCALER),
     ("Upscale strength", "upscale_strength", _FLOAT),
+    ("Prompt syntax", "prompt_syntax", _WORD),
 )
 # the entries of a text that belong to the job, as `parse_infotext` names them; all others are extras
 JOB_KEYS = frozenset(key for key, _, _ in (*_ALWAYS, _RNG, *_UNLESS_DEFAULT)) | {"Size", *_NOT_FOR_EXTRAS}

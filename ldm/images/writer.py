@@ -164,19 +164,45 @@ class RunFolder:
         """Writes uint8 pixels [H, W, 3] and their infotext as the next grid. Raises OSError."""
         return self._grids.publish_next(encode_png(pixels, text, self._compress_level))
 
+    def sample_path(self, number: int) -> Path:
+        """The file of the sample with this number."""
+        return self._samples.path(number)
+
+    def grid_path(self, number: int) -> Path:
+        """The file of the grid with this number."""
+        return self._grids.path(number)
+
+    def sample_numbers(self) -> list[int]:
+        """The numbers of the samples that are there now."""
+        return self._samples.numbers()
+
+    def next_sample(self) -> int:
+        """The number behind the highest sample that is there now."""
+        return max(self._samples.numbers(), default=-1) + 1
+
+    def next_grid(self) -> int:
+        """The number behind the highest grid that is there now."""
+        return max(self._grids.numbers(), default=-1) + 1
+
 
 class _NumberedFiles:
     """Files `PREFIX` + number + `.png` of one folder, numbered from the highest that is there plus one."""
 
     def __init__(self, folder: Path, prefix: str, digits: int) -> None:
         self._folder, self._prefix, self._digits = folder, prefix, digits
-        name = re.compile(rf"{re.escape(prefix)}([0-9]{{{digits},}})\.png")
-        found = (name.fullmatch(entry) for entry in os.listdir(folder))
-        self._next = max((int(match[1]) for match in found if match), default=-1) + 1
+        self._name = re.compile(rf"{re.escape(prefix)}([0-9]{{{digits},}})\.png")
+        self._next = max(self.numbers(), default=-1) + 1
+
+    def numbers(self) -> list[int]:
+        found = (self._name.fullmatch(entry) for entry in os.listdir(self._folder))
+        return [int(match[1]) for match in found if match]
+
+    def path(self, number: int) -> Path:
+        return self._folder / f"{self._prefix}{number:0{self._digits}d}.png"
 
     def publish_next(self, data: bytes) -> Path:
         while True:
-            path = self._folder / f"{self._prefix}{self._next:0{self._digits}d}.png"
+            path = self.path(self._next)
             if not os.path.lexists(path):
                 try:
                     publish(path, data)

@@ -15,6 +15,7 @@ from ldm.prompts.settings import Setting, find_setting
 from ldm.util import InputError, printable
 
 MAX_JOBS = 10_000
+MAX_FAULTS = 20  # told of a list
 _MAX_DEPTH = 50
 
 # --- {a|b|c} ------------------------------------------------------------------------------------------------
@@ -26,16 +27,22 @@ _PIECE = re.compile(r"\\.|[{|}]|[^\\{|}]+|\\", re.DOTALL)
 
 
 def expand_lines(lines: Sequence[Line], cap: int = MAX_JOBS) -> list[Line]:
-    """Lines with every `{a|b|c}` of their prompts written out, see `expand`; at most `cap` more than they were."""
+    """Lines with every `{a|b|c}` of their prompts written out, see `expand`; at most `cap` more than they were.
+
+    What is wrong with the lines is told in one InputError, a line each.
+    """
     expanded: list[Line] = []
+    faults: list[str] = []
     for done, line in enumerate(lines, 1):
         try:
-            prompts = expand(line.prompt, cap)
+            expanded += [replace(line, prompt=prompt) for prompt in expand(line.prompt, cap)]
         except InputError as error:
-            raise InputError(f"line {line.number}: {error}") from None
-        expanded += [replace(line, prompt=prompt) for prompt in prompts]
+            faults.append(f"line {line.number}: {error}")
         if len(expanded) > cap + done:
             raise _too_many(f"the lines up to {line.number}", len(expanded), cap + done)
+    if faults:
+        more = len(faults) - MAX_FAULTS
+        raise InputError("\n".join([*faults[:MAX_FAULTS], *([f"and {more} more"] if more > 0 else [])]))
     return expanded
 
 

@@ -49,16 +49,6 @@ def source_name(source: str | Path) -> str:
     return "standard input" if source == STDIN else printable(source)
 
 
-def read_prompt_file(path: str | Path) -> list[str]:
-    """The lines of a file that are not blank, each taken literally; see `read_lines` for format and errors."""
-    faults = Faults(source_name(path))
-    prompts = [text for text in read_lines(path, faults) if text and not text.isspace()]
-    faults.raise_any()
-    if not prompts:
-        raise no_prompt(faults.name)
-    return prompts
-
-
 def no_prompt(name: str) -> InputError:
     """The error for a source without a prompt."""
     return InputError(f"{name} holds no prompt: write one a line")

@@ -7,6 +7,7 @@ parameters that cost no memory as long as they are views of a file. Results diff
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -27,6 +28,7 @@ from ldm.modules.attention import (
 from ldm.modules.diffusionmodules import model as autoencoder
 from ldm.modules.diffusionmodules import openaimodel as unet
 from ldm.runtime import kernels
+from ldm.util import cache_path
 
 Forget = Callable[[Tensor], object]
 Made = TypeVar("Made")
@@ -206,7 +208,7 @@ class FastSpatialTransformer(SpatialTransformer):
 
 
 class FastResBlock(unet.ResBlock):
-    """Norm and SiLU in one buffer; time embedding and residual are added inside the convolutions."""
+    """Norm and SiLU in one buffer; time embedding and residual are added inside the convolutions, rounded once."""
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if self.use_scale_shift_norm:
@@ -321,26 +323,68 @@ def accelerate(network: nn.Module, packer: Packer) -> None:
 
 
 def prepare(
-    model: LatentDiffusion, dtype: torch.dtype, forget: Forget, budget: int | None = None
+    model: LatentDiffusion,
+    dtype: torch.dtype,
+    forget: Forget,
+    budget: int | None = None,
+    compiled: bool = False,
 ) -> Packer | None:
     """Brings a loaded model's networks to `dtype`: packed beside their parameters on a CPU, else the parameters.
 
-    The picture encoder stays in float32, as in the original, and so does the embedding of timesteps. Returns
-    what holds the packed weights; `forget` and `budget` are as in `Packer`.
+    Parts that matter for precision more than for speed stay in float32, see `_parts`. Returns what holds the
+    packed weights; `forget` and `budget` are as in `Packer`. With `compiled` the U-Net is left to torch's compiler.
     """
-    vae, network = model.first_stage_model, model.model.diffusion_model
-    fast = [network, model.cond_stage_model, vae.decoder, vae.post_quant_conv]
+    fast, exact = _parts(model)
+    network = model.model.diffusion_model
+    if compiled:
+        _compile(network, dtype)
+        done = {network, *network.children()}
+        fast, exact = ([part for part in parts if part not in done] for parts in (fast, exact))
     if model.device.type != "cpu" or not kernels.can_pack():
         for part in fast:
             part.to(dtype)
         return None
     packer = Packer(dtype, forget, budget)
-    exact = Packer(torch.float32, forget)
-    for part in fast:
-        accelerate(part, packer)
-    for part in (network.time_embed, network.out, vae.encoder, vae.quant_conv):
-        accelerate(part, exact)
+    for parts, of_parts in ((fast, packer), (exact, Packer(torch.float32, forget))):
+        for part in parts:
+            accelerate(part, of_parts)
     return packer
+
+
+def _compile(network: nn.Module, dtype: torch.dtype) -> None:
+    """Half precision and channels last as parameters, the code compiled at its first call and kept on disk."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_path("compiled")))
+    network.to(dtype=dtype).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    network.compile(options={"freezing": True})
+
+
+def halved(model: LatentDiffusion) -> set[str]:
+    """The keys of the weights that `prepare` only ever uses rounded to its `dtype`, on a CPU."""
+    fast, exact = _parts(model)
+    doubling = (unet.Upsample, autoencoder.Upsample)
+    wide = {id(layer) for part in exact for layer in part.modules()}
+    for part in fast:
+        wide |= {
+            id(layer.conv) for layer in part.modules() if isinstance(layer, doubling)
+        }  # summed in float32
+    rounded = {
+        id(layer.weight)
+        for part in fast
+        for layer in part.modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear) and id(layer) not in wide
+    }
+    return {key for key, parameter in model.named_parameters() if id(parameter) in rounded}
+
+
+def _parts(model: LatentDiffusion) -> tuple[list[nn.Module], list[nn.Module]]:
+    """What runs in the precision of the run, and what of it runs in float32 all the same.
+
+    The picture encoder does as in the original; the embedding of timesteps and the last layer cost nothing, and
+    the rounding of the last is what guidance would amplify.
+    """
+    vae, network = model.first_stage_model, model.model.diffusion_model
+    fast = [network, model.cond_stage_model, vae.decoder, vae.post_quant_conv]
+    return fast, [network.time_embed, network.out, vae.encoder, vae.quant_conv]
 
 
 def _packable(layer: nn.Conv2d) -> bool:

@@ -206,7 +206,7 @@ def test_a_conversion_that_fails_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    monkeypatch.setattr(module, "_cast", full)
+    monkeypatch.setattr(module, "_header", full)
     out = tmp_path / {"compvis": "a.safetensors", "ckpt": "a.ckpt"}.get(to, "a")
     with pytest.raises(OSError, match="No space"):
         convert(read_model(file), tiny_config(), out, to)

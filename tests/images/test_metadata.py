@@ -72,6 +72,7 @@ FULL = Job(
     upscale_in="latents",
     upscale_strength=1 / 3,
     loras=(("ink", 0.8, 0.8), ("film, grain", 1.0, -0.25)),
+    prompt_syntax="a1111",
 )
 
 
@@ -96,7 +97,8 @@ def test_numbers_and_defaults_are_written_plainly() -> None:
         "Eta DDIM: 1, Timestep spacing: compvis, Seed mode: batch, Batch index: 5, Denoising strength: 0.3, "
         'Posterior: mean, Init image: "photo, of: me.png", Init width: 768, Init height: 8, Resize: pad, '
         "Background: #102030, Outpaint: 8 0 16 24, Mask: mask.png, Alpha mask: on, Invert mask: on, Mask blur: 0.5, "
-        "Paste: off, Hires upscale: 2, Hires upscaler: Latent, Upscale strength: 0.3333333333333333"
+        "Paste: off, Hires upscale: 2, Hires upscaler: Latent, Upscale strength: 0.3333333333333333, "
+        "Prompt syntax: a1111"
     )
     assert "RNG: CPU" in infotext(Job(prompt="x", rng="cpu"), {})
 

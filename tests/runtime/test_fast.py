@@ -146,6 +146,22 @@ def test_odd_sizes_and_different_times(fast):
     assert relative_error(model.apply_model(x, t, context).float(), expected) <= allowed(dtype, "unet")
 
 
+def test_where_nothing_is_packed_parameters_are_half(monkeypatch):
+    """As on a GPU: no autocast, parameters in the precision of the run, the picture encoder in float32."""
+    monkeypatch.setattr("ldm.runtime.kernels.can_pack", lambda: False)
+    model, packer = prepared(torch.bfloat16)
+    assert packer is None
+    assert model.model.diffusion_model.dtype is torch.bfloat16
+    with torch.inference_mode():
+        eps = model.apply_model(*(figure(f"unet/{name}") for name in ("x", "t", "context")))
+        assert eps.dtype is torch.float32
+        assert relative_error(eps, figure("unet/eps")) <= SLACK * BF16_BUDGET["unet"]
+        decoded = model.decode_first_stage(figure("vae/z")).float()
+        assert relative_error(decoded, figure("vae/decoded")) <= SLACK * BF16_BUDGET["decode"]
+        encoded = model.encode_first_stage(figure("vae/image")).mean
+        assert relative_error(encoded, figure("vae/mean")) <= TOLERANCE
+
+
 def test_the_state_dict_stays_the_files():
     model, before = tiny_model(), tiny_model().state_dict()
     prepare(model, torch.bfloat16, lambda weight: None)

@@ -14,7 +14,9 @@ _CPP = "stable-diffusion.cpp"
 _CPP_RECORD = ", SDCPP: {"  # JSON that follows the entries unquoted
 _CPP_NOISE = {"cuda": "NV", "cpu": "CPU"}
 # entries that change nothing, or nothing at these values; every other one that the job has no field for is noted
-_SILENT = {"Version", "User", "Model", "Model hash", "Schedule type", "Lora hashes", "Guidance"}
+_SILENT = {
+    "Version", "User", "Model", "Model hash", "Schedule type", "Lora hashes", "Guidance", "Batch size", "Batch pos",
+}  # fmt: skip
 _HARMLESS = {("Clip skip", "1"), ("ENSD", "0"), ("Emphasis", "Original")}
 _FOREIGN_KEYS = JOB_KEYS & {
     "Prompt", "Negative prompt", "Steps", "Sampler", "CFG scale", "Seed", "Size-1", "Size-2", "Eta DDIM", "RNG",

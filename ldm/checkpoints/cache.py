@@ -1,0 +1,57 @@
+"""A model's weights once more on disk, as they are run: half the bytes to read at the next start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ldm import __version__
+from ldm.checkpoints.convert import write_as
+from ldm.checkpoints.reader import Checkpoint, read_checkpoint
+from ldm.checkpoints.sniff import CheckpointError
+from ldm.util import printable, written_whole
+
+logger = logging.getLogger(__name__)
+
+
+def cached_file(folder: Path, files: Sequence[Path], choice: str) -> Path:
+    """The cached file for the weights of `files` under a `choice` of them.
+
+    Its name stands for each file's path, size, time and inode, for the choice and for this version, so that
+    what is found under it is never out of date.
+    """
+    states = [(str(path.resolve()), os.stat(path)) for path in files]
+    identity = [[path, state.st_size, state.st_mtime_ns, state.st_ino] for path, state in states]
+    text = json.dumps([__version__, choice, identity])
+    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+
+
+def read_cached(path: Path, checkpoint: Checkpoint, mmap: bool) -> Checkpoint | None:
+    """`checkpoint` with the cached weights instead of its own, or None if there are none that can be read."""
+    if not path.exists():
+        return None
+    try:
+        return replace(checkpoint, state_dict=read_checkpoint(path, mmap).state_dict)
+    except (CheckpointError, OSError) as error:
+        logger.warning("the cached weights cannot be used and are made anew: %s", printable(error))
+        path.unlink(missing_ok=True)
+        return None
+
+
+def write_cached(path: Path, weights: Mapping[str, torch.Tensor], types: Mapping[str, torch.dtype]) -> None:
+    """Keeps weights in their types for the next start, whole or not at all; a full disk is only logged."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path, overwrite=True) as part:
+            write_as(part, weights, types, {"format": "pt"})
+    except OSError as error:
+        logger.warning("the weights could not be cached in %s: %s", printable(path.parent), error.strerror)
+        return
+    logger.info("weights cached in %s (%.1f GB)", printable(path), path.stat().st_size / 1e9)

@@ -1,0 +1,242 @@
+"""The files that a picture was made with, found again by their recorded names and hashes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.cli.replay import Options, lora_option
+from ldm.job import MODEL_ENDINGS, lora_name
+from ldm.util import ROOT, InputError, printable
+
+if TYPE_CHECKING:
+    from ldm.images.foreign import Recipe
+
+_CHECKPOINTS = Path("models/ldm")
+_SHA256 = re.compile("[0-9a-f]{10,64}")  # an older rule's 8 digits are of another sum
+
+
+@dataclass
+class Located:
+    """Options that name the files, lines on what is another file than the recorded one, and on what is missing."""
+
+    changes: Options = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def locate(recipe: Recipe, folder: Path, given: Mapping[str, object]) -> Located:
+    """The files of a recipe: checkpoint, other parts, LoRAs, textual inversions, and the picture and its mask.
+
+    `folder` is where the recipe's own file lies; a picture to start from may lie beside it. `given` are the
+    options that the user typed: they come first, and `lora_dir`, `embedding_dir`, and folders under `init_img`
+    and `mask` are searched. Files are known by hash where one was recorded, else by name.
+    """
+    located = Located()
+    _locate_checkpoint(recipe, given, located)
+    _check_parts(recipe, given, located)
+    _locate_loras(recipe, given, located)
+    _locate_embeddings(recipe, given, located)
+    _locate_pictures(recipe, folder, given, located)
+    return located
+
+
+def choose(
+    name: str, digest: str, files: Sequence[tuple[str, Path]], hash_of: Callable[[Path], str]
+) -> tuple[Path | None, bool]:
+    """The file with this hash, else of this name, among `files` with their names; and whether the hash agrees."""
+    named = [path for own, path in files if own == name]
+    if not digest:
+        return (named[0], True) if named else (None, False)
+    for path in [*named, *(path for own, path in files if own != name)]:
+        if _agrees(path, digest, hash_of):
+            return path, True
+    return (named[0] if named else None), False
+
+
+def _agrees(path: Path, digest: str, hash_of: Callable[[Path], str]) -> bool:
+    try:
+        return hash_of(path).startswith(digest)
+    except (InputError, OSError):  # not a file that anything could be made with
+        return False
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+
+def _locate_checkpoint(recipe: Recipe, given: Mapping[str, object], located: Located) -> None:
+    digest = recipe.model_hash.lower() if _SHA256.fullmatch(recipe.model_hash.lower()) else ""
+    what = f"{printable(recipe.model or 'of unknown name')[:100]}{f' [{digest[:10]}]' if digest else ''}"
+    ckpt = given.get("ckpt")
+    if isinstance(ckpt, str):
+        if digest and not _agrees(Path(ckpt), digest, _checkpoint_hash):
+            located.notes.append(f"it was made with the model {what}, which {printable(ckpt)} is not")
+        return
+    if not (recipe.model or digest):
+        return
+    path, same = choose(recipe.model, digest, list(_checkpoints()), _checkpoint_hash)
+    if path is None:
+        located.notes.append(f"its model {what} is not below {_CHECKPOINTS}; the usual one is taken")
+        return
+    if not same:
+        located.notes.append(f"its model is {what}; {printable(path)} has that name, but another hash")
+    located.changes["ckpt"] = str(path)
+    config = _config(recipe.extras.get("Config", ""))
+    if config is not None and "config" not in given:
+        located.changes["config"] = str(config)
+
+
+def _checkpoint_hash(path: Path) -> str:
+    from ldm.checkpoints.hashing import files_sha256
+    from ldm.checkpoints.reader import model_files
+
+    return files_sha256(model_files(path))
+
+
+def _checkpoints() -> Iterator[tuple[str, Path]]:
+    """Every checkpoint below models/ldm with the name that a picture's text has for it."""
+    for place in dict.fromkeys(folder.resolve() for folder in (_CHECKPOINTS, ROOT / _CHECKPOINTS)):
+        for folder in sorted(place.glob("*/")):
+            if (folder / "model_index.json").is_file():
+                yield folder.name, folder
+            for file in sorted(folder.iterdir()):
+                if file.name.endswith(MODEL_ENDINGS) and file.is_file():
+                    yield folder.name if file.stem == "model" else file.stem, file
+
+
+def _config(stem: str) -> Path | None:
+    """The published config of this name."""
+    return next((path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.stem == stem), None)
+
+
+def _check_parts(recipe: Recipe, given: Mapping[str, object], located: Located) -> None:
+    """What took the place of a part of the checkpoint: nothing but the user knows where it lies."""
+    for option, key in (("vae", "VAE"), ("text_encoder", "Text encoder")):
+        name, digest = recipe.extras.get(key, ""), recipe.extras.get(f"{key} hash", "")
+        path = given.get(option)
+        if name and path is None:
+            located.missing.append(
+                f"it was made with the {key} {printable(name)[:100]}; give it with --{option}"
+            )
+        elif digest and isinstance(path, str) and not _agrees(Path(path), digest, _part_hash(option)):
+            located.notes.append(
+                f"--{option} {printable(path)} has another hash than the {key} it was made with"
+            )
+
+
+def _part_hash(option: str) -> Callable[[Path], str]:
+    def hash_of(path: Path) -> str:
+        from ldm.checkpoints.hashing import files_sha256
+        from ldm.checkpoints.reader import model_files
+
+        return files_sha256(model_files(path, "vae" if option == "vae" else "text_encoder"))
+
+    return hash_of
+
+
+# --- what is added to it -----------------------------------------------------------------------------------------
+
+
+def _locate_loras(recipe: Recipe, given: Mapping[str, object], located: Located) -> None:
+    if not recipe.job.loras or "lora" in given:
+        return
+    from ldm.checkpoints.lora_files import lora_hash
+
+    files, hashes = _files_below(given.get("lora_dir")), _hashes(recipe.extras.get("Lora hashes", ""))
+    values = []
+    for name, weight, on_text in recipe.job.loras:
+        digest = hashes.get(_plain(name), "")
+        path, same = choose(name, digest, files, lora_hash)
+        _say(located, "LoRA", name, path, same, "--lora_dir")
+        values.append(lora_option(name if path is None else str(path), weight, on_text))
+    located.changes["lora"] = values
+
+
+def _locate_embeddings(recipe: Recipe, given: Mapping[str, object], located: Located) -> None:
+    hashes = _hashes(recipe.extras.get("TI hashes", ""))
+    if not hashes or "embedding" in given:
+        return
+    from ldm.checkpoints.hashing import file_sha256
+
+    files = _files_below(given.get("embedding_dir"))
+    values = []
+    for name, digest in hashes.items():
+        path, same = choose(name, digest, files, file_sha256)
+        _say(located, "textual inversion", name, path, same, "--embedding_dir")
+        values += [] if path is None else [f"{path}={name}"]
+    located.changes["embedding"] = values
+
+
+def _say(located: Located, what: str, name: str, path: Path | None, same: bool, option: str) -> None:
+    if path is None:
+        located.missing.append(f"it needs the {what} {printable(name)[:100]}; give its folder with {option}")
+    elif not same:
+        located.notes.append(f"{printable(path)} has another hash than the {what} it was made with")
+
+
+def _files_below(folder: object) -> list[tuple[str, Path]]:
+    if not isinstance(folder, str):
+        return []
+    if not Path(folder).is_dir():
+        raise InputError(f"the folder {printable(folder)} does not exist")
+    files = (path for path in sorted(Path(folder).rglob("*")) if path.name.endswith(MODEL_ENDINGS))
+    return [(lora_name(path.name), path) for path in files if path.is_file()]
+
+
+def _hashes(listed: str) -> dict[str, str]:
+    """`name: hash, name: hash` as a table."""
+    pairs = (part.rpartition(": ") for part in listed.split(", "))
+    return {name: digest.lower() for name, sign, digest in pairs if sign and digest}
+
+
+def _plain(name: str) -> str:
+    """A name as it stands in a list of hashes."""
+    return re.sub("[:,]", "", name)
+
+
+# --- the picture that it started from ----------------------------------------------------------------------------
+
+
+def _locate_pictures(recipe: Recipe, folder: Path, given: Mapping[str, object], located: Located) -> None:
+    init, extras = recipe.job.init, recipe.extras
+    if init is None and recipe.job.strength == 1:
+        return
+    name = "" if init is None else init.image
+    _locate_picture("init_img", name, extras.get("Init image hash", ""), folder, given, located)
+    if (init is not None and init.mask) or "mask" in given:
+        mask = "" if init is None else init.mask
+        _locate_picture("mask", mask, extras.get("Mask hash", ""), folder, given, located)
+
+
+def _locate_picture(
+    option: str, name: str, digest: str, folder: Path, given: Mapping[str, object], located: Located
+) -> None:
+    """A picture that the user gave, as itself or by its folder, or the recorded one beside the recipe's file."""
+    from ldm.checkpoints.hashing import file_sha256
+
+    what = "mask" if option == "mask" else "picture it started from"
+    shown = f"--{option.replace('_', '-')}"
+    place = given.get(option)
+    if isinstance(place, list):
+        if len(place) != 1:
+            raise InputError(f"give one picture, or a folder, with {shown}, not {len(place)}")
+        place = place[0]
+    typed = isinstance(place, str)
+    path = Path(str(place)) if typed else folder / name
+    if typed and path.is_dir():
+        path /= name
+    same = not digest or _agrees(path, digest, file_sha256)
+    if not name and not typed:
+        located.missing.append(f"the {what} is not in its file; give it with {shown}")
+    elif not path.is_file():
+        located.missing.append(f"the {what}, {printable(path)}, does not exist; give it with {shown}")
+    elif same or typed:
+        located.changes[option] = [str(path)] if option == "init_img" else str(path)
+        located.notes += [] if same else [f"{printable(path)} has another hash than the {what}"]
+    else:
+        located.missing.append(
+            f"{printable(path)} is not the {what}: its hash differs; give that with {shown}"
+        )

@@ -1,0 +1,369 @@
+"""Finished pictures to files, beside the sampling: checked, marked, written with the text that makes them again."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from ldm.cli.inputs import need
+from ldm.job import Job
+from ldm.util import printable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from ldm.cli.manifest import RunFile
+    from ldm.cli.report import Events
+    from ldm.images.safety import Screen
+    from ldm.images.writer import RunFolder
+    from ldm.pipeline import Picture
+
+logger = logging.getLogger("ldm")
+
+WAITING_BATCHES = 4  # finished batches that may wait for the disk before sampling waits too
+LAST_WRITE_SECONDS = 5  # how long a run that is told twice to stop waits for the file in hand
+GALLERY_MARK = "<!-- written by ldm -->\n"
+
+Mark = Callable[["np.ndarray"], "np.ndarray"]
+
+
+def make_mark(opt: argparse.Namespace) -> Mark:
+    """What marks a picture; a missing library is found out before the model is loaded."""
+    if opt.no_watermark:
+        return lambda rgb: rgb
+    from ldm.images.watermark import INPAINTING_TEXT, TEXT, Watermark
+
+    return Watermark(INPAINTING_TEXT if opt.inpaint else TEXT).mark
+
+
+def make_screen(opt: argparse.Namespace, device: torch.device) -> Screen:
+    """The safety check, by --safety."""
+    from ldm.checkpoints.safety import OWN_FOLDER, find_safety_model, load_safety_model
+    from ldm.images.safety import Screen
+
+    path = None if opt.safety == "off" else find_safety_model(opt.safety_model)
+    if path is not None:
+        checker = load_safety_model(path, device)
+        return Screen(checker, checker.side)
+    where = f"put the files of CompVis/stable-diffusion-safety-checker into {OWN_FOLDER}"
+    need(opt.safety != "on", f"--safety on: no safety model found; {where}")
+    if opt.safety == "auto":
+        logger.info("safety check: no model found, images are unchecked; %s", where)
+    return Screen(None)
+
+
+class Background:
+    """One thread that does what it is given, in order, a few things behind; the first error ends it.
+
+    The error is raised by the next `put` or `wait`, in the thread that calls it. The thread never holds up the
+    end of the process.
+    """
+
+    def __init__(self, size: int = WAITING_BATCHES) -> None:
+        self._tasks: queue.Queue[Callable[[], object]] = queue.Queue(size)
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def put(self, task: Callable[[], object]) -> None:
+        """Leaves `task` to the thread; waits while too many are waiting."""
+        self._raise()
+        self._tasks.put(task)
+
+    def wait(self) -> None:
+        """Returns when everything is done."""
+        self._tasks.join()
+        self._raise()
+
+    def stop(self) -> None:
+        """Drops what has not begun, and gives what has a few seconds."""
+        self._stopped = True
+        with contextlib.suppress(queue.Full):  # then the thread is busy, and will see the flag
+            self._tasks.put_nowait(lambda: None)
+        self._thread.join(LAST_WRITE_SECONDS)
+
+    def _work(self) -> None:
+        while not self._stopped:
+            task = self._tasks.get()
+            try:
+                if self._error is None and not self._stopped:
+                    task()
+            except BaseException as error:  # noqa: BLE001 - it is raised where the run can end in order
+                self._error = error
+            finally:
+                self._tasks.task_done()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class Output:
+    """Takes finished pictures to files: image i of the run to the file of its number, and a grid of all of them.
+
+    Everything is done on a background thread: `add` returns at once unless several batches wait already, and
+    raises what went wrong there. Used as a context manager, it ends what is waiting, except where the process is
+    told to leave. With `screen`, `mark` and `extras` as they come from the run, and `run` the claim on numbers.
+    """
+
+    def __init__(
+        self,
+        opt: argparse.Namespace,
+        folder: RunFolder,
+        run: RunFile,
+        columns: int,
+        mark: Mark,
+        screen: Screen,
+        extras: Callable[[Job], dict[str, str]],
+        events: Events,
+    ) -> None:
+        self._opt, self._run, self._mark, self._screen, self._extras = opt, run, mark, screen, extras
+        self._folder, self._events = folder, events
+        self._existing = run.existing()
+        self._damaged = {i for i in self._existing if opt.verify and not _is_whole(run.sample_path(i))}
+        for i in sorted(self._damaged):
+            logger.warning("%s is damaged, and is made again", printable(run.sample_path(i)))
+        self._sheet = None if opt.skip_grid else _Sheet(folder.path, run, columns, mark)
+        self._background = Background()
+        self._last = time.monotonic()
+        self.saved = self.failed = 0
+        if not opt.skip_save:
+            self._pass_existing()
+
+    @property
+    def existing(self) -> int:
+        """How many of the run's images were there, whole, before it went on."""
+        return len(self._existing - self._damaged)
+
+    @property
+    def complete(self) -> bool:
+        """Whether no image of the run is missing."""
+        return len(self._run.existing()) == self._run.jobs
+
+    def wants(self, indices: Sequence[int]) -> bool:
+        """Whether an image of a batch is missing."""
+        return self._opt.skip_save or any(i not in self._existing or i in self._damaged for i in indices)
+
+    def add(self, indices: Sequence[int], pictures: Sequence[Picture]) -> None:
+        """Leaves the pictures of a batch, the run's images `indices`, to be checked and written.
+
+        Raises what happened to earlier ones: OSError, InputError.
+        """
+        self._background.put(lambda: self._take(indices, pictures))
+
+    def wait(self) -> None:
+        """Returns when all that was added is written."""
+        self._background.wait()
+
+    def finish(self) -> None:
+        """Ends what is waiting, then writes the grid of all that is there, and the gallery."""
+        self.wait()
+        if self._sheet is not None:
+            self._sheet.finish()
+        if self._opt.gallery:
+            write_gallery(self._folder.path)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and issubclass(kind, Exception):  # what is finished is kept
+            with contextlib.suppress(Exception):  # one error is under way already
+                self._background.wait()
+        self._background.stop()
+        if self._sheet is not None:
+            self._sheet.close()
+
+    def _pass_existing(self) -> None:
+        """Tells the grid of the files that are there; those of an unfinished batch come again, from the files too."""
+        if self._sheet is not None:
+            self._sheet.expect(self._existing - self._damaged)
+
+    def _take(self, indices: Sequence[int], pictures: Sequence[Picture]) -> None:
+        from ldm.images.safety import SafetyError
+
+        try:
+            verdicts = self._screen.screen([picture.pixels for picture in pictures])
+        except SafetyError as error:
+            self.failed += len(pictures)
+            logger.error("error: %s", error)
+            return
+        for entry, (index, picture, verdict) in enumerate(zip(indices, pictures, verdicts, strict=True)):
+            if verdict.pixels is None:
+                self._report_not_finite(picture.job)
+            else:
+                notes = {**picture.notes, **_batch_notes(picture.job, entry, len(pictures))}
+                self._write(index, picture, verdict.pixels, {**notes, "Safety": verdict.word})
+
+    def _report_not_finite(self, job: Job) -> None:
+        self.failed += 1
+        logger.error(
+            "error: the model gave no finite picture for seed %d, prompt %s; try --precision full",
+            job.seed,
+            printable(job.prompt),
+        )
+
+    def _write(self, index: int, picture: Picture, pixels: np.ndarray, notes: Mapping[str, str]) -> None:
+        """Writes what was passed of a picture, marked wherever it is not the user's own."""
+        if notes["Safety"] == "flagged":
+            logger.warning("the safety check flagged seed %d, so its picture is blank", picture.job.seed)
+        if not self._opt.skip_save:
+            marked = self._mark(pixels)
+            if picture.kept is not None:
+                marked[picture.kept] = pixels[picture.kept]
+            if not self._publish(index, picture.job, marked, notes):
+                return
+        if self._sheet is not None:  # of pictures without marks, as in the original: the sheet gets its own
+            self._sheet.add(index, pixels, in_file=not self._opt.skip_save)
+        self.saved += 1
+
+    def _publish(self, index: int, job: Job, pixels: np.ndarray, notes: Mapping[str, str]) -> bool:
+        """Gives a picture its file, or compares it with the one that is there; False where neither can be."""
+        from ldm.images.metadata import infotext
+        from ldm.images.record import record
+        from ldm.images.writer import encode_png, publish
+
+        extras = {**self._extras(job), **notes}
+        data = encode_png(pixels, infotext(job, extras), record=record(job, extras))
+        path = self._run.sample_path(index)
+        if index in self._existing and index not in self._damaged:
+            _compare(path, data)
+            return True
+        self._run.complete()
+        try:
+            publish(path, data, overwrite=index in self._damaged)
+        except FileExistsError:
+            self.failed += 1
+            logger.error("error: %s appeared during the run and stays as it is", printable(path))
+            return False
+        seconds, self._last = time.monotonic() - self._last, time.monotonic()
+        self._events.emit(
+            "image",
+            path=str(path), index=index, seed=job.seed, sha256=hashlib.sha256(data).hexdigest(),
+            seconds=round(seconds, 3),
+        )  # fmt: skip
+        return True
+
+
+def _batch_notes(job: Job, entry: int, size: int) -> dict[str, str]:
+    """The size of the batch that a picture was made in and its place there: the last bits depend on both."""
+    if job.seed_mode == "batch":  # its index says the place, and the run the size
+        return {}
+    return {"Batch size": str(size), "Batch pos": str(entry)} if size > 1 else {"Batch size": "1"}
+
+
+class _Sheet:
+    """The run's grid, in the order of the images whatever order they come in.
+
+    What comes out of turn is read again from its file, mark and all, when its turn has come; what has no file waits
+    in memory.
+    """
+
+    def __init__(self, folder: Path, run: RunFile, columns: int, mark: Mark) -> None:
+        from ldm.images.grid import GridWriter
+
+        self._run, self._mark = run, mark
+        self._waiting: dict[int, np.ndarray | None] = {}
+        self._turn = self._pages = 0
+        self._grid = GridWriter(folder, columns, self._deliver)
+
+    def expect(self, indices: set[int]) -> None:
+        """Takes the images of these files when it is their turn."""
+        self._waiting |= dict.fromkeys(indices)
+
+    def add(self, index: int, pixels: np.ndarray, in_file: bool) -> None:
+        if index < self._turn:  # its turn came before its batch was made again
+            return
+        if self._turn == index and index not in self._waiting:
+            self._grid.add(pixels)
+            self._turn += 1
+        else:
+            self._waiting.setdefault(index, None if in_file else pixels)
+        while self._turn in self._waiting:
+            self._add_waiting(self._turn)
+            self._turn += 1
+
+    def finish(self) -> None:
+        """Writes the last page, of what is there."""
+        for index in sorted(self._waiting):
+            self._add_waiting(index)
+            self._turn += 1
+        self._grid.finish()
+
+    def close(self) -> None:
+        self._grid.close()
+
+    def _add_waiting(self, index: int) -> None:
+        pixels = self._waiting.pop(index)
+        self._grid.add(read_pixels(self._run.sample_path(index)) if pixels is None else pixels)
+
+    def _deliver(self, sheet: np.ndarray) -> None:
+        from ldm.images.writer import encode_png
+
+        page, self._pages = self._pages, self._pages + 1
+        self._run.publish_grid(page, encode_png(self._mark(sheet)), whole=self._turn == self._run.jobs)
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """The uint8 pixels [H, W, 3] of a picture of this run; InputError if the file is damaged."""
+    import numpy as np
+    from PIL import Image
+
+    from ldm.util import InputError
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = printable(error).replace(printable(path), "it")
+        raise InputError(
+            f"{printable(path)} cannot be read ({reason}); --resume --verify makes it again"
+        ) from None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG file is undamaged: every checksum, and the pixels."""
+    from PIL import Image
+
+    from ldm.util import InputError
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+        read_pixels(path)
+    except (OSError, ValueError, SyntaxError, InputError):
+        return False
+    return True
+
+
+def _compare(path: Path, data: bytes) -> None:
+    """Says so where a file that is there is not what was just made again."""
+    if path.read_bytes() != data:
+        logger.warning("%s is not what was made again for it; it stays as it is", printable(path))
+
+
+def write_gallery(folder: Path) -> None:
+    """Writes gallery.html, over an older one of its own only."""
+    from ldm.cli.replay import command
+    from ldm.images.gallery import gallery
+    from ldm.images.writer import publish
+
+    path = folder / "gallery.html"
+    if path.exists() and not path.read_bytes().endswith(GALLERY_MARK.encode()):
+        logger.warning("%s is not this toolkit's, so it stays as it is", printable(path))
+        return
+    text = gallery(folder, command) + GALLERY_MARK
+    publish(path, text.encode("utf-8", "backslashreplace"), overwrite=True)

@@ -1,0 +1,365 @@
+"""What a run makes: prompts, sweeps and starting pictures to jobs, numbered, seeded and put into batches."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from ldm.cli.inputs import Start, check_memory, latent_factor, need
+from ldm.job import Init, Job, batch_key, lora_name, split_loras
+from ldm.prompts.dialects import read_prompt_list
+from ldm.prompts.expand import Sweep, expand_lines, parse_sweep
+from ldm.prompts.files import Faults, source_name
+from ldm.prompts.lines import Line
+from ldm.prompts.settings import MAX_SEED, override
+from ldm.util import InputError, printable
+
+if TYPE_CHECKING:
+    from ldm.images.canvas import Canvas
+
+logger = logging.getLogger("ldm")
+
+MAX_IMAGES = 1_000_000
+STRENGTH = 0.75  # of a picture that a line brings without saying how much of it changes
+OF_THE_RUN = ("seed_mode", "batch_index")  # no line can set these
+_MOST_FAULTS = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What is asked for: the lines of the list, or of --prompt where `source` is None, and the sweep over them."""
+
+    source: str | None
+    lines: Sequence[Line]
+    sweep: Sweep | None
+
+    @property
+    def combinations(self) -> list[dict[str, Any]]:
+        """What each job of an image changes, by field; one that changes nothing without a sweep."""
+        return list(self.sweep.overrides()) if self.sweep else [{}]
+
+
+def read_wishes(opt: argparse.Namespace) -> Wishes:
+    """The prompts of the options or their file, expanded; every fault of a list is told at once."""
+    sweep = parse_sweep(opt.sweep) if opt.sweep else None
+    if opt.from_file is None:
+        source, lines = None, [Line(1, _text("--prompt", opt.prompt), count=opt.n_samples)]
+    else:
+        source, lines = source_name(opt.from_file), read_prompt_list(opt.from_file, opt.prompt_format)
+    opt.negative_prompt = _text("--negative_prompt", opt.negative_prompt)
+    return Wishes(source, _expanded(source, lines) if opt.expand else lines, sweep)
+
+
+def _expanded(source: str | None, lines: Sequence[Line]) -> list[Line]:
+    try:
+        return expand_lines(lines)
+    except InputError as error:
+        told = str(error).splitlines()
+        if source is None:
+            raise InputError(told[0].removeprefix("line 1: ")) from None
+        raise InputError("\n".join(f"{source}, {line}" for line in told)) from None
+
+
+def _text(option: str, text: str) -> str:
+    """A command-line text as UTF-8 even where the locale is ASCII, else an `InputError`."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise InputError(f"{option} holds bytes that are not UTF-8: {printable(text)[:80]}") from None
+
+
+class Plan(Sequence[Job]):
+    """The jobs of a run, made when they are asked for; that of image i of the run is `plan[i]`.
+
+    Each of `starts` is gone through n_iter times, in rounds. A round holds the images of the lines one after
+    another, and each image once for every combination of the sweep. Image number i, sweeps not counted, has the
+    seed of the run + i unless its line or the sweep says another.
+    Raises InputError, with all faults of the lines, for jobs that cannot be made.
+    """
+
+    def __init__(
+        self,
+        opt: argparse.Namespace,
+        wishes: Wishes,
+        starts: Sequence[Start],
+        canvases: Callable[[Init], Canvas],
+        check: Callable[[Job], None] = lambda job: None,
+    ) -> None:
+        self.wishes, self.combinations = wishes, wishes.combinations
+        self._opt, self._starts, self.canvases = opt, starts, canvases
+        self._given = tuple(
+            (lora_name(Path(path).name), weight, on_text) for path, weight, on_text in opt.lora
+        )
+        per_round = sum(line.count * max(len(line.seeds), 1) for line in wishes.lines) * len(
+            self.combinations
+        )
+        count = per_round * opt.n_iter * len(starts)
+        need(count <= MAX_IMAGES, f"this would be {count} images; ask for at most {MAX_IMAGES} in a run")
+        self._seeds = [seed for line in wishes.lines for seed in _own_seeds(line)]
+        self._round_size, self._rounds = per_round, opt.n_iter * len(starts)
+        self._round = lru_cache(maxsize=1)(self._make_round)
+        self._check(check)
+
+    def __len__(self) -> int:
+        return self._round_size * self._rounds
+
+    @overload
+    def __getitem__(self, index: int) -> Job: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Job]: ...
+    def __getitem__(self, index: int | slice) -> Job | list[Job]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        number, place = divmod(index, self._round_size)
+        job = self._round(number // self._opt.n_iter)[place]
+        seed = self._seed(number, place // len(self.combinations), job.seed)
+        return replace(job, seed=seed, batch_index=index if self._opt.seed_mode == "batch" else 0)
+
+    def _seed(self, number: int, image: int, of_job: int) -> int:
+        """The seed of an image of a round, both counted from 0."""
+        own, first = self._seeds[image], self._opt.seed
+        if "seed" in self.combinations[0]:
+            return of_job
+        if own is not None or self._opt.seed_mode == "batch":
+            return first if own is None else own
+        if self._opt.fixed_code:
+            return (first + image % self._opt.n_samples) % (MAX_SEED + 1)
+        return (first + number * len(self._seeds) + image) % (MAX_SEED + 1)
+
+    def batches(self) -> list[list[int]]:
+        """The images that are made together, up to n_samples that differ in prompts, seeds and scales at most."""
+        return [
+            [self._round_size * (start * self._opt.n_iter + i) + place for place in batch]
+            for start in range(len(self._starts))
+            for batches in [self._batches_of(self._round(start))]
+            for i in range(self._opt.n_iter)
+            for batch in batches
+        ]
+
+    def _batches_of(self, jobs: Sequence[Job]) -> list[list[int]]:
+        """The batches of a round; one stream of noise is drawn in order, so there only neighbours share one."""
+        size = self._opt.n_samples
+        if self._opt.seed_mode == "batch":
+            pieces = (range(i, min(i + size, len(jobs))) for i in range(0, len(jobs), size))
+            return [
+                list(alike)
+                for piece in pieces
+                for _, alike in itertools.groupby(piece, key=lambda i: batch_key(jobs[i]))
+            ]
+        groups: dict[Job, list[int]] = {}
+        for place, job in enumerate(jobs):
+            groups.setdefault(batch_key(job), []).append(place)
+        return sorted(group[i : i + size] for group in groups.values() for i in range(0, len(group), size))
+
+    def kinds(self) -> Iterator[Job]:
+        """The jobs of the run but for their seeds, each at least once."""
+        for start in range(len(self._starts)):
+            yield from self._round(start)
+
+    def loras(self) -> list[str]:
+        """The names of all LoRAs of the run."""
+        return list(dict.fromkeys(name for job in self.kinds() for name, _, _ in job.loras))
+
+    def sheets(self) -> Iterator[tuple[str, list[int]]]:
+        """The title and the images, row by row, of each sheet of a sweep."""
+        sweep = self.wishes.sweep
+        if sweep is None:
+            return
+        size = len(sweep.rows) * len(sweep.columns)
+        for first in range(0, len(self), size):
+            job = self[first]
+            what = [] if "prompt" in self.combinations[0] else [job.prompt]
+            what += [] if "seed" in self.combinations[0] else [f"seed={job.seed}"]
+            caption = sweep.sheets[first // size % len(sweep.sheets)]
+            yield ", ".join(filter(None, [caption, *reversed(what)])), list(range(first, first + size))
+
+    # --- from lines to jobs ---------------------------------------------------------------------------------
+
+    def _make_round(self, start: int) -> list[Job]:
+        """The jobs of a round by their places; those of one line and combination are the same object."""
+        base = self._base(self._starts[start])
+        jobs: list[Job] = []
+        for line in self.wishes.lines:
+            of_line = [self._job(line, combination, base) for combination in self.combinations]
+            jobs += of_line * (line.count * max(len(line.seeds), 1))
+        return jobs
+
+    def _base(self, start: Start) -> Job:
+        opt = self._opt
+        return Job(
+            prompt="",
+            negative_prompt=opt.negative_prompt,
+            seed=opt.seed,
+            width=start.width,
+            height=start.height,
+            steps=opt.ddim_steps,
+            sampler="plms" if opt.plms else "dpm_solver" if opt.dpm_solver else "ddim",
+            scale=opt.scale,
+            eta=opt.ddim_eta,
+            timestep_spacing=opt.timestep_spacing,
+            rng=opt.rng,
+            seed_mode=opt.seed_mode,
+            init=start.init,
+            strength=opt.strength if start.init else 1.0,
+            posterior="mean" if opt.posterior_mean else "sample",
+            paste=not opt.no_paste,
+            upscale=opt.upscale,
+            upscale_in=opt.upscale_in,
+            upscale_strength=opt.upscale_strength,
+            loras=self._given,
+            prompt_syntax=opt.prompt_syntax,
+        )
+
+    def _job(self, line: Line, combination: Mapping[str, Any], base: Job) -> Job:
+        """The job of a line and a combination, without its seed. Raises ValueError, `InputError` among them."""
+        values = {"prompt": line.prompt, **line.overrides, **combination}
+        if self._opt.lora_dir is not None:
+            values["prompt"], loras = _split_tags(values["prompt"])
+            if loras:
+                values["loras"] = (*values.get("loras", base.loras), *loras)
+        if len(values) == 1:
+            return replace(base, prompt=values["prompt"])
+        return self._with_picture(override(base, values), values, base)
+
+    def _with_picture(self, job: Job, values: Mapping[str, Any], base: Job) -> Job:
+        """The job in the size of its own picture, if it has one: --W and --H then say what becomes of that."""
+        need(
+            job.init is not None or "strength" not in values,
+            "a strength needs a picture to start from; give one with --init-img or leave it out",
+        )
+        if job.init is None:
+            return replace(job, strength=1.0)
+        init = job.init
+        asked = {name: values[name] for name in ("width", "height") if name in values}
+        if asked:
+            usual = "fill" if len(asked) == 2 else "fit"
+            resize = init.resize if "init.resize" in values or init.resize != "none" else usual
+            init = replace(init, **asked, resize=resize)
+        if base.init is None:
+            job = replace(job, strength=values.get("strength", STRENGTH))
+        if init == base.init:
+            return job
+        height, width, _ = self.canvases(init).pixels.shape
+        return replace(job, init=init, width=width, height=height)
+
+    def _check(self, check: Callable[[Job], None]) -> None:
+        """Raises one InputError with all that is wrong with the lines' jobs."""
+        faults: dict[tuple[int, str], None] = {}
+        largest = max(self._starts, key=lambda start: start.width * start.height)
+        bases = {self._base(start): None for start in (self._starts[0], largest)}
+        refusal = lru_cache(maxsize=1024)(lambda job: _refusal(check, job))
+        for line, base in itertools.product(self.wishes.lines, bases):
+            for combination in self.combinations:
+                for fault in self._faults(line, combination, base, refusal):
+                    faults[line.number, fault] = None
+            if len(faults) >= _MOST_FAULTS:
+                break
+        _raise(self.wishes.source, faults)
+        if self._opt.lora_dir is None and any(split_loras(line.prompt)[1] for line in self.wishes.lines):
+            logger.warning("without --lora_dir, <lora:...> in a prompt is text like any other")
+
+    def _faults(
+        self, line: Line, combination: Mapping[str, Any], base: Job, refusal: Callable[[Job], str | None]
+    ) -> Iterator[str]:
+        held = [name for name in (*line.overrides, *combination) if name in OF_THE_RUN]
+        if base.seed_mode == "batch":
+            held += [name for name in (*line.overrides, *combination) if name in ("rng", "seed")]
+            held += ["seed"] if line.seeds else []
+        for name in held:
+            yield f"{name} holds for the whole run and cannot be set here; leave it out"
+        try:
+            job = self._job(line, combination, base)
+            if job.prompt_syntax == "a1111":
+                _check_syntax(job)
+        except ValueError as error:
+            yield str(error)
+            return
+        if fault := refusal(batch_key(job)):
+            yield fault
+
+
+def _own_seeds(line: Line) -> Iterable[int | None]:
+    """The seeds that a line gives its images, None where it leaves them to the run."""
+    if not line.seeds:
+        return itertools.repeat(None, line.count)
+    return [(first + i) % (MAX_SEED + 1) for first in line.seeds for i in range(line.count)]
+
+
+def _split_tags(prompt: str) -> tuple[str, tuple[tuple[str, float, float], ...]]:
+    text, loras = split_loras(prompt)
+    wrong = text.partition("<lora:")[1:]
+    need(
+        not any(wrong),
+        f"{printable(''.join(wrong)[:60])} in a prompt is no <lora:NAME:WEIGHT> or <lora:NAME:TEXT:WEIGHT>",
+    )
+    return text, loras
+
+
+def _check_syntax(job: Job) -> None:
+    from ldm.prompts.weights import parse_weights
+
+    for prompt in (job.prompt, job.negative_prompt):
+        parse_weights(prompt)
+
+
+def _refusal(check: Callable[[Job], None], job: Job) -> str | None:
+    try:
+        check(job)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _raise(source: str | None, faults: Iterable[tuple[int, str]]) -> None:
+    if source is None:
+        told = dict.fromkeys(what for _, what in faults)
+        need(not told, "\n".join(told))
+        return
+    of_list = Faults(source)
+    for number, what in faults:
+        of_list.add(number, what)
+    of_list.raise_any()
+
+
+# --- whether and how long -------------------------------------------------------------------------------------
+
+
+def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], object]) -> None:
+    """That a job can be made by a config's model, else an `InputError`."""
+    from ldm.models.diffusion.schedule import make_timesteps
+
+    if job.sampler != "ddim":
+        need(job.eta == 0, f"--{job.sampler} adds no noise, so --ddim_eta {job.eta} is impossible")
+    if job.sampler == "dpm_solver":
+        need(job.timestep_spacing == "uniform", "--dpm_solver has uniform --timestep_spacing only")
+    else:
+        make_timesteps(job.timestep_spacing, job.steps)
+    factor = latent_factor(model)
+    for name, side in (("--W", job.width), ("--H", job.height)):
+        need(side % factor == 0, f"{name} is {side}, no multiple of {factor}")
+    check_memory(job, model)
+    for name, _, _ in job.loras:
+        find_lora(name)
+
+
+def count_steps(job: Job) -> int:
+    """How many denoising steps a job takes, in both passes."""
+    from ldm.models.diffusion.schedule import steps_to_run
+
+    rows = schedule_length(job)
+    steps = rows if job.init is None else steps_to_run(job.strength, job.steps, rows)
+    return steps + (steps_to_run(job.upscale_strength, job.steps, rows) if job.upscale > 1 else 0)
+
+
+def schedule_length(job: Job) -> int:
+    """How many entries the list of a job's timesteps has."""
+    from ldm.models.diffusion.schedule import make_timesteps
+
+    return job.steps if job.sampler == "dpm_solver" else len(make_timesteps(job.timestep_spacing, job.steps))

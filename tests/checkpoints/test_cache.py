@@ -1,0 +1,83 @@
+"""Cached weights are those of the checkpoint as it is, and a run with them gives the same numbers."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.checkpoints import cache
+from ldm.pipeline import load_model
+from ldm.runtime.fast import halved, prepare
+from tests.golden_data import figure, rebuilt_state_dict, tiny_config, tiny_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny.ckpt"
+    torch.save({"state_dict": rebuilt_state_dict(tiny_model())}, path)
+    return path
+
+
+def load(checkpoint: Path, folder: Path | None):
+    return load_model(tiny_config(), checkpoint, dtype=None, cache=folder)
+
+
+def outputs(model):
+    prepare(model, torch.bfloat16, lambda weight: None)
+    with torch.inference_mode():
+        yield model.apply_model(*(figure(f"unet/{name}") for name in ("x", "t", "context")))
+        yield model.decode_first_stage(figure("vae/z"))
+        yield model.encode_first_stage(figure("vae/image")).mean
+        yield model.get_learned_conditioning(["a red cube"])
+
+
+def test_the_same_numbers_from_fewer_bytes(checkpoint, tmp_path):
+    folder = tmp_path / "not" / "there"
+    first = list(outputs(load(checkpoint, folder)))
+    (file,) = folder.iterdir()
+    assert file.stat().st_size < 0.75 * checkpoint.stat().st_size
+    for model in (load(checkpoint, folder), load(checkpoint, None)):
+        for a, b in zip(outputs(model), first, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_what_is_rounded_is_what_runs_rounded(checkpoint, tmp_path):
+    model = load(checkpoint, tmp_path)
+    halves = halved(model)
+    for key, value in model.state_dict().items():
+        wide = key.startswith("first_stage_model.encoder") or "upsample" in key or "time_embed" in key
+        assert (value.dtype is torch.bfloat16) == (key in halves), key
+        assert not (wide and key in halves), key
+
+
+def test_another_file_or_choice_has_a_cache_of_its_own(checkpoint, tmp_path):
+    names = {cache.cached_file(tmp_path, [checkpoint], choice) for choice in ("auto", "off")}
+    os.utime(checkpoint, ns=(1, 1))
+    names.add(cache.cached_file(tmp_path, [checkpoint], "auto"))
+    checkpoint.with_name("copy.ckpt").write_bytes(checkpoint.read_bytes())
+    names.add(cache.cached_file(tmp_path, [checkpoint.with_name("copy.ckpt")], "auto"))
+    assert len(names) == 4
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x10\0\0\0\0\0\0\0{", b"no safetensors at all"])
+def test_a_damaged_cache_is_made_again(checkpoint, tmp_path, damage, caplog):
+    first = list(outputs(load(checkpoint, tmp_path)))
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage)
+    again = list(outputs(load(checkpoint, tmp_path)))
+    assert "made anew" in caplog.text
+    assert file.read_bytes() == whole
+    assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+def test_a_full_disk_costs_the_cache_only(checkpoint, tmp_path, monkeypatch, caplog):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "write_as", full)
+    model = load(checkpoint, tmp_path)
+    assert "No space left" in caplog.text
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(model.state_dict()["betas"], tiny_model().betas)

@@ -1,0 +1,358 @@
+"""Finished pictures on their way to files: order, errors, memory, what programs and people are told."""
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.cli import manifest
+from ldm.cli.manifest import describe, differences, open_run
+from ldm.cli.output import GALLERY_MARK, Background, Output, read_pixels, write_gallery
+from ldm.cli.report import Events
+from ldm.images.foreign import read_job
+from ldm.images.grid import GridWriter, count_pages
+from ldm.images.record import read_record
+from ldm.images.safety import Screen
+from ldm.images.writer import RunFolder
+from ldm.job import Job
+from ldm.pipeline import Picture
+from ldm.util import InputError
+
+ROOT = Path(__file__).parent.parent
+SIDE = 16
+
+
+def options(**changes):
+    return Namespace(**{**dict.fromkeys(("skip_grid", "skip_save", "gallery", "verify"), False), **changes})
+
+
+def pixels_of(job):
+    return np.random.default_rng(job.seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+
+
+def make_jobs(count, **fields):
+    return [Job(f"prompt {i}", seed=i, width=SIDE, height=SIDE, **fields) for i in range(count)]
+
+
+def in_batches(count, size):
+    return [list(range(i, min(i + size, count))) for i in range(0, count, size)]
+
+
+def draw(folder, jobs, batches, resume=False, stop_after=None, json_events=False, screen=None, **changes):
+    """A run without a model: how many batches it made, and its output."""
+    opt = options(**changes)
+    columns, made = 3, 0
+    pages = 0 if opt.skip_grid else count_pages(((SIDE, SIDE) for _ in jobs), columns)
+    with RunFolder(folder) as run_folder, Events(json_events) as events:
+        hashes = {"checkpoint": lambda: "ab" * 32}
+        content = describe(jobs, batches, {"precision": "full"})
+        run = open_run(run_folder, content, len(jobs), pages, hashes, resume)
+        try:
+            extras = {"Model": "fake"}
+            with Output(
+                opt,
+                run_folder,
+                run,
+                columns,
+                lambda rgb: rgb.copy(),
+                screen or Screen(None),
+                lambda job: extras,
+                events,
+            ) as output:
+                for indices in batches:
+                    if not output.wants(indices):
+                        continue
+                    output.add(indices, [Picture(jobs[i], pixels_of(jobs[i]), {}) for i in indices])
+                    made += 1
+                    if made == stop_after:
+                        break
+                output.finish()
+        finally:
+            run.close()
+    return made, output
+
+
+def tree(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()
+    }
+
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+def test_batches_may_come_in_any_order(tmp_path):
+    jobs, batches = make_jobs(11), in_batches(11, 2)
+    draw(tmp_path / "a", jobs, batches)
+    shuffled = [batches[i] for i in (3, 0, 5, 1, 4, 2)]
+    draw(tmp_path / "b", jobs, shuffled)
+    draw(tmp_path / "c", jobs, shuffled, skip_save=True)
+    a, b, c = (tree(tmp_path / name) for name in "abc")
+    assert list(a) == ["grid-0000.png", "run-00000.json", *(f"samples/{i:05}.png" for i in range(11))]
+    for name in a.keys() - {"run-00000.json"}:
+        assert a[name] == b[name]
+    assert c["grid-0000.png"] == a["grid-0000.png"]
+    for i, job in enumerate(jobs):
+        np.testing.assert_array_equal(read_pixels(tmp_path / f"b/samples/{i:05}.png"), pixels_of(job))
+
+
+def test_a_picture_carries_infotext_and_record(tmp_path):
+    jobs = make_jobs(1, scale=3.25)
+    draw(tmp_path, jobs, [[0]])
+    with Image.open(tmp_path / "samples/00000.png") as image:
+        assert image.info["parameters"].startswith("prompt 0")
+        found = read_record(image.info["ldm"])
+    assert found.job == jobs[0]
+    assert found.extras.items() >= {"Model": "fake", "Safety": "unchecked"}.items()
+    assert read_job(str(tmp_path / "samples/00000.png")).job == jobs[0]
+
+
+def test_a_second_run_goes_on_behind_the_first(tmp_path):
+    draw(tmp_path, make_jobs(3), [[0, 1, 2]])
+    before = tree(tmp_path)
+    draw(tmp_path, make_jobs(2), [[0, 1]])
+    after = tree(tmp_path)
+    assert after.keys() - before.keys() == {
+        "grid-0001.png", "run-00003.json", "samples/00003.png", "samples/00004.png",
+    }  # fmt: skip
+    assert all(after[name] == data for name, data in before.items())
+
+
+def test_a_file_that_appears_during_the_run_is_not_overwritten(tmp_path, caplog):
+    class Late(Screen):
+        def screen(self, pictures):
+            (tmp_path / "samples/00001.png").write_bytes(b"mine")
+            return super().screen(pictures)
+
+    _, output = draw(tmp_path, make_jobs(2), [[0, 1]], screen=Late(None), skip_grid=True)
+    assert (output.saved, output.failed) == (1, 1)
+    assert (tmp_path / "samples/00001.png").read_bytes() == b"mine"
+    assert "00001.png appeared" in caplog.text
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 3), (5, 2), (12, 3), (13, 3), (25, 1)])
+def test_pages_are_counted_beforehand(tmp_path, monkeypatch, count, columns):
+    monkeypatch.setattr("ldm.images.grid.MAX_PAGE_PIXELS", 5000)
+    shapes = [(SIDE, SIDE)] * count + [(8, 24)] * 2
+    sheets = []
+    with GridWriter(tmp_path, columns, sheets.append) as grid:
+        for shape in shapes:
+            grid.add(np.zeros((*shape, 3), np.uint8))
+        grid.finish()
+    assert count_pages(shapes, columns) == len(sheets)
+
+
+# --- the thread ----------------------------------------------------------------------------------------------
+
+
+def test_work_waits_when_too_much_is_waiting():
+    gate, done = threading.Event(), []
+    background = Background(size=2)
+    background.put(gate.wait)
+    filler = threading.Thread(target=lambda: [background.put(lambda i=i: done.append(i)) for i in range(6)])
+    filler.start()
+    filler.join(0.1)
+    assert filler.is_alive()
+    gate.set()
+    filler.join(10)
+    background.wait()
+    background.stop()
+    assert done == list(range(6))
+
+
+def test_an_error_there_is_raised_here_and_ends_the_work():
+    background, done = Background(), []
+
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    background.put(fail)
+    for _ in range(20):  # none of them blocks, whether the error has come yet or not
+        try:
+            background.put(lambda: done.append(1))
+        except OSError:
+            break
+    with pytest.raises(OSError, match="No space"):
+        background.wait()
+    background.stop()
+    assert not done
+
+
+def test_an_error_of_the_run_keeps_what_is_finished(tmp_path):
+    jobs = make_jobs(3)
+    with RunFolder(tmp_path) as folder, Events(False) as events:
+        run = open_run(folder, describe(jobs, [[0, 1, 2]], {}), 3, 1, {}, resume=False)
+        with (
+            pytest.raises(RuntimeError),
+            Output(
+                options(), folder, run, 3, lambda p: p.copy(), Screen(None), lambda j: {}, events
+            ) as output,
+        ):
+            output.add([0, 1, 2], [Picture(job, pixels_of(job), {}) for job in jobs])
+            raise RuntimeError("the device failed")
+        run.close()
+    assert len(list(tmp_path.glob("samples/*.png"))) == 3
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+
+MEMORY = """
+import os, resource, sys
+os.fsync = lambda descriptor: None  # it takes time, not memory
+sys.path.insert(0, {root!r})
+import tests.test_output as t
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+jobs = t.make_jobs({count})
+t.draw({folder!r} + "/warm", jobs[:200], t.in_batches(200, 4))
+before = peak()
+t.draw({folder!r} + "/long", jobs, t.in_batches(len(jobs), 4))
+print(peak() - before)
+"""
+
+
+def growth(tmp_path, count):
+    code = MEMORY.format(root=str(ROOT), count=count, folder=str(tmp_path))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    return int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+
+
+def test_memory_stays_flat_over_two_thousand_images(tmp_path):
+    # far less than their 1.5 MB of pixels twice over, grid and all
+    assert growth(tmp_path, 2000) < 16 * 2**20
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_a_hundred_thousand(tmp_path):
+    assert (
+        growth(tmp_path, 100_000) < 150 * 2**20
+    )  # pixels alone would be 77 MB; the plan's texts are most of it
+
+
+# --- events --------------------------------------------------------------------------------------------------
+
+
+def test_events_are_lines_of_json(tmp_path, capsys):
+    draw(tmp_path, make_jobs(3), [[0, 1], [2]], json_events=True)
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["event"] for event in events] == ["image"] * 3
+    for i, event in enumerate(events):
+        path = Path(event["path"])
+        assert path.name == f"{i:05}.png"
+        assert (event["index"], event["seed"]) == (i, i)
+        assert event["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert event["seconds"] >= 0
+
+
+def test_warnings_and_errors_are_events(tmp_path, capsys, caplog):
+    (tmp_path / "samples").mkdir(parents=True)
+    (tmp_path / "run-00000.json").write_text("[]")
+    draw(tmp_path, make_jobs(1), [[0]], json_events=True)
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["event"] for event in events] == ["warning", "image"]
+    assert "run-00000.json" in events[0]["text"]
+
+
+EVENTS = """
+import sys
+sys.path.insert(0, {root!r})
+from ldm.cli.report import Events, set_up_messages
+set_up_messages(False, False)
+with Events(True) as events:
+    for i in range(50000):
+        events.emit("image", index=i)
+print("went on", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("stdout", ["head", "full"])
+def test_a_stdout_that_is_gone_stops_nothing(stdout):
+    if stdout == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("no full device here")
+    target = "> /dev/full" if stdout == "full" else "| head -1 > /dev/null"
+    code = EVENTS.format(root=str(ROOT)).replace("'", '"')
+    command = f"set -o pipefail; {sys.executable} -c '{code}' {target}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "went on"
+    assert done.stderr.count("warning: stdout takes no more events") == 1
+    assert "Exception" not in done.stderr
+
+
+# --- gallery -------------------------------------------------------------------------------------------------
+
+
+def test_the_gallery_shows_the_folder_and_replaces_only_itself(tmp_path, caplog):
+    draw(tmp_path, make_jobs(2), [[0, 1]], gallery=True)
+    first = (tmp_path / "gallery.html").read_text()
+    assert first.count("<figure>") == 2
+    assert first.endswith(GALLERY_MARK)
+    draw(tmp_path, make_jobs(1), [[0]], gallery=True)
+    assert (tmp_path / "gallery.html").read_text().count("<figure>") == 3
+    (tmp_path / "gallery.html").write_text("my own page")
+    write_gallery(tmp_path)
+    assert (tmp_path / "gallery.html").read_text() == "my own page"
+    assert "stays as it is" in caplog.text
+
+
+# --- what a run is made from ---------------------------------------------------------------------------------
+
+
+def test_differences_name_field_and_both_values():
+    old, new = (
+        describe(make_jobs(3, scale=scale), [[0, 1, 2]], {"precision": "full"}) for scale in (7.5, 8.0)
+    )
+    assert differences(old, new) == ["scale: 7.5, now 8.0"]
+    assert differences(old, old) == []
+
+
+def test_an_edited_prompt_is_found():
+    jobs = make_jobs(5)
+    edited = [*jobs[:3], Job("other", seed=3, width=SIDE, height=SIDE), jobs[4]]
+    found = differences(describe(jobs, [[0]], {}), describe(edited, [[0]], {}))
+    assert len(found) == 1
+    assert "image 4 (line 4" in found[0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_a_living_run_keeps_its_numbers(tmp_path):
+    content = describe(make_jobs(5), [[0]], {})
+    with RunFolder(tmp_path) as folder:
+        first = open_run(folder, content, 5, 1, {}, resume=False)
+        second = open_run(folder, content, 5, 1, {}, resume=False)
+        assert second.first == 5
+        with pytest.raises(InputError, match="still at work"):
+            open_run(folder, content, 5, 1, {}, resume=True)
+        first.write()
+        assert open_run(folder, content, 2, 1, {}, resume=False).first == 10
+        first.close()
+        second.close()
+
+
+def test_a_run_that_died_without_a_picture_leaves_its_numbers(tmp_path):
+    content = describe(make_jobs(5), [[0]], {})
+    with RunFolder(tmp_path) as folder:
+        for _ in range(2):
+            run = open_run(folder, content, 5, 1, {}, resume=False)
+            assert run.first == 0
+            run.close()
+    assert [path.name for path in tmp_path.glob("*.json")] == ["run-00000.json"]
+
+
+def test_no_field_of_a_run_file_can_surprise(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        for text in ("", "{", "[" * 100_000, '{"version": 1}', '{"version": 1, "first": "0"}', "null"):
+            (tmp_path / "run-00000.json").write_text(text)
+            assert manifest._read_all(folder) == []

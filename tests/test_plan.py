@@ -1,0 +1,284 @@
+"""From options and prompt lists to jobs: numbers, seeds, batches, faults; and what a whole run makes of them."""
+
+import io
+import re
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import scripts.img2img as img2img
+import scripts.txt2img as txt2img
+from ldm.cli.inputs import Start
+from ldm.cli.plan import Plan, read_wishes
+from ldm.images.metadata import job_from_infotext
+from ldm.images.sheet import layout
+from ldm.job import batch_key
+from ldm.util import InputError
+
+FAST = ["--ddim_steps", "2", "--n_iter", "1", "--n_samples", "4", "--device", "cpu", "--quiet"]
+EXACT = ["--precision", "full", "--no_watermark", "--skip_grid"]
+
+
+def plan_of(*options, starts=1):
+    opt = txt2img.parser().parse_args([*options])
+    return Plan(
+        opt, read_wishes(opt), [Start(None, 64, 64 + 8 * i) for i in range(starts)], lambda init: init
+    )
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(*lines):
+        (tmp_path / "list.txt").write_text("\n".join(lines))
+        return "list.txt"
+
+    return write
+
+
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    """Runs txt2img in this process: exit code and pictures by name."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options, outdir="out"):
+        code = txt2img.main([*FAST, "--outdir", outdir, *options])
+        return code, {
+            str(p.relative_to(tmp_path / outdir)): p for p in sorted((tmp_path / outdir).rglob("*.png"))
+        }
+
+    return run
+
+
+def job_in(path):
+    return job_from_infotext(Image.open(path).text["parameters"])
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+# --- numbers, seeds, batches ----------------------------------------------------------------------------------
+
+
+def test_without_new_options_all_is_as_in_the_original(write):
+    """Batches of n_samples that do not reach into the next iteration, and seeds that count up."""
+    plan = plan_of("--n_samples", "3", "--n_iter", "2")
+    assert plan.batches() == [[0, 1, 2], [3, 4, 5]]
+    assert [job.seed for job in plan] == [42, 43, 44, 45, 46, 47]
+    listed = plan_of("--from-file", write("a", "b", "c", "d"), "--n_samples", "3", "--n_iter", "2")
+    assert listed.batches() == [[0, 1, 2], [3], [4, 5, 6], [7]]
+    assert [(job.prompt, job.seed) for job in listed] == [(p, 42 + i) for i, p in enumerate("abcdabcd")]
+
+
+def test_pictures_to_start_from_are_gone_through_one_by_one():
+    plan = plan_of("--n_samples", "2", "--n_iter", "2", starts=2)
+    assert [(job.height, job.seed) for job in plan] == [(64 + 8 * (i // 4), 42 + i) for i in range(8)]
+    assert plan.batches() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_fixed_code_repeats_seeds_and_one_stream_has_one_seed():
+    assert [j.seed for j in plan_of("--fixed_code", "--n_iter", "2", "--n_samples", "2")] == [42, 43, 42, 43]
+    plan = plan_of("--seed_mode", "batch", "--n_iter", "2", "--n_samples", "2")
+    assert [(job.seed, job.batch_index) for job in plan] == [(42, i) for i in range(4)]
+
+
+def test_seeds_wrap():
+    assert [job.seed for job in plan_of("--seed", "4294967295", "--n_iter", "1")] == [4294967295, 0, 1]
+
+
+def test_a_line_may_have_seeds_and_counts_of_its_own(write):
+    file = write("a --n_iter 2", "b --seed 7", "c")
+    plan = plan_of("--from-file", file, "--n_iter", "1")
+    assert [(job.prompt, job.seed) for job in plan] == [("a", 42), ("a", 43), ("b", 7), ("c", 45)]
+
+
+def test_batches_hold_what_can_run_together(write):
+    lines = ["a", "b --ddim_steps 9", "c --scale 3", "d --ddim_steps 9 --negative_prompt x", "e --W 72", "f"]
+    plan = plan_of("--from-file", write(*lines), "--n_samples", "2", "--n_iter", "1")
+    assert plan.batches() == [[0, 2], [1, 3], [4], [5]]
+    assert sorted(i for batch in plan.batches() for i in batch) == list(range(6))
+    for batch in plan.batches():
+        assert len({batch_key(plan[i]) for i in batch}) == 1
+
+
+def test_one_stream_of_noise_is_drawn_in_order(write):
+    file = write("a", "b --ddim_steps 9", "c", "d")
+    plan = plan_of("--from-file", file, "--n_samples", "3", "--n_iter", "1", "--seed_mode", "batch")
+    assert plan.batches() == [[0], [1], [2], [3]]
+
+
+def test_a_sweep_shares_the_noise_unless_the_seed_is_swept():
+    plan = plan_of("--sweep", "scale=5,7.5,10", "--sweep", "steps=10,20", "--n_samples", "2", "--n_iter", "1")
+    assert [job.seed for job in plan] == [42] * 6 + [43] * 6
+    assert [(job.scale, job.steps) for job in plan[:6]] == [(s, n) for s in (5, 7.5, 10) for n in (10, 20)]
+    assert [indices for _, indices in plan.sheets()] == [list(range(6)), list(range(6, 12))]
+    swept = plan_of("--sweep", "seed=1..3", "--n_iter", "1", "--n_samples", "1")
+    assert [job.seed for job in swept] == [1, 2, 3]
+
+
+def test_expanded_prompts():
+    plan = plan_of("--prompt", "a {red|blue} cube", "--expand", "--n_samples", "1", "--n_iter", "1")
+    assert [(job.prompt, job.seed) for job in plan] == [("a red cube", 42), ("a blue cube", 43)]
+    assert plan_of("--prompt", "a {red|blue} cube")[0].prompt == "a {red|blue} cube"
+
+
+def test_a_hundred_thousand_lines_are_planned(write):
+    plan = plan_of(
+        "--from-file", write(*(f"cube {i}" for i in range(100_000))), "--n_samples", "8", "--n_iter", "1"
+    )
+    batches = plan.batches()
+    assert (len(plan), len(batches)) == (100_000, 12_500)
+    assert (plan[99_999].prompt, plan[-1].seed) == ("cube 99999", 42 + 99_999)
+
+
+def test_too_many_images_are_refused():
+    with pytest.raises(InputError, match="at most 1000000"):
+        plan_of("--n_iter", "100000", "--n_samples", "100000")
+
+
+# --- faults ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "lines", "said"),
+    [
+        ([], ["a --ddim_steps 0", "b", "c --W 500"], ["line 1: --ddim_steps is 0", "line 3: --W is 500"]),
+        (
+            [],
+            ["a --plms --ddim_eta 1", "b --strength 0.5"],
+            ["line 1: --plms adds no noise", "line 2: a strength"],
+        ),
+        (["--expand"], ["{a", "b", "c}"], ["line 1: a {", "line 3: a }"]),
+        (
+            ["--prompt_syntax", "a1111"],
+            ["a [b:c:5]", "(x:1.1.1)"],
+            ["line 1: [b:c:5]", "line 2: the prompt's weight"],
+        ),
+        (
+            ["--seed_mode", "batch"],
+            ["a --seed 3", "b --rng cpu"],
+            ["line 1: seed holds", "line 2: rng holds"],
+        ),
+        (
+            ["--lora_dir", "."],
+            ["a <lora:none:1>", "b <lora:x:y>"],
+            ["line 1: there is no LoRA", "line 2: <lora:x:y>"],
+        ),
+        (["--sweep", "eta=0,1"], ["a --plms", "b --plms"], ["line 1: --plms adds", "line 2: --plms adds"]),
+        ([], ["a --init-img none.png", "b --H 8000000"], ["line 2: --H is 8000000"]),
+    ],
+)
+def test_every_fault_of_a_list_is_told_before_the_model_is_loaded(
+    draw, write, capsys, options, lines, said, monkeypatch
+):
+    monkeypatch.setattr("ldm.pipeline.load_model", lambda *args, **more: pytest.fail("the model was loaded"))
+    assert draw("--from-file", write(*lines), *options) == (2, {})
+    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+    assert len(told) == len(said)
+    for line, expected in zip(told, said, strict=True):
+        assert f"list.txt, {expected}" in line
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------
+
+
+def test_a_mixed_list_makes_each_picture_as_if_alone(draw, write, monkeypatch):
+    lines = [
+        "a red cube",
+        "a blue sphere --W 72 --H 64",
+        "a green cone --ddim_steps 1",
+        "a red cube --scale 1",
+        "a blue sphere --seed 7 --scale 3 --negative_prompt dull",
+    ]
+    code, files = draw("--from-file", write(*lines), *EXACT)
+    assert code == 0
+    assert [job_in(p).seed for p in files.values()] == [42, 43, 44, 45, 7]
+    assert [Image.open(p).size for p in files.values()] == [(128, 128), (72, 64), *[(128, 128)] * 3]
+    for i, path in enumerate(files.values()):
+        job = job_in(path)
+        options = ["--prompt", job.prompt, "--negative_prompt", job.negative_prompt, "--seed", str(job.seed)]
+        options += ["--W", str(job.width), "--H", str(job.height), "--ddim_steps", str(job.steps)]
+        _, alone = draw(*options, "--scale", str(job.scale), "--n_samples", "1", *EXACT, outdir=f"alone{i}")
+        assert (
+            np.abs(pixels(alone["samples/00000.png"]) - pixels(path)).max() <= 2
+        )  # another batch size rounds
+
+
+def test_prompts_come_from_standard_input(draw, monkeypatch):
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "a cube", "steps": 1, "count": 2}\n'))
+    )
+    code, files = draw("--from-file", "-", "--skip_grid")
+    assert code == 0
+    assert [(job_in(p).prompt, job_in(p).steps, job_in(p).seed) for p in files.values()] == [
+        ("a cube", 1, 42),
+        ("a cube", 1, 43),
+    ]
+
+
+def test_weights_are_in_the_picture_s_text(draw):
+    _, files = draw("--prompt", "a (red:1.4) cube", "--prompt_syntax", "a1111", "--n_samples", "1", *EXACT)
+    job = job_in(files["samples/00000.png"])
+    assert (job.prompt, job.prompt_syntax) == ("a (red:1.4) cube", "a1111")
+
+
+def test_a_dry_run_makes_nothing(draw, write, capsys, monkeypatch):
+    monkeypatch.setattr("ldm.pipeline.load_model", lambda *args, **more: pytest.fail("the model was loaded"))
+    lines = ["a cube", "a sphere --W 72", " ".join(["cone"] * 60)]
+    code, files = draw("--from-file", write(*lines), "--dry_run")
+    assert (code, files) == (0, {})
+    said = capsys.readouterr().out
+    assert "3 images in 2 batches" in said
+    assert re.search(
+        r"00000.png, 00002.png: 128x128, 2 steps, ddim, scale 7.5, seed 42, 44: a cube and 1 more", said
+    )
+    assert "00001.png: 72x128" in said
+    assert "cut off: cone" in said
+    assert "unknown" in said
+    assert "GiB" in said
+
+
+def test_a_dry_run_names_the_files_that_a_run_writes(draw, capsys):
+    draw("--n_samples", "2")
+    draw("--n_samples", "3", "--dry_run")
+    assert "00002.png to 00004.png" in capsys.readouterr().out
+    _, files = draw("--n_samples", "3")
+    assert [name for name in files if name.startswith("samples/")][-1] == "samples/00004.png"
+
+
+def test_a_sweep_makes_a_sheet(draw):
+    options = ("--sweep", "scale=1,4,9", "--sweep", "steps=1,2", "--n_samples", "1", "--prompt", "a cube")
+    code, files = draw(*options, "--no_watermark")
+    assert code == 0
+    assert [name for name in files if name.startswith("sheet")] == ["sheet-0000.png"]
+    rows, columns = ["scale=1", "scale=4", "scale=9"], ["steps=1", "steps=2"]
+    placed = layout([(128, 128)] * 6, rows, columns, "seed=42, a cube")
+    sheet = pixels(files["sheet-0000.png"])
+    assert sheet.shape[1::-1] == placed.size
+    for i, (left, top, right, bottom) in enumerate(placed.pictures):
+        sample = files[f"samples/{i:05}.png"]
+        assert (job_in(sample).scale, job_in(sample).steps) == ((1, 4, 9)[i // 2], i % 2 + 1)
+        assert np.array_equal(sheet[top:bottom, left:right], pixels(sample))
+    for left, top, right, bottom in (*placed.rows, *placed.columns):
+        assert sheet[top:bottom, left:right].min() < 128  # something is written there
+
+
+def test_lines_bring_and_resize_their_own_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64), "red").save("a.png")
+    Image.new("RGB", (96, 64), "blue").save("b.png")
+    (tmp_path / "list.txt").write_text("x\ny --init-img b.png\nz --W 80 --H 72\n")
+    options = ["--init-img", "a.png", "--from-file", "list.txt", "--outdir", "out", *EXACT]
+    assert img2img.main([*FAST, *options]) == 0
+    files = sorted(tmp_path.glob("out/samples/*.png"))
+    assert [Image.open(p).size for p in files] == [(64, 64), (96, 64), (80, 72)]
+    inits = [job_in(p).init for p in files]
+    assert [(init.image, init.resize) for init in inits] == [
+        ("a.png", "none"),
+        ("b.png", "none"),
+        ("a.png", "fill"),
+    ]
