@@ -20,6 +20,7 @@ import scripts.txt2img as txt2img
 from ldm.job import Init, Job
 from ldm.pipeline import Pipeline
 from tests.test_output import draw, in_batches, make_jobs, tree
+from tests.test_txt2img import interruptible
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--device", "cpu", "--ddim_steps", "2", "--quiet", "--W", "64", "--H", "64"]
@@ -290,7 +291,7 @@ def nursery(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     with (
         open(tmp_path / "messages", "w") as messages,
-        subprocess.Popen(command, stderr=messages, **pipes) as parent,
+        subprocess.Popen(command, stderr=messages, preexec_fn=interruptible, **pipes) as parent,
     ):
         assert parent.stdin is not None
         assert parent.stdout is not None

@@ -124,6 +124,17 @@ def test_image_i_can_be_made_alone(draw):
     assert np.abs(third - again).max() <= 2
 
 
+@pytest.mark.parametrize("option", ["--lowmem", "--no_mmap", "--cache_weights"])
+def test_how_weights_are_held_changes_no_pixel(draw, option, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _, usual = draw("--precision", "bf16")
+    for outdir in ("first", "second"):  # the second finds what the first has cached
+        code, files = draw("--precision", "bf16", option, outdir=outdir)
+        assert code == 0
+        assert same(usual["samples/00000.png"], files["samples/00000.png"])
+    assert bool(list(tmp_path.glob("cache/ldm-v1/weights/*"))) == (option == "--cache_weights")
+
+
 def test_fixed_code_repeats_the_noise(draw):
     _, files = draw("--n_iter", "2", "--fixed_code")
     assert same(files["samples/00000.png"], files["samples/00001.png"])
@@ -336,6 +347,11 @@ def test_a_closed_pipe_does_not_stop_the_run(tmp_path):
     assert list(tmp_path.rglob("grid-0000.png"))
 
 
+def interruptible():
+    """In a child: Ctrl-C interrupts, also where these tests run in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_interrupting_finishes_the_batch(tmp_path):
     run = subprocess.Popen(
         [
@@ -345,6 +361,7 @@ def test_interrupting_finishes_the_batch(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
+        preexec_fn=interruptible,
     )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("samples/*.png")) and time.monotonic() < deadline:

@@ -330,6 +330,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="full: float32; autocast: fp16 on a GPU, bf16 on a CPU that can",
     )
     group.add_argument(
+        "--no_mmap",
+        action="store_true",
+        help="read the checkpoint into memory first, for network drives and files that may change; takes more memory",
+    )
+    group.add_argument(
         "--cache_weights",
         metavar="DIR",
         nargs="?",

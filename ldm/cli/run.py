@@ -88,6 +88,7 @@ def run(opt: argparse.Namespace) -> int:
             ckpt_path,
             device,
             opt.ema,
+            mmap=not opt.no_mmap,
             vae=opt.vae,
             text_encoder=opt.text_encoder,
             dtype=None,
@@ -172,7 +173,17 @@ def _settings(
     pictures = dict.fromkeys(path for init in inits for path in (init.image, init.mask) if path)
     below = sorted(Path(opt.embedding_dir).rglob("*")) if opt.embedding_dir is not None else []
     embeddings = [*(Path(path) for path, _ in opt.embedding), *(path for path in below if path.is_file())]
-    names = ("n_samples", "fixed_code", "ema", "tiles", "no_watermark", "safety", "skip_grid", "inpaint")
+    names = (
+        "n_samples",
+        "fixed_code",
+        "ema",
+        "tiles",
+        "no_watermark",
+        "safety",
+        "skip_grid",
+        "inpaint",
+        "compile",
+    )
     return {
         **{name: getattr(opt, name) for name in names},
         "precision": precision.name,
