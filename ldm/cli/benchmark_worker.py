@@ -5,6 +5,7 @@ The first line is its `Setting`. Orders: `prepare`, `load`, `run`, `arrange`, `c
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -127,7 +128,7 @@ class Stopwatch:
         for name in ("text", "encode", "decode"):
             if name in taken:
                 taken[name] = [sum(taken[name])]
-        pairs = zip([self.spans["unet"][0][0], *self.steps], self.steps, strict=False)
+        pairs = itertools.pairwise([self.spans["unet"][0][0], *self.steps])
         first, *rest = (_between(*pair) for pair in pairs)
         return taken | {"first step": [first], "step": rest}
 

@@ -113,6 +113,7 @@ def differences(old: Content, new: Content) -> list[str]:
 
 
 def _prompt_difference(before: str, after: str) -> str:
+    # lists of prompts can differ in length; that is told where no line differs
     pairs = zip(*(re.findall(f".{{{_DIGEST_LENGTH}}}", text) for text in (before, after)), strict=False)
     number = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if number is None:

@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -135,6 +135,10 @@ class Plan(Sequence[Job]):
 
     def batches(self) -> list[list[int]]:
         """The images that are made together, up to n_samples that differ in prompts, seeds and scales at most."""
+        return self._batches
+
+    @cached_property
+    def _batches(self) -> list[list[int]]:
         return [
             [self._round_size * (start * self._opt.n_iter + i) + place for place in batch]
             for start in range(len(self._starts))

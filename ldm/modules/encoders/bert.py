@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ldm.modules.attention import CrossAttention, FeedForward
+from ldm.modules.encoders.tokenizer import checked
 from ldm.util import InputError, find, printable
 
 UNCASED = "bert-base-uncased"
@@ -114,11 +115,11 @@ class BERTTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text. A text that UTF-8 cannot hold (lone surrogates) is an `InputError`."""
-        return [self._wordpiece.encode(_checked(text)).ids for text in texts]
+        return [self._wordpiece.encode(checked(text)).ids for text in texts]
 
     def cut_words(self, text: str) -> str:
         """The end of the text that does not fit; empty if all fits."""
-        encoding = self._wordpiece.encode(_checked(text))
+        encoding = self._wordpiece.encode(checked(text))
         return text[max(end for _, end in encoding.offsets) :].strip() if encoding.overflowing else ""
 
 
@@ -171,14 +172,3 @@ def _check_vocabulary(vocabulary: Sequence[str], source: str) -> None:
         raise InputError(f"{source} is no vocabulary of BERT: it lacks {', '.join(missing)}")
     if len(set(vocabulary)) != len(vocabulary):
         raise InputError(f"{source} is no vocabulary of BERT: a token stands in it twice")
-
-
-def _checked(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"the prompt is not valid text ({printable(text[error.start])} at position {error.start});"
-            " pass it as UTF-8"
-        ) from None
-    return text

@@ -156,11 +156,8 @@ class CLIPTokenizer:
         ]
 
 
-def clean(text: str) -> str:
-    """The text as CLIP reads it: encoding faults mended, HTML entities resolved, lower case.
-
-    Raises `InputError` for lone surrogates, which come from command lines that are not UTF-8.
-    """
+def checked(text: str) -> str:
+    """The text itself; `InputError` for lone surrogates, which come from command lines that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -168,6 +165,15 @@ def clean(text: str) -> str:
             f"the prompt is not valid text ({printable(text[error.start])} at position {error.start});"
             " pass it as UTF-8"
         ) from None
+    return text
+
+
+def clean(text: str) -> str:
+    """The text as CLIP reads it: encoding faults mended, HTML entities resolved, lower case.
+
+    Raises what `checked` raises.
+    """
+    checked(text)
     if not (text.isascii() and text.isprintable()):  # ftfy leaves plain text alone, but takes 40 ms to import
         import ftfy
 
