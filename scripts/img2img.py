@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     cli.add_batch_options(options, n_iter=1, n_samples=2)
     cli.add_output_options(options, outdir="outputs/img2img-samples")
     cli.add_model_options(options)
+    cli.add_rank_options(options)
     cli.add_telling_options(options)
     cli.add_report_options(options)
     return options

@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     cli.add_batch_options(options, n_iter=2, n_samples=3)
     cli.add_output_options(options, outdir="outputs/txt2img-samples")
     cli.add_model_options(options)
+    cli.add_rank_options(options)
     cli.add_laion_option(options)
     cli.add_telling_options(options)
     cli.add_report_options(options)

@@ -55,7 +55,7 @@ def draw(folder, jobs, batches, resume=False, stop_after=None, json_events=False
     with RunFolder(folder) as run_folder, Events(json_events) as events:
         hashes = {"checkpoint": lambda: "ab" * 32}
         content = describe(jobs, batches, {"precision": "full"})
-        run = open_run(run_folder, content, len(jobs), pages, hashes, resume)
+        run = open_run(run_folder, content, len(jobs), {"grid": pages}, hashes, resume)
         try:
             extras = {"Model": "fake"}
             with Output(
@@ -190,7 +190,7 @@ def test_an_error_there_is_raised_here_and_ends_the_work():
 def test_an_error_of_the_run_keeps_what_is_finished(tmp_path):
     jobs = make_jobs(3)
     with RunFolder(tmp_path) as folder, Events(False) as events:
-        run = open_run(folder, describe(jobs, [[0, 1, 2]], {}), 3, 1, {}, resume=False)
+        run = open_run(folder, describe(jobs, [[0, 1, 2]], {}), 3, {"grid": 1}, {}, resume=False)
         with (
             pytest.raises(RuntimeError),
             Output(
@@ -330,13 +330,13 @@ def test_an_edited_prompt_is_found():
 def test_a_living_run_keeps_its_numbers(tmp_path):
     content = describe(make_jobs(5), [[0]], {})
     with RunFolder(tmp_path) as folder:
-        first = open_run(folder, content, 5, 1, {}, resume=False)
-        second = open_run(folder, content, 5, 1, {}, resume=False)
+        first = open_run(folder, content, 5, {"grid": 1}, {}, resume=False)
+        second = open_run(folder, content, 5, {"grid": 1}, {}, resume=False)
         assert second.first == 5
         with pytest.raises(InputError, match="still at work"):
-            open_run(folder, content, 5, 1, {}, resume=True)
+            open_run(folder, content, 5, {"grid": 1}, {}, resume=True)
         first.write()
-        assert open_run(folder, content, 2, 1, {}, resume=False).first == 10
+        assert open_run(folder, content, 2, {"grid": 1}, {}, resume=False).first == 10
         first.close()
         second.close()
 
@@ -345,7 +345,7 @@ def test_a_run_that_died_without_a_picture_leaves_its_numbers(tmp_path):
     content = describe(make_jobs(5), [[0]], {})
     with RunFolder(tmp_path) as folder:
         for _ in range(2):
-            run = open_run(folder, content, 5, 1, {}, resume=False)
+            run = open_run(folder, content, 5, {"grid": 1}, {}, resume=False)
             assert run.first == 0
             run.close()
     assert [path.name for path in tmp_path.glob("*.json")] == ["run-00000.json"]

@@ -13,10 +13,12 @@ import logging
 import os
 import platform
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ldm import __version__
 from ldm.job import Job
@@ -27,12 +29,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ldm")
 
-VERSION = 1
+VERSION = 2
 SHOWN_DIFFERENCES = 8
+NEWS_SECONDS = 60  # after which a network file system shows what another machine wrote
 _NAME = re.compile(r"run-([0-9]{5,})\.json")
 _DIGEST_LENGTH = 8  # hex digits of a prompt's SHA-256: only to say which of them was changed
 
 Content = dict[str, Any]
+Page = Literal["grid", "sheet"]
 
 
 def describe(jobs: Sequence[Job], batches: Sequence[Sequence[int]], settings: Mapping[str, Any]) -> Content:
@@ -137,16 +141,21 @@ class RunFile:
         self.jobs: int = content["jobs"]
 
     @property
+    def hashes(self) -> Mapping[str, Callable[[], str]]:
+        """What gives the SHA-256 of each file of weights."""
+        return self._hashes
+
+    @property
     def path(self) -> Path:
         return _path(self._folder, self.first)
 
     def sample_path(self, index: int) -> Path:
         """The file of the run's image `index`."""
-        return self._folder.sample_path(self.first + index)
+        return self._folder.path_of("sample", self.first + index)
 
     def existing(self) -> set[int]:
         """The images that have a file already."""
-        numbers = self._folder.sample_numbers()
+        numbers = self._folder.numbers("sample")
         return {number - self.first for number in numbers if 0 <= number - self.first < self.jobs}
 
     def complete(self) -> None:
@@ -155,18 +164,24 @@ class RunFile:
             self._content["sha256"] = {name: digest() for name, digest in self._hashes.items()}
             self.write()
 
-    def publish_grid(self, page: int, data: bytes, whole: bool) -> None:
-        """Writes one page of the grid; a page that a broken run made of what it had is replaced."""
+    def publish_page(self, kind: Page, page: int, data: bytes, whole: bool) -> None:
+        """Writes one page of the grid, or one sheet; what a broken run made of what it had is replaced."""
         from ldm.images.writer import publish
 
-        path = self._folder.grid_path(self._content["first_grid"] + page)
-        stale: list[str] = self._content["unfinished_grids"]
+        path = self._folder.path_of(kind, self._content["pages"][kind][0] + page)
+        stale: list[str] = self._content["unfinished"]
         if not whole:
             stale.append(hashlib.sha256(data).hexdigest())
             self.write()
-        there = path.read_bytes() if path.exists() else None
-        if there is None or hashlib.sha256(there).hexdigest() in stale:
-            publish(path, data, overwrite=there is not None)
+        with contextlib.suppress(
+            FileExistsError
+        ):  # of another process of this run, which ended as this one did
+            if not path.exists():
+                publish(path, data)
+                return
+        there = path.read_bytes()
+        if hashlib.sha256(there).hexdigest() in stale:
+            publish(path, data, overwrite=True)
         elif there != data:
             logger.warning("%s is not this run's, so it stays as it is", printable(path))
 
@@ -176,6 +191,14 @@ class RunFile:
         if not _try_lock(self._lock):
             self.close()
             raise InputError(f"another process is still at work on {printable(self.path)}; wait for it")
+
+    def share(self) -> None:
+        """Lets the other processes of the run hold it too; nobody writes it from then on."""
+        self.complete()
+        with _alone_in(self._folder.samples_path):
+            self.close()
+            self._lock = os.open(self.path, os.O_RDONLY)
+            _try_lock(self._lock, shared=True)
 
     def write(self) -> None:
         """Writes the file whole, locked before it has its name."""
@@ -196,41 +219,64 @@ def open_run(
     folder: RunFolder,
     made_from: Content,
     jobs: int,
-    grids: int,
+    pages: Mapping[Page, int],
     hashes: Mapping[str, Callable[[], str]],
     resume: bool,
 ) -> RunFile:
     """A new run behind the highest number, or with `resume` the newest one in the folder made from the same.
 
-    `grids` is how many pages the grid has, `hashes` gives the SHA-256 of the files of weights. Raises InputError
-    where nothing matches, naming what differs from the newest run, or where the run's own process still lives.
+    `pages` says how many pages the grid has and how many sheets there are, `hashes` gives the SHA-256 of the files
+    of weights. Raises InputError where nothing matches, naming what differs from the newest run, or where the run's
+    own process still lives.
     """
     with _alone_in(folder.samples_path):
         known = _read_all(folder)
-        if resume and (known or folder.sample_numbers()):
+        if resume and (known or folder.numbers("sample")):
             return _resumed(folder, known, made_from, hashes)
-        run = RunFile(folder, _new_content(folder, known, made_from, jobs, grids), hashes)
+        run = RunFile(folder, _new_content(folder, known, made_from, jobs, pages), hashes)
         run.write()
         return run
 
 
+def join_run(folder: RunFolder, first: int, made_from: Content) -> RunFile:
+    """The run whose first image is number `first`, which another process shares with this one.
+
+    Raises InputError where that one makes something else.
+    """
+    path, patience = _path(folder, first), time.monotonic() + NEWS_SECONDS
+    while not path.exists() and time.monotonic() < patience:
+        time.sleep(0.1)
+    content = _read(path)
+    if content is None:
+        raise InputError(f"{printable(path)}, which the first process wrote, cannot be read here")
+    found = differences(content["made_from"], made_from)
+    if found:
+        raise InputError(f"the processes of a run must be given the same; these differ: {'; '.join(found)}")
+    sha256: dict[str, str] = content["sha256"]
+    run = RunFile(folder, content, {name: partial(str, digest) for name, digest in sha256.items()})
+    run.share()
+    return run
+
+
 def _new_content(
-    folder: RunFolder, known: Sequence[Content], made_from: Content, jobs: int, grids: int
+    folder: RunFolder, known: Sequence[Content], made_from: Content, jobs: int, pages: Mapping[Page, int]
 ) -> Content:
     """Numbers go on behind the highest file, and behind what a living process has claimed."""
     living = [run for run in known if _lives(_path(folder, run["first"]))]
-    first = max([folder.next_sample(), *(run["first"] + run["jobs"] for run in living)])
-    first_grid = max([folder.next_grid(), *(run["first_grid"] + run["grids"] for run in living)])
+    first = max([folder.next_number("sample"), *(run["first"] + run["jobs"] for run in living)])
+    claimed = {
+        kind: [max([folder.next_number(kind), *(sum(run["pages"].get(kind, [])) for run in living)]), count]
+        for kind, count in pages.items()
+    }
     return {
         "version": VERSION,
         "first": first,
         "jobs": jobs,
-        "first_grid": first_grid,
-        "grids": grids,
+        "pages": claimed,  # by kind: the first number, and how many
         "made_from": made_from,
         "sha256": None,
         "versions": versions(),
-        "unfinished_grids": [],
+        "unfinished": [],  # digests of pages that lack images
     }
 
 
@@ -284,8 +330,8 @@ def _read_all(folder: RunFolder) -> list[Content]:
 
 def _read(path: Path) -> Content | None:
     """What a run file says; one that is none, or of another version, is passed over with a warning."""
-    kinds = {"version": int, "first": int, "jobs": int, "first_grid": int, "grids": int, "made_from": dict}
-    kinds |= {"sha256": dict | None, "versions": dict, "unfinished_grids": list}
+    kinds = {"version": int, "first": int, "jobs": int, "pages": dict, "made_from": dict}
+    kinds |= {"sha256": dict | None, "versions": dict, "unfinished": list}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         sound = all(isinstance(content[name], kind) for name, kind in kinds.items())
@@ -331,12 +377,12 @@ def _lives(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, shared: bool = False) -> bool:
     """Locks a file until its descriptor is closed; False if another has it. Without locks, always True."""
     try:
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except (ImportError, OSError) as error:

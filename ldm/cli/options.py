@@ -37,6 +37,10 @@ _DEFAULTS: dict[str, Any] = {
     "mask_blur": Init("").mask_blur,
     "no_paste": False,
     "outpaint": (0, 0, 0, 0),
+    "devices": None,
+    "num_nodes": None,
+    "kept_input": None,  # the file that took the place of standard input
+    "typed": None,  # what stands behind the interpreter on the command line, if that started the script
     "upscale": 1.0,
     "upscale_in": "pixels",
     "upscale_strength": 0.5,
@@ -352,6 +356,20 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add_parts_options(parser)
     _add_addition_options(parser)
+
+
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """How many devices share the work."""
+    group = parser.add_argument_group("several devices")
+    group.add_argument(
+        "--devices",
+        metavar="N",
+        type=int,
+        help="share the run among N processes of this machine, one for each GPU (with torchrun: as it says)",
+    )
+    group.add_argument(
+        "--num_nodes", metavar="N", type=int, help="share it among N machines with one output folder"
+    )
 
 
 def add_parts_options(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -114,7 +115,8 @@ class Output:
 
     Everything is done on a background thread: `add` returns at once unless several batches wait already, and
     raises what went wrong there. Used as a context manager, it ends what is waiting, except where the process is
-    told to leave. With `screen`, `mark` and `extras` as they come from the run, and `run` the claim on numbers.
+    told to leave. With `screen`, `mark` and `extras` as they come from the run, and `run` the claim on numbers;
+    `shared` says that other processes make images of the run too.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class Output:
         screen: Screen,
         extras: Callable[[Job], dict[str, str]],
         events: Events,
+        shared: bool = False,
     ) -> None:
         self._opt, self._run, self._mark, self._screen, self._extras = opt, run, mark, screen, extras
         self._folder, self._events = folder, events
@@ -134,12 +137,14 @@ class Output:
         self._damaged = {i for i in self._existing if opt.verify and not _is_whole(run.sample_path(i))}
         for i in sorted(self._damaged):
             logger.warning("%s is damaged, and is made again", printable(run.sample_path(i)))
-        self._sheet = None if opt.skip_grid else _Sheet(folder.path, run, columns, mark)
+        self._new_sheet = partial(_Sheet, folder.path, run, columns, mark)
+        self._shared = shared
+        self._sheet = None if opt.skip_grid or shared else self._new_sheet()
         self._background = Background()
         self._last = time.monotonic()
         self.saved = self.failed = 0
-        if not opt.skip_save:
-            self._pass_existing()
+        if self._sheet is not None and not opt.skip_save:
+            self._sheet.expect(self._existing - self._damaged)
 
     @property
     def existing(self) -> int:
@@ -166,13 +171,23 @@ class Output:
         """Returns when all that was added is written."""
         self._background.wait()
 
-    def finish(self) -> None:
-        """Ends what is waiting, then writes the grid of all that is there, and the gallery."""
+    def finish(self) -> bool:
+        """Ends what is waiting, then writes the grid of all that is there, and the gallery.
+
+        Of several processes the last does; False from the others.
+        """
         self.wait()
+        if self._shared:
+            if not self.complete:
+                return False
+            if not self._opt.skip_grid:
+                self._sheet = self._new_sheet()
+                self._sheet.expect(self._run.existing())
         if self._sheet is not None:
             self._sheet.finish()
         if self._opt.gallery:
             write_gallery(self._folder.path)
+        return True
 
     def __enter__(self) -> Output:
         return self
@@ -186,11 +201,6 @@ class Output:
         self._background.stop()
         if self._sheet is not None:
             self._sheet.close()
-
-    def _pass_existing(self) -> None:
-        """Tells the grid of the files that are there; those of an unfinished batch come again, from the files too."""
-        if self._sheet is not None:
-            self._sheet.expect(self._existing - self._damaged)
 
     def _take(self, indices: Sequence[int], pictures: Sequence[Picture]) -> None:
         from ldm.images.safety import SafetyError
@@ -220,14 +230,13 @@ class Output:
         """Writes what was passed of a picture, marked wherever it is not the user's own."""
         if notes["Safety"] == "flagged":
             logger.warning("the safety check flagged seed %d, so its picture is blank", picture.job.seed)
-        if not self._opt.skip_save:
-            marked = self._mark(pixels)
-            if picture.kept is not None:
-                marked[picture.kept] = pixels[picture.kept]
-            if not self._publish(index, picture.job, marked, notes):
-                return
-        if self._sheet is not None:  # of pictures without marks, as in the original: the sheet gets its own
-            self._sheet.add(index, pixels, in_file=not self._opt.skip_save)
+        marked = self._mark(pixels)
+        if picture.kept is not None:
+            marked[picture.kept] = pixels[picture.kept]
+        if not self._opt.skip_save and not self._publish(index, picture.job, marked, notes):
+            return
+        if self._sheet is not None:  # of what the files show, so that it is the same after a break
+            self._sheet.add(index, marked, in_file=not self._opt.skip_save)
         self.saved += 1
 
     def _publish(self, index: int, job: Job, pixels: np.ndarray, notes: Mapping[str, str]) -> bool:
@@ -268,8 +277,7 @@ def _batch_notes(job: Job, entry: int, size: int) -> dict[str, str]:
 class _Sheet:
     """The run's grid, in the order of the images whatever order they come in.
 
-    What comes out of turn is read again from its file, mark and all, when its turn has come; what has no file waits
-    in memory.
+    What comes out of turn is read again from its file when its turn has come; what has no file waits in memory.
     """
 
     def __init__(self, folder: Path, run: RunFile, columns: int, mark: Mark) -> None:
@@ -281,7 +289,7 @@ class _Sheet:
         self._grid = GridWriter(folder, columns, self._deliver)
 
     def expect(self, indices: set[int]) -> None:
-        """Takes the images of these files when it is their turn."""
+        """Takes these images from their files when it is their turn, even if they come again."""
         self._waiting |= dict.fromkeys(indices)
 
     def add(self, index: int, pixels: np.ndarray, in_file: bool) -> None:
@@ -314,7 +322,8 @@ class _Sheet:
         from ldm.images.writer import encode_png
 
         page, self._pages = self._pages, self._pages + 1
-        self._run.publish_grid(page, encode_png(self._mark(sheet)), whole=self._turn == self._run.jobs)
+        whole = self._turn == self._run.jobs
+        self._run.publish_page("grid", page, encode_png(self._mark(sheet)), whole)
 
 
 def read_pixels(path: Path) -> np.ndarray:

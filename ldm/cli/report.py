@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ldm.runtime.allocator import restart_tuned
@@ -89,10 +89,13 @@ class Progress:
 
 
 class Events:
-    """What happens, for programs: one JSON object a line on stdout. A stdout that is gone never stops the run."""
+    """What happens, for programs: one JSON object a line on stdout. A stdout that is gone never stops the run.
 
-    def __init__(self, enabled: bool) -> None:
-        self._enabled = enabled
+    Each event has what `about` says.
+    """
+
+    def __init__(self, enabled: bool, about: Mapping[str, Any] | None = None) -> None:
+        self._enabled, self._about = enabled, dict(about or {})
         self._alone = threading.Lock()
         self._handler = _Warnings(self)
 
@@ -108,7 +111,7 @@ class Events:
         """Writes one event with its values."""
         if not self._enabled:
             return
-        line = json.dumps({"event": event, **values})
+        line = json.dumps({"event": event, **self._about, **values})
         try:
             with self._alone:
                 print(line, flush=True)
@@ -142,11 +145,27 @@ class _Warnings(logging.Handler):
 
 
 class _Lines(logging.Formatter):
-    """Plain text for what is going on, the level in front of warnings."""
+    """Plain text for what is going on, the level in front of warnings, and who speaks where several do."""
+
+    def __init__(self, speaker: str = "") -> None:
+        super().__init__("%(message)s")
+        self._speaker = speaker
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        return f"warning: {text}" if record.levelno == logging.WARNING else text
+        return self._speaker + (f"warning: {text}" if record.levelno == logging.WARNING else text)
+
+
+def name_process(rank: int, world: int, quiet: bool, debug: bool) -> None:
+    """Puts its number in front of what one of several processes says."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _Stderr):
+            handler.setFormatter(_Lines(f"process {rank} of {world}: "))
+    _set_level(quiet, debug)
+
+
+def _set_level(quiet: bool, debug: bool) -> None:
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
 
 
 class _Stderr(logging.Handler):
@@ -171,9 +190,9 @@ def set_up_messages(quiet: bool, debug: bool) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     handler = _Stderr()
-    handler.setFormatter(_Lines("%(message)s"))
+    handler.setFormatter(_Lines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logger.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
+    _set_level(quiet, debug)
 
 
 def main(
@@ -183,6 +202,7 @@ def main(
     opt = parser.parse_args(argv)
     if argv is None:  # the command line's own: nothing has been imported or opened yet
         restart_tuned()
+        opt.typed = sys.orig_argv[1:]
     set_up_messages(opt.quiet, opt.debug)
     with contextlib.suppress(AttributeError, ValueError, OSError):  # stderr can be no real file
         faulthandler.enable()  # a checkpoint that shrinks while it is mapped ends the process without a word

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
+from ldm.cli import ranks
 from ldm.cli.inputs import (
     Canvases,
     check_latents,
@@ -24,11 +25,11 @@ from ldm.cli.inputs import (
     need,
     read_starts,
 )
-from ldm.cli.manifest import RunFile, describe, open_run
+from ldm.cli.manifest import Content, Page, RunFile, describe, join_run, open_run
 from ldm.cli.output import Output, make_mark, make_screen
 from ldm.cli.plan import Plan, check_job, count_steps, read_wishes, schedule_length
 from ldm.cli.preview import show
-from ldm.cli.report import Events, Interrupts, Progress
+from ldm.cli.report import Events, Interrupts, Progress, name_process
 from ldm.cli.sheets import write_sheets
 from ldm.job import Job
 from ldm.util import InputError, cache_path, printable
@@ -49,6 +50,7 @@ logger = logging.getLogger("ldm")
 
 def run(opt: argparse.Namespace) -> int:
     """Text and pictures to pictures: the exit code."""
+    ranks.hush()
     check_options(opt)
     need(
         not opt.verify or opt.resume, "--verify looks into the files of a run that goes on; give --resume too"
@@ -57,69 +59,84 @@ def run(opt: argparse.Namespace) -> int:
         not (opt.resume and opt.skip_save),
         "--skip_save leaves no files to --resume from; leave one of them out",
     )
-    wishes, find_lora = read_wishes(opt), find_loras(opt)
-    config_path, ckpt_path = choose_model(opt)
 
     from ldm.config import read_config
-    from ldm.images.writer import RunFolder
-    from ldm.pipeline import Pipeline, load_model
     from ldm.runtime.device import resolve_device, resolve_precision
 
+    device = resolve_device(opt.device)
+    ranks.check(opt, device)
+    wishes, find_lora = read_wishes(opt), find_loras(opt)
+    config_path, ckpt_path = choose_model(opt)
     config = read_config(config_path, opt.allow_targets)
     check_latents(opt, config)
     canvases = Canvases(mask_needed=opt.inpaint)
     starts = read_starts(opt, config, canvases)
-    device = resolve_device(opt.device)
-    precision = resolve_precision(opt.precision, device)
     plan = Plan(opt, wishes, starts, canvases, lambda job: check_job(job, config, find_lora))
-    _tell_steps(plan[0])
     if opt.dry_run:
+        _tell_steps(plan[0])
         return show(opt, plan, config)
+    code = ranks.start(opt)
+    if code is not None:
+        return code
+    here = ranks.join(opt, device)
+    if here.world > 1:
+        name_process(here.rank, here.world, opt.quiet or here.rank > 0, opt.debug)
+    precision = resolve_precision(opt.precision, here.device)
+    _tell_steps(plan[0])
+    source = _Source(config_path, config, ckpt_path, here, precision, canvases, find_lora)
+    return _make(opt, plan, source)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a run's pictures come from, beside its jobs."""
+
+    config_path: Path
+    config: Mapping[str, Any]
+    ckpt: Path
+    here: ranks.Alone
+    precision: Precision
+    canvases: Canvases
+    find_lora: LoraFiles
+
+
+def _make(opt: argparse.Namespace, plan: Plan, source: _Source) -> int:
+    """Makes and writes what this process has to make of a plan: the exit code."""
+    from ldm.images.writer import RunFolder
+
+    here, started = source.here, time.monotonic()
+    several = here.world > 1
+    about = {"process": here.rank} if several else {}
     columns = min(opt.n_rows if opt.n_rows > 0 else opt.n_samples, len(plan))
-    started = time.monotonic()
-    with RunFolder(opt.outdir) as folder, Interrupts() as interrupts, Events(opt.json) as events:
-        hashes = _hashes(opt, ckpt_path)
-        settings = _settings(opt, plan, config_path, precision, device, find_lora)
-        claim = functools.partial(_claim, opt, folder, plan, columns, settings, hashes)
-        resumed = claim() if opt.resume else None  # what is refused is refused before the model is loaded
-        mark, screen = make_mark(opt), make_screen(opt, device)
-        model = load_model(
-            config,
-            ckpt_path,
-            device,
-            opt.ema,
-            mmap=not opt.no_mmap,
-            vae=opt.vae,
-            text_encoder=opt.text_encoder,
-            dtype=None,
-            cache=_weights_cache(opt, device, precision),
-        )
-        embeddings = _embeddings(opt, model)
-        pipeline = Pipeline(model, precision, canvases, opt.tiles, find_lora, opt.lowmem, opt.compile)
-        for name in plan.loras():
-            pipeline.loras.read(name)
-        extras = _extras(opt, config_path, ckpt_path, precision.name, canvases, hashes)
-        extras = _with_hashes(extras, find_lora, embeddings)
-        logger.info("model loaded in %.1f s; %s, %s", time.monotonic() - started, device, precision.name)
-        batches = plan.batches()
-        claimed = resumed or claim()
-        output = Output(opt, folder, claimed, columns, mark, screen, extras, events)
-        batches = [batch for batch in batches if output.wants(batch)]
+    with RunFolder(opt.outdir) as folder, Interrupts() as interrupts, Events(opt.json, about) as events:
+        claim = _Claim(opt, folder, plan, columns, source)
+        if opt.resume:  # what is refused is refused before the model is loaded
+            claim.take()
+        mark, screen = make_mark(opt), make_screen(opt, here.device)
+        pipeline, embeddings = _load(opt, plan, source)
+        logger.info(
+            "model loaded in %.1f s; %s, %s",
+            time.monotonic() - started, here.device, source.precision.name,
+        )  # fmt: skip
+        claimed = claim.take()
+        extras = _extras(opt, source, claimed.hashes, embeddings)
+        output = Output(opt, folder, claimed, columns, mark, screen, extras, events, shared=several)
+        batches = here.share([batch for batch in plan.batches() if output.wants(batch)])
+        here.part()
         progress = Progress(
-            sum(map(len, batches)), sum(count_steps(plan[batch[0]]) for batch in batches), opt.quiet
+            sum(map(len, batches)),
+            sum(count_steps(plan[batch[0]]) for batch in batches),
+            opt.quiet or here.rank > 0,
         )
         events.emit(
             "start",
-            folder=str(folder.path),
-            run=str(claimed.path),
-            images=len(plan),
-            existing=output.existing,
-        )
+            folder=str(folder.path), run=str(claimed.path), images=len(plan), existing=output.existing,
+        )  # fmt: skip
         with contextlib.closing(claimed), contextlib.closing(progress), output:
             try:
-                for indices, pictures in _generate(opt, pipeline, plan, output, progress):
+                for indices, pictures in _generate(opt, pipeline, plan, batches, progress):
                     output.add(indices, pictures)
-                    if output.failed or interrupts.received:
+                    if output.failed or interrupts.received or here.deserted:
                         break
             except InputError as error:  # a picture to start from went away meanwhile
                 output.wait()
@@ -127,45 +144,62 @@ def run(opt: argparse.Namespace) -> int:
                     raise
                 logger.error("error: %s", error)
                 output.failed += 1
-            output.finish()
-            if not opt.skip_save:
-                write_sheets(plan, folder.path, claimed.sample_path, mark)
+            if output.finish() and not opt.skip_save:
+                write_sheets(plan, claimed, mark)
     seconds = time.monotonic() - started
     logger.info(
         "%d images in %.1f s (%.2f s each, loading included) in %s",
         output.saved, seconds, seconds / max(output.saved, 1), printable(folder.path),
     )  # fmt: skip
     code = 128 + interrupts.received if interrupts.received else 1 if output.failed else 0
-    if code and not opt.skip_save and not output.complete:
+    if code and not opt.skip_save and not output.complete and not here.supervised:
         logger.warning("to make the rest, give the same command once more with --resume")
     events.emit("done", saved=output.saved, failed=output.failed, seconds=round(seconds, 3), code=code)
     return code
 
 
-def _claim(
-    opt: argparse.Namespace,
-    folder: RunFolder,
-    plan: Plan,
-    columns: int,
-    settings: Mapping[str, Any],
-    hashes: Mapping[str, Callable[[], str]],
-) -> RunFile:
-    """The run's numbers: new ones, or with --resume those of the run that is gone on with."""
-    from ldm.images.grid import count_pages
+class _Claim:
+    """The run's numbers: new ones, or with --resume those of the run that is gone on with.
 
-    pages = 0 if opt.skip_grid else count_pages((job.upscaled_size for job in plan), columns)
-    made_from = describe(plan[:], plan.batches(), {"columns": columns, **settings})
-    return open_run(folder, made_from, len(plan), pages, hashes, opt.resume)
+    Of several processes the first takes them and tells the others.
+    """
+
+    def __init__(
+        self, opt: argparse.Namespace, folder: RunFolder, plan: Plan, columns: int, source: _Source
+    ) -> None:
+        self._opt, self._folder, self._plan, self._columns = opt, folder, plan, columns
+        self._here = source.here
+        self._hashes = {} if self._here.rank else _hashes(opt, source.ckpt)
+        self._settings = _settings(opt, plan, source)
+        self._run: RunFile | None = None
+
+    def take(self) -> RunFile:
+        """The run; the first call decides which."""
+        if self._run is None:
+            made_from = describe(
+                self._plan[:], self._plan.batches(), {"columns": self._columns, **self._settings}
+            )
+            if self._here.rank:
+                self._run = join_run(self._folder, self._here.agree(), made_from)
+            else:
+                self._run = self._open(made_from)
+                if self._here.world > 1:
+                    self._run.share()
+                self._here.agree(self._run.first)
+        return self._run
+
+    def _open(self, made_from: Content) -> RunFile:
+        from ldm.images.grid import count_pages
+
+        sizes = (job.upscaled_size for job in self._plan)
+        pages: dict[Page, int] = {
+            "grid": 0 if self._opt.skip_grid else count_pages(sizes, self._columns),
+            "sheet": sum(1 for _ in self._plan.sheets()),
+        }
+        return open_run(self._folder, made_from, len(self._plan), pages, self._hashes, self._opt.resume)
 
 
-def _settings(
-    opt: argparse.Namespace,
-    plan: Plan,
-    config: Path,
-    precision: Precision,
-    device: torch.device,
-    find_lora: LoraFiles,
-) -> dict[str, Any]:
+def _settings(opt: argparse.Namespace, plan: Plan, source: _Source) -> dict[str, Any]:
     """What the pixels and the files depend on beside the jobs and the checkpoint."""
     from ldm.checkpoints.hashing import file_sha256
 
@@ -186,13 +220,13 @@ def _settings(
     )
     return {
         **{name: getattr(opt, name) for name in names},
-        "precision": precision.name,
-        "device": device.type,
-        "config": hashlib.sha256(config.read_bytes()).hexdigest(),
+        "precision": source.precision.name,
+        "device": source.here.device.type,
+        "config": hashlib.sha256(source.config_path.read_bytes()).hexdigest(),
         "pictures": {
             printable(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in pictures
         },
-        "lora_files": {name: file_sha256(find_lora(name)) for name in plan.loras()},
+        "lora_files": {name: file_sha256(source.find_lora(name)) for name in plan.loras()},
         "embeddings": {printable(path): file_sha256(path) for path in embeddings},
     }
 
@@ -209,6 +243,30 @@ def _hashes(opt: argparse.Namespace, ckpt: Path) -> dict[str, Callable[[], str]]
         files = model_files(opt.text_encoder, "text_encoder")
         hashes["Text encoder hash"] = _in_background(files_sha256, files)
     return hashes
+
+
+def _load(opt: argparse.Namespace, plan: Plan, source: _Source) -> tuple[Pipeline, Embeddings | None]:
+    """The model on its device, with the LoRAs of the run read and its textual inversions known."""
+    from ldm.pipeline import Pipeline, load_model
+
+    model = load_model(
+        source.config,
+        source.ckpt,
+        source.here.device,
+        opt.ema,
+        mmap=not opt.no_mmap,
+        vae=opt.vae,
+        text_encoder=opt.text_encoder,
+        dtype=None,
+        cache=_weights_cache(opt, source.here.device, source.precision),
+    )
+    embeddings = _embeddings(opt, model)
+    pipeline = Pipeline(
+        model, source.precision, source.canvases, opt.tiles, source.find_lora, opt.lowmem, opt.compile
+    )
+    for name in plan.loras():
+        pipeline.loras.read(name)
+    return pipeline, embeddings
 
 
 def _weights_cache(opt: argparse.Namespace, device: torch.device, precision: Precision) -> Path | None:
@@ -241,15 +299,17 @@ def _tell_steps(job: Job) -> None:
 
 
 def _generate(
-    opt: argparse.Namespace, pipeline: Pipeline, plan: Plan, output: Output, progress: Progress
+    opt: argparse.Namespace,
+    pipeline: Pipeline,
+    plan: Plan,
+    batches: Sequence[list[int]],
+    progress: Progress,
 ) -> Iterator[tuple[list[int], list[Picture]]]:
-    """The numbers and pictures of each batch that is wanted. In seed mode "batch" one stream of noise serves all."""
+    """The numbers and pictures of these batches of a plan. In seed mode "batch" one stream of noise serves all."""
     noise = None
     codes: dict[tuple[int, int], Tensor] = {}  # by size
-    for indices in plan.batches():
-        wanted = output.wants(indices)
-        if opt.seed_mode == "image" and not wanted:
-            continue
+    wanted = {batch[0] for batch in batches}
+    for indices in plan.batches() if opt.seed_mode == "batch" else batches:
         jobs = [plan[i] for i in indices]
         code, size = None, (jobs[0].width, jobs[0].height)
         if opt.seed_mode == "batch":
@@ -257,7 +317,7 @@ def _generate(
             if opt.fixed_code and size not in codes:
                 codes[size] = pipeline.start_code(jobs[0], opt.n_samples, noise)
             code = codes[size][: len(jobs)] if opt.fixed_code else None
-            if not wanted:
+            if indices[0] not in wanted:
                 pipeline.skip(jobs, noise, code)
                 continue
         progress.begin(len(jobs))
@@ -268,17 +328,23 @@ def _generate(
 
 def _extras(
     opt: argparse.Namespace,
-    config: Path,
-    ckpt: Path,
-    precision: str,
-    canvases: Canvases,
+    source: _Source,
     hashes: Mapping[str, Callable[[], str]],
+    embeddings: Embeddings | None,
 ) -> Callable[[Job], dict[str, str]]:
-    """What else the metadata of a job's picture says, so that the command can be typed again."""
+    """What else the metadata of a job's picture says, so that the command can be typed again.
+
+    LoRAs and textual inversions are named as AUTOMATIC1111's web UI does it.
+    """
+    from ldm.checkpoints.hashing import file_sha256
+    from ldm.checkpoints.lora_files import lora_hash
+    from ldm.images.metadata import file_name
+
+    ckpt = source.ckpt
     extras = {
         "Model": ckpt.parent.name if ckpt.stem == "model" else ckpt.name if ckpt.is_dir() else ckpt.stem,
-        "Config": config.stem,
-        "Precision": precision,
+        "Config": source.config_path.stem,
+        "Precision": source.precision.name,
         "Version": f"ldm {__version__}",
     }
     if opt.ema != "auto":
@@ -289,7 +355,6 @@ def _extras(
         extras["Fixed code"] = "on"
     if opt.no_watermark:
         extras["Watermark"] = "off"
-
     if opt.vae is not None:
         extras["VAE"] = Path(opt.vae).name
     if opt.text_encoder is not None:
@@ -297,10 +362,13 @@ def _extras(
 
     def of(job: Job) -> dict[str, str]:
         entries = {**{name: digest()[:10] for name, digest in hashes.items()}, **extras}
-        if job.init is None:
-            return entries
-        canvas = canvases(job.init)
-        return {**entries, "Init image hash": canvas.digest[:10], "Mask hash": canvas.mask_digest[:10]}
+        if job.init is not None:
+            canvas = source.canvases(job.init)
+            entries |= {"Init image hash": canvas.digest[:10], "Mask hash": canvas.mask_digest[:10]}
+        loras = {file_name(name): lora_hash(source.find_lora(name)) for name, *_ in job.loras}
+        used = embeddings.used_in(job.prompt, job.negative_prompt) if embeddings else []
+        inversions = {e.name: file_sha256(e.path)[:12] for e in used}
+        return {**entries, "Lora hashes": _listed(loras), "TI hashes": _listed(inversions)}
 
     return of
 
@@ -312,25 +380,6 @@ def _embeddings(opt: argparse.Namespace, model: LatentDiffusion) -> Embeddings |
     from ldm.checkpoints.embeddings import Embeddings
 
     return Embeddings(model.cond_stage_model, opt.embedding, opt.embedding_dir)
-
-
-def _with_hashes(
-    extras: Callable[[Job], dict[str, str]], find_lora: LoraFiles, embeddings: Embeddings | None
-) -> Callable[[Job], dict[str, str]]:
-    """`extras`, and which LoRAs and textual inversions a job uses, as AUTOMATIC1111's web UI says it."""
-    from ldm.checkpoints.hashing import file_sha256
-    from ldm.checkpoints.lora_files import lora_hash
-    from ldm.images.metadata import file_name
-
-    def of(job: Job) -> dict[str, str]:
-        used = embeddings.used_in(job.prompt, job.negative_prompt) if embeddings else []
-        return {
-            **extras(job),
-            "Lora hashes": _listed({file_name(name): lora_hash(find_lora(name)) for name, *_ in job.loras}),
-            "TI hashes": _listed({e.name: file_sha256(e.path)[:12] for e in used}),
-        }
-
-    return of
 
 
 def _listed(hashes: Mapping[str, str]) -> str:

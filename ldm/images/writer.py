@@ -11,6 +11,7 @@ import re
 import secrets
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -21,6 +22,8 @@ from ldm.images.record import KEYWORD as RECORD_KEYWORD
 from ldm.util import InputError, printable
 
 logger = logging.getLogger(__name__)
+
+Kind = Literal["sample", "grid", "sheet"]
 
 MAX_TEXT_BYTES = 64 * 1024
 _PART_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.part", re.DOTALL)
@@ -124,7 +127,7 @@ def _within_limit(text: str) -> str:
 
 
 class RunFolder:
-    """The output folder of one run: `samples/00000.png`, `samples/00001.png`, ... and `grid-0000.png`, ...
+    """The output folder of one run: `samples/00000.png`, ..., `grid-0000.png`, ... and `sheet-0000.png`, ...
 
     Making one creates the folders, tries to write to them, removes what a killed run left half-written and
     reads the highest numbers; InputError if the folder cannot be used. Numbers go on from the highest plus
@@ -139,8 +142,11 @@ class RunFolder:
         for folder in (self.path, self.samples_path):
             _require_usable(folder)
         self._presence = _sweep_and_stay(self.path, self.samples_path)
-        self._samples = _NumberedFiles(self.samples_path, prefix="", digits=5)
-        self._grids = _NumberedFiles(self.path, prefix="grid-", digits=4)
+        self._files: dict[Kind, _NumberedFiles] = {
+            "sample": _NumberedFiles(self.samples_path, prefix="", digits=5),
+            "grid": _NumberedFiles(self.path, prefix="grid-", digits=4),
+            "sheet": _NumberedFiles(self.path, prefix="sheet-", digits=4),
+        }
 
     def __enter__(self) -> RunFolder:
         return self
@@ -158,31 +164,23 @@ class RunFolder:
 
     def save_sample(self, pixels: np.ndarray, text: str = "", record: str = "") -> Path:
         """Writes uint8 pixels [H, W, 3], their infotext and record as the next sample. Raises OSError."""
-        return self._samples.publish_next(encode_png(pixels, text, self._compress_level, record))
+        return self._files["sample"].publish_next(encode_png(pixels, text, self._compress_level, record))
 
     def save_grid(self, pixels: np.ndarray, text: str = "") -> Path:
         """Writes uint8 pixels [H, W, 3] and their infotext as the next grid. Raises OSError."""
-        return self._grids.publish_next(encode_png(pixels, text, self._compress_level))
+        return self._files["grid"].publish_next(encode_png(pixels, text, self._compress_level))
 
-    def sample_path(self, number: int) -> Path:
-        """The file of the sample with this number."""
-        return self._samples.path(number)
+    def path_of(self, kind: Kind, number: int) -> Path:
+        """The file of this kind and number."""
+        return self._files[kind].path(number)
 
-    def grid_path(self, number: int) -> Path:
-        """The file of the grid with this number."""
-        return self._grids.path(number)
+    def numbers(self, kind: Kind) -> list[int]:
+        """The numbers of the files of a kind that are there now."""
+        return self._files[kind].numbers()
 
-    def sample_numbers(self) -> list[int]:
-        """The numbers of the samples that are there now."""
-        return self._samples.numbers()
-
-    def next_sample(self) -> int:
-        """The number behind the highest sample that is there now."""
-        return max(self._samples.numbers(), default=-1) + 1
-
-    def next_grid(self) -> int:
-        """The number behind the highest grid that is there now."""
-        return max(self._grids.numbers(), default=-1) + 1
+    def next_number(self, kind: Kind) -> int:
+        """The number behind the highest of a kind that is there now."""
+        return self._files[kind].next_number()
 
 
 class _NumberedFiles:
@@ -191,7 +189,10 @@ class _NumberedFiles:
     def __init__(self, folder: Path, prefix: str, digits: int) -> None:
         self._folder, self._prefix, self._digits = folder, prefix, digits
         self._name = re.compile(rf"{re.escape(prefix)}([0-9]{{{digits},}})\.png")
-        self._next = max(self.numbers(), default=-1) + 1
+        self._next = self.next_number()
+
+    def next_number(self) -> int:
+        return max(self.numbers(), default=-1) + 1
 
     def numbers(self) -> list[int]:
         found = (self._name.fullmatch(entry) for entry in os.listdir(self._folder))

@@ -1,0 +1,306 @@
+"""One run by several processes, on several devices and machines: who takes part, and what each of them makes.
+
+`--devices N` starts N processes here and waits for them. Where torchrun, SLURM, LSF or MPI has started the
+processes, Lightning's Fabric finds this one's place among them. They meet twice before the first picture, so that
+all know the run's numbers and what of it is there already. From then on none waits for another and none is needed by
+another: each makes every world-th batch, and the last one that ends writes what is made of all pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ldm.cli.inputs import need
+from ldm.util import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("ldm")
+
+PATIENCE = timedelta(minutes=15)  # for the slowest process to load its model
+_MEETING, _PARENT = "LDM_MEETING", "LDM_PARENT"  # set for the processes that are started here
+_Item = TypeVar("_Item")
+
+
+class Alone:
+    """The only process of a run, on its device."""
+
+    rank, world = 0, 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def share(self, batches: Sequence[_Item]) -> Sequence[_Item]:
+        """What this process makes of what is to be made."""
+        return batches[self.rank :: self.world]
+
+    def agree(self, number: int = 0) -> int:
+        """The first process's number, for all of them."""
+        return number
+
+    def part(self) -> None:
+        """Returns when all have come so far; from then on each is on its own."""
+
+    @property
+    def supervised(self) -> bool:
+        """Whether another process waits for this one, and says what follows from its end."""
+        return _PARENT in os.environ
+
+    @property
+    def deserted(self) -> bool:
+        """Whether the process that started this one is gone, so that nobody would stop it."""
+        parent = os.environ.get(_PARENT, "")
+        return parent.isdigit() and int(parent) != os.getppid()
+
+
+class Ranks(Alone):
+    """One process of several. Raises InputError where they cannot meet."""
+
+    def __init__(self, opt: argparse.Namespace, device: torch.device) -> None:
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies import DDPStrategy
+
+        devices, nodes = _asked_for(opt)
+        if nodes == 1 and _MEETING in os.environ:
+            _meet_by_file(devices)
+        strategy = DDPStrategy(process_group_backend="gloo", timeout=PATIENCE)
+        try:
+            # numbers are all that they exchange, so the CPU is where they meet, whatever computes
+            self._fabric = Fabric(accelerator="cpu", devices=devices, num_nodes=nodes, strategy=strategy)
+            self._fabric.launch()
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise InputError(f"the processes cannot meet: {_line(error)}") from error
+        self.rank, self.world = self._fabric.global_rank, self._fabric.world_size
+        super().__init__(_own_device(device, self._fabric.local_rank))
+
+    def agree(self, number: int = 0) -> int:
+        import torch
+
+        with _together():  # added up, and only the first adds something: no pickle goes over the wire
+            agreed = self._fabric.all_reduce(torch.tensor(0 if self.rank else number), reduce_op="sum")
+        assert isinstance(agreed, torch.Tensor)
+        return int(agreed)
+
+    def part(self) -> None:
+        import torch
+
+        with _together():
+            self._fabric.barrier()
+        torch.distributed.destroy_process_group()
+        if self.supervised:
+            _begun(os.environ[_MEETING]).touch()
+
+
+def join(opt: argparse.Namespace, device: torch.device) -> Alone:
+    """This process's place in the run, and its device."""
+    return Ranks(opt, device) if is_one_of_several(opt) else Alone(device)
+
+
+def hush() -> None:
+    """Keeps a process silent about what another has said already, until they have met."""
+    if _PARENT in os.environ or os.environ.get("LOCAL_RANK", "0") != "0":
+        logger.setLevel(logging.ERROR)
+
+
+def is_one_of_several(opt: argparse.Namespace) -> bool:
+    """Whether more than one process is to make the run."""
+    devices, nodes = _asked_for(opt)
+    return devices * nodes > 1
+
+
+def check(opt: argparse.Namespace, device: torch.device) -> None:
+    """That what is asked for goes together, else an `InputError`."""
+    for name in ("devices", "num_nodes"):
+        value = getattr(opt, name)
+        need(value is None or 1 <= value <= 1024, f"--{name} is {value}; give 1 to 1024")
+    if not is_one_of_several(opt):
+        return
+    need(not opt.skip_save, "--skip_save leaves no files for several processes to share; leave it out")
+    need(device.type != "mps", "there is one mps device; leave --devices out")
+    need(device.index is None, f"--devices counts from the first, so give --device cuda, not {device}")
+    try:
+        import lightning_fabric  # noqa: F401
+    except ImportError:
+        raise InputError("several devices need pytorch-lightning; pip install -e '.[devices]'") from None
+    if opt.from_file == "-":
+        need(not _started_by_another(), "only one process can read --from-file -; give a file")
+        opt.kept_input = _keep_input()
+
+
+def _asked_for(opt: argparse.Namespace) -> tuple[int, int]:
+    """Devices a machine, and machines; torchrun says both itself."""
+    local, world = (os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and local.isdigit() and world.isdigit()
+    devices = opt.devices or (int(local) if by_torchrun else 1)
+    return devices, opt.num_nodes or (max(int(world) // int(local), 1) if by_torchrun else 1)
+
+
+def _own_device(device: torch.device, local_rank: int) -> torch.device:
+    import torch
+
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    if count == 1 and _PARENT not in os.environ:  # the launcher shows each process its own
+        return device
+    need(
+        local_rank < count,
+        f"torch sees {count} CUDA devices, too few for process {local_rank} of this machine",
+    )
+    return torch.device("cuda", local_rank)
+
+
+def _meet_by_file(world: int) -> None:
+    """Processes of one machine that were started here meet without the network."""
+    import torch
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=Path(os.environ[_MEETING], "store").as_uri(), rank=int(os.environ["LOCAL_RANK"]),
+        world_size=world, timeout=PATIENCE,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Says in one line that another process is missing."""
+    try:
+        yield
+    except RuntimeError as error:
+        logger.debug("%s", error)
+        raise InputError(
+            "another process of this run ended before the first picture; see what it said"
+        ) from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+# --- starting processes ------------------------------------------------------------------------------------------
+
+
+def start(opt: argparse.Namespace) -> int | None:
+    """Starts the processes of this machine and waits for them: the exit code; None where this is one of them."""
+    if not is_one_of_several(opt) or _started_by_another():
+        return None
+    devices, nodes = _asked_for(opt)
+    if nodes > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
+            need(
+                name in os.environ,
+                f"--num_nodes {nodes} without torchrun or SLURM needs {name} in the environment of each machine",
+            )
+    need(opt.typed is not None, "--devices starts the script again, so it works from a command line only")
+    with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
+        environment = {**os.environ, _PARENT: str(os.getpid()), _MEETING: folder}
+        environment |= {"WORLD_SIZE": str(devices * nodes), "NODE_RANK": os.environ.get("NODE_RANK", "0")}
+        if nodes == 1 and sys.platform == "linux":
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        command, given = [sys.executable, *opt.typed], opt.kept_input or os.devnull
+        return _supervise(command, environment, devices, given, _begun(folder))
+
+
+def _begun(meeting: str) -> Path:
+    """The file that says that the processes have met and begun."""
+    return Path(meeting, "begun")
+
+
+def _started_by_another() -> bool:
+    """Whether the processes are there already."""
+    from lightning_fabric.plugins import environments as known
+
+    if "LOCAL_RANK" in os.environ:
+        return True
+    launchers = (known.SLURMEnvironment, known.LSFEnvironment, known.MPIEnvironment)
+    return any(launcher.detect() for launcher in launchers)
+
+
+def _keep_input() -> str:
+    """Puts a file in the place of standard input, so that every process can read it: its name."""
+    kept = tempfile.NamedTemporaryFile(prefix="ldm-", delete=False)  # noqa: SIM115 - it stays until the end
+    atexit.register(os.unlink, kept.name)
+    shutil.copyfileobj(sys.stdin.buffer, kept)
+    kept.seek(0)
+    os.dup2(kept.fileno(), 0)
+    return kept.name
+
+
+def _supervise(
+    command: Sequence[str], environment: Mapping[str, str], count: int, given: str, begun: Path
+) -> int:
+    """Runs `command` in `count` processes, hands signals on, and waits: the exit code for all of them.
+
+    `given` is the file that they read as standard input. One that ends badly before the file `begun` is there ends
+    all of them; later it leaves the others alone.
+    """
+    processes: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
+
+    def hand_on(number: int, frame: object) -> None:
+        received.append(number)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    with _handling(hand_on):
+        for local_rank in range(count):
+            with open(given, "rb") as stdin:
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        stdin=stdin,
+                        env={**environment, "LOCAL_RANK": str(local_rank)},
+                        start_new_session=True,  # Ctrl-C comes here, and once to each of them
+                    )
+                )
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.1)
+            if not begun.exists() and any(process.poll() for process in processes):
+                for process in processes:  # they would wait for it for long
+                    process.kill()
+        codes = [process.wait() for process in processes]
+    for rank, code in enumerate(codes):
+        if code < 0 and not received:
+            logger.error(
+                "error: process %d of %d was ended by signal %d; what the others made is kept",
+                rank,
+                count,
+                -code,
+            )
+    if any(code not in (0, 2) for code in codes):
+        logger.warning("to make the rest, give the same command once more with --resume")
+    return _joint_code(codes, received)
+
+
+def _joint_code(codes: Sequence[int], received: Sequence[int]) -> int:
+    """0 if all is done, 2 if nothing was, 128 + n after a signal, else 1."""
+    if received and any(codes):
+        return 128 + received[0]
+    return codes[0] if len(set(codes)) == 1 and codes[0] >= 0 else 1
+
+
+@contextlib.contextmanager
+def _handling(handler: Any) -> Iterator[None]:
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    old = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, former in old.items():
+            signal.signal(number, former)
