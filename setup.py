@@ -9,7 +9,7 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
-TRAIN = ["pytorch-lightning>=2.5,<2.7"]
+LIGHTNING = ["pytorch-lightning>=2.5,<2.7"]
 
 setup(
     name="latent-diffusion-v1",
@@ -46,9 +46,10 @@ setup(
         "kornia>=0.8,<0.10",
     ],
     extras_require={
-        "train": TRAIN,
+        "train": LIGHTNING,
+        "devices": LIGHTNING,
         "test": [
-            *TRAIN,
+            *LIGHTNING,
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",
             "diffusers>=0.36,<0.43",

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from itertools import count
@@ -19,8 +18,8 @@ from PIL import Image
 import scripts.txt2img as txt2img
 from ldm.job import Init, Job
 from ldm.pipeline import Pipeline
+from tests.nursery import Nursery
 from tests.test_output import draw, in_batches, make_jobs, tree
-from tests.test_txt2img import interruptible
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--device", "cpu", "--ddim_steps", "2", "--quiet", "--W", "64", "--H", "64"]
@@ -267,43 +266,16 @@ def test_skipping_a_batch_draws_what_making_it_draws(tiny, tmp_path, fields):
 
 # --- kills ---------------------------------------------------------------------------------------------------
 
-# imports once, then runs the script in a fork for every line it reads
-NURSERY = """
-import json, os, sys
-sys.path.insert(0, {root!r})
-import scripts.txt2img as t
-import ldm.pipeline, ldm.cli.output, ldm.images.gallery, ldm.cli.replay
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        os._exit(t.main(json.loads(line)))
-    print(pid, flush=True)
-    sys.stdin.readline()  # until then a child that has ended keeps its id
-    print(os.waitpid(pid, 0)[1], flush=True)
-"""
-
 
 @pytest.fixture
 def nursery(tmp_path):
     """Starts the script in a process of its own: its process id, and a call that waits for its wait status."""
-    command = [sys.executable, "-c", NURSERY.format(root=str(ROOT))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
-    with (
-        open(tmp_path / "messages", "w") as messages,
-        subprocess.Popen(command, stderr=messages, preexec_fn=interruptible, **pipes) as parent,
-    ):
-        assert parent.stdin is not None
-        assert parent.stdout is not None
+    with Nursery(tmp_path / "messages") as starter:
 
         def start(folder, *options):
             run = [*TINY, "--outdir", str(folder), "--n_iter", "6", "--n_samples", "3", "--gallery", *options]
-            print(json.dumps(run), file=parent.stdin, flush=True)
-            return int(parent.stdout.readline()), wait
-
-        def wait():
-            print(file=parent.stdin, flush=True)
-            return int(parent.stdout.readline())
+            pid = starter.start(run)
+            return pid, lambda: starter.wait(pid)
 
         yield start
 

@@ -154,7 +154,8 @@ class Output:
     @property
     def complete(self) -> bool:
         """Whether no image of the run is missing."""
-        return len(self._run.existing()) == self._run.jobs
+        repaired = all(_is_whole(self._run.sample_path(i)) for i in self._damaged)
+        return repaired and len(self._run.existing()) == self._run.jobs
 
     def wants(self, indices: Sequence[int]) -> bool:
         """Whether an image of a batch is missing."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -33,6 +34,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ldm")
 
 PATIENCE = timedelta(minutes=15)  # for the slowest process to load its model
+_LAUNCHERS = (
+    "SLURM_",
+    "LSB_",
+    "OMPI_",
+    "PMI_",
+    "PMIX_",
+    "MPI_",
+    "MV2_",
+    "HYDRA_",
+)  # what their variables begin with
 _MEETING, _PARENT = "LDM_MEETING", "LDM_PARENT"  # set for the processes that are started here
 _Item = TypeVar("_Item")
 
@@ -133,11 +144,11 @@ def check(opt: argparse.Namespace, device: torch.device) -> None:
     need(not opt.skip_save, "--skip_save leaves no files for several processes to share; leave it out")
     need(device.type != "mps", "there is one mps device; leave --devices out")
     need(device.index is None, f"--devices counts from the first, so give --device cuda, not {device}")
-    try:
-        import lightning_fabric  # noqa: F401
-    except ImportError:
-        raise InputError("several devices need pytorch-lightning; pip install -e '.[devices]'") from None
-    if opt.from_file == "-":
+    need(
+        importlib.util.find_spec("lightning_fabric") is not None,
+        "several devices need pytorch-lightning; pip install -e '.[devices]'",
+    )
+    if opt.from_file == "-" and _PARENT not in os.environ:
         need(not _started_by_another(), "only one process can read --from-file -; give a file")
         opt.kept_input = _keep_input()
 
@@ -222,10 +233,12 @@ def _begun(meeting: str) -> Path:
 
 def _started_by_another() -> bool:
     """Whether the processes are there already."""
-    from lightning_fabric.plugins import environments as known
-
     if "LOCAL_RANK" in os.environ:
         return True
+    if not any(name.startswith(_LAUNCHERS) for name in os.environ):  # importing Fabric takes seconds
+        return False
+    from lightning_fabric.plugins import environments as known
+
     launchers = (known.SLURMEnvironment, known.LSFEnvironment, known.MPIEnvironment)
     return any(launcher.detect() for launcher in launchers)
 
@@ -270,17 +283,16 @@ def _supervise(
                 )
         while any(process.poll() is None for process in processes):
             time.sleep(0.1)
-            if not begun.exists() and any(process.poll() for process in processes):
-                for process in processes:  # they would wait for it for long
-                    process.kill()
-        codes = [process.wait() for process in processes]
-    for rank, code in enumerate(codes):
+            if any(process.poll() for process in processes) and not begun.exists():
+                break
+        codes = [code for process in processes if (code := process.poll()) is not None]
+        for process in processes:  # those that are left would wait long for the one that is lost
+            process.kill()
+            process.wait()
+    for code in codes:
         if code < 0 and not received:
             logger.error(
-                "error: process %d of %d was ended by signal %d; what the others made is kept",
-                rank,
-                count,
-                -code,
+                "error: signal %d ended one of the %d processes; what is finished is kept", -code, count
             )
     if any(code not in (0, 2) for code in codes):
         logger.warning("to make the rest, give the same command once more with --resume")
