@@ -33,9 +33,9 @@ _MOST_FAULTS = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What is asked for: the lines of the list, or of --prompt where `source` is None, and the sweep over them."""
+    """What is asked for: the lines of the list, or of --prompt, and the sweep over them; `faults` are the lines'."""
 
-    source: str | None
+    faults: Faults
     lines: Sequence[Line]
     sweep: Sweep | None
 
@@ -46,24 +46,15 @@ class Wishes:
 
 
 def read_wishes(opt: argparse.Namespace) -> Wishes:
-    """The prompts of the options or their file, expanded; every fault of a list is told at once."""
+    """The prompts of the options or their file, expanded. The plan tells what is wrong with them, all at once."""
     sweep = parse_sweep(opt.sweep) if opt.sweep else None
     if opt.from_file is None:
-        source, lines = None, [Line(1, _text("--prompt", opt.prompt), count=opt.n_samples)]
+        faults, lines = Faults(), [Line(1, _text("--prompt", opt.prompt), count=opt.n_samples)]
     else:
-        source, lines = source_name(opt.from_file), read_prompt_list(opt.from_file, opt.prompt_format)
+        faults = Faults(source_name(opt.from_file))
+        lines = read_prompt_list(opt.from_file, opt.prompt_format, faults)
     opt.negative_prompt = _text("--negative_prompt", opt.negative_prompt)
-    return Wishes(source, _expanded(source, lines) if opt.expand else lines, sweep)
-
-
-def _expanded(source: str | None, lines: Sequence[Line]) -> list[Line]:
-    try:
-        return expand_lines(lines)
-    except InputError as error:
-        told = str(error).splitlines()
-        if source is None:
-            raise InputError(told[0].removeprefix("line 1: ")) from None
-        raise InputError("\n".join(f"{source}, {line}" for line in told)) from None
+    return Wishes(faults, expand_lines(lines, faults) if opt.expand else lines, sweep)
 
 
 def _text(option: str, text: str) -> str:
@@ -254,10 +245,9 @@ class Plan(Sequence[Job]):
         return replace(job, init=init, width=width, height=height)
 
     def _check(self, check: Callable[[Job], None]) -> None:
-        """Raises one InputError with all that is wrong with the lines' jobs."""
+        """Raises one InputError with all that is wrong with the lines and their jobs."""
         faults: dict[tuple[int, str], None] = {}
-        largest = max(self._starts, key=lambda start: start.width * start.height)
-        bases = {self._base(start): None for start in (self._starts[0], largest)}
+        bases = {(start.width, start.height): self._base(start) for start in self._starts}.values()
         refusal = lru_cache(maxsize=1024)(lambda job: _refusal(check, job))
         for line, base in itertools.product(self.wishes.lines, bases):
             for combination in self.combinations:
@@ -265,7 +255,9 @@ class Plan(Sequence[Job]):
                     faults[line.number, fault] = None
             if len(faults) >= _MOST_FAULTS:
                 break
-        _raise(self.wishes.source, faults)
+        for number, fault in faults:
+            self.wishes.faults.add(number, fault)
+        self.wishes.faults.raise_any()
         if self._opt.lora_dir is None and any(split_loras(line.prompt)[1] for line in self.wishes.lines):
             logger.warning("without --lora_dir, <lora:...> in a prompt is text like any other")
 
@@ -319,17 +311,6 @@ def _refusal(check: Callable[[Job], None], job: Job) -> str | None:
     except InputError as error:
         return str(error)
     return None
-
-
-def _raise(source: str | None, faults: Iterable[tuple[int, str]]) -> None:
-    if source is None:
-        told = dict.fromkeys(what for _, what in faults)
-        need(not told, "\n".join(told))
-        return
-    of_list = Faults(source)
-    for number, what in faults:
-        of_list.add(number, what)
-    of_list.raise_any()
 
 
 # --- whether and how long -------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _SAMPLE = 100  # lines with options that are looked at to tell the dialect
 
 
-def read_prompt_list(source: str | Path, format: str = "auto") -> list[Line]:
+def read_prompt_list(source: str | Path, format: str = "auto", faults: Faults | None = None) -> list[Line]:
     """The lines of a prompt file, or of standard input for "-", blank ones left out, every value checked.
 
     "auto" decides by content:
@@ -48,21 +48,18 @@ def read_prompt_list(source: str | Path, format: str = "auto") -> list[Line]:
     needs "plain".
 
     Raises one `InputError` with a line for each fault: what cannot be read, an unknown option, a wrong type or
-    range, a line without a prompt.
+    range, a line without a prompt. Given `faults`, it adds them there instead, as long as a line is sound.
     """
-    faults = Faults(source_name(source))
-    lines = list(read_lines(source, faults))
-    if not any(text and not text.isspace() for text in lines):
-        faults.raise_any()
-        raise no_prompt(faults.name)
-    if format == "auto":
-        read = _detect(lines, faults.name)
-    else:
-        read = READERS[format]
-    found = list(read(lines, faults))
-    faults.raise_any()
+    noted = Faults(source_name(source)) if faults is None else faults
+    lines = list(read_lines(source, noted))
+    found: list[Line] = []
+    if any(text and not text.isspace() for text in lines):
+        read = _detect(lines, noted.name) if format == "auto" else READERS[format]
+        found = list(read(lines, noted))
+    if faults is None or not found:
+        noted.raise_any()
     if not found:
-        raise no_prompt(faults.name)
+        raise no_prompt(noted.name)
     return found
 
 

@@ -10,12 +10,12 @@ from decimal import Decimal, InvalidOperation
 from math import prod
 from typing import Any
 
+from ldm.prompts.files import Faults
 from ldm.prompts.lines import Line
 from ldm.prompts.settings import Setting, find_setting
 from ldm.util import InputError, printable
 
 MAX_JOBS = 10_000
-MAX_FAULTS = 20  # told of a list
 _MAX_DEPTH = 50
 
 # --- {a|b|c} ------------------------------------------------------------------------------------------------
@@ -26,23 +26,19 @@ Template = list["str | Options"]  # texts and groups, one after another
 _PIECE = re.compile(r"\\.|[{|}]|[^\\{|}]+|\\", re.DOTALL)
 
 
-def expand_lines(lines: Sequence[Line], cap: int = MAX_JOBS) -> list[Line]:
+def expand_lines(lines: Sequence[Line], faults: Faults, cap: int = MAX_JOBS) -> list[Line]:
     """Lines with every `{a|b|c}` of their prompts written out, see `expand`; at most `cap` more than they were.
 
-    What is wrong with the lines is told in one InputError, a line each.
+    What is wrong with the lines goes to `faults`. Raises InputError for more lines than that.
     """
     expanded: list[Line] = []
-    faults: list[str] = []
     for done, line in enumerate(lines, 1):
         try:
             expanded += [replace(line, prompt=prompt) for prompt in expand(line.prompt, cap)]
         except InputError as error:
-            faults.append(f"line {line.number}: {error}")
+            faults.add(line.number, str(error))
         if len(expanded) > cap + done:
             raise _too_many(f"the lines up to {line.number}", len(expanded), cap + done)
-    if faults:
-        more = len(faults) - MAX_FAULTS
-        raise InputError("\n".join([*faults[:MAX_FAULTS], *([f"and {more} more"] if more > 0 else [])]))
     return expanded
 
 

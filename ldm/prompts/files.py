@@ -18,9 +18,9 @@ _MOST_FAULTS = 1_000  # a file with more is no prompt file: the rest of it is no
 
 
 class Faults:
-    """The faults of one source, told together."""
+    """The faults of one source, told together; without a name there is one line, which needs no number."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str = "") -> None:
         self.name = name
         self._shown: list[tuple[int, str]] = []
         self._count = 0
@@ -38,7 +38,8 @@ class Faults:
         if not self._shown:
             return
         told = [
-            f"{self.name}, line {number}: {what}" for number, what in sorted(self._shown, key=itemgetter(0))
+            f"{self.name}, line {number}: {what}" if self.name else what
+            for number, what in sorted(self._shown, key=itemgetter(0))
         ]
         more = self._count - len(told)
         raise InputError("\n".join([*told, f"and {more} more"] if more else told))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.prompts.expand import MAX_JOBS, expand, expand_lines, parse_sweep
+from ldm.prompts.files import Faults
 from ldm.prompts.lines import Line
 from ldm.util import InputError
 
@@ -62,17 +63,19 @@ def test_faults_of_options(prompt, fault):
 
 
 def test_lines_keep_what_else_they_say():
+    faults = Faults("list")
     lines = [Line(2, "{a|b}", (5,), 2, {"steps": 3}), Line(4, "c")]
-    assert expand_lines(lines) == [
+    assert expand_lines(lines, faults) == [
         Line(2, "a", (5,), 2, {"steps": 3}),
         Line(2, "b", (5,), 2, {"steps": 3}),
         Line(4, "c"),
     ]
-    with pytest.raises(InputError, match=r"^line 4: a \{ is not closed"):
-        expand_lines([Line(2, "a"), Line(4, "{")])
     with pytest.raises(InputError, match=r"^the lines up to 3 would give 6 prompts"):
-        expand_lines([Line(i, "{a|b}") for i in range(1, 5)], cap=2)
-    assert len(expand_lines([Line(i, "a") for i in range(1, 5)], cap=2)) == 4
+        expand_lines([Line(i, "{a|b}") for i in range(1, 5)], faults, cap=2)
+    assert len(expand_lines([Line(i, "a") for i in range(1, 5)], faults, cap=2)) == 4
+    assert expand_lines([Line(2, "a"), Line(4, "{")], faults) == [Line(2, "a")]
+    with pytest.raises(InputError, match=r"^list, line 4: a \{ is not closed"):
+        faults.raise_any()
 
 
 @pytest.mark.parametrize(
