@@ -202,6 +202,46 @@ def test_the_script_goes_on_to_the_same_bytes(tmp_path, options):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("size", ["64", "256"])  # the watermark begins at 256
+def test_an_interrupted_sweep_ends_with_the_sheets_of_an_unbroken_one(tmp_path, monkeypatch, size):
+    run = [
+        "--n_iter",
+        "1",
+        "--n_samples",
+        "2",
+        "--sweep",
+        "scale=1,4,7",
+        "--ddim_steps",
+        "1",
+        "--W",
+        size,
+        "--H",
+        size,
+    ]
+    assert script(tmp_path / "whole", *run) == 0
+    make = Pipeline.make
+
+    def interrupted(*args, **named):
+        os.kill(os.getpid(), signal.SIGINT)
+        return make(*args, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "make", interrupted)
+        assert script(tmp_path / "out", *run) == 130
+    partial = images(tree(tmp_path / "out"))
+    assert script(tmp_path / "out", *run, "--resume") == 0
+    whole = images(tree(tmp_path / "whole"))
+    assert images(tree(tmp_path / "out")) == whole
+    changed = {name for name in whole if partial.get(name) != whole[name]}
+    assert "sheet-0000.png" in partial
+    assert changed == {
+        "grid-0000.png",
+        "sheet-0000.png",
+        "sheet-0001.png",
+        *(f"samples/0000{i}.png" for i in range(2, 6)),
+    }
+
+
 def test_the_script_refuses_an_edited_list(tmp_path, capsys):
     prompts = tmp_path / "list.txt"
     prompts.write_text("a red cube\na blue cube\na green cone\n")
