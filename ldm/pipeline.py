@@ -34,6 +34,7 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.schedule import steps_to_run
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.prompts.conditioning import count_chunks, encode_weighted
 from ldm.runtime.device import FULL, Precision, widened
 from ldm.runtime.fast import halved, prepare
@@ -165,12 +166,23 @@ class Pipeline:
         compiled: bool = False,
     ):
         self.model = model
-        self.loras = LoraStack(model, find_lora)
         self.precision = precision
-        self.canvas = lru_cache(maxsize=8)(open_canvas) if canvases is None else canvases
         self.tiles = tiles
         self._lowmem = lowmem
         self._packer = prepare(model, precision.dtype, forget, LOW_MEMORY if lowmem else None, compiled)
+        self._begin(lru_cache(maxsize=8)(open_canvas) if canvases is None else canvases, find_lora)
+
+    def start_over(self, canvases: Callable[[Init], Canvas], find_lora: Callable[[str], Path]) -> None:
+        """Makes the next jobs as if none had been before: no LoRA and no textual inversion stays on the model."""
+        self.loras.apply(())
+        if isinstance(self.model.cond_stage_model, FrozenCLIPEmbedder):
+            self.model.cond_stage_model.use_embeddings({})
+        self._begin(canvases, find_lora)
+
+    def _begin(self, canvases: Callable[[Init], Canvas], find_lora: Callable[[str], Path]) -> None:
+        """What jobs leave behind, empty."""
+        self.canvas = canvases
+        self.loras = LoraStack(self.model, find_lora)
         self._encode_prompt = lru_cache(maxsize=64)(self._encode_one)
         # few, as a rule one for the whole run: apart, so that many prompts do not push it out
         self._encode_negative = lru_cache(maxsize=8)(self._encode_one)

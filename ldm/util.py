@@ -1,4 +1,4 @@
-"""What every room needs: building objects from configs, the error users see, and safe display of text."""
+"""What every room needs: objects from configs, the error users see, safe display of text, files written whole."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import importlib
 import inspect
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,25 +41,59 @@ def cache_path(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm-v1" / name
 
 
+PART_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.part", re.DOTALL)  # of all that `part_beside` gives
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EMLINK}
+
+
+def part_beside(path: Path) -> Path:
+    """A hidden name in the folder of `path`, for what is not whole yet."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+
+
 @contextlib.contextmanager
 def written_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Within it a file is written under the hidden name it yields; at its end `path` is the whole file.
 
-    If anything fails, `path` is as it was and the hidden file is gone. Raises FileExistsError if `path` exists
-    and `overwrite` is off.
+    The bytes reach the disk before they get their name. If anything fails, `path` is as it was and the hidden file
+    is gone. Raises FileExistsError if `path` exists and `overwrite` is off; where the file system has no hard
+    links, two processes that write one name at the same instant may replace each other's file.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = part_beside(path)
     try:
         yield part
         with open(part, "r+b") as file:
             os.fsync(file.fileno())
-        if not overwrite and os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-        os.replace(part, path)
+        _give_name(part, path, overwrite)
     finally:
-        with contextlib.suppress(OSError):  # it has its name by now, or was never made
+        with contextlib.suppress(OSError):  # gone already, or swept by the next run
             part.unlink()
+
+
+def _give_name(part: Path, path: Path, overwrite: bool) -> None:
+    if overwrite:
+        os.replace(part, path)
+        return
+    try:
+        os.link(part, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(part, path)
+
+
+def exists(x: object) -> bool:
+    """Whether `x` is anything but None."""
+    return x is not None
+
+
+def default(val: Any, d: Any) -> Any:
+    """`val` unless it is None, else `d`, or what `d` returns if it is a function."""
+    if exists(val):
+        return val
+    return d() if inspect.isfunction(d) else d
 
 
 def get_obj_from_str(string: str, reload: bool = False) -> Any:

@@ -36,7 +36,11 @@ def keys(name: str) -> Mapping[str, list[int]]:
 
 def weight_of(key: str, shape: Iterable[int]) -> torch.Tensor:
     """The weight that belongs to a state-dict key: the same numbers on every machine."""
-    shape = tuple(shape)
+    return _drawn(key, tuple(shape)).clone()
+
+
+@cache
+def _drawn(key: str, shape: tuple[int, ...]) -> torch.Tensor:
     z = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
     if len(shape) >= 2:
         return torch.from_numpy(z / np.float32(np.sqrt(np.prod(shape[1:]))))
@@ -90,6 +94,27 @@ def tiny_model(config: Mapping[str, Any] | None = None) -> Any:
     assert not unexpected
     assert all(not key.startswith(WEIGHT_PREFIXES) or key.endswith("position_ids") for key in missing)
     return model.eval().requires_grad_(False)
+
+
+def sampled(model: Any, method: str, steps: int, scale: float, **options: Any) -> torch.Tensor:
+    """The latents that "ddim", "plms" or "dpm" makes from the inputs of the figures `sample/...`."""
+    from ldm.models.diffusion.ddim import DDIMSampler
+    from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+    from ldm.models.diffusion.plms import PLMSSampler
+
+    samplers = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm": DPMSolverSampler}
+    cond, uncond, noise = (figure(f"sample/{name}").to(model.device) for name in ("cond", "uncond", "x_T"))
+    return samplers[method](model).sample(
+        S=steps,
+        batch_size=2,
+        shape=[4, 8, 8],
+        conditioning=cond,
+        unconditional_conditioning=uncond,
+        unconditional_guidance_scale=scale,
+        x_T=noise,
+        verbose=False,
+        **options,
+    )[0]
 
 
 def relative_error(actual: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndarray) -> float:

@@ -66,6 +66,32 @@ def test_paths_that_are_no_configs(tmp_path, make, reason):
         read_config(tmp_path / "c.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "is no mapping"),
+        ("- a\n- b", "is no mapping"),
+        ("hello", "is no mapping"),
+        ("model: 3", "is no mapping"),
+        ("a: &a [*a]", "is no"),
+        ("model: {target: os.system}", "--allow_targets os"),
+        ("model: {target: builtins.eval}", "--allow_targets builtins"),
+        ("model: {target: ldmx.models.Thing}", "--allow_targets ldmx"),
+        ("model: {target: ldm.util.instantiate_from_config}", "no class"),
+        ("model: {target: ldm.models.diffusion.ddpm.torch}", "no class"),
+        ("model: {target: ldm.models.no_such_module.Thing}", "there is no"),
+        ("model: {target: 'ldm models'}", "no dotted name"),
+    ],
+)
+def test_texts_that_name_no_model_of_this_toolkit(config_file, text, reason):
+    assert reason in refusal(config_file(text))
+
+
+def test_a_named_package_is_allowed(config_file):
+    path = config_file("model: {target: collections.OrderedDict}")
+    assert read_config(path, allow_targets=["collections"])["target"] == "collections.OrderedDict"
+
+
 def test_what_a_tag_would_run_is_refused_with_its_line(config_file, tmp_path):
     canary = tmp_path / "canary"
     text = MODEL + f"other: !!python/object/apply:os.system ['touch {canary}']"
@@ -139,12 +165,16 @@ def test_what_only_training_reads_may_be_endless(config_file):
     [
         ("use_ema", "on", "use_ema"),
         ("timesteps", "12:30", "timesteps"),
+        ("channels", 4.5, "channels"),
         ("linear_start", "nan", "linear_start"),
         ("unet_config__model_channels", 64.0, "model_channels"),
         ("unet_config__use_checkpoint", 1, "use_checkpoint"),
         ("unet_config__no_such_thing", 1, "no_such_thing"),
         ("unet_config__num_heads", 0, "can be built"),
         ("unet_config__model_channels", -64, "can be built"),
+        ("cond_stage_config", "__is_unconditional__", "cond_stage_config is"),
+        ("cond_stage_config", {"params": [1]}, "cond_stage_config is"),
+        ("unet_config", 3, "can be built"),
     ],
 )
 def test_values_of_the_wrong_kind_are_named_before_anything_is_read(config_file, name, value, word):
@@ -176,6 +206,10 @@ def test_a_checkpoint_that_the_config_names_is_ignored_with_a_note(config_file, 
     assert load_model(read_config(config_file(changed(**names))), tmp_path / "m.ckpt")
     notes = [record.message for record in caplog.records if "ckpt_path" in record.message]
     assert len(notes) == 2 and all(note.endswith("is ignored") for note in notes)
+
+
+def test_a_byte_order_mark_is_no_fault(config_file):
+    assert read_config(config_file(b"\xef\xbb\xbf" + (GOLDEN / "tiny.yaml").read_bytes()))["target"]
 
 
 def test_the_published_spelling_of_numbers_is_read(config_file):

@@ -9,16 +9,13 @@ from PIL import Image
 
 from ldm.config import read_config
 from ldm.job import Job
-from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.noise import PhiloxNoise
-from ldm.models.diffusion.plms import PLMSSampler
 from ldm.pipeline import Pipeline, load_model
 from ldm.runtime.device import resolve_precision
 from ldm.runtime.fast import prepare
-from tests.golden_data import TOLERANCE, figure, figures, relative_error, tiny_model
+from tests.golden_data import TOLERANCE, figure, figures, relative_error, sampled, tiny_model
 
 pytestmark = pytest.mark.gpu
-SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler}
 # the original under fp16 autocast, against its own float32
 FP16_BUDGET = {
     ("ddim", 10, 7.5): 4.1e-3,
@@ -48,21 +45,7 @@ def exact_convolutions():
 
 def sample(model, method, steps, scale):
     with torch.no_grad():
-        return (
-            SAMPLERS[method](model)
-            .sample(
-                S=steps,
-                batch_size=2,
-                shape=[4, 8, 8],
-                conditioning=figure("sample/cond").to(model.device),
-                unconditional_conditioning=figure("sample/uncond").to(model.device),
-                unconditional_guidance_scale=scale,
-                x_T=figure("sample/x_T").to(model.device),
-                ddim_discretize="compvis",
-                verbose=False,
-            )[0]
-            .cpu()
-        )
+        return sampled(model, method, steps, scale, ddim_discretize="compvis").cpu()
 
 
 @pytest.mark.parametrize("case", ["unet", "unet_wide"])

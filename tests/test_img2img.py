@@ -61,7 +61,7 @@ class GivenNoise:
         pass
 
 
-@pytest.mark.parametrize("strength", ["0.2", "0.75", "0.98"])
+@pytest.mark.parametrize("strength", ["0.2", "0.75", pytest.param("0.98", marks=pytest.mark.slow)])
 def test_figures_of_the_original_through_the_command_line(tmp_path, monkeypatch, strength):
     """The model's two ends are replaced by the figures' latents and embeddings; all between is the script's."""
     model, decoded = tiny_model(), []
@@ -154,7 +154,7 @@ def test_the_steps_that_run_are_said(draw, capsys, monkeypatch, strength, said):
 
 
 def test_samplers_eta_and_fixed_code_have_an_effect(draw):
-    options = ("--n_iter", "2", *PLAIN)
+    options = ("--n_iter", "2", "--W", "64", "--H", "64", *PLAIN)
     _, ddim = draw(*options)
     for name in ("--plms", "--ddim_eta=1", "--dpm_solver"):
         _, other = draw(*options, name, outdir=name.strip("-"))
@@ -246,17 +246,18 @@ def test_the_command_is_in_the_picture(draw):
 
 
 def test_upscaling_is_another_pass_at_a_larger_size(draw):
+    half = ("--W", "64", "--H", "64")
     for space in ("pixels", "latents"):
         _, (path,) = draw(
-            "--upscale", "1.5", "--upscale_in", space, "--upscale_strength", "0.25", outdir=space
+            *half, "--upscale", "1.5", "--upscale_in", space, "--upscale_strength", "0.25", outdir=space
         )
-        assert Image.open(path).size == (192, 192)
+        assert Image.open(path).size == (96, 96)
         job = job_from_infotext(Image.open(path).text["parameters"])
-        assert (job.width, job.upscale, job.upscale_in, job.upscale_strength) == (128, 1.5, space, 0.25)
+        assert (job.width, job.upscale, job.upscale_in, job.upscale_strength) == (64, 1.5, space, 0.25)
     # at strength 0 nothing but the enlarging is left
-    _, (small,) = draw(*PLAIN, outdir="small")
-    _, (large,) = draw("--upscale", "2", "--upscale_strength", "0", *PLAIN, outdir="large")
-    back = np.asarray(Image.open(large).resize((128, 128), Image.Resampling.BOX)).astype(int)
+    _, (small,) = draw(*half, *PLAIN, outdir="small")
+    _, (large,) = draw(*half, "--upscale", "2", "--upscale_strength", "0", *PLAIN, outdir="large")
+    back = np.asarray(Image.open(large).resize((64, 64), Image.Resampling.BOX)).astype(int)
     assert np.abs(back - pixels(small)).mean() < 6
 
 

@@ -25,7 +25,7 @@ from tests.golden_data import figure, relative_error
 
 safetensors = pytest.importorskip("safetensors.torch")
 FAST = ["--ddim_steps", "2", "--n_iter", "1", "--n_samples", "1", "--device", "cpu", "--quiet", "--skip_grid",
-        "--precision", "full"]  # fmt: skip
+        "--precision", "full", "--W", "64", "--H", "64"]  # fmt: skip
 SHAPES = {
     "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v": (128, 192),
     "lora_unet_mid_block_resnets_0_conv1": (128, 128, 3, 3),

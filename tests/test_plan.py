@@ -91,9 +91,12 @@ def test_seeds_wrap():
 
 
 def test_a_line_may_have_seeds_and_counts_of_its_own(write):
-    file = write("a --n_iter 2", "b --seed 7", "c")
+    file = write("a --n_iter 2", "b --seed 7", "c", "d --seed 4294967295 --n_iter 2")
     plan = plan_of("--from-file", file, "--n_iter", "1")
-    assert [(job.prompt, job.seed) for job in plan] == [("a", 42), ("a", 43), ("b", 7), ("c", 45)]
+    jobs = [("a", 42), ("a", 43), ("b", 7), ("c", 45), ("d", 4294967295), ("d", 0)]
+    assert [(job.prompt, job.seed) for job in plan] == jobs
+    kohya = plan_of("--from-file", write("a --d 5,9"), "--n_iter", "1")
+    assert [job.seed for job in kohya] == [5, 9]
 
 
 def test_batches_hold_what_can_run_together(write):
@@ -169,7 +172,17 @@ def test_too_many_images_are_refused():
             ["line 1: there is no LoRA", "line 2: <lora:x:y>"],
         ),
         (["--sweep", "eta=0,1"], ["a --plms", "b --plms"], ["line 1: --plms adds", "line 2: --plms adds"]),
-        ([], ["a --init-img none.png", "b --H 8000000"], ["line 2: --H is 8000000"]),
+        (
+            ["--expand"],
+            ["a --init-img none.png", "b --H 8000000", "{a --ddim_steps 3", "c --W 500", "d --W 12"],
+            [
+                "line 1: none.png",
+                "line 2: --H is 8000000",
+                "line 3: a {",
+                "line 4: --W is 500",
+                "line 5: --W is 12",
+            ],
+        ),
     ],
 )
 def test_every_fault_of_a_list_is_told_before_the_model_is_loaded(
@@ -238,8 +251,8 @@ def test_a_dry_run_makes_nothing(draw, write, capsys, monkeypatch):
     )
     assert "00001.png: 72x128" in said
     assert "cut off: cone" in said
-    assert "unknown" in said
-    assert "GiB" in said
+    assert re.search(r"time: about \S+ (s|min) on cpu in \w+ \(4 denoising steps of batches", said)
+    assert re.search(r"memory: about \S+ [MG]iB \(.* for decoding \d+x\d+", said)
 
 
 def test_a_dry_run_names_the_files_that_a_run_writes(draw, capsys):

@@ -9,6 +9,7 @@ import math
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -26,13 +27,15 @@ import scripts.replay
 import scripts.txt2img
 from ldm.cli.inputs import Start, _inits, check_options
 from ldm.cli.plan import Plan, read_wishes
-from ldm.cli.replay import command, compare, describe_watermark, options, place, quoted
+from ldm.cli.replay import command, compare, count, describe_watermark, options, place, quoted
 from ldm.data.scenes import image_at
 from ldm.images.canvas import open_canvas
 from ldm.images.foreign import Recipe, read_job
+from ldm.images.record import record
 from ldm.images.watermark import Evidence
+from ldm.images.writer import encode_png
 from ldm.job import Init, Job
-from ldm.util import InputError
+from ldm.util import ROOT, InputError
 from tests.images.test_metadata import HOSTILE
 
 PARSERS = {
@@ -120,7 +123,7 @@ def test_the_script_fits_the_job() -> None:
         "img2img": Job("x", strength=0.5),  # its picture is not known
         "inpaint": Job("x", init=Init("a.png", mask="m.png")),
     }
-    assert {name: options(Recipe(job, "A1111"))[0] for name, job in scripts_of.items()} == {
+    assert {name: options(Recipe(job, "A1111"), {})[0] for name, job in scripts_of.items()} == {
         n: n for n in scripts_of
     }
 
@@ -277,10 +280,10 @@ def same(first: Path, second: Path) -> bool:
 def test_a_picture_of_a_batch_comes_back_bit_for_bit(made: Callable[..., list[Path]], capsys) -> None:
     samples = made(scripts.txt2img, "--n_samples", "3", "--n_iter", "1", "--prompt", "a red cube")
     before = samples[1].read_bytes()
-    for count in (1, 2):
+    for times in (1, 2):
         assert scripts.replay.main([str(samples[1]), "--verify", "--quiet"]) == 0
         assert "identical: all" in capsys.readouterr().out
-        assert len(list(Path("outputs/replay").iterdir())) == count  # no companion, no overwriting
+        assert len(list(Path("outputs/replay").iterdir())) == times  # no companion, no overwriting
     assert samples[1].read_bytes() == before == Path("outputs/replay/00001-1.png").read_bytes()
     recipe = read_job("outputs/replay/00001.png")
     assert (recipe.job.seed, recipe.extras["Batch size"], recipe.extras["Batch pos"]) == (43, "3", "1")
@@ -309,7 +312,7 @@ def test_a_stream_of_a_run(made: Callable[..., list[Path]]) -> None:
 
 def test_pictures_to_start_from_lie_beside_or_are_given(made: Callable[..., list[Path]], capsys) -> None:
     Image.fromarray(image_at(3, "fresh")).save("scene.png")
-    Image.fromarray(np.tile(np.uint8([0, 255]).repeat(32), (64, 1))).save("mask.png")
+    Image.fromarray(np.tile(np.array([0, 255], np.uint8).repeat(32), (64, 1))).save("mask.png")
     [first, *_] = made(scripts.img2img, "--init-img", "scene.png", "--strength", "0.5")
     *_, last = made(scripts.inpaint, "--init-img", "scene.png", "--mask", "mask.png")
     assert scripts.replay.main([str(first), "--quiet"]) == 2
@@ -359,3 +362,70 @@ def test_the_seed_of_the_picture_is_changed_not_of_its_batch() -> None:
     assert typed(command(recipe, {"seed": "9"})).seed == 7
     assert typed(command(recipe, {"seed": "9", "n_samples": "1"})).seed == 9
     assert place(recipe, {"n_samples": "1"}) == 0
+
+
+def test_how_many_pictures_a_command_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    by_image = Recipe(Job("x", seed=1), "ldm", extras={"Batch size": "3", "Batch pos": "2"})
+    of_a_run = Recipe(BATCH_JOB, "ldm", extras={"Batch size": "3"})
+    changed = {"n_samples": "2"}
+    for recipe, changes in ((by_image, {}), (by_image, changed), (of_a_run, {}), (of_a_run, changed)):
+        opt = typed(command(recipe, changes))
+        assert count(recipe, changes) == opt.n_iter * opt.n_samples > place(recipe, changes)
+    monkeypatch.chdir(tmp_path)
+    held = record(by_image.job, by_image.extras)
+    Path("a.png").write_bytes(encode_png(np.zeros((8, 8, 3), np.uint8), record=held))
+    assert scripts.replay.main(["a.png", "--show"]) == 0
+    assert "  this makes 3 pictures; sample 00002 is this one\n" in capsys.readouterr().out
+    assert scripts.replay.main(["a.png", "--show", "--n_samples", "1"]) == 0
+    assert "pictures" not in capsys.readouterr().out
+    assert scripts.replay.main(["a.png", "--show", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["samples"], shown["sample"]) == (3, 2)
+    assert scripts.replay.main(["a.png", "--show", "--n_samples", "few"]) == 2
+    assert "--n_samples is few" in capsys.readouterr().err
+
+
+def test_from_the_command_line_it_says_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encode_png(np.zeros((8, 8, 3), np.uint8), record=record(Job("a cat"), {})))
+    script = str(ROOT / "scripts/replay.py")
+    run = subprocess.run(
+        [sys.executable, script, str(path), "--show"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.splitlines()[1].strip() == command(Recipe(Job("a cat"), "ldm"))
+
+
+# --- prompts of the web UI -----------------------------------------------------------------------------------------
+
+
+def web_ui_picture(path: Path, prompt: str, seed: int = 42) -> str:
+    settings = (
+        f"Steps: 2, Sampler: DDIM, CFG scale: 7.5, Seed: {seed}, Size: 128x128, RNG: NV, Version: v1.5.2"
+    )
+    info = PngInfo()
+    info.add_text("parameters", f"{prompt}\n{settings}")
+    Image.new("RGB", (128, 128)).save(path, pnginfo=info)
+    return str(path)
+
+
+def test_prompts_of_the_web_ui_are_read_by_its_rules(made: Callable[..., list[Path]]) -> None:
+    long = ", ".join(["a red cube on a blue sphere"] * 12)
+    prompts = ["a red cube", "a (red:1.4) cube", "a red BREAK cube", long]
+    files = [web_ui_picture(Path(f"{i}.png"), prompt, seed=42 + i) for i, prompt in enumerate(prompts)]
+    assert scripts.replay.main([*files, "--quiet", "--device", "cpu"]) == 0
+    again = [Path(f"outputs/replay/{i}.png") for i in range(len(prompts))]
+    Path("prompts.txt").write_text("\n".join(prompts))
+    listed = ["--from-file", "prompts.txt", "--n_samples", "1", "--n_iter", "1"]
+    plain = made(scripts.txt2img, *listed)
+    weighted = made(scripts.txt2img, *listed, "--prompt_syntax", "a1111")[len(prompts) :]
+    assert [same(*pair) for pair in zip(again, weighted, strict=True)] == [True] * 4
+    assert [same(*pair) for pair in zip(again, plain, strict=True)] == [True, False, False, False]
+
+
+def test_what_more_the_web_ui_reads_is_text_with_a_note(tmp_path: Path, capsys) -> None:
+    for prompt in ("a [cat:dog:0.5]", "a cat AND a dog", "a (cat:1.2.3)"):
+        path = web_ui_picture(tmp_path / "a.png", prompt)
+        assert scripts.replay.main([path, "--show", "--json"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert "--prompt_syntax" not in shown["arguments"]
+        assert sum("its prompts are read as plain text: " in note for note in shown["notes"]) == 1

@@ -27,10 +27,14 @@ def cached_file(folder: Path, files: Sequence[Path], choice: str) -> Path:
     Its name stands for each file's path, size, time and inode, for the choice and for this version, so that
     what is found under it is never out of date.
     """
-    states = [(str(path.resolve()), os.stat(path)) for path in files]
-    identity = [[path, state.st_size, state.st_mtime_ns, state.st_ino] for path, state in states]
-    text = json.dumps([__version__, choice, identity])
+    text = json.dumps([__version__, choice, identity(files)])
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+
+
+def identity(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
+    """What tells the content of `files` from any other: each file's path, size, time and inode."""
+    states = [(str(path.resolve()), os.stat(path)) for path in files]
+    return [(path, state.st_size, state.st_mtime_ns, state.st_ino) for path, state in states]
 
 
 def read_cached(path: Path, checkpoint: Checkpoint, mmap: bool) -> Checkpoint | None:

@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,15 +27,15 @@ from ldm.checkpoints.load import (
     use_vocabulary,
 )
 from ldm.checkpoints.reader import MODEL_INDEX, Checkpoint
-from ldm.checkpoints.safetensors_file import _DTYPES
+from ldm.checkpoints.safetensors_file import DTYPES
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import BEGIN, END
-from ldm.util import InputError, printable, written_whole
+from ldm.util import InputError, part_beside, printable, written_whole
 
 Layout = Literal["compvis", "ckpt", "diffusers"]
 
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _NEVER_CAST = SCHEDULE_BUFFERS | EMA_COUNTERS
 _FOLDER_VERSION = "0.20.0"  # of diffusers, whose names are written
 _WEIGHTS: Mapping[Component, str] = {
@@ -209,7 +208,7 @@ def _model_spec(
 @contextlib.contextmanager
 def _folder_written_whole(path: Path) -> Iterator[Path]:
     """Within it a folder is filled under the hidden name it yields; at its end `path` is the whole folder."""
-    part = path.absolute().with_name(f".{path.absolute().name}.{secrets.token_hex(4)}.part")
+    part = part_beside(path.absolute())
     part.mkdir()
     try:
         yield part
@@ -283,11 +282,11 @@ def _model_index(model: LatentDiffusion) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path, embedder: FrozenCLIPEmbedder) -> None:
-    table = json.loads(embedder.tokenizer._bpe.to_str())["model"]
+    vocabulary, merges = embedder.tokenizer.table()
     folder.mkdir()
-    _write_json(folder / "vocab.json", table["vocab"])
-    merges = "".join(f"{' '.join(pair)}\n" for pair in table["merges"])
-    _write_text(folder / "merges.txt", f"#version: 0.2\n{merges}")
+    _write_json(folder / "vocab.json", vocabulary)
+    lines = "".join(f"{left} {right}\n" for left, right in merges)
+    _write_text(folder / "merges.txt", f"#version: 0.2\n{lines}")
     special = {"bos_token": BEGIN, "eos_token": END, "pad_token": END, "unk_token": END}
     _write_json(folder / "special_tokens_map.json", special)
     _write_json(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from ldm.checkpoints.recognise import kind_of
+from ldm.checkpoints.recognise import COMPVIS_PREFIXES, Part, kind_of
 from ldm.checkpoints.sniff import CheckpointError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -26,21 +26,16 @@ from ldm.util import printable
 
 Component = Literal["unet", "vae", "text_encoder"]
 
-# where CompVis keeps each part that a diffusers folder has a folder for
-PREFIXES: Mapping[Component, str] = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "cond_stage_model.",
+WORDS: Mapping[Component, Part] = {
+    "unet": "U-Net",
+    "vae": "autoencoder",
+    "text_encoder": "text encoder",
 }
+PREFIXES: Mapping[Component, str] = {part: COMPVIS_PREFIXES[word] for part, word in WORDS.items()}
 CLASSES: Mapping[Component, str] = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
     "text_encoder": "CLIPTextModel",
-}
-WORDS: Mapping[Component, str] = {
-    "unet": "U-Net",
-    "vae": "autoencoder",
-    "text_encoder": "text encoder",
 }
 # where else a part is found in files of one or several parts
 _OTHER_PREFIXES: Mapping[str, Component] = {

@@ -14,7 +14,7 @@ from torch import nn
 
 from ldm.checkpoints.layouts import WORDS, component_configs, parts_in
 from ldm.checkpoints.reader import Checkpoint, read_json
-from ldm.checkpoints.recognise import V1, kind_of, looks_like
+from ldm.checkpoints.recognise import V1, count_and_names, kind_of, looks_like
 from ldm.checkpoints.sniff import CheckpointError, reading
 from ldm.config import ConfigError
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -50,7 +50,6 @@ _REMARKS = {
     "prediction_type": "; v1 models predict the noise",
     "num_hidden_layers": "; is CLIP skip built into it?",
 }
-_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +255,7 @@ def _check_keys(
             else missing
         )
         hint = "; load it with ema off" if weights == "ema" else looks_like(checkpoint.state_dict)
-        raise _error(checkpoint, f"lacks {_count_and_names(names)} that the model needs{hint}")
+        raise _error(checkpoint, f"lacks {count_and_names(names)} that the model needs{hint}")
 
 
 def _check_shapes(
@@ -286,13 +285,7 @@ def _log(report: LoadReport, checkpoint: Checkpoint, dtype: torch.dtype | None) 
     if report.cast_from:
         logger.info("%s: weights cast from %s to %s", path, ", ".join(map(str, report.cast_from)), dtype)
     if report.unknown:
-        logger.warning("%s: ignored %s that the model does not have", path, _count_and_names(report.unknown))
-
-
-def _count_and_names(keys: tuple[str, ...] | list[str]) -> str:
-    more = ", ..." if len(keys) > _NAMED else ""
-    names = ", ".join(printable(key[:200]) for key in keys[:_NAMED])
-    return f"{len(keys)} {'keys' if len(keys) != 1 else 'key'} ({names}{more})"
+        logger.warning("%s: ignored %s that the model does not have", path, count_and_names(report.unknown))
 
 
 def _error(checkpoint: Checkpoint, reason: str) -> CheckpointError:

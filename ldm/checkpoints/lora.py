@@ -17,13 +17,13 @@ from ldm.checkpoints.lora_deltas import Parts, bias_change, weight_change
 from ldm.checkpoints.lora_files import PEFT_FILES, lora_file
 from ldm.checkpoints.lora_names import TEXT, flat_name, layers_by_name, other_kind, split_key
 from ldm.checkpoints.reader import Checkpoint, read_checkpoint
+from ldm.checkpoints.recognise import count_and_names
 from ldm.checkpoints.sniff import CheckpointError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import InputError, printable
 
 logger = logging.getLogger(__name__)
 
-_NAMED = 5
 _COLUMNS = {1024: "Stable Diffusion 2", 2048: "SDXL"}  # of the text that cross-attention reads
 
 
@@ -57,14 +57,18 @@ def read_lora(path: Path, names: Mapping[str, str], model: nn.Module) -> Lora:
             raise _error(path, f"has {split.part} of {printable(split.layer[:200])} twice")
         parts[split.part] = tensor
     if not layers:
-        raise _error(path, f"changes no layer of this model; its keys are {_names(checkpoint.state_dict)}")
+        raise _error(
+            path, f"changes no layer of this model; its keys are {count_and_names(checkpoint.state_dict)}"
+        )
     settings = _peft_settings(checkpoint)
     for layer, parts in layers.items():
         if settings and "down" in parts and "alpha" not in parts:
             parts["alpha"] = _peft_alpha(settings, called[layer], parts["down"], path)
         _check(path, layer, parts, model.get_submodule(layer))
     if unknown:
-        logger.warning("%s: ignored %s that fit no layer of this model", printable(path), _names(unknown))
+        logger.warning(
+            "%s: ignored %s that fit no layer of this model", printable(path), count_and_names(unknown)
+        )
     return Lora(path, layers)
 
 
@@ -212,13 +216,6 @@ def _with(own: nn.Parameter, deltas: Iterable[Tensor]) -> nn.Parameter:
     for delta in deltas:
         total = total + delta
     return nn.Parameter(torch.empty_like(own).copy_(total), requires_grad=own.requires_grad)
-
-
-def _names(keys: Iterable[str]) -> str:
-    keys = list(keys)
-    more = ", ..." if len(keys) > _NAMED else ""
-    names = ", ".join(printable(key[:200]) for key in keys[:_NAMED])
-    return f"{len(keys)} {'keys' if len(keys) != 1 else 'key'} ({names}{more})"
 
 
 def _error(path: Path, reason: str) -> CheckpointError:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+
+from ldm.util import printable
 
 Part = Literal[
     "", "model", "U-Net", "autoencoder", "text encoder", "ControlNet", "LoRA", "embedding", "safety checker"
@@ -20,9 +22,10 @@ SDXL = "SDXL"
 LAION = "LDM text2img-large (LAION-400M)"
 INPAINTING = "inpainting"
 
-_UNET = "model.diffusion_model."
+_LAION_KEY = "cond_stage_model.transformer.token_emb.weight"
 _INPAINTING_CHANNELS = 9
 _MOST_LEAVES = 100_000
+_NAMED = 5
 # columns of the matrices by which a U-Net, or what changes one, reads the text
 _FAMILIES = {768: V1, 1024: V2, 1280: LAION, 2048: SDXL}
 # channels that a U-Net's first convolution takes
@@ -54,11 +57,11 @@ _PARTS: tuple[tuple[str, Part, str], ...] = (
         "diffusers",
     ),
 )
-# What is there if all keys of a checkpoint begin like this.
-_ALONE: dict[str, Part] = {
-    "model.diffusion_model.": "U-Net",
-    "first_stage_model.": "autoencoder",
-    "cond_stage_model.": "text encoder",
+# Where CompVis keeps each part of a model.
+COMPVIS_PREFIXES: Mapping[Part, str] = {
+    "U-Net": "model.diffusion_model.",
+    "autoencoder": "first_stage_model.",
+    "text encoder": "cond_stage_model.",
 }
 # How an adapter changes a weight, other than by the product of two matrices.
 _METHODS = (
@@ -149,8 +152,10 @@ def _part(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Part, str]:
     for pattern, part, layout in _PARTS:
         match = re.compile(pattern).match
         if any(match(key) for key in shapes):
-            alone = [prefix for prefix in _ALONE if any(key.startswith(prefix) for key in shapes)]
-            return (_ALONE[alone[0]] if part == "model" and len(alone) == 1 else part), layout
+            alone: list[Part] = [
+                p for p, prefix in COMPVIS_PREFIXES.items() if any(key.startswith(prefix) for key in shapes)
+            ]
+            return (alone[0] if part == "model" and len(alone) == 1 else part), layout
     return "", ""
 
 
@@ -210,8 +215,20 @@ def other_model(state_dict: Mapping[str, Any]) -> str | None:
 
 def is_inpainting_model(state_dict: Mapping[str, torch.Tensor]) -> bool:
     """Whether the U-Net takes a mask and a masked picture beside the latent: 9 input channels."""
-    first = state_dict.get(f"{_UNET}input_blocks.0.0.weight", torch.empty(0))
+    first = state_dict.get(f"{COMPVIS_PREFIXES['U-Net']}input_blocks.0.0.weight", torch.empty(0))
     return first.ndim >= 2 and first.shape[1] == _INPAINTING_CHANNELS
+
+
+def is_laion_model(state_dict: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the text model is that of LDM text2img-large (LAION-400M), a BERT, and not CLIP's."""
+    return _LAION_KEY in state_dict
+
+
+def count_and_names(keys: Collection[str]) -> str:
+    """For messages: "7 keys (a, b, c, d, e, ...)", the first five of them by name."""
+    more = ", ..." if len(keys) > _NAMED else ""
+    names = ", ".join(printable(key[:200]) for key in itertools.islice(keys, _NAMED))
+    return f"{len(keys)} {'keys' if len(keys) != 1 else 'key'} ({names}{more})"
 
 
 def looks_like(state_dict: Mapping[str, Any]) -> str:

@@ -12,7 +12,8 @@ from ldm.checkpoints.tensor_bytes import MAX_DIMENSIONS, FileBytes, bounded_prod
 
 _MAX_HEADER_PARTS = 2_000_000  # of JSON; a tensor takes about 8, and a LoRA's list of tags one each
 
-_DTYPES = {
+# by their names in a header
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -73,13 +74,13 @@ def _checked_entry(key: str, entry: Any) -> tuple[torch.dtype, list[int], int, i
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"tensor {name} has a header entry that is not dtype, shape, data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise CheckpointError(f"tensor {name} has the unknown dtype {str(entry['dtype'])[:50]!r}")
     if not (_are_natural(shape) and _are_natural(offsets) and len(offsets) == 2):
         raise CheckpointError(f"tensor {name} has a shape or data_offsets that are no natural numbers")
     if len(shape) > MAX_DIMENSIONS:
         raise CheckpointError(f"tensor {name} has {len(shape)} dimensions (at most {MAX_DIMENSIONS})")
-    dtype = _DTYPES[entry["dtype"]]
+    dtype = DTYPES[entry["dtype"]]
     needed = bounded_product(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != needed:
         raise CheckpointError(f"tensor {name} needs {needed} bytes, but data_offsets are {offsets}")

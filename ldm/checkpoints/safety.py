@@ -90,7 +90,9 @@ def _cached() -> Iterator[Path]:
     """Weights files in the cache of the Hugging Face hub, where its library keeps downloads."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
-    hub = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+    hub = (
+        os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    )
     snapshots = Path(os.path.expanduser(hub), _HUB_FOLDER, "snapshots").glob("*/")
     for folder in sorted(snapshots):
         yield from (folder / name for name in _WEIGHTS if os.path.isfile(folder / name))

@@ -73,9 +73,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Opens a regular, non-empty file for reading; a folder, pipe or device is refused and cannot hang us."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
-        if os.path.exists(os.path.join(path, "model_index.json")):
-            raise CheckpointError("is a folder in the diffusers layout; give one .ckpt or .safetensors file")
-        raise CheckpointError("is a directory; give the checkpoint file inside it")
+        raise CheckpointError("is a folder, and a single file is needed here; give the file inside it")
     if not stat.S_ISREG(mode):
         raise CheckpointError("is a pipe, socket or device, not a regular file")
     if os.stat(path).st_size == 0:

@@ -40,8 +40,6 @@ _CHECKED = {name: OWN_NAMES.get(name, name) for name in (
     "ddim_steps", "seed", "scale", "ddim_eta", "strength", "upscale", "upscale_strength", "mask_blur", "outpaint",
 )}  # fmt: skip
 
-_LAION_KEY = "cond_stage_model.transformer.token_emb.weight"  # of its text model, which is not CLIP's
-
 
 def check_options(opt: argparse.Namespace) -> None:
     """Numbers in range and options that go together, else an `InputError` that names the option."""
@@ -123,10 +121,10 @@ def _usual_model(inpaint: bool) -> tuple[str, str]:
 def _config_of(ckpt: Path) -> str:
     """The published config that a checkpoint needs, told by its content."""
     from ldm.checkpoints.reader import read_model
-    from ldm.checkpoints.recognise import is_inpainting_model
+    from ldm.checkpoints.recognise import is_inpainting_model, is_laion_model
 
     state_dict = read_model(ckpt).state_dict
-    if _LAION_KEY in state_dict:
+    if is_laion_model(state_dict):
         return LAION_CONFIG
     return INPAINTING_CONFIG if is_inpainting_model(state_dict) else V1_CONFIG
 
@@ -165,11 +163,13 @@ def _param(model: Mapping[str, Any], name: str, default: int) -> int:
 def latent_factor(model: Mapping[str, Any]) -> int:
     """How many pixels one latent value spans along each side."""
     from ldm.config import ConfigError, section
+    from ldm.models.autoencoder import downsampling
 
-    levels = (section(model, "first_stage_config").get("ddconfig") or {}).get("ch_mult", (1, 2, 4, 4))
+    ddconfig = section(model, "first_stage_config").get("ddconfig") or {}
+    levels = ddconfig.get("ch_mult", [])
     if not isinstance(levels, list | tuple):
         raise ConfigError(f"the config's ddconfig.ch_mult is {levels!r}; it must be a list")
-    return 2 ** (len(levels) - 1)
+    return downsampling(ddconfig)
 
 
 def own_side(model: Mapping[str, Any]) -> int:

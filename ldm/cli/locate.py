@@ -77,7 +77,7 @@ def _locate_checkpoint(recipe: Recipe, given: Mapping[str, object], located: Loc
         return
     if not (recipe.model or digest):
         return
-    path, same = choose(recipe.model, digest, list(_checkpoints()), _checkpoint_hash)
+    path, same = choose(lora_name(recipe.model), digest, list(_checkpoints()), _checkpoint_hash)
     if path is None:
         located.notes.append(f"its model {what} is not below {_CHECKPOINTS}; the usual one is taken")
         return
@@ -96,15 +96,21 @@ def _checkpoint_hash(path: Path) -> str:
     return files_sha256(model_files(path))
 
 
+def model_name(path: Path) -> str:
+    """What a picture's text calls a checkpoint: its name without the ending, or its folder's if that is `model`."""
+    path = path.absolute()
+    if path.is_dir():
+        return path.name
+    return path.parent.name if path.stem == "model" else path.stem
+
+
 def _checkpoints() -> Iterator[tuple[str, Path]]:
-    """Every checkpoint below models/ldm with the name that a picture's text has for it."""
+    """The checkpoints in models/ldm and in its folders, with their names."""
     for place in dict.fromkeys(folder.resolve() for folder in (_CHECKPOINTS, ROOT / _CHECKPOINTS)):
-        for folder in sorted(place.glob("*/")):
-            if (folder / "model_index.json").is_file():
-                yield folder.name, folder
-            for file in sorted(folder.iterdir()):
-                if file.name.endswith(MODEL_ENDINGS) and file.is_file():
-                    yield folder.name if file.stem == "model" else file.stem, file
+        for path in sorted([*place.glob("*"), *place.glob("*/*")]):
+            of_diffusers = (path / "model_index.json").is_file()
+            if of_diffusers or (path.name.endswith(MODEL_ENDINGS) and path.is_file()):
+                yield model_name(path), path
 
 
 def _config(stem: str) -> Path | None:

@@ -7,24 +7,46 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ldm.cli.estimate import (
+    PROGRAM,
+    Memory,
+    batch_kinds,
+    count_texts,
+    needed_memory,
+    parallel,
+    run_seconds,
+)
 from ldm.cli.plan import Plan, count_steps
 from ldm.util import printable
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.runtime.device import Precision
 
 SHOWN = 50  # batches, and prompts that are cut
 
 
-def show(opt: argparse.Namespace, plan: Plan, config: Mapping[str, Any]) -> int:
+def show(
+    opt: argparse.Namespace, plan: Plan, config: Mapping[str, Any], device: torch.device, precision: Precision
+) -> int:
     """Prints the plan of a run: the exit code."""
-    for line in preview(opt, plan, config):
+    for line in preview(opt, plan, config, device, precision):
         print(line)
     return 0
 
 
-def preview(opt: argparse.Namespace, plan: Plan, config: Mapping[str, Any]) -> Iterator[str]:
-    """Images, batches, sizes, memory and cut prompts, a line each. Nothing is written and no weights are read."""
+def preview(
+    opt: argparse.Namespace, plan: Plan, config: Mapping[str, Any], device: torch.device, precision: Precision
+) -> Iterator[str]:
+    """Images, batches, sizes, cut prompts, memory and time, a line each. No weights are read, nothing is written."""
+    from ldm.checkpoints.load import build_model
+
     batches = plan.batches()
     first = _next_number(Path(opt.outdir))
     yield f"{len(plan)} images in {len(batches)} batches of up to {opt.n_samples}"
@@ -40,9 +62,9 @@ def preview(opt: argparse.Namespace, plan: Plan, config: Mapping[str, Any]) -> I
     if plan.wishes.sweep is not None:
         yield f"labelled sheets: {len(list(plan.sheets()))}"
     yield from _starting_pictures(plan)
-    yield from _of_the_model(plan, config)
-    steps = sum(count_steps(plan[batch[0]]) for batch in batches)
-    yield f"time: {steps} denoising steps of batches; unknown how long one takes here (scripts/benchmark.py tells)"
+    model = build_model(config)
+    yield from _cut_prompts(plan, model)
+    yield from _costs(opt, plan, model, device, precision)
 
 
 def _batch(plan: Plan, batch: Sequence[int], first: int) -> str:
@@ -98,15 +120,8 @@ def _starting_pictures(plan: Plan) -> Iterator[str]:
         yield f"{printable(init.image)} becomes {width}x{height}{notes}"
 
 
-def _of_the_model(plan: Plan, config: Mapping[str, Any]) -> Iterator[str]:
-    """Memory of the largest picture, and prompts that are too long, by a model without weights."""
-    from ldm.checkpoints.load import build_model
-    from ldm.runtime.tiling import needed_memory
-
-    model = build_model(config)
-    height, width = max((job.upscaled_size for job in plan.kinds()), key=lambda size: size[0] * size[1])
-    needed = needed_memory(model.first_stage_model.widths, height * width) / 2**30
-    yield f"memory: decoding {width}x{height} takes about {needed:.2f} GiB beside the weights (estimate, float32)"
+def _cut_prompts(plan: Plan, model: LatentDiffusion) -> Iterator[str]:
+    """Prompts that are too long."""
     cut_words = getattr(model.cond_stage_model, "cut_words", None)  # another package's text model may lack it
     prompts = dict.fromkeys(job.prompt for job in plan.kinds() if job.prompt_syntax == "plain")
     cuts = [(prompt, cut) for prompt in prompts if cut_words and (cut := cut_words(prompt))]
@@ -114,3 +129,60 @@ def _of_the_model(plan: Plan, config: Mapping[str, Any]) -> Iterator[str]:
         yield f"too long, so cut off: {printable(cut)[:200]} (of {printable(prompt)[:40]}...)"
     if len(cuts) > SHOWN:
         yield f"... and {len(cuts) - SHOWN} more prompts are too long"
+
+
+# --- memory and time --------------------------------------------------------------------------------------------
+
+
+def _costs(
+    opt: argparse.Namespace, plan: Plan, model: LatentDiffusion, device: torch.device, precision: Precision
+) -> Iterator[str]:
+    """What the run takes, by the model without weights and a trial of the device."""
+    from ldm.runtime.estimate import NetworkWork, measure_pace
+
+    batches, work = batch_kinds(plan), NetworkWork(model)
+    steps = sum(times * count_steps(batch.job) for batch, times in batches.items())
+    try:
+        memory = needed_memory(opt, batches, model, work, device, precision.dtype)
+        pace = lru_cache(maxsize=None)(partial(measure_pace, device))
+        seconds = run_seconds(batches, count_texts(plan), work, pace, precision.dtype)
+    except RuntimeError as error:  # a network of another package may need its weights
+        yield f"time and memory: unknown, the model does not run without its weights ({printable(error)[:80]})"
+        return
+    at_once = parallel(opt, device, sum(batches.values()))
+    yield tell_memory(memory, PROGRAM if device.type == "cpu" else 0)
+    yield tell_time(
+        seconds / at_once,
+        f"{f'{at_once} of ' if at_once > 1 else ''}{device} in {precision.name}",
+        steps,
+        ["reading the weights at each step" if opt.lowmem else "reading the weights"]
+        + (["compiling"] if opt.compile else []),
+    )
+
+
+def tell_memory(memory: Memory, program: int) -> str:
+    """In words; `program` are the bytes of all that is no tensor."""
+    total = memory.weights + memory.computed + program
+    unit, size = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
+    parts = [
+        f"{_short(memory.weights / size)} weights",
+        f"{_short(memory.computed / size)} for {memory.peak}",
+    ]
+    parts += [f"{_short(program / size)} for the program"] if program else []
+    return f"memory: about {_short(total / size)} {unit} ({', '.join(parts)})"
+
+
+def tell_time(seconds: float, where: str, steps: int, apart: Sequence[str]) -> str:
+    """In words; `apart` is what the seconds leave out."""
+    units = (("s", 1), ("min", 60), ("h", 3600))
+    unit, size = next((unit for unit in units if seconds < 99.5 * unit[1]), units[-1])
+    return (
+        f"time: about {_short(seconds / size)} {unit} on {where} "
+        f"({steps} denoising steps of batches; a rough estimate, {' and '.join(apart)} apart)"
+    )
+
+
+def _short(value: float) -> str:
+    """A number with two digits, and nothing behind the point from 10 on."""
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:.1f}" if 0.1 <= rounded < 10 else f"{rounded:g}"

@@ -7,13 +7,24 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli.inputs import need
+from ldm.cli.kept import KeptModel
 from ldm.cli.locate import locate
-from ldm.cli.replay import Options, arguments, changes_of, command, compare, describe_watermark, place
+from ldm.cli.replay import (
+    Options,
+    arguments,
+    changes_of,
+    command,
+    compare,
+    count,
+    describe_watermark,
+    place,
+)
 from ldm.cli.report import outcome
 from ldm.cli.run import run
 from ldm.util import InputError, printable
@@ -28,7 +39,7 @@ logger = logging.getLogger("ldm")
 Parsers = Mapping[str, Callable[[], argparse.ArgumentParser]]
 
 OUTDIR = "outputs/replay"
-_OWN = ("files", "outdir", "show", "verify", "tolerance", "json", "dry_run", "quiet", "debug")
+_OWN = ("files", "outdir", "show", "verify", "tolerance", "json", "dry_run", "quiet", "debug", "typed")
 _FOR_RUNS = (
     "from_file",
     "prompt_format",
@@ -80,31 +91,49 @@ def replay(opt: argparse.Namespace, parsers: Parsers) -> int:
     need(opt.show or not (opt.json or opt.dry_run), "--json and --dry_run go with --show")
     need(0 <= opt.tolerance <= 255, f"--tolerance is {opt.tolerance}; give 0 to 255")
     codes: list[int] = []
+    kept = KeptModel()
     for file in opt.files:
-        codes.append(outcome(partial(_one, Path(file), opt, changes, parsers), opt.debug))
+        codes.append(outcome(partial(_one, Path(file), opt, changes, parsers, kept), opt.debug))
         if codes[-1] >= 128:
             return codes[-1]
     return codes[0] if len(set(codes)) == 1 else 1
 
 
-def _one(file: Path, opt: argparse.Namespace, changes: Options, parsers: Parsers) -> int:
+def _one(file: Path, opt: argparse.Namespace, changes: Options, parsers: Parsers, kept: KeptModel) -> int:
     """One file; a fault's line begins with its name."""
     from ldm.images.foreign import read_job
 
     shown = printable(file)
     try:
-        recipe = read_job(str(file))
+        recipe = _readable(read_job(str(file)))
         if opt.show:
             return _show(file, recipe, changes, opt.json)
-        return _make(file, recipe, opt, changes, parsers)
+        return _make(file, recipe, opt, changes, parsers, kept)
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(shown) else f"{shown}: {error}") from error
+
+
+def _readable(recipe: Recipe) -> Recipe:
+    """`recipe`, with its prompts as plain text where another program read more in them than is done here."""
+    from ldm.prompts.weights import parse_weights
+
+    job = recipe.job
+    if recipe.source == "ldm" or job.prompt_syntax == "plain":
+        return recipe
+    try:
+        for prompt in (job.prompt, job.negative_prompt):
+            parse_weights(prompt)
+    except InputError as error:
+        note = f"its prompts are read as plain text: {error}"
+        return replace(recipe, job=replace(job, prompt_syntax="plain"), notes=(*recipe.notes, note))
+    return recipe
 
 
 def _show(file: Path, recipe: Recipe, changes: Options, as_json: bool) -> int:
     """Prints what a file says, without looking for anything but its watermark."""
     script, typed = arguments(recipe, changes)
     line = command(recipe, changes)
+    samples, sample = count(recipe, changes), place(recipe, changes)
     watermark = _watermark(file, script)
     if as_json:
         fields = {
@@ -114,12 +143,13 @@ def _show(file: Path, recipe: Recipe, changes: Options, as_json: bool) -> int:
             "script": script,
             "arguments": typed,
         }
-        fields |= {"sample": place(recipe, changes), "model": recipe.model, "model_hash": recipe.model_hash}
-        print(json.dumps({**fields, "notes": recipe.notes, "watermark": watermark}))
+        fields |= {"samples": samples, "sample": sample, "model": recipe.model}
+        fields |= {"model_hash": recipe.model_hash, "notes": recipe.notes, "watermark": watermark}
+        print(json.dumps(fields))
         return 0
-    which = f" (its sample {place(recipe, changes):05d})" if place(recipe, changes) else ""
-    print(f"{printable(file)}: of {recipe.source}{which}\n  {line}")
-    for note in (*recipe.notes, watermark["found"]):
+    print(f"{printable(file)}: of {recipe.source}\n  {line}")
+    others = [f"this makes {samples} pictures; sample {sample:05d} is this one"] if samples > 1 else []
+    for note in (*others, *recipe.notes, watermark["found"]):
         print(f"  {note}")
     return 0
 
@@ -143,7 +173,14 @@ def _pixels(file: Path) -> np.ndarray:
     return np.asarray(read_picture(str(file)).color)
 
 
-def _make(file: Path, recipe: Recipe, opt: argparse.Namespace, changes: Options, parsers: Parsers) -> int:
+def _make(
+    file: Path,
+    recipe: Recipe,
+    opt: argparse.Namespace,
+    changes: Options,
+    parsers: Parsers,
+    kept: KeptModel,
+) -> int:
     """Makes the picture of a file again, and compares the two if that was asked for."""
     located = locate(recipe, file.parent, changes)
     need(not located.missing, "; ".join(located.missing))
@@ -154,7 +191,9 @@ def _make(file: Path, recipe: Recipe, opt: argparse.Namespace, changes: Options,
     found: Options = {
         name: value for name, value in {**changes, **located.changes}.items() if name not in _FOLDERS
     }
-    if "embedding_dir" in changes and "embedding" not in found:
+    rewritten = not changes.keys().isdisjoint(("prompt", "negative_prompt"))
+    # else a picture of this toolkit has said which textual inversions its words are
+    if "embedding_dir" in changes and (rewritten or (recipe.source != "ldm" and "embedding" not in found)):
         found["embedding_dir"] = changes["embedding_dir"]
     script, typed = arguments(recipe, found)
     parsed, unknown = parsers[script]().parse_known_args(typed)
@@ -163,19 +202,21 @@ def _make(file: Path, recipe: Recipe, opt: argparse.Namespace, changes: Options,
         f"scripts/{script}.py makes it again, which does not take {printable(' '.join(unknown[:1]))}",
     )
     parsed.quiet, parsed.debug = opt.quiet, opt.debug
-    made = _run_aside(parsed, Path(opt.outdir), place(recipe, changes), file.stem)
+    made = _run_aside(parsed, kept, Path(opt.outdir), place(recipe, changes), file.stem)
     if not isinstance(made, Path):
         return made
     logger.info("%s is made again in %s", printable(file), printable(made))
     return _compare(file, made, opt.tolerance) if opt.verify else 0
 
 
-def _run_aside(parsed: argparse.Namespace, folder: Path, wanted: int, stem: str) -> Path | int:
+def _run_aside(
+    parsed: argparse.Namespace, kept: KeptModel, folder: Path, wanted: int, stem: str
+) -> Path | int:
     """Runs in a hidden folder and keeps one sample, as a new file of `folder`: its path, or the run's exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".replay-", dir=folder) as hidden:
         parsed.outdir = hidden
-        code = run(parsed)
+        code = run(parsed, kept)
         return code or _keep(Path(hidden, "samples", f"{wanted:05d}.png"), folder, stem)
 
 

@@ -34,11 +34,12 @@ _REPEATED = ("lora", "embedding", "allow_targets")  # options that are given onc
 _SAMPLERS = ("plms", "dpm_solver")
 
 
-def options(recipe: Recipe) -> tuple[str, Options]:
+def options(recipe: Recipe, changes: Changes) -> tuple[str, Options]:
     """The script that makes a recipe's picture again, and its options; defaults of a job are left out.
 
-    What the script cannot know from the file stays open: which checkpoint `Recipe.model` is, and in which folder
-    the picture, the mask and the LoRAs lie that are named. A picture that was made in a batch is made in one of
+    Of `changes` the size of its batch counts here, which says how many batches there are. What the script cannot
+    know from the file stays open: which checkpoint `Recipe.model` is, and in which folder the picture, the mask and
+    the LoRAs lie that are named. A picture that was made in a batch is made in one of
     that size again, at its place there, since the sums' last bits depend on both (not on what else is in it); of the
     run's samples `place(recipe)` is the picture.
     """
@@ -54,7 +55,7 @@ def options(recipe: Recipe) -> tuple[str, Options]:
         {"ddim_eta": "eta", "timestep_spacing": "timestep_spacing", "rng": "rng", "seed_mode": "seed_mode"}
         | {"prompt_syntax": "prompt_syntax"},
     )
-    chosen |= _count(recipe)
+    chosen |= _count(recipe, changes)
     if init is None and job.strength == 1:
         chosen |= {"W": str(job.width), "H": str(job.height)}
     else:
@@ -74,13 +75,23 @@ def place(recipe: Recipe, changes: Changes | None = None) -> int:
     if recipe.job.seed_mode == "batch":
         return recipe.job.batch_index
     entry = recipe.extras.get("Batch pos", "0")
-    inside = re.fullmatch("[0-9]{1,5}", entry) and int(entry) < _batch_size(recipe)
+    inside = re.fullmatch("[0-9]{1,5}", entry) and int(entry) < _batch_size(recipe, {})
     return int(entry) if inside and "n_samples" not in (changes or {}) else 0
 
 
-def _batch_size(recipe: Recipe) -> int:
-    size = recipe.extras.get("Batch size", "1")
-    return int(size) if re.fullmatch("[1-9][0-9]{0,4}", size) else 1
+def count(recipe: Recipe, changes: Changes) -> int:
+    """How many pictures a recipe's command makes: whole batches of the recorded size, up to the picture's."""
+    per_batch = _batch_size(recipe, changes)
+    return (place(recipe, changes) // per_batch + 1) * per_batch
+
+
+def _batch_size(recipe: Recipe, changes: Changes) -> int:
+    size = str(changes.get("n_samples", recipe.extras.get("Batch size", "1")))
+    if re.fullmatch("[1-9][0-9]{0,4}", size):
+        return int(size)
+    if "n_samples" in changes:
+        raise InputError(f"--n_samples is {printable(size)[:50]}; give 1 to 99999")
+    return 1
 
 
 def _first_seed(recipe: Recipe, seed: str, changes: Changes) -> str:
@@ -106,7 +117,7 @@ def arguments(recipe: Recipe, changes: Changes, drop: Sequence[str] = ()) -> tup
     The job's LoRAs are options of their own, whose files are expected to lie where the command runs, or with
     `lora_dir` among the changes tags in the prompt; `lora` among them replaces them all.
     """
-    script, chosen = options(recipe)
+    script, chosen = options(recipe, changes)
     loras = recipe.job.loras
     if "lora_dir" in changes and "lora" not in changes and loras:
         tags = "".join(lora_tag(*lora) for lora in loras)
@@ -218,14 +229,11 @@ def _picture(init: Init) -> Options:
     return chosen | ({"invert_mask": None} if init.invert_mask else {})
 
 
-def _count(recipe: Recipe) -> Options:
+def _count(recipe: Recipe, changes: Changes) -> Options:
     """One batch of the recorded size, or with one stream of noise as many as there are up to the picture's."""
-    per_batch = _batch_size(recipe)
-    return {
-        "n_samples": str(per_batch),
-        "n_iter": str(place(recipe) // per_batch + 1),
-        "skip_grid": None,
-    }
+    per_batch = _batch_size(recipe, changes)
+    n_iter = count(recipe, changes) // per_batch
+    return {"n_samples": str(per_batch), "n_iter": str(n_iter), "skip_grid": None}
 
 
 def _of_the_run(recipe: Recipe) -> Options:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ from ldm.cli.inputs import (
     need,
     read_starts,
 )
+from ldm.cli.kept import KeptModel
+from ldm.cli.locate import model_name
 from ldm.cli.manifest import Content, Page, RunFile, describe, join_run, open_run
 from ldm.cli.output import Output, make_mark, make_screen
 from ldm.cli.plan import Plan, check_job, count_steps, read_wishes, schedule_length
@@ -48,8 +51,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ldm")
 
 
-def run(opt: argparse.Namespace) -> int:
-    """Text and pictures to pictures: the exit code."""
+def run(opt: argparse.Namespace, kept: KeptModel | None = None) -> int:
+    """Text and pictures to pictures: the exit code. The model is `kept` for the next run, or taken from the last."""
     ranks.hush()
     check_options(opt)
     need(
@@ -74,7 +77,7 @@ def run(opt: argparse.Namespace) -> int:
     plan = Plan(opt, wishes, starts, canvases, lambda job: check_job(job, config, find_lora))
     if opt.dry_run:
         _tell_steps(plan[0])
-        return show(opt, plan, config)
+        return show(opt, plan, config, device, resolve_precision(opt.precision, device))
     code = ranks.start(opt)
     if code is not None:
         return code
@@ -83,7 +86,8 @@ def run(opt: argparse.Namespace) -> int:
         name_process(here.rank, here.world, opt.quiet or here.rank > 0, opt.debug)
     precision = resolve_precision(opt.precision, here.device)
     _tell_steps(plan[0])
-    source = _Source(config_path, config, ckpt_path, here, precision, canvases, find_lora)
+    kept = kept or KeptModel()
+    source = _Source(config_path, config, ckpt_path, here, precision, canvases, find_lora, kept)
     return _make(opt, plan, source)
 
 
@@ -98,6 +102,7 @@ class _Source:
     precision: Precision
     canvases: Canvases
     find_lora: LoraFiles
+    kept: KeptModel
 
 
 def _make(opt: argparse.Namespace, plan: Plan, source: _Source) -> int:
@@ -234,36 +239,47 @@ def _settings(opt: argparse.Namespace, plan: Plan, source: _Source) -> dict[str,
 def _hashes(opt: argparse.Namespace, ckpt: Path) -> dict[str, Callable[[], str]]:
     """The SHA-256 of the files of weights; for large ones it takes seconds, so it is computed beside the rest."""
     from ldm.checkpoints.hashing import files_sha256
+
+    return {f"{part} hash": _in_background(files_sha256, files) for part, files in _files(opt, ckpt).items()}
+
+
+def _files(opt: argparse.Namespace, ckpt: Path) -> dict[str, list[Path]]:
+    """The files of weights, by what the metadata calls them."""
     from ldm.checkpoints.reader import model_files
 
-    hashes = {"Model hash": _in_background(files_sha256, model_files(ckpt))}
+    files = {"Model": model_files(ckpt)}
     if opt.vae is not None:
-        hashes["VAE hash"] = _in_background(files_sha256, model_files(opt.vae, "vae"))
+        files["VAE"] = model_files(opt.vae, "vae")
     if opt.text_encoder is not None:
-        files = model_files(opt.text_encoder, "text_encoder")
-        hashes["Text encoder hash"] = _in_background(files_sha256, files)
-    return hashes
+        files["Text encoder"] = model_files(opt.text_encoder, "text_encoder")
+    return files
 
 
 def _load(opt: argparse.Namespace, plan: Plan, source: _Source) -> tuple[Pipeline, Embeddings | None]:
     """The model on its device, with the LoRAs of the run read and its textual inversions known."""
+    from ldm.checkpoints.cache import identity
     from ldm.pipeline import Pipeline, load_model
 
-    model = load_model(
-        source.config,
-        source.ckpt,
-        source.here.device,
-        opt.ema,
+    load = partial(
+        load_model,
+        config=source.config,
+        ckpt=source.ckpt,
+        device=source.here.device,
+        ema=opt.ema,
         mmap=not opt.no_mmap,
         vae=opt.vae,
         text_encoder=opt.text_encoder,
         dtype=None,
         cache=_weights_cache(opt, source.here.device, source.precision),
     )
-    embeddings = _embeddings(opt, model)
-    pipeline = Pipeline(
-        model, source.precision, source.canvases, opt.tiles, source.find_lora, opt.lowmem, opt.compile
+    shape = partial(
+        Pipeline, precision=source.precision, tiles=opt.tiles, lowmem=opt.lowmem, compiled=opt.compile
     )
+    files = [file for of_part in _files(opt, source.ckpt).values() for file in of_part]
+    key = load.keywords, shape.keywords, identity(files)
+    pipeline = source.kept.get(key, lambda: shape(load()))
+    pipeline.start_over(source.canvases, source.find_lora)
+    embeddings = _embeddings(opt, pipeline.model)
     for name in plan.loras():
         pipeline.loras.read(name)
     return pipeline, embeddings
@@ -340,9 +356,8 @@ def _extras(
     from ldm.checkpoints.lora_files import lora_hash
     from ldm.images.metadata import file_name
 
-    ckpt = source.ckpt
     extras = {
-        "Model": ckpt.parent.name if ckpt.stem == "model" else ckpt.name if ckpt.is_dir() else ckpt.stem,
+        "Model": model_name(source.ckpt),
         "Config": source.config_path.stem,
         "Precision": source.precision.name,
         "Version": f"ldm {__version__}",

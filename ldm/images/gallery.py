@@ -16,44 +16,63 @@ from ldm.util import InputError, printable
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 _STYLE = """
-:root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }
+:root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; scroll-padding-top: 4rem; }
 body { margin: 0; }
-header { position: sticky; top: 0; padding: .6rem 1rem; background: Canvas; border-bottom: 1px solid GrayText; }
-input { font: inherit; width: min(30rem, 60vw); padding: .2rem .4rem; }
-main { display: grid; gap: 1rem; padding: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
+header { display: flex; align-items: center; gap: .8rem; padding: .6rem 1rem; border-bottom: 1px solid #8886; }
+header { position: sticky; top: 0; z-index: 1; background: Canvas; }
+input { font: inherit; flex: 0 1 30rem; min-width: 0; padding: .2rem .4rem; }
+::placeholder { color: inherit; opacity: .7; }
+output { white-space: nowrap; }
+main { display: grid; gap: 1.5rem 1rem; padding: 1rem; align-items: start; }
+main { grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figure[hidden] { display: none; }
+a { display: block; }
 img { width: 100%; height: auto; display: block; background: #8884; }
-p { margin: .3rem 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 8rem; overflow: auto; }
-.negative, .settings, .file { color: GrayText; font-size: .85rem; }
-code { display: block; overflow: auto; white-space: pre; font-size: .8rem; padding: .3rem; background: #8882; }
-button { font: inherit; margin-top: .3rem; }
+p { margin: .3rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+p { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4; overflow: hidden; }
+figure:has(details[open]) p { display: block; }
+.negative, .settings, .file, summary { color: color-mix(in srgb, CanvasText 70%, Canvas); font-size: .85rem; }
+code { display: block; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
+code { margin-top: .3rem; padding: .4rem; background: #8882; }
+summary { padding: .3rem 0; cursor: pointer; }
+button { font: inherit; font-size: .85rem; min-width: 9rem; cursor: pointer; float: right; }
 """
 
-# The part of the address behind # is a filter as well, so that a search can be bookmarked.
+# The part of the address behind # is the filter as well, so that a search can be bookmarked.
 _SCRIPT = """
 "use strict";
-const figures = [...document.querySelectorAll("figure")];
 const filter = document.getElementById("filter");
+const count = document.getElementById("count");
+const figures = [...document.querySelectorAll("figure")];
+const texts = figures.map((figure) =>
+  Array.from(figure.querySelectorAll("p"), (p) => p.textContent.toLowerCase()).join("\\n"));
 function show() {
   const words = filter.value.toLowerCase().split(/\\s+/).filter(Boolean);
-  for (const figure of figures) {
-    const text = figure.textContent.toLowerCase();
-    figure.hidden = !words.every((word) => text.includes(word));
-  }
-  const shown = figures.filter((figure) => !figure.hidden).length;
-  document.getElementById("count").textContent = `${shown} of ${figures.length}`;
+  figures.forEach((figure, i) => { figure.hidden = !words.every((word) => texts[i].includes(word)); });
+  count.textContent = `${figures.filter((figure) => !figure.hidden).length} of ${figures.length}`;
+}
+function readAddress() {
+  try { filter.value = decodeURIComponent(location.hash.slice(1)); } catch { filter.value = ""; }
+  show();
 }
 async function copy(button) {
-  const code = button.parentElement.querySelector("code");
-  getSelection().selectAllChildren(code);
-  try { await navigator.clipboard.writeText(code.textContent); } catch { document.execCommand("copy"); }
-  button.textContent = "copied";
+  const details = button.nextElementSibling;
+  const code = details.querySelector("code");
+  let copied = true;
+  try { await navigator.clipboard.writeText(code.textContent); } catch {
+    details.open = true;
+    getSelection().selectAllChildren(code);
+    copied = document.execCommand("copy");
+  }
+  button.textContent = copied ? "copied" : "selected: press Ctrl+C";
+  setTimeout(() => { button.textContent = "copy command"; }, 3000);
 }
 filter.addEventListener("input", show);
+filter.addEventListener("change", () => history.replaceState(null, "", `#${encodeURIComponent(filter.value)}`));
+addEventListener("hashchange", readAddress);
 document.addEventListener("click", (event) => { if (event.target.matches("button")) copy(event.target); });
-try { filter.value = decodeURIComponent(location.hash.slice(1)); } catch { filter.value = ""; }
-show();
+readAddress();
 """
 
 
@@ -86,7 +105,8 @@ def gallery(folder: str | Path, command: Callable[[Recipe], str]) -> str:
 <style>{_STYLE}</style>
 </head>
 <body>
-<header><input id="filter" type="search" placeholder="words of a prompt, a seed" autocomplete="off">
+<header>
+<input id="filter" type="search" aria-label="filter" placeholder="words of a prompt, a seed" autocomplete="off">
 <output id="count">{len(names)} pictures</output></header>
 <main>
 {figures}
@@ -108,16 +128,18 @@ def _policy() -> str:
 
 
 def _figure(path: Path, command: Callable[[Recipe], str]) -> str:
-    source = "samples/" + quote(os.fsencode(path.name))
+    source, name = "samples/" + quote(os.fsencode(path.name)), _shown(path.name)
+    sides = ""
     try:
         recipe = read_job(str(path))
     except InputError as error:
         caption = f'<p class="settings">{_shown(str(error))}</p>'
     else:
         caption = _caption(recipe, command(recipe))
+        sides = f' width="{recipe.job.width}" height="{recipe.job.height}"'  # room for it before it is there
     return (
-        f'<figure><a href="{source}"><img src="{source}" alt="" loading="lazy"></a><figcaption>\n'
-        f'<p class="file">{_shown(path.name)}</p>\n{caption}</figcaption></figure>'
+        f'<figure><a href="{source}"><img src="{source}"{sides} alt="{name}" loading="lazy"></a><figcaption>\n'
+        f'<p class="file">{name}</p>\n{caption}</figcaption></figure>'
     )
 
 
@@ -127,12 +149,13 @@ def _caption(recipe: Recipe, command: str) -> str:
     settings = (
         f"seed {job.seed}, {job.steps} steps of {job.sampler}, scale {job.scale:g}, {size}, {recipe.model}"
     )
-    negative = f'<p class="negative" dir="auto">without: {_shown(job.negative_prompt)}</p>\n'
+    negative = f'<p class="negative" dir="auto">negative prompt: {_shown(job.negative_prompt)}</p>\n'
     return (
         f'<p class="prompt" dir="auto">{_shown(job.prompt)}</p>\n'
         f"{negative if job.negative_prompt else ''}"
         f'<p class="settings">{_shown(settings.removesuffix(", "))}</p>\n'
-        f'<code>{_shown(command)}</code><button type="button">copy the command</button>'
+        '<button type="button">copy command</button>'
+        f"<details><summary>details</summary><code>{_shown(command)}</code></details>"
     )
 
 

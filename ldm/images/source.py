@@ -78,8 +78,8 @@ def read_picture(path: str) -> Source:
     Every fault of the file is an `InputError` of one line: more than 64 megapixels (told by the header, before
     anything is decoded) and any truncation or damage that the format can show.
     """
-    with _reading(path):
-        data = _read_bytes(path)
+    with reading(path):
+        data = read_bytes(path)
         image, turn, notes = _decode(data)
         color, alpha = _split(image, notes)
         if turn in _TURNS:
@@ -89,8 +89,8 @@ def read_picture(path: str) -> Source:
 
 
 @contextlib.contextmanager
-def _reading(path: str) -> Iterator[None]:
-    """Turns whatever goes wrong inside into one line that begins with the path.
+def reading(path: str) -> Iterator[None]:
+    """Turns whatever goes wrong inside into an `InputError` of one line that begins with the path.
 
     A damaged file makes Pillow raise many kinds of exception, so this is the one guard that takes them all.
     """
@@ -118,8 +118,11 @@ def _reason(error: Exception) -> str:
     return f"is damaged ({type(error).__name__}: {error}); save or download it again"
 
 
-def _read_bytes(path: str) -> bytes:
-    """The content of a regular file; a folder, pipe or device is refused and cannot hang us."""
+def read_bytes(path: str) -> bytes:
+    """The content of a regular file of up to 1 GiB; a folder, pipe or device is refused and cannot hang us.
+
+    Call it inside `reading`: its `InputError` does not name the file.
+    """
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise InputError("is a directory; give the picture inside it")
@@ -141,14 +144,14 @@ def _decode(data: bytes) -> tuple[Image.Image, int, list[str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about odd metadata: only the pixels matter
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = _open(data)
+        image = open_image(data)
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise InputError(
                 f"is {width}x{height}, more than {MAX_PIXELS // 10**6} megapixels; make it smaller first"
             )
         if image.format == "PNG":
-            _open(data).verify()  # all checksums; decoding alone overlooks a flipped bit at the end
+            open_image(data).verify()  # all checksums; decoding alone overlooks a flipped bit at the end
         stored = _orientation(image) if image.format == "TIFF" else 1  # Pillow itself turns these
         image.load()
         turn = _orientation(image)
@@ -158,7 +161,12 @@ def _decode(data: bytes) -> tuple[Image.Image, int, list[str]]:
     return image, turn, notes
 
 
-def _open(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
+    """A file's picture, its header read and its pixels not yet decoded.
+
+    Call it inside `reading`: what is no PNG, JPEG, WEBP, BMP or TIFF file is an `InputError` that says what it is,
+    but not which file.
+    """
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:

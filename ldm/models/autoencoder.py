@@ -8,15 +8,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.diffusionmodules.model import CH_MULT, Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config, printable
 
 logger = logging.getLogger(__name__)
 
 
+def downsampling(ddconfig: Mapping[str, Any]) -> int:
+    """How many pixels one latent value spans along each side, by the config of encoder and decoder."""
+    return 2 ** (len(ddconfig.get("ch_mult", CH_MULT)) - 1)
+
+
 class AutoencoderKL(nn.Module):
-    """Pictures [B, 3, H, W] in [-1, 1] <-> latents [B, embed_dim, H/f, W/f].
+    """Pictures [B, 3, H, W] in [-1, 1] <-> latents [B, embed_dim, H/f, W/f], f being `downsampling`.
 
     `ddconfig` describes encoder and decoder. `image_key` and `monitor` are for training; `ckpt_path` is not
     read: weights come from the checkpoint that the user names.
@@ -38,6 +43,7 @@ class AutoencoderKL(nn.Module):
             logger.warning("the config's ckpt_path %s is ignored", printable(ckpt_path))
         self.image_key, self.monitor = image_key, monitor
         self.ignore_keys, self.colorize_nlabels = ignore_keys, colorize_nlabels
+        self.downsampling = downsampling(ddconfig)
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
         self.loss = instantiate_from_config(lossconfig)
@@ -45,11 +51,6 @@ class AutoencoderKL(nn.Module):
         self.embed_dim = embed_dim
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
-
-    @property
-    def downsampling(self) -> int:
-        """How many pixels one latent value spans along each side."""
-        return 2 ** (len(self.decoder.up) - 1)
 
     @property
     def widths(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""What one line of a prompt list asks for, and the jobs it becomes."""
+"""What one line of a prompt list asks for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from ldm.job import Job
 from ldm.prompts.files import Faults
-from ldm.prompts.settings import MAX_SEED, SETTINGS, Setting, override
-from ldm.util import InputError, printable
+from ldm.prompts.settings import SETTINGS, Setting
+from ldm.util import printable
 
 COUNT, SEEDS = "count", "seeds"  # beside the fields of a job: how many images, and several seeds
 MAX_COUNT = 100_000
@@ -22,9 +21,9 @@ _NO_OVERRIDES: Mapping[str, Any] = {}
 class Line:
     """What one line asks for: `count` images of a prompt for each of its seeds.
 
-    `seeds` is empty where the line leaves the seed to the run. `overrides` are checked values by field of `Job`,
-    behind `init.` by field of its `Init`; `init` None takes the picture away. `number` counts the source's lines
-    from 1.
+    `seeds` is empty where the line leaves the seed to the run; a seed is the first of its images', and the next
+    ones count up. `overrides` are checked values by field of `Job`, behind `init.` by field of its `Init`; `init`
+    None takes the picture away. `number` counts the source's lines from 1.
     """
 
     number: int
@@ -32,21 +31,6 @@ class Line:
     seeds: tuple[int, ...] = ()
     count: int = 1
     overrides: Mapping[str, Any] = field(default_factory=lambda: _NO_OVERRIDES)
-
-
-def apply(line: Line, defaults: Job) -> list[Job]:
-    """The jobs of a line: `defaults` with what the line says.
-
-    A seed of the line, else that of `defaults`, is its first image's; the next ones count up from there.
-    Raises `InputError` if it changes the picture to start from where there is none.
-    """
-    try:
-        job = override(defaults, {"prompt": line.prompt, **line.overrides})
-    except ValueError as error:
-        raise InputError(f"line {line.number}: {error}") from None
-    firsts = line.seeds or (defaults.seed,)
-    seeds = [(first + i) % (MAX_SEED + 1) for first in firsts for i in range(line.count)]
-    return [override(job, {"seed": seed}) for seed in seeds]
 
 
 def numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:

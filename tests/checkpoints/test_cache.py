@@ -9,13 +9,13 @@ import torch
 from ldm.checkpoints import cache
 from ldm.pipeline import load_model
 from ldm.runtime.fast import halved, prepare
-from tests.golden_data import figure, rebuilt_state_dict, tiny_config, tiny_model
+from tests.golden_data import figure, rebuilt_state_dict, tiny_config
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
+def checkpoint(tmp_path_factory, tiny) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.ckpt"
-    torch.save({"state_dict": rebuilt_state_dict(tiny_model())}, path)
+    torch.save({"state_dict": rebuilt_state_dict(tiny)}, path)
     return path
 
 
@@ -32,12 +32,19 @@ def outputs(model):
         yield model.get_learned_conditioning(["a red cube"])
 
 
-def test_the_same_numbers_from_fewer_bytes(checkpoint, tmp_path):
-    folder = tmp_path / "not" / "there"
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory, checkpoint):
+    """The file that a first run has cached, and what that run computed."""
+    folder = tmp_path_factory.mktemp("cache") / "not" / "there"
     first = list(outputs(load(checkpoint, folder)))
     (file,) = folder.iterdir()
+    return file, first
+
+
+def test_the_same_numbers_from_fewer_bytes(checkpoint, cached):
+    file, first = cached
     assert file.stat().st_size < 0.75 * checkpoint.stat().st_size
-    for model in (load(checkpoint, folder), load(checkpoint, None)):
+    for model in (load(checkpoint, file.parent), load(checkpoint, None)):
         for a, b in zip(outputs(model), first, strict=True):
             assert torch.equal(a, b)
 
@@ -51,28 +58,29 @@ def test_what_is_rounded_is_what_runs_rounded(checkpoint, tmp_path):
         assert not (wide and key in halves), key
 
 
-def test_another_file_or_choice_has_a_cache_of_its_own(checkpoint, tmp_path):
-    names = {cache.cached_file(tmp_path, [checkpoint], choice) for choice in ("auto", "off")}
-    os.utime(checkpoint, ns=(1, 1))
-    names.add(cache.cached_file(tmp_path, [checkpoint], "auto"))
-    checkpoint.with_name("copy.ckpt").write_bytes(checkpoint.read_bytes())
-    names.add(cache.cached_file(tmp_path, [checkpoint.with_name("copy.ckpt")], "auto"))
+def test_another_file_or_choice_has_a_cache_of_its_own(tmp_path):
+    file, other = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
+    for path in (file, other):
+        path.write_bytes(b"equal")
+    names = {cache.cached_file(tmp_path, [file], choice) for choice in ("auto", "off")}
+    os.utime(file, ns=(1, 1))
+    names.add(cache.cached_file(tmp_path, [file], "auto"))
+    names.add(cache.cached_file(tmp_path, [other], "auto"))
     assert len(names) == 4
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x10\0\0\0\0\0\0\0{", b"no safetensors at all"])
-def test_a_damaged_cache_is_made_again(checkpoint, tmp_path, damage, caplog):
-    first = list(outputs(load(checkpoint, tmp_path)))
-    (file,) = tmp_path.iterdir()
-    whole = file.read_bytes()
+def test_a_damaged_cache_is_made_again(checkpoint, cached, tmp_path, damage, caplog):
+    whole, first = cached
+    file = tmp_path / whole.name
     file.write_bytes(damage)
     again = list(outputs(load(checkpoint, tmp_path)))
     assert "made anew" in caplog.text
-    assert file.read_bytes() == whole
+    assert file.read_bytes() == whole.read_bytes()
     assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
-def test_a_full_disk_costs_the_cache_only(checkpoint, tmp_path, monkeypatch, caplog):
+def test_a_full_disk_costs_the_cache_only(checkpoint, tiny, tmp_path, monkeypatch, caplog):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -80,4 +88,4 @@ def test_a_full_disk_costs_the_cache_only(checkpoint, tmp_path, monkeypatch, cap
     model = load(checkpoint, tmp_path)
     assert "No space left" in caplog.text
     assert not list(tmp_path.iterdir())
-    assert torch.equal(model.state_dict()["betas"], tiny_model().betas)
+    assert torch.equal(model.state_dict()["betas"], tiny.betas)

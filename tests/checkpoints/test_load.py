@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,6 @@ from torch import nn
 
 from ldm.checkpoints.load import SCHEDULE_BUFFERS, ema_key, load_into
 from ldm.checkpoints.reader import Checkpoint, read_checkpoint
-from ldm.checkpoints.recognise import other_model
 from ldm.checkpoints.sniff import CheckpointError
 from tests.checkpoints.files import GOLDEN, save_like_lightning, tiny_state_dict
 
@@ -208,47 +207,6 @@ def test_a_model_with_averages_takes_a_file_without() -> None:
     model = model_of({**SMALL, average: (3, 2), "model_ema.decay": (), "model_ema.num_updates": ()})
     load_into(model, small_file())
     assert (model.state_dict()[average] == 3).all() and model.state_dict()["model_ema.decay"] == 7
-
-
-def keys_of(name: str) -> dict[str, torch.Tensor]:
-    shapes = json.loads((GOLDEN / name).read_text())
-    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-
-
-def meta(key: str, *shape: int) -> Callable[[], dict[str, torch.Tensor]]:
-    return lambda: {key: torch.empty(shape, device="meta")}
-
-
-@pytest.mark.parametrize(
-    ("state_dict", "name"),
-    [
-        (lambda: keys_of("keys_v1.json"), None),
-        (lambda: keys_of("keys_v1_ema.json"), None),
-        (lambda: keys_of("keys_laion400m.json"), None),
-        (lambda: keys_of("keys_inpaint.json"), "inpainting"),
-        (meta("conditioner.embedders.0.transformer.text_model.x", 1), "SDXL"),
-        (
-            meta("cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight", 1),
-            "Stable Diffusion v2",
-        ),
-        (
-            meta("model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight", 640, 1024),
-            "Stable Diffusion v2",
-        ),
-        (meta("model.diffusion_model.input_blocks.0.0.weight", 320, 8, 3, 3), "InstructPix2Pix"),
-        (meta("control_model.time_embed.0.weight", 1), "ControlNet"),
-        (meta("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", 1), "LoRA"),
-        (meta("unet.down_blocks.0.attn1.to_q.lora_A.weight", 1), "LoRA"),
-        (meta("decoder.up.0.block.0.conv1.weight", 1), "VAE"),
-        (meta("down_blocks.0.resnets.0.conv1.weight", 1), "diffusers layout"),
-        (meta("emb_params", 1, 768), "textual inversion"),
-    ],
-)
-def test_other_models_are_told_by_their_keys(
-    state_dict: Callable[[], dict[str, torch.Tensor]], name: str | None
-) -> None:
-    found = other_model(state_dict())
-    assert found is None if name is None else found is not None and name in found
 
 
 def test_another_model_is_named_in_the_refusal() -> None:

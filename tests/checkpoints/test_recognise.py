@@ -9,7 +9,19 @@ import pytest
 import torch
 
 from ldm.checkpoints.reader import Checkpoint
-from ldm.checkpoints.recognise import LAION, SDXL, V1, V2, ModelKind, kind_of, looks_like, tensors_in
+from ldm.checkpoints.recognise import (
+    LAION,
+    SDXL,
+    V1,
+    V2,
+    ModelKind,
+    count_and_names,
+    is_laion_model,
+    kind_of,
+    looks_like,
+    other_model,
+    tensors_in,
+)
 from tests.golden_data import keys
 
 UNET = "model.diffusion_model."
@@ -46,6 +58,8 @@ PUBLISHED = [
 def test_the_models_that_this_toolkit_runs(name: str, kind: ModelKind, text: str) -> None:
     found = kind_of(of_shapes(dict(keys(name))))
     assert found == kind and found.name == text
+    other = f"{text}, which needs the inpainting config" if kind.variant else None
+    assert other_model(of_shapes(dict(keys(name)))) == other
 
 
 @pytest.mark.parametrize(
@@ -128,6 +142,9 @@ OTHERS = [
 @pytest.mark.parametrize(("shapes", "name"), OTHERS, ids=[row[1][:40] for row in OTHERS])
 def test_other_files_are_named(shapes: dict[str, Any], name: str) -> None:
     assert kind_of(of_shapes(shapes)).name == name
+    told = f"{name}, which needs the inpainting config" if "inpainting" in name else name
+    unsure = "a latent diffusion model", "an unknown state dict"
+    assert other_model(of_shapes(shapes)) == (None if name in unsure else told)
 
 
 def test_an_embedding_as_its_training_left_it() -> None:
@@ -161,3 +178,14 @@ def test_a_mapping_that_occurs_in_many_places_is_visited_a_bounded_number_of_tim
         tree = {str(i): tree for i in range(1000)}
     assert sum(1 for _ in tensors_in(tree)) == 100_000, "1000 ** 3 visits would take minutes"
     assert kind_of(tree).part == ""
+
+
+@pytest.mark.parametrize("name", [row[0] for row in PUBLISHED])
+def test_the_text_model_tells_the_laion_model(name: str) -> None:
+    assert is_laion_model(of_shapes(dict(keys(name)))) == (name == "keys_laion400m.json")
+
+
+def test_keys_are_counted_and_a_few_named() -> None:
+    assert count_and_names(["a\x1b"]) == r"1 key (a\x1b)"
+    assert count_and_names(dict.fromkeys("abcdefg")) == "7 keys (a, b, c, d, e, ...)"
+    assert count_and_names(["x" * 300]) == f"1 key ({'x' * 200})"

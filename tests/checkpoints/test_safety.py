@@ -189,7 +189,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A computer without a safety model: empty home, toolkit and current folders."""
     for name in ("home", "toolkit", "here"):
         (tmp_path / name).mkdir()
-    for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr("ldm.util.ROOT", tmp_path / "toolkit")
@@ -213,6 +213,7 @@ def test_no_model_anywhere_is_none(home: Path) -> None:
         ("HF_HOME", "hf", "hf/hub"),
         ("HF_HUB_CACHE", "hub", "hub"),
         ("HF_HUB_CACHE", "~/hub", "home/hub"),
+        ("HUGGINGFACE_HUB_CACHE", "hub", "hub"),  # its older name
     ],
 )
 def test_the_hub_cache_is_looked_into(

@@ -183,7 +183,7 @@ def test_a_text_of_the_web_ui() -> None:
     recipe = webui.read(WEB_UI)
     assert recipe.job == Job(
         "masterpiece, (cat:1.2)", "lowres,\nugly", seed=965400086, width=640, height=448, steps=20,
-        sampler="ddim", eta=1.0, scale=7.0, rng="cpu", loras=(("x", 0.8, 0.8),),
+        sampler="ddim", eta=1.0, scale=7.0, rng="cpu", loras=(("x", 0.8, 0.8),), prompt_syntax="a1111",
     )  # fmt: skip
     assert (recipe.source, recipe.model, recipe.model_hash) == ("A1111", "v1-5", "6ce0161689")
     for words in (
@@ -201,10 +201,19 @@ def test_plain_ddim_of_the_web_ui_differs_in_little() -> None:
         "a cat\nSteps: 50, Sampler: DDIM, CFG scale: 7.5, Seed: 42, Size: 512x512, RNG: NV, Version: v1.5.2"
     )
     recipe = webui.read(text)
-    assert (recipe.job, recipe.notes) == (Job("a cat"), ())
+    assert (recipe.job, recipe.notes) == (Job("a cat", prompt_syntax="a1111"), ())
     (note,) = webui.read(text.replace("1.5.2", "1.10.1-12-gabc")).notes
     assert "last step" in note
     assert webui.read(text.replace("Steps: 50", "Steps: 30")).job.timestep_spacing == "compvis"
+
+
+def test_brackets_weigh_in_the_web_ui_unless_it_was_told_otherwise() -> None:
+    settings = "Steps: 20, Sampler: PLMS, CFG scale: 7, Seed: 1, Size: 64x64, RNG: NV, Version: v1.5.2"
+    text = f"a (cat:1.2) BREAK [dog]\n{settings}"
+    for emphasis, syntax in (("", "a1111"), (", Emphasis: No norm", "a1111"), (", Emphasis: None", "plain")):
+        recipe = webui.read(text + emphasis)
+        assert (recipe.job.prompt, recipe.job.prompt_syntax) == ("a (cat:1.2) BREAK [dog]", syntax)
+        assert not noted(recipe, "weights") and noted(recipe, "No norm") == ("No norm" in emphasis)
 
 
 def test_a_second_pass_of_the_web_ui() -> None:
@@ -246,7 +255,7 @@ def test_a_text_of_stable_diffusion_cpp() -> None:
     assert recipe.source == "stable-diffusion.cpp"
     assert recipe.job == Job(
         "a lovely cat", seed=197583933, width=512, height=768, steps=30, scale=5.0, sampler="dpm_solver",
-        upscale=2.0, upscale_in="latents",
+        upscale=2.0, upscale_in="latents", prompt_syntax="a1111",
     )  # fmt: skip
     assert recipe.model == "v1-5.safetensors"
     assert noted(recipe, "dpm++2m") and noted(recipe, "karras") and noted(recipe, "Skip layers")

@@ -39,11 +39,11 @@ ATTACKS = [
 NAMES = ["'\"><script>.png", "a b%20#?&.png", "日本.PNG", "\x1b[31m.png", "..png", "&lt;.png"]
 EXPECTED_TAGS = {
     "html", "head", "meta", "title", "style", "body", "header", "input", "output", "main", "figure", "a", "img",
-    "figcaption", "p", "code", "button", "script",
+    "figcaption", "p", "code", "button", "details", "summary", "script",
 }  # fmt: skip
 EXPECTED_ATTRIBUTES = {
     "lang", "charset", "http-equiv", "content", "name", "id", "type", "placeholder", "autocomplete", "href", "src",
-    "alt", "loading", "class", "dir",
+    "width", "height", "alt", "aria-label", "loading", "class", "dir",
 }  # fmt: skip
 
 
@@ -77,9 +77,9 @@ class Page(HTMLParser):
 
 def picture(path: Path, job: Job | None, colour: tuple[int, int, int] = (200, 30, 60)) -> None:
     pixels = np.full((64, 64, 3), colour, np.uint8)
-    texts = {"text": infotext(job, {}), "record": record(job, {})} if job else {}
+    text, note = (infotext(job, {}), record(job, {})) if job else ("", "")
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(encode_png(pixels, **texts))
+    path.write_bytes(encode_png(pixels, text, record=note))
 
 
 def command(recipe: Recipe) -> str:
@@ -206,7 +206,8 @@ def test_a_browser_runs_the_page_s_script_and_no_other(attacked: Path, tmp_path:
     assert page.texts["output"] == [f"1 of {count}"]
     hidden = ["hidden" in attributes for attributes in page.all("figure")]
     assert hidden.count(False) == 1
-    (shown,) = [image["src"] for image, away in zip(page.all("img"), hidden, strict=False) if not away]
+    images = page.all("img")[:count]  # the last one is the attack's
+    (shown,) = [image["src"] for image, away in zip(images, hidden, strict=True) if not away]
     assert shown == f"samples/{ATTACKS.index(HANDLER):05d}.png"
 
 

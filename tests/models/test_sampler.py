@@ -6,8 +6,9 @@ import torch
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.guidance import Guidance, join
-from ldm.models.diffusion.noise import TorchNoise
+from ldm.models.diffusion.noise import PhiloxNoise, TorchNoise
 from ldm.models.diffusion.plms import PLMSSampler
+from tests.golden_data import TOLERANCE, figure, relative_error
 
 
 class Shrinker:
@@ -152,3 +153,115 @@ def test_original_steps(tiny):
         tiny.q_sample(x0, t, noise),
         atol=1e-6,
     )
+
+
+# --- one step at a time, as extensions of the original take it ------------------------------------------------
+
+
+GUIDED = {"unconditional_guidance_scale": 7.5, "unconditional_conditioning": figure("sample/uncond")}
+
+
+def walked(sampler, steps, **options):
+    """The guided inputs of the figures, brought down the schedule by hand."""
+    sampler.make_schedule(steps, verbose=False, ddim_eta=options.pop("eta", 0.0))
+    x, cond, past = figure("sample/x_T"), figure("sample/cond"), []
+    times = [torch.full((2,), int(t)) for t in reversed(sampler.ddim_timesteps)]
+    for i, t in enumerate(times):
+        index = len(times) - i - 1
+        if isinstance(sampler, DDIMSampler):
+            x, _ = sampler.p_sample_ddim(x, cond, t, index=index, **GUIDED, **options)
+        else:
+            t_next = times[min(i + 1, len(times) - 1)]
+            x, _, eps = sampler.p_sample_plms(x, cond, t, index, old_eps=past, t_next=t_next, **GUIDED)
+            past = [*past, eps][-4:]
+    return x
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "name"),
+    [
+        (DDIMSampler, {}, "ddim_S10_scale7.5"),
+        (DDIMSampler, {"eta": 1.0}, "ddim_S10_eta1_torchseed7"),
+        (PLMSSampler, {}, "plms_S10_scale7.5"),
+    ],
+)
+def test_steps_taken_by_hand_give_the_figures_of_the_original(tiny, kind, options, name):
+    torch.manual_seed(7)
+    assert relative_error(walked(kind(tiny), 10, **options), figure(f"sample/{name}")) <= TOLERANCE
+
+
+def test_a_first_step_of_plms_needs_the_next_timestep(tiny):
+    sampler = PLMSSampler(Shrinker(tiny))
+    sampler.make_schedule(10, verbose=False)
+    with pytest.raises(ValueError, match="t_next"):
+        sampler.p_sample_plms(torch.randn(1, 4, 2, 2), torch.ones(1, 1, 1, 1), torch.tensor([901]), 9)
+
+
+def test_a_step_of_the_original_schedule_and_repeated_noise(tiny):
+    sampler = DDIMSampler(Shrinker(tiny))
+    sampler.make_schedule(10, ddim_eta=1.0, verbose=False)
+    x, cond = torch.randn(1, 4, 3, 5).repeat(2, 1, 1, 1), torch.ones(2, 1, 1, 1)
+    t = torch.tensor([500, 500])
+    repeated, clean = sampler.p_sample_ddim(x, cond, t, 500, repeat_noise=True, use_original_steps=True)
+    assert torch.equal(repeated[0], repeated[1])
+    alpha = float(tiny.alphas_cumprod[500])
+    assert torch.allclose(clean, x * (1 - (1 - alpha) ** 0.5) / alpha**0.5, atol=1e-6)
+    fresh, _ = sampler.p_sample_ddim(x, cond, t, 500, use_original_steps=True)
+    assert not torch.allclose(fresh[0], fresh[1])
+
+
+def hooked_on_the_object(kind, name, calls, patch):
+    def build(model):
+        sampler = kind(model)
+        own = getattr(sampler, name)
+
+        def hook(x, cond, ts, unconditional_conditioning, *args, **kwargs):
+            calls.append(kwargs["index"])
+            return own(x, cond, ts, *args, unconditional_conditioning=unconditional_conditioning, **kwargs)
+
+        setattr(sampler, name, hook)
+        return sampler
+
+    return build
+
+
+def hooked_by_a_subclass(kind, name, calls, patch):
+    def step(self, *args, **kwargs):
+        calls.append(kwargs["index"])
+        return getattr(kind, name)(self, *args, **kwargs)
+
+    return type("Extension", (kind,), {name: step})
+
+
+def hooked_on_the_class(kind, name, calls, patch):
+    own = getattr(kind, name)
+
+    def step(self, x, c, t, index, **kwargs):
+        calls.append(index)
+        return own(self, x, c, t, index, **kwargs)
+
+    patch.setattr(kind, name, step)
+    return kind
+
+
+@pytest.mark.parametrize("hooked", [hooked_on_the_object, hooked_by_a_subclass, hooked_on_the_class])
+@pytest.mark.parametrize(("kind", "name"), [(DDIMSampler, "p_sample_ddim"), (PLMSSampler, "p_sample_plms")])
+def test_an_extension_takes_every_step_of_a_run(tiny, monkeypatch, hooked, kind, name):
+    """In each of the ways in which they put their own step in the place of the original's."""
+    options = {
+        "eta": 0.8 if kind is DDIMSampler else 0.0,
+        "mask": torch.ones(1, 1, 3, 5).tril(),
+        "x0": torch.zeros(2, 4, 3, 5),
+        "temperature": 0.9,
+        "unconditional_guidance_scale": 3.0,
+        "unconditional_conditioning": torch.zeros(2, 1, 1, 1),
+    }
+    plain, _ = run(kind(Shrinker(tiny)), noise=PhiloxNoise(5, "cpu"), **options)
+    calls = []
+    sampler = hooked(kind, name, calls, monkeypatch)(Shrinker(tiny))
+    latents, _ = run(sampler, noise=PhiloxNoise(5, "cpu"), **options)
+    assert calls == list(range(9, -1, -1))
+    assert torch.equal(latents, plain)
+    calls.clear()
+    sampler.decode(latents, torch.ones(2, 1, 1, 1), 5, use_original_steps=True)
+    assert calls == [4, 3, 2, 1, 0]

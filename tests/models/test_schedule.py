@@ -2,9 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 
 from ldm.models.diffusion.schedule import ORIGINAL_EXACT_COUNTS, make_beta_schedule, make_timesteps
+from ldm.modules.diffusionmodules.util import (
+    extract_into_tensor,
+    make_ddim_sampling_parameters,
+    make_ddim_timesteps,
+    noise_like,
+)
 from ldm.util import InputError
+from tests.golden_data import TOLERANCE, figure, figures, relative_error
 
 
 @pytest.mark.parametrize("steps", range(1, 1000))
@@ -41,3 +49,35 @@ def test_cosine_schedule_matches_its_closed_form():
     f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
     assert np.allclose(np.cumprod(1 - betas)[:-1], (f[1:] / f[0])[:-1], rtol=1e-9)
     assert betas.max() <= 0.999
+
+
+# --- where extensions of the original look for it -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", ["S50_eta0.5", "S20_eta0.0", "S7_eta1.0"])
+def test_sampling_parameters_of_the_original(setting):
+    steps, eta = (float(part.lstrip("Seta")) for part in setting.split("_"))
+    timesteps = make_ddim_timesteps("compvis", num_ddim_timesteps=int(steps), num_ddpm_timesteps=1000)
+    assert timesteps.tolist() == figures()[f"ddim_schedule/{setting}/timesteps"].tolist()
+    found = make_ddim_sampling_parameters(figure("schedule/alphas_cumprod"), timesteps, eta, verbose=False)
+    for values, name in zip(found, ("ddim_sigmas", "ddim_alphas", "ddim_alphas_prev"), strict=True):
+        assert relative_error(values, figure(f"ddim_schedule/{setting}/{name}")) <= TOLERANCE
+
+
+def test_names_that_nobody_ever_had():
+    from ldm.modules.diffusionmodules import util
+
+    with pytest.raises(AttributeError, match="make_no_timesteps"):
+        _ = util.make_no_timesteps
+
+
+def test_values_of_a_table_for_a_batch():
+    table, t = torch.arange(10.0), torch.tensor([3, 7])
+    assert extract_into_tensor(table, t, (2, 4, 8, 8)).tolist() == [[[[3.0]]], [[[7.0]]]]
+
+
+def test_noise_that_is_repeated():
+    torch.manual_seed(1)
+    one = noise_like((1, 3, 2), "cpu")
+    torch.manual_seed(1)
+    assert torch.equal(noise_like((4, 3, 2), "cpu", repeat=True), one.expand(4, 3, 2))

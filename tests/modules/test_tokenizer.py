@@ -88,6 +88,14 @@ def test_equals_openai_on_prompts(tokenizer, openai_own, text):
     assert tokenizer.encode(text) == [49406, *openai_own.encode(text), 49407]
 
 
+def test_its_table_is_openais_and_builds_it_again(tokenizer, openai_own):
+    vocabulary, merges = tokenizer.table()
+    assert vocabulary == openai_own.encoder
+    assert merges == list(openai_own.bpe_ranks)
+    again = CLIPTokenizer(vocabulary, merges, "its own table")
+    assert again(PROMPTS) == tokenizer(PROMPTS)
+
+
 def test_equals_transformers(folder):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, UNetModel
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from tests.golden_data import figure, relative_error
 
@@ -63,3 +63,26 @@ def test_timestep_embedding_closed_form():
     angles = torch.tensor([0.0, 3.5], dtype=torch.float64)[:, None] * frequencies
     expected = torch.cat([angles.cos(), angles.sin(), torch.zeros(2, 1)], dim=1)
     assert relative_error(got, expected) < 1e-6
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+def test_attention_without_text(new_order):
+    """Against diffusers' block of the same kind."""
+    attention = pytest.importorskip("diffusers.models.attention_processor")
+    torch.manual_seed(0)
+    block = AttentionBlock(64, num_head_channels=16, use_new_attention_order=new_order)
+    x = torch.randn(2, 64, 5, 3)
+    assert torch.equal(block(x), x)  # what comes out is scaled by zero before it is trained
+    torch.nn.init.normal_(block.proj_out.weight, std=0.2)
+    theirs = attention.Attention(
+        64, heads=4, dim_head=16, bias=True, norm_num_groups=32, residual_connection=True
+    )
+    layout = (3, 4, 16, -1) if new_order else (4, 3, 16, -1)
+    for name, ours in block.qkv.named_parameters():
+        parts = ours.reshape(layout).unbind(0 if new_order else 1)
+        for kind, part in zip("qkv", parts, strict=True):
+            parameter = theirs.get_parameter(f"to_{kind}.{name}")
+            parameter.data = part.reshape(parameter.shape)
+    theirs.group_norm.load_state_dict(block.norm.state_dict())
+    theirs.to_out[0].load_state_dict({"weight": block.proj_out.weight[:, :, 0], "bias": block.proj_out.bias})
+    assert relative_error(block(x).detach(), theirs(x).detach()) < 1e-6

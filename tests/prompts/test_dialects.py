@@ -15,8 +15,8 @@ from ldm.cli.options import make_parser
 from ldm.job import Init, Job
 from ldm.pipeline import SAMPLERS
 from ldm.prompts.dialects import FORMATS, read_prompt_list
-from ldm.prompts.lines import Line, apply
-from ldm.prompts.settings import SETTINGS
+from ldm.prompts.lines import Line
+from ldm.prompts.settings import SETTINGS, override
 from ldm.util import InputError
 from scripts import txt2img
 
@@ -43,6 +43,11 @@ def refusal(read):
         return [line.partition("list.txt, ")[2] or line for line in lines]
 
     return refusal
+
+
+def changed(line, defaults):
+    """The job that a line makes of another, but for its seed."""
+    return override(defaults, {"prompt": line.prompt, **line.overrides})
 
 
 def one(lines):
@@ -242,9 +247,7 @@ def test_any_line_is_read_or_refused(monkeypatch_stdin, text, format):
     except InputError as error:
         assert all(part.isprintable() for part in str(error).split("\n"))
     else:
-        assert all(
-            isinstance(job, Job) for line in lines if line.count < 1000 for job in apply(line, Job(""))
-        )
+        assert all(isinstance(changed(line, Job("")), Job) for line in lines)
 
 
 def test_a_warning_names_the_dialect_once(read, caplog):
@@ -426,22 +429,19 @@ def test_controls_and_separators_stay_in_prompts(read):
 # --- jobs ---------------------------------------------------------------------------------------------------
 
 
-def test_apply_changes_what_the_line_says():
+def test_a_line_changes_what_it_says():
     defaults = Job("x", negative_prompt="n", seed=9, steps=7, init=Init("a.png", resize="fill"))
-    line = Line(1, "a", (), 2, {"steps": 3, "init.mask": "m.png"})
+    line = Line(1, "a", overrides={"steps": 3, "init.mask": "m.png"})
     init = Init("a.png", resize="fill", mask="m.png")
-    assert apply(line, defaults) == [Job("a", "n", seed=seed, steps=3, init=init) for seed in (9, 10)]
-    assert apply(Line(1, "a", (5, 4294967295), 2), Job("")) == [
-        Job("a", seed=seed) for seed in (5, 6, 4294967295, 0)
-    ]
-    assert apply(Line(1, "a", overrides={"init": None}), defaults)[0].init is None
-    assert apply(Line(1, "a", overrides={"init.image": "b.png"}), Job(""))[0].init == Init("b.png")
-    assert apply(Line(1, "a"), defaults) == [dataclasses.replace(defaults, prompt="a")]
+    assert changed(line, defaults) == Job("a", "n", seed=9, steps=3, init=init)
+    assert changed(Line(1, "a", overrides={"init": None}), defaults).init is None
+    assert changed(Line(1, "a", overrides={"init.image": "b.png"}), Job("")).init == Init("b.png")
+    assert changed(Line(1, "a"), defaults) == dataclasses.replace(defaults, prompt="a")
 
 
-def test_apply_needs_a_picture_to_change():
-    with pytest.raises(InputError, match=r"^line 4: mask of a picture to start from, but there is none"):
-        apply(Line(4, "a", overrides={"init.mask": "m.png"}), Job(""))
+def test_a_line_needs_a_picture_to_change():
+    with pytest.raises(ValueError, match=r"^mask of a picture to start from, but there is none"):
+        changed(Line(4, "a", overrides={"init.mask": "m.png"}), Job(""))
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -476,7 +476,9 @@ JOBS = st.builds(
 @settings(max_examples=100, deadline=None)
 def test_a_job_written_as_json_comes_back(monkeypatch_stdin, jobs, defaults, format):
     monkeypatch_stdin("\n".join(json.dumps(dataclasses.asdict(job)) for job in jobs))
-    assert [job for line in read_prompt_list("-", format) for job in apply(line, defaults)] == jobs
+    lines = read_prompt_list("-", format)
+    assert [dataclasses.replace(changed(line, defaults), seed=line.seeds[0]) for line in lines] == jobs
+    assert all((len(line.seeds), line.count) == (1, 1) for line in lines)
 
 
 def test_every_field_of_a_job_can_be_set():

@@ -2,14 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.plms import PLMSSampler
 from ldm.modules.diffusionmodules import openaimodel
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.runtime.fast import FastUNet, PackedConv2d, PackedLinear, Packer, prepare
-from tests.golden_data import TOLERANCE, figure, figures, relative_error, tiny_model
+from tests.golden_data import TOLERANCE, figure, figures, relative_error, sampled, tiny_model
 
-SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler}
 # the original under bf16 autocast on another CPU, against its own float32; CPUs differ in how they sum
 BF16_BUDGET = {
     "unet": 2.1e-2,
@@ -62,21 +59,18 @@ def test_pictures_are_encoded_in_float32(fast):
     assert error <= TOLERANCE
 
 
-@pytest.mark.parametrize(("method", "steps", "scale"), [key for key in BF16_BUDGET if isinstance(key, tuple)])
+@pytest.mark.parametrize(
+    ("method", "steps", "scale"),
+    [
+        pytest.param(*key, marks=pytest.mark.slow if key[:2] == ("ddim", 50) else ())
+        for key in BF16_BUDGET
+        if isinstance(key, tuple)
+    ],
+)
 @torch.inference_mode()
 def test_latents(fast, method, steps, scale):
     dtype, model = fast
-    latents = SAMPLERS[method](model).sample(
-        S=steps,
-        batch_size=2,
-        shape=[4, 8, 8],
-        conditioning=figure("sample/cond"),
-        unconditional_conditioning=figure("sample/uncond"),
-        unconditional_guidance_scale=scale,
-        x_T=figure("sample/x_T"),
-        ddim_discretize="compvis",
-        verbose=False,
-    )[0]
+    latents = sampled(model, method, steps, scale, ddim_discretize="compvis")
     assert latents.dtype is torch.float32
     expected = figure(f"sample/{method}_S{steps}_scale{scale}")
     assert relative_error(latents, expected) <= allowed(dtype, (method, steps, scale))

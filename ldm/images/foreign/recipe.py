@@ -153,7 +153,7 @@ class Draft:
         for prompt in (self.values["prompt"], self.values.get("negative_prompt", "")):
             for tag in _TAG.finditer(prompt):
                 self.note(f"left out: {tag[0]}")
-            if _WEIGHTS.search(prompt):
+            if "prompt_syntax" not in self.values and _WEIGHTS.search(prompt):
                 self.note(f"signs in its prompts are weights to {self.source}")
         for name, *_ in self.loras:
             self.note(f"it needs the LoRA {name}")

@@ -7,7 +7,7 @@ import struct
 from PIL import Image
 
 from ldm.images.metadata import INFOTEXT_KEYWORD
-from ldm.images.source import _open, _read_bytes, _reading
+from ldm.images.source import open_image, read_bytes, reading
 from ldm.util import InputError
 
 MAX_TEXT = 4_000_000  # characters; ComfyUI's graphs are the longest, some 100,000
@@ -20,8 +20,8 @@ def read_texts(path: str) -> dict[str, str]:
 
     Raises InputError for a file that is no picture; text that is too long or cannot be decoded is left out.
     """
-    with _reading(path):
-        image = _open(_read_bytes(path))
+    with reading(path):
+        image = open_image(read_bytes(path))
         if image.format not in ("PNG", "JPEG", "WEBP"):
             raise InputError(f"is a {image.format} file; give the PNG, JPEG or WEBP file that was generated")
         texts = _strings(image)

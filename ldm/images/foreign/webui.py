@@ -1,4 +1,9 @@
-"""The infotext: of this toolkit, of AUTOMATIC1111's web UI and its forks, and of stable-diffusion.cpp."""
+"""The infotext: of this toolkit, of AUTOMATIC1111's web UI and its forks, and of stable-diffusion.cpp.
+
+The web UI and stable-diffusion.cpp read weights, BREAK and more than 75 tokens in every prompt, so their jobs have
+the syntax "a1111" always: a prompt without any of it gives the same conditioning bit for bit in either syntax, and
+whether it has more tokens than 75 only a model's tokenizer can say.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ _CPP_NOISE = {"cuda": "NV", "cpu": "CPU"}
 _SILENT = {
     "Version", "User", "Model", "Model hash", "Schedule type", "Lora hashes", "Guidance", "Batch size", "Batch pos",
 }  # fmt: skip
-_HARMLESS = {("Clip skip", "1"), ("ENSD", "0"), ("Emphasis", "Original")}
+_HARMLESS = {("Clip skip", "1"), ("ENSD", "0"), ("Emphasis", "Original"), ("Emphasis", "None")}
 _FOREIGN_KEYS = JOB_KEYS & {
     "Prompt", "Negative prompt", "Steps", "Sampler", "CFG scale", "Seed", "Size-1", "Size-2", "Eta DDIM", "RNG",
     "Denoising strength", "Hires upscale", "Hires upscaler", "Loras",
@@ -48,6 +53,8 @@ def _recipe(entries: dict[str, str], source: str) -> Recipe:
         name: getattr(job, name)
         for name in ("prompt", "negative_prompt", "seed", "width", "height", "steps", "scale", "eta")
     }
+    # the emphasis None is the web UI's word for brackets that are text
+    draft.values["prompt_syntax"] = "plain" if entries.get("Emphasis") == "None" else "a1111"
     draft.loras += job.loras
     draft.sampler(entries.get("Sampler", ""))
     if known.get("Eta DDIM") and draft.values["sampler"] == "ddim":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.schedule import diffusion_buffers, make_beta_schedule
+from ldm.modules.diffusionmodules.util import extract_into_tensor
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.util import InputError, instantiate_from_config, printable
@@ -157,9 +158,9 @@ class LatentDiffusion(nn.Module):
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Clean latents [N, ...] noised to timesteps t [N] (DDPM, equation 4)."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        shape = (-1, *[1] * (x_start.dim() - 1))
-        signal = self.sqrt_alphas_cumprod[t].reshape(shape)
-        return signal * x_start + self.sqrt_one_minus_alphas_cumprod[t].reshape(shape) * noise
+        tables = (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+        signal, spread = (extract_into_tensor(table, t, x_start.shape) for table in tables)
+        return signal * x_start + spread * noise
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The noise in latents [N, C, h, w] at timesteps t [N].

@@ -106,6 +106,19 @@ class PerImageNoise:
         return (1, *shape[1:])
 
 
+class RepeatedNoise:
+    """A source whose noise for one image serves the whole batch."""
+
+    def __init__(self, source: NoiseSource) -> None:
+        self.source = source
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        return self.source.draw((1, *shape[1:])).expand(tuple(shape))
+
+    def skip(self, shape: Sequence[int]) -> None:
+        self.source.skip((1, *shape[1:]))
+
+
 def noise_source(
     rng: Literal["philox", "cpu", "device", "numpy"],
     seed_mode: Literal["image", "batch"],

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ldm.models.diffusion.sampler import Sampler, TakeStep, Walk
+from ldm.models.diffusion.guidance import Conditioning
+from ldm.models.diffusion.sampler import Sampler, TakeStep, Walk, times_of
 from ldm.models.diffusion.schedule import Step
 
 # Adams-Bashforth weights by the number of predictions at hand, newest first
@@ -18,21 +22,76 @@ WEIGHTS = {
 
 
 class PLMSSampler(Sampler):
-    """Feeds the update rule with a mixture of the last four predictions; the first step predicts twice."""
+    """Feeds the update rule with a mixture of the last four predictions; the first step predicts twice.
+
+    A `p_sample_plms` that an extension puts in the place of this class's takes the steps of every run.
+    """
 
     allows_eta = False
 
+    @torch.no_grad()
+    def p_sample_plms(
+        self,
+        x: Tensor,
+        c: Conditioning,
+        t: Tensor,
+        index: int,
+        repeat_noise: bool = False,
+        use_original_steps: bool = False,
+        quantize_denoised: bool = False,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
+        unconditional_guidance_scale: float | Tensor = 1.0,
+        unconditional_conditioning: Conditioning = None,
+        old_eps: Sequence[Tensor] | None = None,
+        t_next: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One step: latents [N, ...] to the next latents, the clean ones that they point to, and the prediction.
+
+        `old_eps` are the predictions of the steps before, the newest last; without any `t_next` [N] must say the
+        timesteps of the step after this one. The rest is as in `DDIMSampler.p_sample_ddim`.
+        """
+        walk, step = self._single(
+            c, index, repeat_noise, use_original_steps, quantize_denoised, temperature, noise_dropout,
+            score_corrector, corrector_kwargs, unconditional_guidance_scale, unconditional_conditioning,
+        )  # fmt: skip
+        if not old_eps and t_next is None:
+            raise ValueError("the first step of PLMS needs t_next, the timesteps of the step after it")
+        return _multistep(walk, x, step, t, t_next, old_eps or ())
+
     def _stepper(self, walk: Walk) -> TakeStep:
-        past: deque[Tensor] = deque(maxlen=4)
+        foreign = getattr(self.p_sample_plms, "__func__", None) is not _OWN_STEP
+        past: deque[Tensor] = deque(maxlen=3)
 
         def take(x: Tensor, step: Step, next_t: float) -> tuple[Tensor, Tensor]:
-            eps = walk.predict(x, step.t)
-            past.appendleft(eps)
-            if len(past) == 1:  # Heun's method: average with the prediction at the far end of the step
-                ahead, _ = walk.advance(x, eps, step)
-                mixed = (eps + walk.predict(ahead, next_t)) / 2
+            t, t_next = times_of(x, step.t), times_of(x, next_t)
+            if foreign:
+                x, pred_x0, eps = self.p_sample_plms(
+                    x, walk.guidance.cond, t, **walk.asked(step), old_eps=list(past), t_next=t_next
+                )
             else:
-                mixed = sum((w * e for w, e in zip(WEIGHTS[len(past)], past, strict=True)), 0 * eps)
-            return walk.advance(x, mixed, step)
+                x, pred_x0, eps = _multistep(walk, x, step, t, t_next, past)
+            past.append(eps)
+            return x, pred_x0
 
         return take
+
+
+def _multistep(
+    walk: Walk, x: Tensor, step: Step, t: Tensor, t_next: Tensor | None, past: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next latent, the clean one and the prediction, from this and the last three of `past`, the newest last."""
+    eps = walk.predict(x, t)
+    if not past:  # Heun's method: average with the prediction at the far end of the step
+        assert t_next is not None
+        ahead, _ = walk.advance(x, eps, step)
+        mixed = (eps + walk.predict(ahead, t_next)) / 2
+    else:
+        recent = [eps, *reversed(past)][: max(WEIGHTS)]
+        mixed = sum((w * e for w, e in zip(WEIGHTS[len(recent)], recent, strict=True)), 0 * eps)
+    return *walk.advance(x, mixed, step), eps
+
+
+_OWN_STEP = PLMSSampler.p_sample_plms

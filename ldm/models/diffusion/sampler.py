@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.guidance import Conditioning, Guidance
-from ldm.models.diffusion.noise import NoiseSource, TorchNoise
+from ldm.models.diffusion.noise import NoiseSource, RepeatedNoise, TorchNoise
 from ldm.models.diffusion.schedule import Step, StepTable, make_timesteps
 
 logger = logging.getLogger(__name__)
@@ -49,10 +49,11 @@ class Walk:
     quantize_x0: bool = False
     score_corrector: Any = None
     corrector_kwargs: Mapping[str, Any] | None = None
+    original_steps: bool = False
 
-    def predict(self, x: Tensor, t: float) -> Tensor:
-        """The guided noise in `x` at timestep `t`."""
-        times = self._times(x, t)
+    def predict(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """The guided noise in `x` [N, ...] at timestep `t`, or at timesteps [N]."""
+        times = t if isinstance(t, Tensor) else times_of(x, t)
         eps = self.guidance.noise(self.model, x, times)
         if self.score_corrector is not None:
             kwargs = self.corrector_kwargs or {}
@@ -83,9 +84,24 @@ class Walk:
         original = step.alpha**0.5 * self.x0 + (1 - step.alpha) ** 0.5 * noise
         return original * self.mask + (1.0 - self.mask) * x
 
-    @staticmethod
-    def _times(x: Tensor, t: float) -> Tensor:
-        return torch.full((x.shape[0],), t, device=x.device)
+    def asked(self, step: Step) -> dict[str, Any]:
+        """What the original's loop said to the method that takes a step, by the names of its parameters."""
+        return {
+            "index": step.index,
+            "use_original_steps": self.original_steps,
+            "quantize_denoised": self.quantize_x0,
+            "temperature": self.temperature,
+            "noise_dropout": self.noise_dropout,
+            "score_corrector": self.score_corrector,
+            "corrector_kwargs": self.corrector_kwargs,
+            "unconditional_guidance_scale": self.guidance.scale,
+            "unconditional_conditioning": self.guidance.uncond,
+        }
+
+
+def times_of(x: Tensor, t: float) -> Tensor:
+    """One timestep for each entry of the batch `x`: [N]."""
+    return torch.full((x.shape[0],), t, device=x.device)
 
 
 class Sampler:
@@ -106,6 +122,7 @@ class Sampler:
         self.model = model
         self.schedule = schedule
         self.ddpm_num_timesteps: int = model.num_timesteps
+        self._source: NoiseSource | None = None  # of the last run
 
     def make_schedule(
         self,
@@ -228,6 +245,7 @@ class Sampler:
             self.draws_always,
             mask,
             x0,
+            original_steps=use_original_steps,
         )
         steps = list(self._table_for(use_original_steps).downwards(t_start))
         return self._run(walk, x_latent, steps, callback)[0]
@@ -235,6 +253,38 @@ class Sampler:
     def _stepper(self, walk: Walk) -> TakeStep:
         """How this method takes a step; called once per run, so that history belongs to the run."""
         raise TypeError(f"{type(self).__name__} does not define _stepper")
+
+    def _single(
+        self,
+        c: Conditioning,
+        index: int,
+        repeat_noise: bool,
+        use_original_steps: bool,
+        quantize_denoised: bool,
+        temperature: float,
+        noise_dropout: float,
+        score_corrector: Any,
+        corrector_kwargs: Mapping[str, Any] | None,
+        unconditional_guidance_scale: float | Tensor,
+        unconditional_conditioning: Conditioning,
+    ) -> tuple[Walk, Step]:
+        """What a step that is called by hand works with; its noise is that of the run it belongs to."""
+        noise = self._noise(self._source)
+        walk = Walk(
+            self.model,
+            RepeatedNoise(noise) if repeat_noise else noise,
+            Guidance(c, unconditional_conditioning, unconditional_guidance_scale),
+            self.draws_always,
+            None,
+            None,
+            temperature,
+            noise_dropout,
+            quantize_denoised,
+            score_corrector,
+            corrector_kwargs,
+            use_original_steps,
+        )
+        return walk, self._table_for(use_original_steps).step(index)
 
     def _run(
         self,
@@ -245,6 +295,7 @@ class Sampler:
         img_callback: Callable[[Tensor, int], object] | None = None,
         log_every_t: int = 100,
     ) -> tuple[Tensor, Intermediates]:
+        self._source = walk.noise
         take_step = self._stepper(walk)
         trail: Intermediates = {"x_inter": [x], "pred_x0": [x]}
         for i, step in enumerate(steps):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ldm.util import InputError
 
@@ -139,10 +139,35 @@ class StepTable:
     def downwards(self, count: int | None = None) -> Iterator[Step]:
         """The steps in the order they are run: from the noisiest of the first `count`, down to index 0."""
         for i in reversed(range(len(self) if count is None else min(count, len(self)))):
-            yield Step(
-                i,
-                self.timesteps[i].item(),
-                float(self.alphas[i]),
-                float(self.alphas_prev[i]),
-                float(self.sigmas[i]),
-            )
+            yield self.step(i)
+
+    def step(self, index: int) -> Step:
+        """The step that has `index` steps after it."""
+        return Step(
+            index,
+            self.timesteps[index].item(),
+            float(self.alphas[index]),
+            float(self.alphas_prev[index]),
+            float(self.sigmas[index]),
+        )
+
+
+def make_ddim_timesteps(
+    ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
+) -> NDArray[np.int64]:
+    """`make_timesteps` under the name and with the parameters of the original, whose own list is "compvis" here.
+
+    Nothing is printed, whatever `verbose` says.
+    """
+    return make_timesteps(ddim_discr_method, num_ddim_timesteps, num_ddpm_timesteps)
+
+
+def make_ddim_sampling_parameters(
+    alphacums: ArrayLike, ddim_timesteps: NDArray[np.int64], eta: float, verbose: bool = True
+) -> tuple[Array, Array, Array]:
+    """Sigmas, alphas and alphas_prev of a `StepTable`, in the order of the original.
+
+    Nothing is printed, whatever `verbose` says.
+    """
+    table = StepTable.build(np.asarray(alphacums, dtype=np.float64), ddim_timesteps, eta)
+    return table.sigmas, table.alphas, table.alphas_prev

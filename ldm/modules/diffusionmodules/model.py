@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from ldm.modules.attention import pixel_attention
 
+CH_MULT = (1, 2, 4, 8)  # each level's width in units of `ch`, where a config does not say
+
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
     """The autoencoder's norm: eps 1e-6, where the U-Net's has 1e-5."""
@@ -168,7 +170,7 @@ class Encoder(nn.Module):
         in_channels: int,
         resolution: int,
         z_channels: int,
-        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        ch_mult: Sequence[int] = CH_MULT,
         dropout: float = 0.0,
         resamp_with_conv: bool = True,
         double_z: bool = True,
@@ -216,7 +218,7 @@ class Decoder(nn.Module):
         in_channels: int,
         resolution: int,
         z_channels: int,
-        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        ch_mult: Sequence[int] = CH_MULT,
         dropout: float = 0.0,
         resamp_with_conv: bool = True,
         double_z: bool = True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -137,6 +138,40 @@ class ResBlock(TimestepBlock):
         else:
             h = self.out_layers(h + emb)
         return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention between the pixels of [N, channels, *spatial], residual and without text.
+
+    The U-Net of this package has transformers in its place; extensions of the original import it. The heads are
+    `num_heads`, or have `num_head_channels` each. The rows of `qkv` lie query, key, value within each head, and with
+    `use_new_attention_order` heads within each of the three.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_checkpoint: bool = False,
+        use_new_attention_order: bool = False,
+    ):
+        super().__init__()
+        self.channels, self.use_checkpoint = channels, use_checkpoint
+        self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+        self.order = "n (k h d) p -> k n h p d" if use_new_attention_order else "n (h k d) p -> k n h p d"
+        self.norm = normalization(channels)
+        self.qkv = conv_nd(1, channels, 3 * channels, 1)
+        self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        pixels = x.flatten(2)
+        q, k, v = rearrange(self.qkv(self.norm(pixels)), self.order, k=3, h=self.num_heads)
+        seen = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(rearrange(seen, "n h p d -> n (h d) p")).reshape(x.shape)
 
 
 class UNetModel(nn.Module):

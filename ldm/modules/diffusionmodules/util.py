@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
+
+from ldm.util import get_obj_from_str
+
+# what the original kept here and this package keeps with the samplers; no module of this room asks for it
+_ELSEWHERE = {
+    name: f"ldm.models.diffusion.schedule.{name}"
+    for name in ("make_beta_schedule", "make_ddim_timesteps", "make_ddim_sampling_parameters")
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names by which extensions of the original import from here what lies elsewhere."""
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return get_obj_from_str(_ELSEWHERE[name])
 
 
 def timestep_embedding(
@@ -25,6 +41,18 @@ def timestep_embedding(
     angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) / half * positions)
     embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
     return nn.functional.pad(embedding, (0, dim % 2))
+
+
+def extract_into_tensor(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
+    """The values of a table `a` at timesteps t [N], shaped [N, 1, ...] to multiply a batch of shape `x_shape`."""
+    return a[t].reshape(-1, *[1] * (len(x_shape) - 1))
+
+
+def noise_like(shape: Sequence[int], device: torch.device | str, repeat: bool = False) -> Tensor:
+    """Normal numbers of the device's global generator; with `repeat` all entries of the batch have the same."""
+    if repeat:
+        return torch.randn((1, *shape[1:]), device=device).expand(tuple(shape))
+    return torch.randn(tuple(shape), device=device)
 
 
 def conv_nd(

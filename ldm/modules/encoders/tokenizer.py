@@ -84,6 +84,11 @@ class CLIPTokenizer:
             _read_vocabulary(folder / "vocab.json"), _read_merges(folder / "merges.txt"), printable(folder)
         )
 
+    def table(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
+        """The token ids and the merges in order of rank, as the constructor takes them."""
+        model = json.loads(self._bpe.to_str())["model"]
+        return model["vocab"], [(left, right) for left, right in model["merges"]]
+
     def __call__(
         self, texts: Sequence[str], max_length: int = CONTEXT_LENGTH, pad_id: int | None = None
     ) -> list[list[int]]:

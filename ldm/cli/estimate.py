@@ -1,0 +1,190 @@
+"""How long a plan takes and how much memory it needs, by the work of its networks and the pace of the machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ldm.cli.plan import Plan, count_steps
+from ldm.job import Job, batch_key
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.runtime.estimate import NetworkWork, Pace
+
+PROGRAM = 350 * 2**20  # bytes of Python, torch and what they import; measured on Linux
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A kind of batch: what its jobs have in common, how many they are, and whether any of them is guided."""
+
+    job: Job
+    images: int
+    guided: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the first pass."""
+        return self.job.height, self.job.width
+
+    @property
+    def samples(self) -> int:
+        """How many samples the U-Net has before it at once."""
+        return self.images * (2 if self.guided else 1)
+
+    @property
+    def encodes_again(self) -> bool:
+        """Whether the pictures pass through the autoencoder between the passes."""
+        return self.job.upscale > 1 and self.job.upscale_in == "pixels"
+
+    def passes(self) -> list[tuple[tuple[int, int], int]]:
+        """Height and width, and the number of steps, of each pass."""
+        first = count_steps(replace(self.job, upscale=1.0))
+        more = [(self.job.upscaled_size, count_steps(self.job) - first)] if self.job.upscale > 1 else []
+        return [(self.size, first), *more]
+
+
+def batch_kinds(plan: Plan) -> Counter[Batch]:
+    """How often a run has each kind of batch."""
+    return Counter(
+        Batch(batch_key(plan[batch[0]]), len(batch), any(plan[i].scale != 1 for i in batch))
+        for batch in plan.batches()
+    )
+
+
+def count_texts(plan: Plan) -> int:
+    """How many different prompts a run reads, negative ones among them."""
+    texts = {(job.prompt, job.loras) for job in plan.kinds()}
+    return len(texts | {(job.negative_prompt, job.loras) for job in plan.kinds() if job.scale != 1})
+
+
+# --- time -------------------------------------------------------------------------------------------------------
+
+
+def run_seconds(
+    batches: Mapping[Batch, int],
+    texts: int,
+    work: NetworkWork,
+    pace: Callable[[torch.dtype], Pace],
+    dtype: torch.dtype,
+) -> float:
+    """How long one device takes for so many batches of each kind, in `dtype`; loading and writing apart.
+
+    `pace` gives that of a precision: pictures are encoded in float32.
+    """
+    inits = {(batch.job.init, batch.size) for batch in batches if batch.job.init is not None}
+    return (
+        texts * pace(dtype).seconds(work.read)
+        + sum(_encode_seconds(size, work, pace) for _, size in inits)
+        + sum(times * _batch_seconds(batch, work, pace, dtype) for batch, times in batches.items())
+    )
+
+
+def _batch_seconds(
+    batch: Batch, work: NetworkWork, pace: Callable[[torch.dtype], Pace], dtype: torch.dtype
+) -> float:
+    own, last = pace(dtype), batch.job.upscaled_size
+    denoising = sum(steps * own.seconds(work.predict(*size), batch.samples) for size, steps in batch.passes())
+    each = own.seconds(work.decode(*last))
+    if batch.encodes_again:
+        each += own.seconds(work.decode(*batch.size)) + _encode_seconds(last, work, pace)
+    return denoising + batch.images * each
+
+
+def _encode_seconds(size: tuple[int, int], work: NetworkWork, pace: Callable[[torch.dtype], Pace]) -> float:
+    import torch
+
+    return pace(torch.float32).seconds(work.encode(*size))
+
+
+def parallel(opt: argparse.Namespace, device: torch.device, batches: int) -> int:
+    """How many batches are made at a time. Processes on the CPU of one machine share its cores."""
+    import torch
+
+    devices, nodes = opt.devices or 1, opt.num_nodes or 1
+    if device.type == "cpu":
+        devices = min(devices, max((os.cpu_count() or 1) // torch.get_num_threads(), 1))
+    return max(min(devices * nodes, batches), 1)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of weights, and of what is computed with them at the peak; `peak` says what that is."""
+
+    weights: int
+    computed: float
+    peak: str
+
+
+def needed_memory(
+    opt: argparse.Namespace,
+    batches: Iterable[Batch],
+    model: LatentDiffusion,
+    work: NetworkWork,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Memory:
+    """What one device needs at most."""
+    from ldm.models.diffusion.ddpm import LatentInpaintDiffusion
+    from ldm.pipeline import LOW_MEMORY
+    from ldm.runtime import tiling
+    from ldm.runtime.estimate import weight_bytes
+
+    def share(size: tuple[int, int]) -> float:
+        return _share_at_once(opt, model, size, device)
+
+    batches, sees_picture = list(batches), isinstance(model, LatentInpaintDiffusion)
+    widths = model.first_stage_model.widths
+    largest = max((batch.job.upscaled_size for batch in batches), key=_area)
+    encoded = {batch.size for batch in batches if sees_picture or batch.job.init is not None}
+    encoded |= {batch.job.upscaled_size for batch in batches if batch.encodes_again}
+    passing = {size: tiling.needed_memory(widths, _area(size)) * share(size) for size in {largest, *encoded}}
+    to_encode = work.encode(*largest).alive / work.decode(*largest).alive  # always in float32
+    denoised = {(size, batch.samples) for batch in batches for size, steps in batch.passes() if steps}
+    peaks = [
+        (passing[largest] * dtype.itemsize / 4, f"decoding {_words(largest)}"),
+        *((passing[size] * to_encode, f"encoding {_words(size)}") for size in encoded),
+        *(
+            (dtype.itemsize * work.predict(*size).alive * samples, f"denoising {_words(size)}")
+            for size, samples in denoised
+        ),
+    ]
+    networks = weight_bytes(model, dtype, encodes=bool(encoded)).values()
+    weights = max(networks) if opt.lowmem else sum(networks)
+    if opt.lowmem and device.type == "cpu":
+        weights = min(weights, LOW_MEMORY)
+    return Memory(weights, *max(peaks))
+
+
+def _share_at_once(
+    opt: argparse.Namespace, model: LatentDiffusion, size: tuple[int, int], device: torch.device
+) -> float:
+    """How much of a picture the autoencoder sees at once: all of it, or one tile."""
+    from ldm.pipeline import TILES
+    from ldm.runtime.tiling import available_memory, choose_tiles, needed_memory
+
+    needed = needed_memory(model.first_stage_model.widths, _area(size))
+    fits = not choose_tiles(needed, available_memory(device))
+    if opt.tiles == "off" or (opt.tiles == "auto" and fits):
+        return 1.0
+    tile = TILES[0] * model.first_stage_model.downsampling
+    return min(tile**2 / _area(size), 1.0)
+
+
+def _area(size: tuple[int, int]) -> int:
+    return size[0] * size[1]
+
+
+def _words(size: tuple[int, int]) -> str:
+    height, width = size
+    return f"{width}x{height}"

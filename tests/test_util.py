@@ -1,0 +1,70 @@
+"""Files that are there whole or not at all, and the small functions that extensions import."""
+
+import errno
+import os
+
+import pytest
+
+from ldm.util import PART_NAME, default, exists, part_beside, written_whole
+
+
+def test_a_file_appears_at_the_end(tmp_path):
+    path = tmp_path / "a.bin"
+    with written_whole(path) as part:
+        part.write_bytes(b"whole")
+        assert PART_NAME.fullmatch(part.name)
+        assert [*tmp_path.iterdir()] == [part]
+    assert [*tmp_path.iterdir()] == [path]
+    assert path.read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("call", ["fsync", "give"])
+def test_whatever_fails_the_old_file_stays(tmp_path, monkeypatch, call, overwrite):
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "a.bin"
+    if overwrite:
+        path.write_bytes(b"old")
+    before = [*tmp_path.iterdir()]
+    monkeypatch.setattr(os, {"fsync": "fsync", "give": "replace" if overwrite else "link"}[call], fail)
+    with pytest.raises(OSError, match="No space"), written_whole(path, overwrite) as part:
+        part.write_bytes(b"new")
+    assert [*tmp_path.iterdir()] == before
+    assert not overwrite or path.read_bytes() == b"old"
+
+
+def test_a_body_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError), written_whole(tmp_path / "a.bin") as part:
+        part.write_bytes(b"half")
+        raise KeyError
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_appeared_meanwhile_is_kept(tmp_path, monkeypatch, links):
+    def no_links(*args):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if links:  # then nobody needs to look beforehand
+        monkeypatch.setattr(os.path, "lexists", lambda path: False)
+    else:
+        monkeypatch.setattr(os, "link", no_links)
+    path = tmp_path / "a.bin"
+    with pytest.raises(FileExistsError), written_whole(path) as part:
+        part.write_bytes(b"mine")
+        path.write_bytes(b"theirs")
+    assert [*tmp_path.iterdir()] == [path]
+    assert path.read_bytes() == b"theirs"
+
+
+def test_hidden_names_keep_to_the_folder(tmp_path):
+    names = {part_beside(tmp_path / "line\nbreak.png") for _ in range(20)}
+    assert len(names) == 20
+    assert all(name.parent == tmp_path and PART_NAME.fullmatch(name.name) for name in names)
+
+
+def test_values_that_may_be_missing():
+    assert exists(0) and exists("") and not exists(None)
+    assert (default(0, 5), default(None, 5), default(None, lambda: 6), default(None, int)) == (0, 5, 6, int)
