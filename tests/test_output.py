@@ -265,6 +265,25 @@ def test_warnings_and_errors_are_events(tmp_path, capsys, caplog):
     assert "run-00000.json" in events[0]["text"]
 
 
+def test_an_unbuffered_stdout_that_processes_share_gets_whole_lines():
+    code = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from ldm.cli.report import Events
+other = os.fork()
+with Events(True) as events:
+    for i in range(20000):
+        events.emit("image", index=i)
+if other:
+    os.waitpid(other, 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", code, str(ROOT)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    indices = [json.loads(line)["index"] for line in done.stdout.splitlines()]
+    assert sorted(indices) == sorted([*range(20000), *range(20000)])
+
+
 EVENTS = """
 import sys
 sys.path.insert(0, {root!r})

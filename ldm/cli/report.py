@@ -111,10 +111,11 @@ class Events:
         """Writes one event with its values."""
         if not self._enabled:
             return
-        line = json.dumps({"event": event, **self._about, **values})
+        line = json.dumps({"event": event, **self._about, **values}) + "\n"
         try:
-            with self._alone:
-                print(line, flush=True)
+            with self._alone:  # in one piece, as other processes write to the same place
+                sys.stdout.write(line)
+                sys.stdout.flush()
         except (OSError, ValueError) as error:
             self._enabled = False
             _silence_stdout()
