@@ -111,6 +111,8 @@ def instantiate_from_config(config: Mapping[str, Any], **overrides: Any) -> Any:
     This function imports whatever the config names. For configs that somebody else wrote, check the targets
     first (`ldm.config.read_config` does). An unknown parameter is an `InputError` that names it.
     """
+    if not isinstance(config, Mapping):
+        raise InputError(f"a config entry is {config!r}; it must be a mapping with `target`")
     if "target" not in config:
         raise InputError(f"a config entry lacks `target`: it has {sorted(map(str, config)) or 'nothing'}")
     cls = get_obj_from_str(config["target"])

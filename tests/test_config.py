@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from ldm.cli.inputs import latent_factor
 from ldm.config import ConfigError, read_config
 from ldm.pipeline import load_model
 from ldm.util import InputError
@@ -174,12 +175,21 @@ def test_what_only_training_reads_may_be_endless(config_file):
         ("unet_config__model_channels", -64, "can be built"),
         ("cond_stage_config", "__is_unconditional__", "cond_stage_config is"),
         ("cond_stage_config", {"params": [1]}, "cond_stage_config is"),
-        ("unet_config", 3, "can be built"),
+        ("unet_config", 3, "a config entry is 3"),
     ],
 )
 def test_values_of_the_wrong_kind_are_named_before_anything_is_read(config_file, name, value, word):
     with pytest.raises(InputError, match=word):
         load_model(read_config(config_file(changed(**{name: value}))), "not/read.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("ddconfig", "reason"), [(3, "ddconfig is 3; it must be a mapping"), ({"ch_mult": 3}, "ch_mult is 3")]
+)
+def test_an_autoencoder_whose_factor_cannot_be_told(config_file, ddconfig, reason):
+    model = read_config(config_file(changed(first_stage_config__ddconfig=ddconfig)))
+    with pytest.raises(ConfigError, match=reason):
+        latent_factor(model)
 
 
 @pytest.mark.parametrize(

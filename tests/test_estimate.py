@@ -191,6 +191,9 @@ def test_devices_share_the_batches(monkeypatch):
     assert parallel(Namespace(devices=None, num_nodes=None), CPU, 100) == 1
     monkeypatch.setattr("os.cpu_count", lambda: 2 * torch.get_num_threads())
     assert parallel(opt, CPU, 100) == 4  # two machines with cores for two processes
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"}.items():
+        monkeypatch.setenv(name, value)
+    assert parallel(Namespace(devices=None, num_nodes=None), torch.device("cuda"), 100) == 6
 
 
 @pytest.mark.parametrize(

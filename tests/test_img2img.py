@@ -287,7 +287,8 @@ def test_upscaling_is_another_pass_at_a_larger_size(draw):
 )
 def test_mistakes_are_one_line_and_code_2(draw, tmp_path, capsys, monkeypatch, options, said):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "page.png").write_bytes(b"<!DOCTYPE html><html>please log in</html>")
     (tmp_path / "cut.png").write_bytes((tmp_path / "scene.png").read_bytes()[:2000])
     (tmp_path / "nothing").mkdir()

@@ -27,6 +27,7 @@ from ldm.checkpoints.load import (
     use_vocabulary,
 )
 from ldm.checkpoints.reader import MODEL_INDEX, Checkpoint
+from ldm.checkpoints.recognise import INPAINTING_CHANNELS
 from ldm.checkpoints.safetensors_file import DTYPES
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
@@ -44,7 +45,6 @@ _WEIGHTS: Mapping[Component, str] = {
     "text_encoder": "model.safetensors",
 }
 _TRANSFORMERS = ("text_encoder", "tokenizer")
-_INPAINTING_CHANNELS = 9
 _HASH = "modelspec.hash_sha256"
 _PIECE = 2**20  # numbers that are cast and written at a time
 
@@ -183,7 +183,7 @@ def _model_spec(
     if not isinstance(model.cond_stage_model, FrozenCLIPEmbedder):
         return {**said, "format": "pt"}
     side = model.image_size * model.first_stage_model.downsampling
-    paints_in = model.model.diffusion_model.in_channels == _INPAINTING_CHANNELS
+    paints_in = model.model.diffusion_model.in_channels == INPAINTING_CHANNELS
     first = {
         part: next(_type(key, tensor, dtype) for key, tensor in tensors.items() if key.startswith(prefix))
         for part, prefix in (("unet", "model."), ("vae", "first_stage_model."))
@@ -267,7 +267,7 @@ def _class(name: str) -> dict[str, str]:
 
 
 def _model_index(model: LatentDiffusion) -> dict[str, Any]:
-    paints_in = model.model.diffusion_model.in_channels == _INPAINTING_CHANNELS
+    paints_in = model.model.diffusion_model.in_channels == INPAINTING_CHANNELS
     classes = {**CLASSES, "scheduler": "PNDMScheduler", "tokenizer": "CLIPTokenizer"}
     return {
         **_class("StableDiffusionInpaintPipeline" if paints_in else "StableDiffusionPipeline"),

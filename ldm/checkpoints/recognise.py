@@ -23,7 +23,7 @@ LAION = "LDM text2img-large (LAION-400M)"
 INPAINTING = "inpainting"
 
 _LAION_KEY = "cond_stage_model.transformer.token_emb.weight"
-_INPAINTING_CHANNELS = 9
+INPAINTING_CHANNELS = 9
 _MOST_LEAVES = 100_000
 _NAMED = 5
 # columns of the matrices by which a U-Net, or what changes one, reads the text
@@ -33,7 +33,7 @@ _VARIANTS = {
     5: "depth",
     7: "upscaler",
     8: "InstructPix2Pix (8 input channels)",
-    _INPAINTING_CHANNELS: INPAINTING,
+    INPAINTING_CHANNELS: INPAINTING,
 }
 _TEXT_WIDTHS = {768: V1, 1024: V2}
 
@@ -216,7 +216,7 @@ def other_model(state_dict: Mapping[str, Any]) -> str | None:
 def is_inpainting_model(state_dict: Mapping[str, torch.Tensor]) -> bool:
     """Whether the U-Net takes a mask and a masked picture beside the latent: 9 input channels."""
     first = state_dict.get(f"{COMPVIS_PREFIXES['U-Net']}input_blocks.0.0.weight", torch.empty(0))
-    return first.ndim >= 2 and first.shape[1] == _INPAINTING_CHANNELS
+    return first.ndim >= 2 and first.shape[1] == INPAINTING_CHANNELS
 
 
 def is_laion_model(state_dict: Mapping[str, torch.Tensor]) -> bool:

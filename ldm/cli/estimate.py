@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ldm.cli.plan import Plan, count_steps
+from ldm.cli.ranks import asked_for
 from ldm.job import Job, batch_key
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def parallel(opt: argparse.Namespace, device: torch.device, batches: int) -> int
     """How many batches are made at a time. Processes on the CPU of one machine share its cores."""
     import torch
 
-    devices, nodes = opt.devices or 1, opt.num_nodes or 1
+    devices, nodes = asked_for(opt)
     if device.type == "cpu":
         devices = min(devices, max((os.cpu_count() or 1) // torch.get_num_threads(), 1))
     return max(min(devices * nodes, batches), 1)

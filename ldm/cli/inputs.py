@@ -166,6 +166,8 @@ def latent_factor(model: Mapping[str, Any]) -> int:
     from ldm.models.autoencoder import downsampling
 
     ddconfig = section(model, "first_stage_config").get("ddconfig") or {}
+    if not isinstance(ddconfig, Mapping):
+        raise ConfigError(f"the config's ddconfig is {ddconfig!r}; it must be a mapping")
     levels = ddconfig.get("ch_mult", [])
     if not isinstance(levels, list | tuple):
         raise ConfigError(f"the config's ddconfig.ch_mult is {levels!r}; it must be a list")

@@ -86,7 +86,7 @@ class Ranks(Alone):
         from lightning_fabric import Fabric
         from lightning_fabric.strategies import DDPStrategy
 
-        devices, nodes = _asked_for(opt)
+        devices, nodes = asked_for(opt)
         if nodes == 1 and _MEETING in os.environ:
             _meet_by_file(devices)
         strategy = DDPStrategy(process_group_backend="gloo", timeout=PATIENCE)
@@ -130,7 +130,7 @@ def hush() -> None:
 
 def is_one_of_several(opt: argparse.Namespace) -> bool:
     """Whether more than one process is to make the run."""
-    devices, nodes = _asked_for(opt)
+    devices, nodes = asked_for(opt)
     return devices * nodes > 1
 
 
@@ -153,7 +153,7 @@ def check(opt: argparse.Namespace, device: torch.device) -> None:
         opt.kept_input = _keep_input()
 
 
-def _asked_for(opt: argparse.Namespace) -> tuple[int, int]:
+def asked_for(opt: argparse.Namespace) -> tuple[int, int]:
     """Devices a machine, and machines; torchrun says both itself."""
     local, world = (os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and local.isdigit() and world.isdigit()
@@ -209,7 +209,7 @@ def start(opt: argparse.Namespace) -> int | None:
     """Starts the processes of this machine and waits for them: the exit code; None where this is one of them."""
     if not is_one_of_several(opt) or _started_by_another():
         return None
-    devices, nodes = _asked_for(opt)
+    devices, nodes = asked_for(opt)
     if nodes > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
             need(
