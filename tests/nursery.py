@@ -14,6 +14,7 @@ import json, os, sys
 sys.path.insert(0, {root!r})
 import scripts.txt2img as t
 import ldm.pipeline, ldm.cli.output, ldm.images.gallery, ldm.cli.replay, lightning_fabric
+print("ready", flush=True)
 for line in sys.stdin:
     order = json.loads(line)
     if "wait" in order:
@@ -45,6 +46,9 @@ class Nursery:
             )
 
     def __enter__(self) -> "Nursery":
+        """Returns when it can start runs at once."""
+        assert self._parent.stdout is not None
+        assert self._parent.stdout.readline() == "ready\n"
         return self
 
     def __exit__(self, *_: object) -> None:
