@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -117,6 +118,29 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """What a picture keeps of the one that it started from: its own pixels wherever `weight` is 0.
+
+    `original` is [1, 3, H, W] in [-1, 1], `weight` [1, 1, H, W], `pixels` uint8 [H, W, 3].
+    """
+
+    original: Tensor
+    weight: Tensor
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A picture that the device may still be at work on: its latent [1, C, h, w], and that decoded [1, 3, H, W]."""
+
+    job: Job
+    latent: Tensor
+    decoded: Tensor
+    notes: Mapping[str, str]
+    frame: Frame | None
+
+
+@dataclass(frozen=True)
 class Origin:
     """What a batch starts from other than noise: latents [N, C, h, w]; `keep` [1, 1, h, w] is 1 where they stay."""
 
@@ -169,17 +193,18 @@ class Pipeline:
         self.precision = precision
         self.tiles = tiles
         self._lowmem = lowmem
+        self._decoding = threading.Lock()
         self._packer = prepare(model, precision.dtype, forget, LOW_MEMORY if lowmem else None, compiled)
-        self._begin(lru_cache(maxsize=8)(open_canvas) if canvases is None else canvases, find_lora)
+        self._clear(lru_cache(maxsize=8)(open_canvas) if canvases is None else canvases, find_lora)
 
     def start_over(self, canvases: Callable[[Init], Canvas], find_lora: Callable[[str], Path]) -> None:
         """Makes the next jobs as if none had been before: no LoRA and no textual inversion stays on the model."""
         self.loras.apply(())
         if isinstance(self.model.cond_stage_model, FrozenCLIPEmbedder):
             self.model.cond_stage_model.use_embeddings({})
-        self._begin(canvases, find_lora)
+        self._clear(canvases, find_lora)
 
-    def _begin(self, canvases: Callable[[Init], Canvas], find_lora: Callable[[str], Path]) -> None:
+    def _clear(self, canvases: Callable[[Init], Canvas], find_lora: Callable[[str], Path]) -> None:
         """What jobs leave behind, empty."""
         self.canvas = canvases
         self.loras = LoraStack(self.model, find_lora)
@@ -217,7 +242,6 @@ class Pipeline:
         """The start noise of a batch of `count` jobs like this one [count, C, h, w], drawn from `noise`."""
         return noise.draw((count, self.model.channels, job.height // self.factor, job.width // self.factor))
 
-    @torch.inference_mode()
     def make(
         self,
         jobs: Sequence[Job],
@@ -230,6 +254,20 @@ class Pipeline:
         `noise` is the batch's own by default, `start_code` is drawn from it; `on_step(i)` is called behind
         each denoising step.
         """
+        return self.finish(self.begin(jobs, noise, start_code, on_step))
+
+    @torch.inference_mode()
+    def begin(
+        self,
+        jobs: Sequence[Job],
+        noise: NoiseSource | None = None,
+        start_code: Tensor | None = None,
+        on_step: Callable[[int], object] | None = None,
+    ) -> list[Pending]:
+        """The first part of `make`: leaves all its work to the device, and waits for none of the pictures.
+
+        A GPU finds the next batch's prompts and steps behind it, if that is begun before this one is finished.
+        """
         job = jobs[0]
         if len(set(map(batch_key, jobs))) > 1:
             raise ValueError("the jobs of one batch may differ in prompts, guidance scales and seeds only")
@@ -239,7 +277,7 @@ class Pipeline:
         noise = self.noise(jobs) if noise is None else noise
         code = self.start_code(job, len(jobs), noise) if start_code is None else start_code
         if len(lengths := dict.fromkeys(map(self._count_chunks, jobs))) > 1:
-            return self._make_by_length(
+            return self._begin_by_length(
                 jobs, lengths, noise if job.seed_mode == "batch" else None, code, on_step
             )
         posterior = self._posterior_noise(jobs)
@@ -251,24 +289,33 @@ class Pipeline:
             code = noise.draw(origin.latents.shape)
             hidden = self._hidden(jobs, None, job.upscaled_size, posterior)
             latents = self._denoise(jobs, origin, job.upscale_strength, code, hidden, noise, on_step)
-        return [self._picture(job, latent[None]) for job, latent in zip(jobs, latents, strict=True)]
+        frames = [self._frame(job) for job in jobs]
+        return [
+            Pending(job, latent[None], self._decode(latent[None]), self._notes(job), frame)
+            for job, latent, frame in zip(jobs, latents, frames, strict=True)
+        ]
 
-    def _make_by_length(
+    @torch.inference_mode()
+    def finish(self, pending: Iterable[Pending]) -> list[Picture]:
+        """The second part of `make`: waits for the pictures. Another thread may do it, beside `begin`."""
+        return [self._picture(picture) for picture in pending]
+
+    def _begin_by_length(
         self,
         jobs: Sequence[Job],
         lengths: Iterable[int | None],
         noise: NoiseSource | None,
         code: Tensor,
         on_step: Callable[[int], object] | None,
-    ) -> list[Picture]:
-        """`make` for prompts of different lengths: what is read in as many chunks is a batch of its own."""
-        made: dict[int, Picture] = {}
+    ) -> list[Pending]:
+        """`begin` for prompts of different lengths: what is read in as many chunks is a batch of its own."""
+        made: dict[int, Pending] = {}
         for length in lengths:
             places = [i for i, job in enumerate(jobs) if self._count_chunks(job) == length]
             last = len(made) + len(places) == len(jobs)  # the steps are told once
             alike = [jobs[i] for i in places]
             source, start = (noise, code[places]) if noise else (None, None)
-            made |= zip(places, self.make(alike, source, start, on_step if last else None), strict=True)
+            made |= zip(places, self.begin(alike, source, start, on_step if last else None), strict=True)
         return [made[i] for i in range(len(jobs))]
 
     @torch.inference_mode()
@@ -310,11 +357,16 @@ class Pipeline:
 
     @contextmanager
     def _using(self, network: nn.Module) -> Iterator[None]:
-        """Within it one network runs in this pipeline's precision; behind it its memory is free with `lowmem`."""
+        """Within it one network runs in this pipeline's precision."""
+        with self._at_hand(network), self.precision.context(self.device):
+            yield
+
+    @contextmanager
+    def _at_hand(self, network: nn.Module) -> Iterator[None]:
+        """Within it a network can run; behind it its memory is free with `lowmem`."""
         if self._lowmem and self._packer is None:
             network.to(self.device)
-        with self.precision.context(self.device):
-            yield
+        yield
         if self._lowmem:
             self._release(network)
 
@@ -403,7 +455,7 @@ class Pipeline:
         height, width = jobs[0].upscaled_size
         if jobs[0].upscale_in == "latents":
             return Origin(enlarge_latents(latents, height // self.factor, width // self.factor))
-        pictures = [self._decode(latent[None])[0].float() for latent in latents]
+        pictures = [self._rescue(z, self._decode(z))[0].float() for z in latents.split(1)]
         encoded = [self._encode(enlarge_pixels(picture, height, width)).mode() for picture in pictures]
         return Origin(self.model.get_first_stage_encoding(torch.cat(encoded)))
 
@@ -454,48 +506,59 @@ class Pipeline:
 
     # --- pixels -----------------------------------------------------------------------------------------------
 
-    def _picture(self, job: Job, latent: Tensor) -> Picture:
-        """Decodes one latent [1, C, h, w] and puts what is kept of the job's own picture back."""
-        decoded, overflowed = self._decode(latent)
-        notes = self._notes(job, overflowed)
+    def _frame(self, job: Job) -> Frame | None:
+        init = job.init
+        if init is None or self.canvas(init).repaint is None or not job.paste or job.upscale > 1:
+            return None
+        return Frame(self._original(init), self._weight(init), self.canvas(init).pixels)
+
+    def _picture(self, pending: Pending) -> Picture:
+        """Puts what is kept of the job's own picture back."""
+        job, notes, frame = pending.job, pending.notes, pending.frame
+        decoded, overflowed = self._rescue(pending.latent, pending.decoded)
+        if overflowed:
+            notes = {**notes, "Decoded in": "float32"}
         if not finite(decoded)[0]:
             return Picture(job, None, notes)
-        if job.init is None or self.canvas(job.init).repaint is None or not job.paste or job.upscale > 1:
+        if frame is None:
             return Picture(job, to_uint8(decoded)[0], notes)
-        weight = self._weight(job.init)
-        pixels = to_uint8(paste(decoded.float(), self._original(job.init), weight))[0]
-        kept = (weight == 0)[0, 0].cpu().numpy()
-        pixels[kept] = self.canvas(job.init).pixels[kept]
+        pixels = to_uint8(paste(decoded.float(), frame.original, frame.weight))[0]
+        kept = (frame.weight == 0)[0, 0].cpu().numpy()
+        pixels[kept] = frame.pixels[kept]
         return Picture(job, pixels, notes, kept)
 
-    def _notes(self, job: Job, overflowed: bool) -> dict[str, str]:
+    def _notes(self, job: Job) -> dict[str, str]:
         """What the record says beside the job."""
         # another package's text model may lack it
         cut_words = getattr(self.model.cond_stage_model, "cut_words", None)
         cut = cut_words(job.prompt) if cut_words and job.prompt_syntax == "plain" else ""
         tiled = any(self._tile(*size) for size in {(job.height, job.width), job.upscaled_size})
-        return {
-            name: note
-            for name, note, so in (
-                ("Prompt cut", cut, bool(cut)),
-                ("Tiles", "approximate", tiled),
-                ("Decoded in", "float32", overflowed),
-            )
-            if so
-        }
+        found = (("Prompt cut", cut), ("Tiles", "approximate" if tiled else ""))
+        return {name: note for name, note in found if note}
 
-    def _decode(self, latent: Tensor) -> tuple[Tensor, bool]:
-        """The picture [1, 3, H, W] of scaled latents, and whether half precision overflowed: then in float32."""
-        decode, factor = self.model.decode_first_stage, self.factor
-        if tile := self._tile(*(side * factor for side in latent.shape[-2:])):
-            decode = partial(decode_in_tiles, decode, factor=factor, tile=tile, overlap=tile // 4)
-        with self._using(self.model.first_stage_model):
-            decoded = decode(latent)
+    def _decode(self, latent: Tensor) -> Tensor:
+        """The picture [1, 3, H, W] of scaled latents."""
+        with self._decoding, self._using(self.model.first_stage_model):
+            return self._decoder(latent)(latent)
+
+    def _rescue(self, latent: Tensor, decoded: Tensor) -> tuple[Tensor, bool]:
+        """A decoded picture, and whether half precision overflowed: then it is decoded again in float32."""
         if self.precision.dtype != torch.float16 or finite(decoded)[0]:
             return decoded, False
         autoencoder = self.model.first_stage_model
-        with widened(autoencoder.decoder, autoencoder.post_quant_conv):
-            return decode(latent.float()), True
+        with (
+            self._decoding,
+            self._at_hand(autoencoder),
+            widened(autoencoder.decoder, autoencoder.post_quant_conv),
+        ):
+            return self._decoder(latent)(latent.float()), True
+
+    def _decoder(self, latent: Tensor) -> Callable[[Tensor], Tensor]:
+        """What decodes latents of this size: as a whole or in tiles."""
+        decode, factor = self.model.decode_first_stage, self.factor
+        if tile := self._tile(*(side * factor for side in latent.shape[-2:])):
+            return partial(decode_in_tiles, decode, factor=factor, tile=tile, overlap=tile // 4)
+        return decode
 
     def _encode(self, picture: Tensor) -> DiagonalGaussianDistribution:
         """The distribution of the latents of a float picture [1, 3, H, W], in float32 as in the original."""

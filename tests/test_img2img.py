@@ -144,7 +144,7 @@ def test_strength_1_knows_nothing_of_the_picture(draw):
 
 @pytest.mark.parametrize(("strength", "said"), [("0.75", "37 of 50"), ("0", "0 of 50"), ("1", "50 of 50")])
 def test_the_steps_that_run_are_said(draw, capsys, monkeypatch, strength, said):
-    monkeypatch.setattr(ldm.pipeline.Pipeline, "make", lambda *args: [])
+    monkeypatch.setattr(ldm.pipeline.Pipeline, "begin", lambda *args: [])
     options = [option for option in FAST if option != "--quiet"]
     img2img.main([*options, "--ddim_steps", "50", "--strength", strength, "--init-img", "scene.png"])
     assert said in capsys.readouterr().err
@@ -205,14 +205,14 @@ def test_a_picture_that_goes_away_ends_the_run_with_what_is_done(draw, tmp_path,
     (tmp_path / "in").mkdir()
     for i in range(9):  # more than are kept open
         Image.new("RGB", (32, 32), (25 * i, 0, 0)).save(tmp_path / "in" / f"{i}.png")
-    make = ldm.pipeline.Pipeline.make
+    begin = ldm.pipeline.Pipeline.begin
 
-    def make_and_remove(*args):
+    def begin_and_remove(*args):
         (tmp_path / "in" / "8.png").unlink(missing_ok=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "in" / "3.png")
-        return make(*args)
+        return begin(*args)
 
-    monkeypatch.setattr(ldm.pipeline.Pipeline, "make", make_and_remove)
+    monkeypatch.setattr(ldm.pipeline.Pipeline, "begin", begin_and_remove)
     code, files = draw("--ddim_steps", "1", image="in")
     assert code == 1
     assert 3 <= len(files) < 9

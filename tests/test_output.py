@@ -8,10 +8,12 @@ import subprocess
 import sys
 import threading
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm.cli import manifest
@@ -71,7 +73,8 @@ def draw(folder, jobs, batches, resume=False, stop_after=None, json_events=False
                 for indices in batches:
                     if not output.wants(indices):
                         continue
-                    output.add(indices, [Picture(jobs[i], pixels_of(jobs[i]), {}) for i in indices])
+                    pictures = [Picture(jobs[i], pixels_of(jobs[i]), {}) for i in indices]
+                    output.add(indices, partial(list, pictures))
                     made += 1
                     if made == stop_after:
                         break
@@ -197,10 +200,34 @@ def test_an_error_of_the_run_keeps_what_is_finished(tmp_path):
                 options(), folder, run, 3, lambda p: p.copy(), Screen(None), lambda j: {}, events
             ) as output,
         ):
-            output.add([0, 1, 2], [Picture(job, pixels_of(job), {}) for job in jobs])
+            output.add([0, 1, 2], lambda: [Picture(job, pixels_of(job), {}) for job in jobs])
             raise RuntimeError("the device failed")
         run.close()
     assert len(list(tmp_path.glob("samples/*.png"))) == 3
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_torch_computes_on_one_thread_of_a_cpu(tmp_path, on_cpu):
+    """Two threads, each with torch's own, would fight for the cores."""
+    jobs, threads = make_jobs(1), []
+
+    def finish():
+        threads.append(threading.current_thread())
+        return [Picture(job, pixels_of(job), {}) for job in jobs]
+
+    def flag(pictures):
+        threads.append(threading.current_thread())
+        return torch.zeros(len(pictures), dtype=torch.bool)
+
+    with RunFolder(tmp_path) as folder, Events(False) as events:
+        run = open_run(folder, describe(jobs, [[0]], {}), 1, {"grid": 1}, {}, False)
+        output = Output(options(), folder, run, 1, lambda p: p, Screen(flag), lambda job: {}, events, on_cpu)
+        with output:
+            output.add([0], finish)
+            output.finish()
+        run.close()
+    assert (tmp_path / "samples/00000.png").exists()
+    assert [thread is threading.current_thread() for thread in threads] == [on_cpu] * 2
 
 
 # --- memory --------------------------------------------------------------------------------------------------

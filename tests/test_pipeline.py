@@ -1,6 +1,10 @@
 """Seeds mean something, batches change nothing, and broken numbers are noticed."""
 
 import dataclasses
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -142,6 +146,32 @@ def test_decoding_is_tried_again_in_float32(tiny, monkeypatch):
     assert picture.pixels is not None
     assert picture.notes == {"Decoded in": "float32"}
     assert torch.equal(decoder.conv_in.weight, weights)
+
+
+def test_a_picture_is_decoded_again_while_no_other_is_decoded(tiny, monkeypatch):
+    decoder, at_work, tried = tiny.first_stage_model.decoder, threading.Lock(), Counter()
+
+    def decode(z):
+        assert at_work.acquire(blocking=False)
+        dtype = decoder.conv_in.weight.dtype
+        tried[dtype] += 1
+        time.sleep(0.003)
+        assert decoder.conv_in.weight.dtype is dtype
+        at_work.release()
+        return torch.full((1, 3, 64, 64), 0.0 if dtype is torch.float32 else float("inf"))
+
+    monkeypatch.setattr(ldm.pipeline, "prepare", lambda *args: None)
+    monkeypatch.setattr(tiny, "decode_first_stage", decode)
+    decoder.half()
+    pipeline, job = Pipeline(tiny, FP16), dataclasses.replace(JOB, steps=1)
+    pipeline.make([job])  # its text is known from now on
+    with ThreadPoolExecutor(2) as others:
+        made = [others.submit(pipeline.finish, pipeline.begin([job] * 4)) for _ in range(10)]
+    pictures = [picture for batch in made for picture in batch.result()]
+    assert len(pictures) == 40
+    assert all(picture.pixels is not None and picture.notes["Decoded in"] for picture in pictures)
+    assert tried == {torch.float16: 41, torch.float32: 41}
+    assert decoder.conv_in.weight.dtype is torch.float16
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "cuda:x", "meta"])

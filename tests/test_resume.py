@@ -228,14 +228,14 @@ def test_an_interrupted_sweep_ends_with_the_sheets_of_an_unbroken_one(tmp_path, 
         size,
     ]
     assert script(tmp_path / "whole", *run) == 0
-    make = Pipeline.make
+    begin = Pipeline.begin
 
     def interrupted(*args, **named):
         os.kill(os.getpid(), signal.SIGTERM)
-        return make(*args, **named)
+        return begin(*args, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "make", interrupted)
+        patch.setattr(Pipeline, "begin", interrupted)
         assert script(tmp_path / "out", *run) == 128 + signal.SIGTERM
     partial = images(tree(tmp_path / "out"))
     assert script(tmp_path / "out", *run, "--resume") == 0

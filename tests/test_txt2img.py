@@ -1,10 +1,12 @@
 """The command line: what people type, what they get, what they are told."""
 
+import importlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from PIL import Image
 import scripts.txt2img as txt2img
 from ldm.cli import inputs
 from ldm.cli import options as known
+from ldm.cli.output import Output
 from ldm.images.metadata import job_from_infotext, parse_infotext
+from ldm.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--ddim_steps", "2", "--n_iter", "1", "--n_samples", "1", "--device", "cpu", "--quiet"]
@@ -272,12 +276,34 @@ def test_an_unforeseen_fault_is_one_line_and_code_1(draw, capsys, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("somewhere")
 
-    monkeypatch.setattr("ldm.pipeline.Pipeline.make", broken)
+    monkeypatch.setattr("ldm.pipeline.Pipeline.begin", broken)
     code, files = draw()
     error = capsys.readouterr().err
     assert (code, files) == (1, {})
     assert "this is a bug" in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_a_batch_begins_before_the_last_one_is_finished(draw, monkeypatch):
+    """So that a device has prompts and steps to go on with while pictures are waited for."""
+    begin, finish, begun = Pipeline.begin, Pipeline.finish, [threading.Event() for _ in range(3)]
+    order = iter(begun)
+
+    def note(*args):
+        next(order).set()
+        return begin(*args)
+
+    def wait(self, pending):
+        number = pending[0].job.seed - 42
+        assert begun[min(number + 1, 2)].wait(30)
+        return finish(self, pending)
+
+    monkeypatch.setattr(Pipeline, "begin", note)
+    monkeypatch.setattr(Pipeline, "finish", wait)
+    run = importlib.import_module("ldm.cli.run")
+    monkeypatch.setattr(run, "Output", lambda *args: Output(*args[:-2], False, args[-1]))  # as on a GPU
+    code, files = draw("--n_iter", "3", "--n_samples", "1", "--ddim_steps", "1")
+    assert (code, len([name for name in files if name.startswith("samples")])) == (0, 3)
 
 
 def test_out_of_memory_is_named(draw, capsys, monkeypatch):
@@ -286,7 +312,7 @@ def test_out_of_memory_is_named(draw, capsys, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
-    monkeypatch.setattr("ldm.pipeline.Pipeline.make", full)
+    monkeypatch.setattr("ldm.pipeline.Pipeline.begin", full)
     assert draw()[0] == 1
     assert "--n_samples" in capsys.readouterr().err
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ldm.cli.manifest import RunFile
     from ldm.cli.report import Events
-    from ldm.images.safety import Screen
+    from ldm.images.safety import Screen, Verdict
     from ldm.images.writer import RunFolder
     from ldm.pipeline import Picture
 
@@ -114,9 +114,11 @@ class Output:
     """Takes finished pictures to files: image i of the run to the file of its number, and a grid of all of them.
 
     Everything is done on a background thread: `add` returns at once unless several batches wait already, and
-    raises what went wrong there. Used as a context manager, it ends what is waiting, except where the process is
-    told to leave. With `screen`, `mark` and `extras` as they come from the run, and `run` the claim on numbers;
-    `shared` says that other processes make images of the run too.
+    raises what went wrong there. Where torch computes on the CPU (`on_cpu`), its part is done by `add`: a second
+    thread would bring a second set of torch's own, and all of them would fight for the cores. Used as a context
+    manager, it ends what is waiting, except where the process is told to leave. With `screen`, `mark` and `extras`
+    as they come from the run, and `run` the claim on numbers; `shared` says that other processes make images of the
+    run too.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class Output:
         screen: Screen,
         extras: Callable[[Job], dict[str, str]],
         events: Events,
+        on_cpu: bool = True,
         shared: bool = False,
     ) -> None:
         self._opt, self._run, self._mark, self._screen, self._extras = opt, run, mark, screen, extras
@@ -138,7 +141,7 @@ class Output:
         for i in sorted(self._damaged):
             logger.warning("%s is damaged, and is made again", printable(run.sample_path(i)))
         self._new_sheet = partial(_Sheet, folder.path, run, columns, mark)
-        self._shared = shared
+        self._on_cpu, self._shared = on_cpu, shared
         self._sheet = None if opt.skip_grid or shared else self._new_sheet()
         self._background = Background()
         self._last = time.monotonic()
@@ -161,12 +164,16 @@ class Output:
         """Whether an image of a batch is missing."""
         return self._opt.skip_save or any(i not in self._existing or i in self._damaged for i in indices)
 
-    def add(self, indices: Sequence[int], pictures: Sequence[Picture]) -> None:
-        """Leaves the pictures of a batch, the run's images `indices`, to be checked and written.
+    def add(self, indices: Sequence[int], finish: Callable[[], Sequence[Picture]]) -> None:
+        """Leaves the pictures of a batch, the run's images `indices`, to be finished, checked and written.
 
         Raises what happened to earlier ones: OSError, InputError.
         """
-        self._background.put(lambda: self._take(indices, pictures))
+        if self._on_cpu:
+            checked = self._check(indices, finish())
+            self._background.put(lambda: self._take(checked))
+        else:
+            self._background.put(lambda: self._take(self._check(indices, finish())))
 
     def wait(self) -> None:
         """Returns when all that was added is written."""
@@ -203,7 +210,10 @@ class Output:
         if self._sheet is not None:
             self._sheet.close()
 
-    def _take(self, indices: Sequence[int], pictures: Sequence[Picture]) -> None:
+    def _check(
+        self, indices: Sequence[int], pictures: Sequence[Picture]
+    ) -> list[tuple[int, Picture, Verdict]]:
+        """What the safety check says of pictures; nothing is left of them if it fails."""
         from ldm.images.safety import SafetyError
 
         try:
@@ -211,8 +221,11 @@ class Output:
         except SafetyError as error:
             self.failed += len(pictures)
             logger.error("error: %s", error)
-            return
-        for entry, (index, picture, verdict) in enumerate(zip(indices, pictures, verdicts, strict=True)):
+            return []
+        return list(zip(indices, pictures, verdicts, strict=True))
+
+    def _take(self, pictures: Sequence[tuple[int, Picture, Verdict]]) -> None:
+        for entry, (index, picture, verdict) in enumerate(pictures):
             if verdict.pixels is None:
                 self._report_not_finite(picture.job)
             else:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ldm.checkpoints.lora_files import LoraFiles
     from ldm.images.writer import RunFolder
     from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.pipeline import Picture, Pipeline
+    from ldm.pipeline import Pending, Pipeline
     from ldm.runtime.device import Precision
 
 logger = logging.getLogger("ldm")
@@ -125,7 +125,8 @@ def _make(opt: argparse.Namespace, plan: Plan, source: _Source) -> int:
         )  # fmt: skip
         claimed = claim.take()
         extras = _extras(opt, source, claimed.hashes, embeddings)
-        output = Output(opt, folder, claimed, columns, mark, screen, extras, events, shared=several)
+        on_cpu = here.device.type == "cpu"
+        output = Output(opt, folder, claimed, columns, mark, screen, extras, events, on_cpu, several)
         batches = here.share([batch for batch in plan.batches() if output.wants(batch)])
         here.part()
         progress = Progress(
@@ -139,8 +140,8 @@ def _make(opt: argparse.Namespace, plan: Plan, source: _Source) -> int:
         )  # fmt: skip
         with contextlib.closing(claimed), contextlib.closing(progress), output:
             try:
-                for indices, pictures in _generate(opt, pipeline, plan, batches, progress):
-                    output.add(indices, pictures)
+                for indices, pending in _generate(opt, pipeline, plan, batches, progress):
+                    output.add(indices, partial(pipeline.finish, pending))
                     if output.failed or interrupts.received or here.deserted:
                         break
             except InputError as error:  # a picture to start from went away meanwhile
@@ -320,8 +321,11 @@ def _generate(
     plan: Plan,
     batches: Sequence[list[int]],
     progress: Progress,
-) -> Iterator[tuple[list[int], list[Picture]]]:
-    """The numbers and pictures of these batches of a plan. In seed mode "batch" one stream of noise serves all."""
+) -> Iterator[tuple[list[int], list[Pending]]]:
+    """The numbers and pictures of these batches of a plan, in the making.
+
+    In seed mode "batch" one stream of noise serves all.
+    """
     noise = None
     codes: dict[tuple[int, int], Tensor] = {}  # by size
     wanted = {batch[0] for batch in batches}
@@ -337,9 +341,9 @@ def _generate(
                 pipeline.skip(jobs, noise, code)
                 continue
         progress.begin(len(jobs))
-        pictures = pipeline.make(jobs, noise, code, progress.step)
+        pending = pipeline.begin(jobs, noise, code, progress.step)
         progress.end(len(jobs))
-        yield indices, pictures
+        yield indices, pending
 
 
 def _extras(
