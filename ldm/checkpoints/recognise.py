@@ -210,7 +210,9 @@ def other_model(state_dict: Mapping[str, Any]) -> str | None:
     fits = kind.part in ("model", "U-Net") and kind.layout == "CompVis" and not kind.variant
     if kind.part == "" or (fits and kind.family in (V1, LAION, "")):
         return None
-    return f"{kind.name}, which needs the inpainting config" if kind.variant == INPAINTING else kind.name
+    if kind.variant == INPAINTING and kind.family in (V1, ""):
+        return f"{kind.name}, which needs the inpainting config"
+    return kind.name
 
 
 def is_inpainting_model(state_dict: Mapping[str, torch.Tensor]) -> bool:

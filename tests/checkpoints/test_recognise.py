@@ -142,7 +142,7 @@ OTHERS = [
 @pytest.mark.parametrize(("shapes", "name"), OTHERS, ids=[row[1][:40] for row in OTHERS])
 def test_other_files_are_named(shapes: dict[str, Any], name: str) -> None:
     assert kind_of(of_shapes(shapes)).name == name
-    told = f"{name}, which needs the inpainting config" if "inpainting" in name else name
+    told = f"{name}, which needs the inpainting config" if "v1 inpainting" in name else name
     unsure = "a latent diffusion model", "an unknown state dict"
     assert other_model(of_shapes(shapes)) == (None if name in unsure else told)
 
