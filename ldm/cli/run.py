@@ -154,8 +154,8 @@ def _make(opt: argparse.Namespace, plan: Plan, source: _Source) -> int:
                 write_sheets(plan, claimed, mark)
     seconds = time.monotonic() - started
     logger.info(
-        "%d images in %.1f s (%.2f s each, loading included) in %s",
-        output.saved, seconds, seconds / max(output.saved, 1), printable(folder.path),
+        "%d image%s in %.1f s (%.2f s each, loading included) in %s",
+        output.saved, "s" * (output.saved != 1), seconds, seconds / max(output.saved, 1), printable(folder.path),
     )  # fmt: skip
     code = 128 + interrupts.received if interrupts.received else 1 if output.failed else 0
     if code and not opt.skip_save and not output.complete and not here.supervised:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -75,9 +76,10 @@ def _column(name: str) -> str | None:
 
 
 def _unknown(name: str) -> str:
-    return (
-        f"{printable(name)[:80] or 'an empty name'} is unknown; the names are {', '.join([*SETTINGS, COUNT])}"
-    )
+    names = [*SETTINGS, COUNT]
+    like = difflib.get_close_matches(name[:80], names, 1)
+    meant = f"did you mean {like[0]}?" if like else f"the names are {', '.join(names)}"
+    return f"{printable(name)[:80] or 'an empty name'} is unknown; {meant}"
 
 
 def read_csv(lines: Sequence[str], faults: Faults) -> Iterator[Line]:

@@ -335,7 +335,7 @@ def test_the_dialect_of_most_lines_wins(read, caplog):
         ("jsonl", '{"prompt": ' + "[" * 9000, "is no JSON object"),
         ("csv", "prompt,steps\na,20,30", "line 2: has 3 cells, but the header 2; quote a cell"),
         ("csv", "prompt,steps\na,x", "line 2: steps is x; give a whole number from 1 to 999"),
-        ("csv", "prompt,stps\na,20", "stps is unknown; the names are"),
+        ("csv", "prompt,stps\na,20", "stps is unknown; did you mean steps?"),
         ("csv", "steps,seed\n1,2", "the header names no prompt"),
         ("csv", "prompt,steps,ddim_steps\na,1,2", "steps has more than one column"),
         ("csv", 'prompt,steps\n"a"b,1', "line 2: is no row of CSV:"),
