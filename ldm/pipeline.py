@@ -193,7 +193,7 @@ class Pipeline:
         self.precision = precision
         self.tiles = tiles
         self._lowmem = lowmem
-        self._decoding = threading.Lock()
+        self._one_thread = threading.Lock()  # for the autoencoder
         self._packer = prepare(model, precision.dtype, forget, LOW_MEMORY if lowmem else None, compiled)
         self._clear(lru_cache(maxsize=8)(open_canvas) if canvases is None else canvases, find_lora)
 
@@ -538,7 +538,7 @@ class Pipeline:
 
     def _decode(self, latent: Tensor) -> Tensor:
         """The picture [1, 3, H, W] of scaled latents."""
-        with self._decoding, self._using(self.model.first_stage_model):
+        with self._one_thread, self._using(self.model.first_stage_model):
             return self._decoder(latent)(latent)
 
     def _rescue(self, latent: Tensor, decoded: Tensor) -> tuple[Tensor, bool]:
@@ -546,11 +546,8 @@ class Pipeline:
         if self.precision.dtype != torch.float16 or finite(decoded)[0]:
             return decoded, False
         autoencoder = self.model.first_stage_model
-        with (
-            self._decoding,
-            self._at_hand(autoencoder),
-            widened(autoencoder.decoder, autoencoder.post_quant_conv),
-        ):
+        decoding = autoencoder.decoder, autoencoder.post_quant_conv
+        with self._one_thread, self._at_hand(autoencoder), widened(*decoding):
             return self._decoder(latent)(latent.float()), True
 
     def _decoder(self, latent: Tensor) -> Callable[[Tensor], Tensor]:
@@ -562,15 +559,16 @@ class Pipeline:
 
     def _encode(self, picture: Tensor) -> DiagonalGaussianDistribution:
         """The distribution of the latents of a float picture [1, 3, H, W], in float32 as in the original."""
-        if not (tile := self._tile(*picture.shape[-2:])):
-            return self.model.encode_first_stage(picture)
+        with self._one_thread, self._at_hand(self.model.first_stage_model):
+            if not (tile := self._tile(*picture.shape[-2:])):
+                return self.model.encode_first_stage(picture)
 
-        def moments(x: Tensor) -> Tensor:
-            return self.model.encode_first_stage(x).parameters
+            def moments(x: Tensor) -> Tensor:
+                return self.model.encode_first_stage(x).parameters
 
-        return DiagonalGaussianDistribution(
-            encode_in_tiles(moments, picture, self.factor, tile, overlap=tile // 4)
-        )
+            return DiagonalGaussianDistribution(
+                encode_in_tiles(moments, picture, self.factor, tile, overlap=tile // 4)
+            )
 
     def _choose_tile(self, height: int, width: int) -> int | None:
         """The side in latent cells of the tiles for pictures of a size; None if they are not cut."""

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ldm.pipeline
-from ldm.job import Job
+from ldm.job import Init, Job
 from ldm.pipeline import Pipeline, load_model
 from ldm.runtime.device import FP16, FULL, resolve_device, resolve_precision
 from ldm.util import InputError
@@ -146,6 +147,42 @@ def test_decoding_is_tried_again_in_float32(tiny, monkeypatch):
     assert picture.pixels is not None
     assert picture.notes == {"Decoded in": "float32"}
     assert torch.equal(decoder.conv_in.weight, weights)
+
+
+def test_with_little_memory_a_network_is_on_the_device_where_it_runs(tmp_path, monkeypatch):
+    """As on a GPU, where networks wait in the CPU's memory; here only what is asked of them is looked at."""
+    model, ran = tiny_model(), Counter()
+    parts = {"text": model.cond_stage_model, "unet": model.model, "autoencoder": model.first_stage_model}
+    here = dict.fromkeys(parts, True)  # the model is loaded onto the device
+    uses = {
+        "get_learned_conditioning": "text",
+        "apply_model": "unet",
+        "encode_first_stage": "autoencoder",
+        "decode_first_stage": "autoencoder",
+    }
+
+    def watch(name, part, real):
+        def call(*args):
+            assert here[part], name
+            ran[name] += 1
+            return real(*args)
+
+        return call
+
+    for part, network in parts.items():
+        monkeypatch.setattr(network, "to", lambda where, part=part: here.update({part: where != "cpu"}))
+    for name, part in uses.items():
+        monkeypatch.setattr(model, name, watch(name, part, getattr(model, name)))
+    monkeypatch.setattr(ldm.pipeline, "prepare", lambda *args: None)
+    pipeline = Pipeline(model, lowmem=True)
+    for seed in range(2):
+        path = tmp_path / f"{seed}.png"
+        Image.new("RGB", (64, 64), (seed, 0, 0)).save(path)
+        job = dataclasses.replace(JOB, init=Init(str(path)), upscale=2.0, seed=seed, prompt=str(seed))
+        pipeline.make([job])
+    assert not any(here.values())
+    assert ran["encode_first_stage"] == ran["decode_first_stage"] == 4
+    assert ran["get_learned_conditioning"] == 3
 
 
 def test_a_picture_is_decoded_again_while_no_other_is_decoded(tiny, monkeypatch):
