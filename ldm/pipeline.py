@@ -264,10 +264,7 @@ class Pipeline:
         start_code: Tensor | None = None,
         on_step: Callable[[int], object] | None = None,
     ) -> list[Pending]:
-        """The first part of `make`: leaves all its work to the device, and waits for none of the pictures.
-
-        A GPU finds the next batch's prompts and steps behind it, if that is begun before this one is finished.
-        """
+        """The first part of `make`: leaves all its work to the device, and waits for none of the pictures."""
         job = jobs[0]
         if len(set(map(batch_key, jobs))) > 1:
             raise ValueError("the jobs of one batch may differ in prompts, guidance scales and seeds only")

@@ -13,10 +13,11 @@ from PIL import Image
 
 import ldm.pipeline
 from ldm.job import Init, Job
+from ldm.models.diffusion.sampler import Sampler
 from ldm.pipeline import Pipeline, load_model
 from ldm.runtime.device import FP16, FULL, resolve_device, resolve_precision
 from ldm.util import InputError
-from tests.golden_data import tiny_config, tiny_model
+from tests.golden_data import inpainting_config, tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,40 @@ def test_decoding_is_tried_again_in_float32(tiny, monkeypatch):
     assert picture.pixels is not None
     assert picture.notes == {"Decoded in": "float32"}
     assert torch.equal(decoder.conv_in.weight, weights)
+
+
+@pytest.fixture(scope="module", params=[tiny_config, inpainting_config])
+def elsewhere(request):
+    """A pipeline whose model is not on the CPU, as on a GPU: torch refuses to mix devices, and to tell a value."""
+    return Pipeline(tiny_model(request.param()).to("meta"), FP16)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"sampler": "plms"},
+        {"sampler": "dpm_solver"},
+        {"eta": 0.5, "rng": "cpu"},
+        {"prompt_syntax": "a1111", "prompt": "a (red:1.3) cube"},
+        {"init": Init("start.png")},
+        {"init": Init("start.png", mask="mask.png"), "sampler": "plms"},
+        {"init": Init("start.png", mask="mask.png"), "posterior": "mean"},
+    ],
+    ids=["ddim", "plms", "dpm", "eta", "weighted", "picture", "mask", "mean"],
+)
+def test_a_batch_is_begun_on_the_device_and_waits_for_no_value(
+    elsewhere, tiny, fields, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("start.png", "mask.png"):
+        Image.new("RGB", (64, 64), "white").save(name)
+    table = tiny.alphas_cumprod.double().numpy()
+    monkeypatch.setattr(Sampler, "_alphas_cumprod", lambda self: table)  # read from the device once a batch
+    job = dataclasses.replace(JOB, **fields)
+    pending = elsewhere.begin([job, dataclasses.replace(job, seed=1, scale=2.0)])
+    assert [picture.decoded.device.type for picture in pending] == ["meta"] * 2
+    assert [picture.decoded.shape for picture in pending] == [(1, 3, 64, 64)] * 2
 
 
 def test_with_little_memory_a_network_is_on_the_device_where_it_runs(tmp_path, monkeypatch):
