@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,16 +40,15 @@ from ldm.prompts.conditioning import count_chunks, encode_weighted
 from ldm.runtime.device import FULL, Precision, widened
 from ldm.runtime.fast import halved, prepare
 from ldm.runtime.tiling import (
+    Tiling,
     available_memory,
-    choose_tiles,
+    choose_tile,
     decode_in_tiles,
     encode_in_tiles,
-    needed_memory,
 )
 
 logger = logging.getLogger(__name__)
 
-TILES = 64, 32  # sides in latent cells, and what is taken where even the first does not fit
 LOW_MEMORY = 300_000_000  # bytes of weights that stay in memory where little is wanted
 SAMPLERS: Mapping[str, type[Sampler]] = {
     "ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler,
@@ -184,14 +183,14 @@ class Pipeline:
         model: LatentDiffusion,
         precision: Precision = FULL,
         canvases: Callable[[Init], Canvas] | None = None,
-        tiles: Literal["auto", "on", "off"] = "auto",
+        tiles: Tiling = "auto",
         find_lora: Callable[[str], Path] = lora_file,
         lowmem: bool = False,
         compiled: bool = False,
     ):
         self.model = model
         self.precision = precision
-        self.tiles = tiles
+        self.tiles: Tiling = tiles
         self._lowmem = lowmem
         self._one_thread = threading.Lock()  # for the autoencoder
         self._packer = prepare(model, precision.dtype, forget, LOW_MEMORY if lowmem else None, compiled)
@@ -569,16 +568,8 @@ class Pipeline:
 
     def _choose_tile(self, height: int, width: int) -> int | None:
         """The side in latent cells of the tiles for pictures of a size; None if they are not cut."""
-        large, small = TILES
-        available = available_memory(self.device)
-
-        def fits(pixels: int) -> bool:
-            return not choose_tiles(needed_memory(self.model.first_stage_model.widths, pixels), available)
-
-        if self.tiles == "off" or (self.tiles == "auto" and fits(height * width)):
-            return None
-        tile = large if fits((large * self.factor) ** 2) else small
-        return tile if max(height, width) > tile * self.factor else None
+        widths, available = self.model.first_stage_model.widths, available_memory(self.device)
+        return choose_tile(self.tiles, widths, self.factor, (height, width), available)
 
 
 def _stream_seeds(jobs: Sequence[Job]) -> list[int]:

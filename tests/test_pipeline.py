@@ -16,6 +16,7 @@ from ldm.job import Init, Job
 from ldm.models.diffusion.sampler import Sampler
 from ldm.pipeline import Pipeline, load_model
 from ldm.runtime.device import FP16, FULL, resolve_device, resolve_precision
+from ldm.runtime.tiling import needed_memory
 from ldm.util import InputError
 from tests.golden_data import inpainting_config, tiny_config, tiny_model
 
@@ -266,7 +267,7 @@ def test_tiles_are_taken_where_a_picture_would_not_fit(tiny, monkeypatch):
         monkeypatch.setattr(ldm.pipeline, "available_memory", lambda device: available)
         return Pipeline(tiny, tiles=tiles)._choose_tile(height, width)
 
-    needed = ldm.pipeline.needed_memory(tiny.first_stage_model.widths, 1024 * 1024)
+    needed = needed_memory(tiny.first_stage_model.widths, 1024 * 1024)
     assert tile(1024, 1024, None) is None
     assert tile(1024, 1024, 2 * needed) is None
     assert tile(1024, 1024, needed) == 64

@@ -171,15 +171,11 @@ def _share_at_once(
     opt: argparse.Namespace, model: LatentDiffusion, size: tuple[int, int], device: torch.device
 ) -> float:
     """How much of a picture the autoencoder sees at once: all of it, or one tile."""
-    from ldm.pipeline import TILES
-    from ldm.runtime.tiling import available_memory, choose_tiles, needed_memory
+    from ldm.runtime.tiling import available_memory, choose_tile
 
-    needed = needed_memory(model.first_stage_model.widths, _area(size))
-    fits = not choose_tiles(needed, available_memory(device))
-    if opt.tiles == "off" or (opt.tiles == "auto" and fits):
-        return 1.0
-    tile = TILES[0] * model.first_stage_model.downsampling
-    return min(tile**2 / _area(size), 1.0)
+    widths, factor = model.first_stage_model.widths, model.first_stage_model.downsampling
+    tile = choose_tile(opt.tiles, widths, factor, size, available_memory(device))
+    return 1.0 if tile is None else min((tile * factor) ** 2 / _area(size), 1.0)
 
 
 def _area(size: tuple[int, int]) -> int:

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Network = Callable[[Tensor], Tensor]
+Tiling = Literal["auto", "on", "off"]
 
+TILES = 64, 32  # sides in latent cells, and what is taken where even the first does not fit
 SHARE = 0.75  # of the available memory that a decoding may take: the pictures themselves need some as well
 # Measured on a CPU, in float32 (autocast takes half): the peak grows by 7.6 to 10.4 times ch * pixels * 4 bytes for
 # widths of ch and 2 ch, of which 6 are tensors and the rest the convolutions' own copies.
@@ -169,3 +172,26 @@ def _field(path: Path, name: str) -> int | None:
 def choose_tiles(needed: int, available: int | None) -> bool:
     """Whether to decode in tiles: `needed` bytes are more than the usual share of those available."""
     return available is not None and needed > SHARE * available
+
+
+def choose_tile(
+    tiles: Tiling,
+    widths: Sequence[int],
+    factor: int,
+    size: tuple[int, int],
+    available: int | None,
+) -> int | None:
+    """The side in latent cells of the tiles for pictures of a height and width; None if they are not cut.
+
+    `widths` are the channels of the autoencoder's levels, `factor` is its downsampling, `available` bytes can be had.
+    """
+    large, small = TILES
+    height, width = size
+
+    def fits(pixels: int) -> bool:
+        return not choose_tiles(needed_memory(widths, pixels), available)
+
+    if tiles == "off" or (tiles == "auto" and fits(height * width)):
+        return None
+    tile = large if fits((large * factor) ** 2) else small
+    return tile if max(height, width) > tile * factor else None
