@@ -34,7 +34,7 @@ from ldm.cli.plan import Plan, check_job, count_steps, read_wishes, schedule_len
 from ldm.cli.preview import show
 from ldm.cli.report import Events, Interrupts, Progress, name_process
 from ldm.cli.sheets import write_sheets
-from ldm.job import Job
+from ldm.job import Init, Job
 from ldm.util import InputError, cache_path, printable
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from ldm.checkpoints.embeddings import Embeddings
     from ldm.checkpoints.lora_files import LoraFiles
+    from ldm.images.canvas import Canvas
     from ldm.images.writer import RunFolder
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.pipeline import Pending, Pipeline
@@ -50,9 +51,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ldm")
 
+Planner = Callable[[argparse.Namespace, Mapping[str, Any], "LoraFiles"], Plan]
 
-def run(opt: argparse.Namespace, kept: KeptModel | None = None) -> int:
-    """Text and pictures to pictures: the exit code. The model is `kept` for the next run, or taken from the last."""
+
+def plan_options(opt: argparse.Namespace, config: Mapping[str, Any], find_lora: LoraFiles) -> Plan:
+    """What the options and the files that they name ask of a config's model."""
+    wishes, canvases = read_wishes(opt), Canvases(mask_needed=opt.inpaint)
+    starts = read_starts(opt, config, canvases)
+    return Plan(opt, wishes, starts, canvases, lambda job: check_job(job, config, find_lora))
+
+
+def run(opt: argparse.Namespace, kept: KeptModel | None = None, planner: Planner = plan_options) -> int:
+    """Text and images to images: the exit code. The model is `kept` for the next run, or comes from the last one.
+
+    `planner` makes the plan from the options, the checked config and what finds LoRAs; it may raise InputError.
+    """
     ranks.hush()
     check_options(opt)
     need(
@@ -64,17 +77,17 @@ def run(opt: argparse.Namespace, kept: KeptModel | None = None) -> int:
     )
 
     from ldm.config import read_config
-    from ldm.runtime.device import resolve_device, resolve_precision
+
+    config_path, ckpt_path = choose_model(opt)
+
+    from ldm.runtime.device import resolve_device, resolve_precision  # torch, which takes seconds
 
     device = resolve_device(opt.device)
     ranks.check(opt, device)
-    wishes, find_lora = read_wishes(opt), find_loras(opt)
-    config_path, ckpt_path = choose_model(opt)
+    find_lora = find_loras(opt)
     config = read_config(config_path, opt.allow_targets)
     check_latents(opt, config)
-    canvases = Canvases(mask_needed=opt.inpaint)
-    starts = read_starts(opt, config, canvases)
-    plan = Plan(opt, wishes, starts, canvases, lambda job: check_job(job, config, find_lora))
+    plan = planner(opt, config, find_lora)
     if opt.dry_run:
         _tell_steps(plan[0])
         return show(opt, plan, config, device, resolve_precision(opt.precision, device))
@@ -87,7 +100,7 @@ def run(opt: argparse.Namespace, kept: KeptModel | None = None) -> int:
     precision = resolve_precision(opt.precision, here.device)
     _tell_steps(plan[0])
     kept = kept or KeptModel()
-    source = _Source(config_path, config, ckpt_path, here, precision, canvases, find_lora, kept)
+    source = _Source(config_path, config, ckpt_path, here, precision, plan.canvases, find_lora, kept)
     return _make(opt, plan, source)
 
 
@@ -100,7 +113,7 @@ class _Source:
     ckpt: Path
     here: ranks.Alone
     precision: Precision
-    canvases: Canvases
+    canvases: Callable[[Init], Canvas]
     find_lora: LoraFiles
     kept: KeptModel
 
