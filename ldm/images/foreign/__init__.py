@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ldm.images.foreign import comfyui, invokeai, own, webui
-from ldm.images.foreign.recipe import Recipe
+from ldm.images.foreign.recipe import Origin, Recipe
 from ldm.images.foreign.texts import read_texts
-from ldm.images.metadata import INFOTEXT_KEYWORD
+from ldm.images.metadata import INFOTEXT_KEYWORD, file_name
 from ldm.images.record import KEYWORD as RECORD_KEYWORD
 from ldm.util import InputError, printable
 
@@ -20,7 +20,7 @@ __all__ = ["Recipe", "read_job"]
 
 # The first keyword that a file has and that can be read counts. ComfyUI's graph stands before the infotext,
 # since extensions of ComfyUI write both, and the graph says how the noise was drawn.
-_READERS: tuple[tuple[str, Callable[[str], Recipe]], ...] = (
+_READERS: tuple[tuple[str, Callable[[str, Origin], Recipe]], ...] = (
     (RECORD_KEYWORD, own.read),
     ("prompt", comfyui.read),
     (INFOTEXT_KEYWORD, webui.read),
@@ -36,12 +36,13 @@ def read_job(path: str) -> Recipe:
     Raises InputError, of one line that begins with the path, for a file that is no PNG, JPEG or WebP picture or
     that holds no settings that are understood.
     """
-    texts = read_texts(path)
+    texts, size = read_texts(path)
+    origin = Origin(file_name(path), size)
     faults: list[str] = []
     for keyword, read in _READERS:
         if keyword in texts:
             try:
-                recipe = read(texts[keyword])
+                recipe = read(texts[keyword], origin)
             except InputError as error:
                 faults.append(f"its text `{keyword}` is not used: {error}")
             else:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ldm.images.foreign.recipe import Draft, Recipe
+from ldm.images.foreign.recipe import UNKNOWN, Draft, Origin, Recipe
 from ldm.images.metadata import file_name
 from ldm.util import InputError
 
@@ -90,7 +90,7 @@ class Graph:
         )
 
 
-def read(text: str) -> Recipe:
+def read(text: str, _: Origin = UNKNOWN) -> Recipe:
     """The recipe of a picture with a graph in ComfyUI's API form."""
     graph = _graph(text)
     way = _way(graph)

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from ldm.images.foreign.recipe import Draft, Recipe
+from ldm.images.foreign.recipe import UNKNOWN, Draft, Origin, Recipe
 from ldm.images.metadata import file_name
 from ldm.util import InputError
 
@@ -21,7 +21,7 @@ _NOT_HERE = (
 )  # fmt: skip
 
 
-def read_metadata(text: str) -> Recipe:
+def read_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
     """The recipe of a picture of version 3 or later."""
     content = _object(text)
     draft = Draft("InvokeAI")
@@ -43,7 +43,7 @@ def read_metadata(text: str) -> Recipe:
     return draft.finish()
 
 
-def read_sd_metadata(text: str) -> Recipe:
+def read_sd_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
     """The recipe of a picture of version 1.15 to 2.3, by its JSON."""
     content = _object(text)
     images = content.get("images")
@@ -67,7 +67,7 @@ def read_sd_metadata(text: str) -> Recipe:
     return draft.finish()
 
 
-def read_dream(text: str) -> Recipe:
+def read_dream(text: str, _: Origin = UNKNOWN) -> Recipe:
     """The recipe of a picture of version 1 or 2, by the command that made it."""
     quoted = _QUOTED.fullmatch(text) or _BARE.fullmatch(text)
     if quoted is None:

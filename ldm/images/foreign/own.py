@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ldm.images.foreign.recipe import Recipe, checked
+from ldm.images.foreign.recipe import UNKNOWN, Origin, Recipe, checked
 from ldm.images.record import read_record
 from ldm.job import Job
 from ldm.util import printable
 
 
-def read(text: str) -> Recipe:
+def read(text: str, _: Origin = UNKNOWN) -> Recipe:
     """The recipe of a picture with a record."""
     job, extras, unknown = read_record(text)
     notes = [f"a newer version wrote {printable(name)[:100]}, which is left out" for name in unknown[:20]]

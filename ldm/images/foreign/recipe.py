@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm.images.metadata import file_name
 from ldm.images.record import read_record, record
@@ -34,6 +34,16 @@ _NEAREST = (
     ("", "dpm_solver", 0.0),  # DPM-Solver's many relatives, Heun, UniPC, DEIS: of second order or higher
 )
 _SAME = {"ddim": "ddim", "plms": "plms"}
+
+
+class Origin(NamedTuple):
+    """The file that a text comes from, as far as it is known: its name, and its width and height in pixels."""
+
+    name: str = ""
+    size: tuple[int, int] | None = None
+
+
+UNKNOWN = Origin()
 
 
 @dataclass(frozen=True, slots=True)

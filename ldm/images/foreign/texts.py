@@ -15,8 +15,10 @@ _EXIF, _USER_COMMENT = 0x8769, 0x9286
 _CODE_LENGTH = 8  # bytes that name the character set of a comment
 
 
-def read_texts(path: str) -> dict[str, str]:
+def read_texts(path: str) -> tuple[dict[str, str], tuple[int, int]]:
     """A PNG's text chunks, and the EXIF comment of any picture as `parameters`, where the web UI puts it.
+
+    With them comes the image's width and height in pixels.
 
     Raises InputError for a file that is no picture; text that is too long or cannot be decoded is left out.
     """
@@ -30,7 +32,7 @@ def read_texts(path: str) -> dict[str, str]:
             texts = _strings(image)
         if comment := _comment(image):
             texts[INFOTEXT_KEYWORD] = comment
-    return {key: text for key, text in texts.items() if len(text) <= MAX_TEXT}
+    return {key: text for key, text in texts.items() if len(text) <= MAX_TEXT}, image.size
 
 
 def _strings(image: Image.Image) -> dict[str, str]:

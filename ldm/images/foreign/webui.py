@@ -11,7 +11,7 @@ import math
 import re
 
 from ldm.images.foreign.own import recipe
-from ldm.images.foreign.recipe import Draft, Recipe
+from ldm.images.foreign.recipe import UNKNOWN, Draft, Origin, Recipe
 from ldm.images.metadata import JOB_KEYS, job_from_entries, parse_infotext
 from ldm.util import InputError
 
@@ -29,7 +29,7 @@ _FOREIGN_KEYS = JOB_KEYS & {
 }  # fmt: skip
 
 
-def read(text: str) -> Recipe:
+def read(text: str, _: Origin = UNKNOWN) -> Recipe:
     """The recipe of a picture with an infotext; its `Version` says whose it is."""
     if text.lstrip().startswith("{"):
         raise InputError("it is JSON, as Fooocus writes it, which is not read here")
