@@ -9,10 +9,11 @@ import inspect
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, BinaryIO, get_args, get_type_hints
 
 
 class InputError(ValueError):
@@ -39,6 +40,52 @@ def printable(text: object) -> str:
 def cache_path(name: str) -> Path:
     """Where what can be made again is kept between runs: this toolkit's file or folder `name` in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm-v1" / name
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file for reading; a folder, pipe, socket, device or broken link is refused and cannot hang us.
+
+    The `InputError` says what is there, and leaves the path to the caller. Raises `OSError` as `open` does.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        if not os.path.islink(path):
+            raise
+        raise InputError(f"is a broken link to {printable(os.readlink(path))}") from None
+    if stat.S_ISDIR(mode):
+        raise InputError("is a folder, and a single file is needed here; give the file inside it")
+    if stat.S_ISREG(mode):
+        file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 - the caller closes it
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it may have been replaced since
+            return file
+        file.close()
+    raise InputError("is a pipe, socket or device, not a regular file")
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens without waiting for the other end of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_side_file(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The bytes of a small file that describes something: a regular file of at most `limit` bytes.
+
+    Anything else, and what the system refuses, is an `InputError` that begins with the path.
+    """
+    shown = printable(os.fspath(path))
+    try:
+        with open_regular(path) as file:
+            data = file.read(limit + 1)
+    except InputError as error:
+        raise InputError(f"{shown} {error}") from None
+    except FileNotFoundError:
+        raise InputError(f"{shown} does not exist") from None
+    except OSError as error:
+        raise InputError(f"{shown} cannot be read: {error.strerror or printable(error)}") from None
+    if len(data) > limit:
+        raise InputError(f"{shown} is larger than {limit / 2**20:g} MB; is it the right file?")
+    return data
 
 
 PART_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.part", re.DOTALL)  # of all that `part_beside` gives

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from ldm.util import PART_NAME, default, exists, part_beside, written_whole
+from ldm.util import PART_NAME, InputError, default, exists, part_beside, read_side_file, written_whole
 
 
 def test_a_file_appears_at_the_end(tmp_path):
@@ -68,3 +68,24 @@ def test_hidden_names_keep_to_the_folder(tmp_path):
 def test_values_that_may_be_missing():
     assert exists(0) and exists("") and not exists(None)
     assert (default(0, 5), default(None, 5), default(None, lambda: 6), default(None, int)) == (0, 5, 6, int)
+
+
+def test_a_side_file_is_a_small_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    (tmp_path / "link").symlink_to("/no/such")
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(20 * 2**30)
+    (tmp_path / "small").write_bytes(b"12345")
+    assert read_side_file(tmp_path / "small", 2**20) == b"12345"
+    reasons = {
+        "pipe": "is a pipe, socket or device",
+        "zeros": "is a pipe, socket or device",
+        "link": "is a broken link to /no/such",
+        "sparse": "is larger than 1 MB",
+        "none": "does not exist",
+        "": "is a folder",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(InputError, match=f"^{tmp_path / name} {reason}"):
+            read_side_file(tmp_path / name, 2**20)

@@ -18,6 +18,7 @@ from ldm.checkpoints.recognise import kind_of, looks_like
 from ldm.checkpoints.safetensors_file import read_safetensors
 from ldm.checkpoints.sniff import CheckpointError, Kind, open_regular, reading, sniff
 from ldm.checkpoints.torch_zip import damaged_records, read_torch_zip
+from ldm.util import read_side_file
 
 _WRAPPERS = ("state_dict", "model")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -146,7 +147,7 @@ _WEIGHTS = (
 )
 _VARIANTS = ("", ".fp16")
 _HARMLESS_COMPONENTS = {"tokenizer", "scheduler", "safety_checker", "feature_extractor"}
-_MAX_JSON = 16 * 2**20
+MAX_JSON = 16 * 2**20
 _VOCABULARIES = ("vocab.json", "tokenizer.json")
 
 
@@ -285,11 +286,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file of a folder; empty without the file. Faults are a `CheckpointError`."""
     if not os.path.lexists(path):
         return {}
-    with reading(path), open_regular(path) as file:
-        text = file.read(_MAX_JSON + 1)
-        if len(text) > _MAX_JSON:
-            raise CheckpointError(f"is larger than {_MAX_JSON // 2**20} MB, and no model's settings are")
-        tree = json.loads(text)
+    with reading(path):
+        tree = json.loads(read_side_file(path, MAX_JSON))
         if not isinstance(tree, dict):
-            raise CheckpointError("is no JSON mapping")
+            raise CheckpointError("is not a JSON mapping")
         return tree

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import stat
 from collections.abc import Iterator
 from typing import BinaryIO, Literal
 
+from ldm import util
 from ldm.util import InputError, printable
 
 Kind = Literal["torch zip", "torch legacy", "safetensors"]
@@ -53,12 +53,13 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = printable(_reason(error)[:_MAX_REASON])
-        raise CheckpointError(f"{printable(os.fspath(path))}: {reason}") from error
+        shown, reason = printable(os.fspath(path)), printable(_reason(error)[:_MAX_REASON])
+        named = reason.startswith(shown)  # by a guard within this one
+        raise CheckpointError(reason if named else f"{shown}: {reason}") from error
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, CheckpointError):
+    if isinstance(error, InputError):
         return str(error)
     if isinstance(error, FileNotFoundError):
         return "no such file; check the path"
@@ -70,15 +71,12 @@ def _reason(error: Exception) -> str:
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a regular, non-empty file for reading; a folder, pipe or device is refused and cannot hang us."""
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
-        raise CheckpointError("is a folder, and a single file is needed here; give the file inside it")
-    if not stat.S_ISREG(mode):
-        raise CheckpointError("is a pipe, socket or device, not a regular file")
-    if os.stat(path).st_size == 0:
-        raise CheckpointError("is empty (0 bytes); download it again")
-    return open(path, "rb")
+    """`ldm.util.open_regular` for files of weights, which are never empty."""
+    file = util.open_regular(path)
+    if file_size(file):
+        return file
+    file.close()
+    raise CheckpointError("is empty (0 bytes); download it again")
 
 
 def file_size(file: BinaryIO) -> int:

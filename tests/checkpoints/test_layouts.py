@@ -390,7 +390,7 @@ def test_missing_files_of_a_folder_are_named(folder: Path, tmp_path: Path) -> No
         read_model(tmp_path)
     (folder / "model_index.json").unlink()
     (folder / "model_index.json").write_text("[1]")
-    with pytest.raises(CheckpointError, match="no JSON mapping"):
+    with pytest.raises(CheckpointError, match="is not a JSON mapping"):
         read_model(folder)
     (folder / "model_index.json").write_bytes(b" " * (16 * 2**20 + 1))
     with pytest.raises(CheckpointError, match="larger than 16 MB"):

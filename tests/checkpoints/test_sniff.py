@@ -100,7 +100,7 @@ def test_paths_that_are_no_regular_files_are_refused_at_once(tmp_path: Path) -> 
 
 
 def test_a_file_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(*_: object) -> None:
+    def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     torch.save({"a": torch.ones(1)}, tmp_path / "m.ckpt")
