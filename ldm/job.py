@@ -9,6 +9,9 @@ from typing import Literal
 MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin")
 RESIZES = ("fit", "fill", "stretch", "pad", "none")
 
+Sampler = Literal["ddim", "plms", "dpm_solver"]
+Spacing = Literal["uniform", "compvis", "quad"]
+
 
 @dataclass(frozen=True, slots=True)
 class Init:
@@ -60,10 +63,10 @@ class Job:
     width: int = 512
     height: int = 512
     steps: int = 50
-    sampler: str = "ddim"
+    sampler: Sampler = "ddim"
     scale: float = 7.5
     eta: float = 0.0
-    timestep_spacing: str = "uniform"
+    timestep_spacing: Spacing = "uniform"
     rng: Literal["philox", "cpu", "device", "numpy"] = "philox"
     seed_mode: Literal["image", "batch"] = "image"
     batch_index: int = 0

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "ldm").rglob("*.py"))
 RANKS = [
     {"util", "job", "lr_scheduler"},
+    {"fields"},
     {"config"},
     {"modules"},
     {"models"},

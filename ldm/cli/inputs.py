@@ -24,9 +24,9 @@ from ldm.cli.options import (
     V1_CKPT,
     V1_CONFIG,
 )
+from ldm.fields import OWN_NAMES, SETTINGS
 from ldm.job import Init, Job
 from ldm.prompts.lines import MAX_COUNT
-from ldm.prompts.settings import OWN_NAMES, SETTINGS
 from ldm.util import InputError, find, printable
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from ldm.cli.inputs import Start, check_memory, latent_factor, need
+from ldm.fields import MAX_SEED, override
 from ldm.job import Init, Job, batch_key, lora_name, split_loras
 from ldm.prompts.dialects import read_prompt_list
 from ldm.prompts.expand import Sweep, expand_lines, parse_sweep
 from ldm.prompts.files import Faults, source_name
 from ldm.prompts.lines import Line
-from ldm.prompts.settings import MAX_SEED, override
 from ldm.util import InputError, printable
 
 if TYPE_CHECKING:

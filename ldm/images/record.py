@@ -8,12 +8,11 @@ The fields of the job are those of `ldm.job.Job`, whatever they are, so a field 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass, replace
-from types import UnionType
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
+from ldm.fields import MAX_TEXT, SETTINGS, override, read_held, shown
 from ldm.images.metadata import file_name, to_json
 from ldm.job import Job, lora_name
 from ldm.util import InputError, printable
@@ -30,6 +29,10 @@ class Record(NamedTuple):
     unknown: tuple[str, ...]
 
 
+class FieldError(InputError):
+    """A record of this toolkit in which a field has a value that it cannot have."""
+
+
 def record(job: Job, extras: Mapping[str, str]) -> str:
     """The record of a picture: `job` with `extras` beside it; empty extras are left out.
 
@@ -42,22 +45,23 @@ def record(job: Job, extras: Mapping[str, str]) -> str:
 def read_record(text: str) -> Record:
     """What a record says, exactly; fields that it lacks have the defaults of `Job`.
 
-    Raises InputError for a text that is no record, and for a value that its field cannot have.
+    Raises InputError for a text that is no record, and `FieldError` for a value that its field cannot have.
     """
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
-        raise InputError("the record is no JSON") from None
+        raise InputError("the record is not JSON") from None
     job, extras = (content.get(key) if isinstance(content, dict) else None for key in ("job", "extras"))
     if not isinstance(job, dict):
         raise InputError("the record holds no job")
     unknown: list[str] = []
     try:
-        decoded = _decoded(job, Job, "job", unknown)
+        decoded = _decoded(job, unknown)
     except ValueError as error:
-        raise InputError(f"the record is of no use: {printable(error)}") from None
+        raise FieldError(f"the record is not usable: {printable(error)}") from None
     texts = extras if isinstance(extras, dict) else {}
-    return Record(decoded, {key: v for key, v in texts.items() if isinstance(v, str)}, tuple(unknown))
+    held = {key: v for key, v in texts.items() if isinstance(v, str) and len(v) <= MAX_TEXT}
+    return Record(decoded, held, tuple(unknown))
 
 
 def without_folders(job: Job) -> Job:
@@ -71,35 +75,16 @@ def without_folders(job: Job) -> Job:
     )
 
 
-def _decoded(value: Any, hint: Any, place: str, unknown: list[str]) -> Any:
-    """What JSON gave as a value of the type `hint`; ValueError names the `place` where it is none."""
-    options = get_args(hint)
-    if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        return _decoded_fields(value, hint, place, unknown)
-    if isinstance(hint, UnionType):
-        inner = next(option for option in options if option is not type(None))
-        return None if value is None else _decoded(value, inner, place, unknown)
-    if get_origin(hint) is tuple and isinstance(value, list):
-        hints = [options[0]] * len(value) if options[1:] == (...,) else options
-        if len(hints) == len(value):
-            return tuple(_decoded(v, h, place, unknown) for v, h in zip(value, hints, strict=True))
-    elif get_origin(hint) is Literal:
-        if isinstance(value, str) and value in options:
-            return value
-    elif hint is float and type(value) is int and abs(value) <= 2**53:
-        return float(value)
-    elif type(value) is hint and (hint is not float or math.isfinite(value)):
-        return value
-    shown = f"a {type(value).__name__}" if isinstance(value, (dict, list)) else repr(value)[:100]
-    raise ValueError(f"{place} cannot be {shown}")
-
-
-def _decoded_fields(value: dict[str, Any], cls: type, place: str, unknown: list[str]) -> Any:
-    """A dataclass from a JSON object, its unknown entries left out and named."""
-    hints = get_type_hints(cls)
-    unknown += [f"{place}.{name}" for name in value if name not in hints]
-    for field in fields(cls):
-        if field.name not in value and field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"{place} lacks {field.name}")
-    known = {name: v for name, v in value.items() if name in hints}
-    return cls(**{name: _decoded(v, hints[name], f"{place}.{name}", unknown) for name, v in known.items()})
+def _decoded(content: Mapping[str, Any], unknown: list[str]) -> Job:
+    """The job of a JSON object, its unknown entries left out and named. Raises ValueError."""
+    if "prompt" not in content:
+        raise ValueError("job lacks prompt")
+    init = content.get("init")
+    if not (init is None or isinstance(init, dict)):
+        raise ValueError(f"job.init cannot be {shown(init)}; give an object or null")
+    if isinstance(init, dict) and "image" not in init:
+        raise ValueError("job.init lacks image")
+    held = {name: value for name, value in content.items() if name != "init"}
+    held |= {f"init.{name}": value for name, value in (init or {}).items()}
+    unknown += [f"job.{name}" for name in held if name not in SETTINGS]
+    return override(Job(""), {name: read_held(name, v) for name, v in held.items() if name in SETTINGS})

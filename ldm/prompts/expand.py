@@ -10,9 +10,9 @@ from decimal import Decimal, InvalidOperation
 from math import prod
 from typing import Any
 
+from ldm.fields import Setting, find_setting
 from ldm.prompts.files import Faults
 from ldm.prompts.lines import Line
-from ldm.prompts.settings import Setting, find_setting
 from ldm.util import InputError, printable
 
 MAX_JOBS = 10_000

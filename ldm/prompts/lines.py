@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from ldm.fields import SETTINGS, Setting
 from ldm.prompts.files import Faults
-from ldm.prompts.settings import SETTINGS, Setting
 from ldm.util import printable
 
 COUNT, SEEDS = "count", "seeds"  # beside the fields of a job: how many images, and several seeds

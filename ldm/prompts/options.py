@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ldm.fields import OWN_NAMES
 from ldm.prompts.files import Faults
 from ldm.prompts.lines import COUNT, SEEDS, Line, Values, is_number, numbered, parse_field
-from ldm.prompts.settings import OWN_NAMES
 from ldm.util import printable
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ldm.fields import SETTINGS, find_setting
 from ldm.prompts.files import Faults
 from ldm.prompts.lines import COUNT, Line, Values, check_field, numbered
-from ldm.prompts.settings import SETTINGS, find_setting
 from ldm.util import printable
 
 _JSON_BEGINS = re.compile(r'\s*\{\s*"[^"]*"\s*:')

@@ -8,7 +8,7 @@ import io
 import json
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -131,6 +131,42 @@ def test_values_that_a_field_cannot_have_are_refused(name: str, value: object) -
     with pytest.raises(InputError, match=name) as caught:
         read_record(json.dumps({"job": {"prompt": "x", name: value}}))
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sampler", "from-file=/etc/passwd"), ("sampler", "help"), ("timestep_spacing", "weird"), ("seed", -1),
+        ("seed", 2**64), ("steps", 0), ("steps", 1000), ("width", 7), ("height", 0), ("strength", 1.5), ("eta", -0.1),
+        ("upscale", 9), ("upscale_strength", -1), ("batch_index", -1), ("prompt", "x" * 65_537),
+        ("loras", [["a", 1.0, 1.0]] * 101), ("init", {"image": "a", "mask_blur": 1e9}),
+        ("init", {"image": "a", "resize": "--help"}), ("init", {"image": "a", "width": 0}),
+    ],
+)  # fmt: skip
+def test_a_record_cannot_go_beyond_the_range_of_a_field(name: str, value: object, tmp_path: Path) -> None:
+    text = json.dumps({"version": 1, "job": {"prompt": "x", name: value}})
+    path = png(tmp_path / "x.png", ldm=text, parameters=infotext(Job("x"), {"Version": "ldm 1.0"}))
+    with pytest.raises(InputError, match=rf"job\.{name}.* cannot be .*; give") as caught:
+        read_job(path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+def test_an_own_infotext_cannot_go_beyond_the_range_of_a_field() -> None:
+    text = infotext(Job("x", sampler=cast(Any, "help")), {"Version": "ldm 1.0"})
+    with pytest.raises(InputError, match=r"job\.sampler cannot be help; give ddim"):
+        webui.read(text)
+
+
+def test_values_of_other_programs_beyond_their_range_are_noted() -> None:
+    settings = "Steps: 5000, Sampler: DDIM, CFG scale: 7, Seed: 1, Size: 500x70, Denoising strength: 3"
+    recipe = webui.read(f"x\n{settings}, Version: v1.10.1")
+    assert (recipe.job.steps, recipe.job.width, recipe.job.height, recipe.job.strength) == (50, 496, 64, 1.0)
+    for words in (
+        ("steps cannot be 5000", "using 50"),
+        ("width 500", "using 496"),
+        ("strength cannot be 3",),
+    ):
+        assert noted(recipe, *words), recipe.notes
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"job": []}', '{"job": {}}', "[" * 100_000, "9" * 5000])

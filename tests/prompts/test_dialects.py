@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.cli.options import make_parser
+from ldm.fields import SETTINGS, override
 from ldm.job import Init, Job
 from ldm.pipeline import SAMPLERS
 from ldm.prompts.dialects import FORMATS, read_prompt_list
 from ldm.prompts.lines import Line
-from ldm.prompts.settings import SETTINGS, override
 from ldm.util import InputError
 from scripts import txt2img
 

@@ -14,6 +14,7 @@ from ldm.images.foreign.recipe import Origin, Recipe
 from ldm.images.foreign.texts import read_texts
 from ldm.images.metadata import INFOTEXT_KEYWORD, file_name
 from ldm.images.record import KEYWORD as RECORD_KEYWORD
+from ldm.images.record import FieldError
 from ldm.util import InputError, printable
 
 __all__ = ["Recipe", "read_job"]
@@ -43,6 +44,8 @@ def read_job(path: str) -> Recipe:
         if keyword in texts:
             try:
                 recipe = read(texts[keyword], origin)
+            except FieldError as error:  # a damaged or forged record is not replaced by another text
+                raise InputError(f"{printable(path)}: {error}") from None
             except InputError as error:
                 faults.append(f"its text `{keyword}` is not used: {error}")
             else:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ldm.fields import override, read_held, shown, values_of
 from ldm.images.metadata import file_name
-from ldm.images.record import read_record, record
+from ldm.images.record import without_folders
 from ldm.job import Init, Job, lora_name
-from ldm.util import printable
+from ldm.util import InputError, printable
 
 _MAX_NOTES, _MAX_NOTE = 40, 300
 _WEIGHTS = re.compile(r"(?<!\\)[()\[\]]|\bBREAK\b|\bAND\b|\w[+-]{1,9}(?=\s|,|$)")
@@ -65,11 +66,9 @@ class Recipe:
 
 
 def checked(job: Job) -> Job:
-    """`job` as its record would give it back: without folders, and with values that its fields can have.
-
-    Raises InputError for a value that is none, such as a number that is not finite.
-    """
-    return read_record(record(job, {})).job
+    """`job` without folders. Raises InputError for a value that its field cannot have, and names the field."""
+    job = without_folders(job)
+    return override(job, {name: read_held(name, value) for name, value in values_of(job).items()})
 
 
 class Draft:
@@ -96,22 +95,36 @@ class Draft:
             )
 
     def whole(self, name: str, value: object) -> None:
-        """A field that is a whole number of 0 or more; anything else is noted."""
-        if type(value) is int and 0 <= value < 2**64:
+        """A field that is a whole number; anything else is noted."""
+        if type(value) is int:
             self.values[name] = value
         else:
             self._refuse(name, value)
 
     def number(self, name: str, value: object) -> None:
         """A field that is a finite number; anything else is noted."""
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9:
-            self.values[name] = float(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf:
+            self.values[name] = value
         else:
             self._refuse(name, value)
 
     def _refuse(self, name: str, value: object) -> None:
-        said = "not said" if value is None else f"no usable number ({type(value).__name__!s})"
-        self.note(f"{name} is {said}; {getattr(Job(''), name)} is taken")
+        said = "is not stated" if value is None else f"cannot be {shown(value)}"
+        self.note(f"{name} {said}; using {getattr(Job(''), name)}")
+
+    def _check(self) -> None:
+        """Takes out, and notes, every value that its field cannot have; InputError for a number that is none."""
+        for name in ("width", "height"):
+            if type(side := self.values.get(name)) is int and side > 8 and side % 8:
+                self.values[name] = side - side % 8
+                self.note(f"{name} {shown(side)} is not a multiple of 8; using {shown(side - side % 8)}")
+        for name in [name for name in self.values if name != "init"]:
+            try:
+                self.values[name] = read_held(name, self.values[name])
+            except InputError:
+                if isinstance(self.values[name], float) and not math.isfinite(self.values[name]):
+                    raise
+                self._refuse(name, self.values.pop(name))
 
     def sampler(self, name: str) -> None:
         """The sampler of a foreign name, or the nearest one."""
@@ -138,7 +151,7 @@ class Draft:
         """Noise of torch's generator on the CPU, which uses the lower 32 bits of a seed."""
         self.values["rng"] = "cpu"
         seed = self.values.get("seed", 0)
-        if seed >= 2**32:
+        if 2**32 <= seed < 2**64:
             self.values["seed"] = seed % 2**32
             self.note(f"seed {seed} is {seed % 2**32} to the noise generator, which uses 32 bits")
 
@@ -168,6 +181,6 @@ class Draft:
         for name, *_ in self.loras:
             self.note(f"it needs the LoRA {name}")
         self.values["loras"] = tuple(self.loras)
-        return Recipe(
-            checked(Job(**self.values)), self.source, self.model, self.model_hash, {}, tuple(self.notes)
-        )
+        self._check()
+        job = checked(Job(**self.values))
+        return Recipe(job, self.source, self.model, self.model_hash, {}, tuple(self.notes))

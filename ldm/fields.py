@@ -1,4 +1,7 @@
-"""What a prompt list or a sweep can set of a job: one table of names, types and ranges."""
+"""The fields of a job: one table of names, types, ranges and choices, which every value from outside goes through.
+
+Outside is whatever this toolkit did not compute: options, prompt lists, sweeps, and the texts in image files.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ from dataclasses import dataclass, fields, replace
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ldm.job import RESIZES, Init, Job
-from ldm.util import printable
+from ldm.job import Init, Job
+from ldm.util import InputError, printable
 
 MAX_SEED = 2**32 - 1
+MAX_TEXT = 65_536  # characters
+MAX_LORAS = 100
 _MAX_SIDE = 65_536
 _INIT = "init."
 
@@ -20,8 +25,9 @@ _INIT = "init."
 class Setting:
     """One field of a `Job`, or `init.` and one of its `Init`: its type, and which values it takes.
 
-    `low` and `high` are inclusive; a text with `choices` must be one of them. A tuple has a setting for each of
-    its entries in `row`; with `many` it is a tuple of such tuples.
+    `low` and `high` are inclusive; of a text without `choices`, and of a tuple with `many`, `high` limits the
+    length. A tuple has a setting for each of its entries in `row`; with `many` it is a tuple of such tuples. `strict`
+    texts have no lone surrogates, which UTF-8 cannot hold.
     """
 
     field: str
@@ -33,6 +39,7 @@ class Setting:
     row: tuple[Setting, ...] = ()
     many: bool = False
     optional: bool = False
+    strict: bool = True
 
     def parse(self, text: str) -> Any:
         """The value that a text stands for. Raises ValueError, with what is wrong, if it is of another type."""
@@ -49,7 +56,7 @@ class Setting:
 
     def check(self, value: Any) -> Any:
         """The value as the job holds it. Raises ValueError, with what is wrong, for a wrong type or range."""
-        if not self._fits(value):
+        if not self.fits(value):
             raise ValueError(self._refusal(value))
         if value is None:
             return None
@@ -64,15 +71,17 @@ class Setting:
         """The checked value that a text stands for."""
         return self.check(self.parse(text))
 
-    def _fits(self, value: Any) -> bool:
+    def fits(self, value: Any) -> bool:
+        """Whether the field can have the value."""
         if value is None:
             return self.optional
         if self.many:
-            return isinstance(value, list | tuple) and all(map(self._fits_row, value))
+            few = isinstance(value, list | tuple) and len(value) <= self.high
+            return few and all(map(self._fits_row, value))
         if self.row:
             return self._fits_row(value)
         if self.kind is str:
-            return isinstance(value, str) and _is_text(value) and (not self.choices or value in self.choices)
+            return isinstance(value, str) and self._fits_text(value)
         if self.kind is bool or isinstance(value, bool):
             return self.kind is bool and isinstance(value, bool)
         if not isinstance(value, int | float if self.kind is float else int):
@@ -80,29 +89,49 @@ class Setting:
         in_range = _is_finite(value) and self.low <= value <= self.high
         return in_range and (self.multiple == 1 or value % self.multiple == 0)
 
+    def _fits_text(self, value: str) -> bool:
+        if self.choices:
+            return value in self.choices
+        return len(value) <= self.high and (not self.strict or _is_text(value))
+
     def _fits_row(self, value: Any) -> bool:
         if not isinstance(value, list | tuple) or len(value) != len(self.row):
             return False
-        return all(part._fits(entry) for part, entry in zip(self.row, value, strict=True))
+        return all(part.fits(entry) for part, entry in zip(self.row, value, strict=True))
 
     def _refusal(self, value: Any) -> str:
-        shown = value if isinstance(value, str) else repr(value)
-        return f"is {printable(shown[:80]) or 'empty'}; give {self._wanted()}"
+        return f"is {shown(value)}; give {self.wanted()}"
 
-    def _wanted(self) -> str:
+    def wanted(self) -> str:
+        """What values the field can have, in words."""
         if self.row:
-            entries = f"[{', '.join(part._wanted() for part in self.row)}]"
+            entries = f"[{', '.join(part.wanted() for part in self.row)}]"
             return f"a list of {entries}" if self.many else entries[1:-1]
         if self.choices:
             return " or ".join([", ".join(self.choices[:-1]), self.choices[-1]])
-        if self.kind in (str, bool):
-            return "valid text" if self.kind is str else "true or false"
+        if self.kind is bool:
+            return "true or false"
+        if self.kind is str:
+            return "valid text" if math.isinf(self.high) else f"valid text of up to {self.high:,} characters"
         number = "a number" if self.kind is float else "a whole number"
         if self.multiple > 1:
             number = f"a multiple of {self.multiple}"
         if math.isinf(self.high):
             return "a finite number" if math.isinf(self.low) else f"{number} of {self.low:g} or more"
         return f"{number} from {self.low:.10g} to {self.high:.10g}"
+
+
+def shown(value: Any) -> str:
+    """A value in a message: printable, and short."""
+    text = value if isinstance(value, str) else _repr(value)
+    return printable(text[:80]) or "empty"
+
+
+def _repr(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # a whole number of more digits than Python writes out
+        return "a very large number"
 
 
 def _is_text(value: str) -> bool:
@@ -122,20 +151,20 @@ def _is_finite(value: float) -> bool:
 
 
 _RANGES: Mapping[str, Mapping[str, Any]] = {
+    "prompt": {"high": MAX_TEXT},
+    "negative_prompt": {"high": MAX_TEXT},
     "seed": {"low": 0, "high": MAX_SEED},
     "width": {"low": 8, "high": _MAX_SIDE, "multiple": 8},
     "height": {"low": 8, "high": _MAX_SIDE, "multiple": 8},
     "steps": {"low": 1, "high": 999},
-    "sampler": {"choices": ("ddim", "plms", "dpm_solver")},
     "eta": {"low": 0},
-    "timestep_spacing": {"choices": ("uniform", "compvis", "quad")},
     "batch_index": {"low": 0},
     "strength": {"low": 0, "high": 1},
     "upscale": {"low": 1, "high": 8},
     "upscale_strength": {"low": 0, "high": 1},
+    "loras": {"high": MAX_LORAS},
     "init.width": {"low": 1, "high": _MAX_SIDE},
     "init.height": {"low": 1, "high": _MAX_SIDE},
-    "init.resize": {"choices": RESIZES},
     "init.outpaint": {"low": 0, "high": _MAX_SIDE},
     "init.mask_blur": {"low": 0, "high": 256},
 }
@@ -149,7 +178,8 @@ def _setting(field: str, hint: Any) -> Setting:
     if get_origin(kind) is tuple:
         many = get_args(kind)[-1] is ...
         row = get_args(get_args(kind)[0]) if many else get_args(kind)
-        return Setting(field, tuple, row=tuple(_setting(field, part) for part in row), many=many)
+        parts = tuple(_setting("" if many else field, part) for part in row)
+        return Setting(field, tuple, row=parts, many=many, **extra)
     if get_origin(kind) is Literal:
         kind, extra["choices"] = str, get_args(kind)
     return Setting(field, kind, **extra)
@@ -198,3 +228,35 @@ def override(job: Job, values: Mapping[str, Any]) -> Job:
             raise ValueError(f"{', '.join(of_init)} of a picture to start from, but there is none; give one")
         start = Init(of_init["image"])
     return replace(job, init=replace(start, **of_init) if start is not None else None, **own)
+
+
+# what files hold is read exactly, even where a run refuses it
+_HELD = {name: replace(setting, strict=False) for name, setting in SETTINGS.items()}
+_HELD["seed"] = replace(_HELD["seed"], high=2**64 - 1)
+
+
+def values_of(job: Job) -> dict[str, Any]:
+    """The values of a job by field, those of its image after `init.`; without an image there are none of these."""
+    own = {field.name: getattr(job, field.name) for field in fields(Job) if field.name != "init"}
+    return own if job.init is None else own | _values_of_init(job.init)
+
+
+def _values_of_init(init: Init) -> dict[str, Any]:
+    return {_INIT + field.name: getattr(init, field.name) for field in fields(Init)}
+
+
+def read_held(field: str, value: Any) -> Any:
+    """The value as a job holds it, of a field in the text of a file. InputError names the field."""
+    setting = _HELD[field]
+    if not setting.fits(value):
+        raise InputError(f"job.{field} cannot be {shown(value)}; give {setting.wanted()}")
+    return setting.check(value)
+
+
+def check_fields(job: Job) -> None:
+    """That every field of a job has a value that it can have, else an InputError that names the field."""
+    for field, value in values_of(job).items():
+        try:
+            SETTINGS[field].check(value)
+        except ValueError as error:
+            raise InputError(f"{field} {error}") from None
