@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import ldm.cli.locate
 import scripts.inpaint
@@ -17,7 +18,7 @@ import scripts.replay
 from ldm.cli.locate import Located, locate, model_name
 from ldm.cli.replay import lora_option
 from ldm.data.scenes import image_at
-from ldm.images.foreign import Recipe
+from ldm.images.foreign import Recipe, read_job
 from ldm.images.record import record
 from ldm.images.writer import encode_png
 from ldm.job import Init, Job
@@ -84,6 +85,41 @@ def test_a_lora_is_known_by_its_hash_under_any_name() -> None:
     digest = tensors("loras/deep/drawn with a pen.pt", 2)
     located = locate(with_lora(digest), HERE, {"lora_dir": "loras"})
     assert found(located, "lora") == [lora_option("loras/deep/drawn with a pen.pt", 0.8, 0.5)]
+
+
+def test_the_hash_of_a_loras_whole_file_counts_as_well() -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    Path("loras").mkdir()
+    written("loras/ink.pt", b"another file of that name")
+    safetensors.save_file({"x": torch.zeros(1)}, "loras/whole.safetensors")
+    digest = hashlib.sha256(Path("loras/whole.safetensors").read_bytes()).hexdigest()
+    job = Job("x", loras=(("ink", 0.8, 0.5),))
+    recipe = Recipe(job, "Fooocus", extras={"Lora hashes": f"Ink: {digest[:10].upper()}"})
+    located = locate(recipe, HERE, {"lora_dir": "loras"})
+    assert found(located, "lora") == [lora_option("loras/whole.safetensors", 0.8, 0.5)]
+
+
+def test_a_name_is_known_in_either_case_where_no_hash_is() -> None:
+    written("words/EasyNeg.pt", b"any")
+    recipe = Recipe(Job("easyneg"), "SD.Next", extras={"TI hashes": "easyneg: , other: 12"})
+    located = locate(recipe, HERE, {"embedding_dir": "words"})
+    assert located.changes["embedding"] == ["words/EasyNeg.pt=easyneg"] and not located.notes
+    assert located.missing == ["it needs the textual inversion other; give its folder with --embedding_dir"]
+
+
+def test_files_that_another_program_names_are_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    info = PngInfo()
+    info.add_text(
+        "parameters",
+        "a <lora:ink:0.8>\nNegative prompt: easyneg\nSteps: 2, Sampler: DDIM, CFG scale: 7, Seed: 5, Size: 64x64, "
+        'Lora hashes: "ink: 0123456789ab", TI hashes: "easyneg: c74b4e810b03", Version: v1.6.0',
+    )
+    Image.new("RGB", (64, 64)).save("a.png", pnginfo=info)
+    written("here/ink.pt", b"another file of that name")
+    code, [line] = replayed(capsys, "a.png", "--lora_dir", "here", "--embedding_dir", "here")
+    assert code == 2 and line.startswith("error: a.png: it needs the textual inversion easyneg")
+    located = locate(read_job("a.png"), HERE, {"lora_dir": "here"})
+    assert located.notes == ["here/ink.pt has another hash than the LoRA it was made with"]
 
 
 def test_the_hash_that_a_lora_notes_of_itself_counts() -> None:

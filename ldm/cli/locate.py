@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ldm.images.foreign import Recipe
 
 _CHECKPOINTS = Path("models/ldm")
+_HASH = re.compile("[0-9a-f]{8,64}")  # of a LoRA or a textual inversion
 _SHA256 = re.compile("[0-9a-f]{10,64}")  # an older rule's 8 digits are of another sum
 
 
@@ -45,21 +46,25 @@ def locate(recipe: Recipe, folder: Path, given: Mapping[str, object]) -> Located
 
 
 def choose(
-    name: str, digest: str, files: Sequence[tuple[str, Path]], hash_of: Callable[[Path], str]
+    name: str, digest: str, files: Sequence[tuple[str, Path]], *hashes_of: Callable[[Path], str]
 ) -> tuple[Path | None, bool]:
-    """The file with this hash, else of this name, among `files` with their names; and whether the hash agrees."""
+    """The file with this hash, else of this name, among `files` with their names; and whether the hash agrees.
+
+    Of several ways to compute a hash, any may agree.
+    """
     named = [path for own, path in files if own == name]
+    named += [path for own, path in files if own != name and own.lower() == name.lower()]
     if not digest:
         return (named[0], True) if named else (None, False)
-    for path in [*named, *(path for own, path in files if own != name)]:
-        if _agrees(path, digest, hash_of):
+    for path in [*named, *(path for own, path in files if own.lower() != name.lower())]:
+        if _agrees(path, digest, *hashes_of):
             return path, True
     return (named[0] if named else None), False
 
 
-def _agrees(path: Path, digest: str, hash_of: Callable[[Path], str]) -> bool:
+def _agrees(path: Path, digest: str, *hashes_of: Callable[[Path], str]) -> bool:
     try:
-        return hash_of(path).startswith(digest)
+        return any(hash_of(path).startswith(digest) for hash_of in hashes_of)
     except (InputError, OSError):  # not a file that anything could be made with
         return False
 
@@ -149,13 +154,15 @@ def _part_hash(option: str) -> Callable[[Path], str]:
 def _locate_loras(recipe: Recipe, given: Mapping[str, object], located: Located) -> None:
     if not recipe.job.loras or "lora" in given:
         return
+    from ldm.checkpoints.hashing import file_sha256
     from ldm.checkpoints.lora_files import lora_hash
 
-    files, hashes = _files_below(given.get("lora_dir")), _hashes(recipe.extras.get("Lora hashes", ""))
+    files = _files_below(given.get("lora_dir"))
+    hashes = {_plain(name): digest for name, digest in _hashes(recipe.extras.get("Lora hashes", "")).items()}
     values = []
     for name, weight, on_text in recipe.job.loras:
         digest = hashes.get(_plain(name), "")
-        path, same = choose(name, digest, files, lora_hash)
+        path, same = choose(name, digest, files, lora_hash, file_sha256)
         _say(located, "LoRA", name, path, same, "--lora_dir")
         values.append(lora_option(name if path is None else str(path), weight, on_text))
     located.changes["lora"] = values
@@ -193,14 +200,19 @@ def _files_below(folder: object) -> list[tuple[str, Path]]:
 
 
 def _hashes(listed: str) -> dict[str, str]:
-    """`name: hash, name: hash` as a table."""
-    pairs = (part.rpartition(": ") for part in listed.split(", "))
-    return {name: digest.lower() for name, sign, digest in pairs if sign and digest}
+    """`name: hash, name: hash` as a table; a hash that is missing, or too short to tell files apart, is empty."""
+    table = {}
+    for part in listed.split(", "):
+        name, _, digest = part.rpartition(":") if ":" in part else (part, "", "")
+        if name.strip():
+            digest = digest.strip().lower()
+            table[name.strip()] = digest if _HASH.fullmatch(digest) else ""
+    return table
 
 
 def _plain(name: str) -> str:
-    """A name as it stands in a list of hashes."""
-    return re.sub("[:,]", "", name)
+    """A name as it is compared: without what lists of hashes leave out, and without regard to case."""
+    return re.sub("[:,]", "", name).lower()
 
 
 # --- the picture that it started from ----------------------------------------------------------------------------

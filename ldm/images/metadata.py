@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -22,10 +22,19 @@ NEGATIVE = "Negative prompt:"
 _EXACT_PROMPT, _EXACT_NEGATIVE = "Exact prompt", "Exact negative prompt"
 _LORAS = "Loras"
 _NOT_FOR_EXTRAS = ("Prompt", "Negative prompt", "Size-1", "Size-2", _EXACT_PROMPT, _EXACT_NEGATIVE, _LORAS)
-_FEWEST_PAIRS = 3  # a last line with fewer pairs is a part of the prompt
+_FEWEST_PAIRS = 3  # a line with fewer pairs is a part of the prompt
+_STEPS = ("steps", "sampling steps", "num_inference_steps")  # one of them is in every line of settings
 
 _KEY = re.compile(r"\w[\w \-/]{1,80}")
-_PAIR = re.compile(rf'({_KEY.pattern}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_NAMED = re.compile(rf"({_KEY.pattern}):[^\S\n]*")
+_STRING = re.compile(r'"(?:\\.|[^\\"])+"', re.DOTALL)
+_ENDS = {",": (re.compile(r"[^,\n]*"), re.compile(r"[^\S\n]*(?:,|\n|$)"))}
+_ENDS["|"] = (re.compile(r"[^|\n]*"), re.compile(r"[^\S\n]*(?:\||\n|$)"))
+_WITH_BARS = re.compile(rf"\s*{_KEY.pattern}:[^,|\n]*\|\s*{_KEY.pattern}:")  # as SD.Next wrote for a while
+_TEMPLATE = re.compile(
+    r"\s*(?:Negative )?Template:", re.IGNORECASE
+)  # of dynamic prompts: all that follows it
+_JSON_TRIES = 100  # in one text, each of which may look far ahead
 _SIZE = re.compile(r"([0-9]+)x([0-9]+)")
 _UNSTORABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # controls and surrogates
 
@@ -157,7 +166,8 @@ def parse_infotext(text: str) -> dict[str, str]:
     """The entries of an infotext by name, with the prompts under `Prompt` and `Negative prompt`.
 
     The prompt's LoRA tags are taken out of it and stand under `Loras`, as JSON. A size such as `Size: 512x768`
-    becomes `Size-1` and `Size-2`. A text whose last line is not one of settings is all prompt.
+    becomes `Size-1` and `Size-2`. Lines after the settings, which extensions write, add what the settings lack. A
+    text without a line of settings is all prompt.
     """
     prompt, negative, pairs = _split(text.replace("\r\n", "\n"))
     negative = pairs.pop(_EXACT_NEGATIVE, negative)
@@ -167,6 +177,13 @@ def parse_infotext(text: str) -> dict[str, str]:
         prompt, loras = split_loras(prompt)
         pairs |= {_LORAS: to_json(loras)} if loras else {}
     return pairs | {"Prompt": prompt, "Negative prompt": negative}
+
+
+def has_settings(text: str) -> bool:
+    """Whether a text has a line of settings."""
+    lines = text.strip().splitlines() or [""]
+    pairs = _settings(lines[_settings_at(lines) :])
+    return any(key.lower() in (*_STEPS, "seed", "sampler") for (key, _), _ in pairs)
 
 
 def job_from_infotext(text: str) -> Job:
@@ -235,17 +252,68 @@ def _line(pairs: Mapping[str, str]) -> str:
 
 
 def _split(text: str) -> tuple[str, str, dict[str, str]]:
-    """Prompt, negative prompt, and the entries of the last line."""
-    *lines, last = text.rstrip("\n").split("\n")
-    pairs: list[tuple[str, str]] = _PAIR.findall(last)
-    if len(pairs) < _FEWEST_PAIRS:
-        lines, pairs = [*lines, last], []
+    """Prompt, negative prompt, and the entries of the settings."""
+    lines = text.rstrip("\n").split("\n")
+    at = _settings_at(lines)
+    entries: dict[str, str] = {}
+    for (key, value), is_later in _settings(lines[at:]):
+        entry = _entry(key, value)
+        if not (is_later and entry.keys() & entries.keys()):
+            entries |= entry
+    lines = lines[:at]
     first = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
     negative = "\n".join(lines[first:]).removeprefix(NEGATIVE).removeprefix(" ")
-    entries: dict[str, str] = {}
-    for key, value in pairs:
-        entries |= _entry(key, value.strip())
     return "\n".join(lines[:first]), negative, entries
+
+
+def _settings_at(lines: Sequence[str]) -> int:
+    """Which line begins the settings: the last with enough pairs and a count of steps; else there is none.
+
+    Without such a line the very last one counts, as in the web UI, if it has enough pairs. Extensions write more
+    lines after it.
+    """
+    for at in reversed(range(len(lines))):
+        if "steps" in lines[at].lower() and not _TEMPLATE.match(lines[at]):
+            pairs = _pairs_in(lines[at])
+            if len(pairs) >= _FEWEST_PAIRS and any(key.lower() in _STEPS for key, *_ in pairs):
+                return at
+    return len(lines) - (len(_pairs_in(lines[-1])) >= _FEWEST_PAIRS)
+
+
+def _settings(lines: Sequence[str]) -> Iterator[tuple[tuple[str, str], bool]]:
+    """The pairs of the settings and of the lines after them, which say whether they are of those lines."""
+    end = next((i for i, line in enumerate(lines) if _TEMPLATE.match(line)), len(lines))
+    for key, value, start in _pairs_in("\n".join(lines[:end])):
+        yield (key, value), start > len(lines[0])
+
+
+def _pairs_in(text: str) -> list[tuple[str, str, int]]:
+    """The pairs `key: value`, between commas or bars, with the places of their keys.
+
+    A value is a string, list or object of JSON, or all up to the next comma, bar or end of line.
+    """
+    plain, ending = _ENDS["|" if _WITH_BARS.match(text) else ","]
+    pairs, at, tries = [], 0, _JSON_TRIES
+    while key := _NAMED.search(text, at):
+        at = key.end()
+        value = _STRING.match(text, at)
+        end = value.end() if value else None
+        if text[at : at + 1] in ("[", "{") and tries:
+            tries -= 1
+            end = _json_end(text, at)
+        if end is None or not ending.match(text, end):
+            found = plain.match(text, at)
+            end = found.end() if found else at
+        pairs.append((key[1], text[at:end].strip(), key.start()))
+        at = end
+    return pairs
+
+
+def _json_end(text: str, start: int) -> int | None:
+    try:
+        return json.JSONDecoder().raw_decode(text, start)[1]
+    except (ValueError, RecursionError):
+        return None
 
 
 def _entry(key: str, value: str) -> dict[str, str]:

@@ -268,15 +268,13 @@ def test_image_to_image_of_the_web_ui() -> None:
         "x\nSteps: 20, Sampler: DDIM, CFG scale: 7, Seed: 1, Denoising strength: 0.7, Mask blur: 4"
     )
     assert (recipe.job.strength, recipe.job.init) == (0.7, None)
-    assert (
-        noted(recipe, "starts from a picture") and noted(recipe, "Mask blur", "4") and noted(recipe, "size")
-    )
+    assert noted(recipe, "starts from an image") and noted(recipe, "Mask blur", "4") and noted(recipe, "size")
 
 
 def test_noise_of_the_web_ui() -> None:
     text = "x\nSteps: 20, Sampler: PLMS, CFG scale: 7, Seed: -1, Size: 64x64"
     assert webui.read(text).job.rng == "philox"
-    assert webui.read(text).job.seed == 42 and noted(webui.read(text), "seed -1")
+    assert webui.read(text).job.seed == 42 and noted(webui.read(text), "random seed", "-1", "42")
     assert webui.read(text + ", RNG: GPU").job.rng == "philox"
     assert noted(webui.read(text + ", RNG: dice"), "dice")
 
@@ -322,8 +320,8 @@ def test_values_that_are_none_are_refused_or_noted(entry: str, version: str) -> 
         assert version != "ldm 1.0" and noted(recipe, "dice")
 
 
-def test_fooocus_is_named() -> None:
-    with pytest.raises(InputError, match="Fooocus"):
+def test_json_of_an_unknown_program_is_refused_without_a_name() -> None:
+    with pytest.raises(InputError, match="JSON of a program that is not supported"):
         webui.read('{"prompt": "x"}')
 
 

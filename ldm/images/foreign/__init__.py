@@ -6,10 +6,11 @@ a module here. What the text asks for and this toolkit does not do is said in th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
-from ldm.images.foreign import comfyui, invokeai, own, webui
+from ldm.images.foreign import comfyui, invokeai, own, programs, webui
 from ldm.images.foreign.recipe import Origin, Recipe
 from ldm.images.foreign.texts import read_texts
 from ldm.images.metadata import INFOTEXT_KEYWORD, file_name
@@ -22,13 +23,13 @@ __all__ = ["Recipe", "read_job"]
 # The first keyword that a file has and that can be read counts. ComfyUI's graph stands before the infotext,
 # since extensions of ComfyUI write both, and the graph says how the noise was drawn.
 _READERS: tuple[tuple[str, Callable[[str, Origin], Recipe]], ...] = (
-    (RECORD_KEYWORD, own.read),
     ("prompt", comfyui.read),
     (INFOTEXT_KEYWORD, webui.read),
     ("invokeai_metadata", invokeai.read_metadata),
     ("sd-metadata", invokeai.read_sd_metadata),
     ("Dream", invokeai.read_dream),
 )
+_KNOWN = (RECORD_KEYWORD, *(keyword for keyword, _ in _READERS))
 
 
 def read_job(path: str) -> Recipe:
@@ -37,21 +38,30 @@ def read_job(path: str) -> Recipe:
     Raises InputError, of one line that begins with the path, for a file that is no PNG, JPEG or WebP picture or
     that holds no settings that are understood.
     """
-    texts, size = read_texts(path)
-    origin = Origin(file_name(path), size)
+    texts, size = read_texts(path, _KNOWN)
     faults: list[str] = []
-    for keyword, read in _READERS:
-        if keyword in texts:
-            try:
-                recipe = read(texts[keyword], origin)
-            except FieldError as error:  # a damaged or forged record is not replaced by another text
-                raise InputError(f"{printable(path)}: {error}") from None
-            except InputError as error:
-                faults.append(f"its text `{keyword}` is not used: {error}")
-            else:
+    for name, read in _ways(texts, Origin(file_name(path), size)):
+        try:
+            recipe = read()
+        except FieldError as error:  # a damaged or forged record is not replaced by another text
+            raise InputError(f"{printable(path)}: {error}") from None
+        except InputError as error:
+            faults.append(f"its text `{name}` is not used: {error}" if name else str(error))
+        else:
+            if recipe is not None:
                 return replace(recipe, notes=(*faults, *recipe.notes))
     reason = (
         "; ".join(faults)
         or "holds no generation settings; pictures lose them when they are edited or uploaded"
     )
     raise InputError(f"{printable(path)}: {reason}")
+
+
+def _ways(texts: Mapping[str, str], origin: Origin) -> Iterator[tuple[str, Callable[[], Recipe | None]]]:
+    """The ways to read these texts, the best first, each with the keyword of its text if there is one."""
+    if RECORD_KEYWORD in texts:
+        yield RECORD_KEYWORD, partial(own.read, texts[RECORD_KEYWORD], origin)
+    yield "", partial(programs.read, texts, origin)
+    for keyword, read in _READERS:
+        if keyword in texts:
+            yield keyword, partial(read, texts[keyword], origin)

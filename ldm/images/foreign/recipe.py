@@ -51,10 +51,10 @@ UNKNOWN = Origin()
 class Recipe:
     """How a picture was made: the `job`, as far as it could be understood, and what else its file says.
 
-    `source` is the program: "ldm", "A1111", "stable-diffusion.cpp", "ComfyUI" or "InvokeAI". `model` and
+    `source` is the program: "ldm", "A1111", "stable-diffusion.cpp", "ComfyUI", "InvokeAI", ... `model` and
     `model_hash` are the checkpoint's as the file names them, or empty. `extras` are this toolkit's own entries
-    (`Config`, `Precision`, ...). Each of `notes` says one thing that will differ, in a printable line. Of files
-    that the job starts from only the names are known.
+    (`Config`, `Precision`, ...); of other programs, `Lora hashes` and `TI hashes`. Each of `notes` says one thing
+    that will differ, in a printable line. Of files that the job starts from only the names are known.
     """
 
     job: Job
@@ -80,6 +80,7 @@ class Draft:
         self.values: dict[str, Any] = {"prompt": ""}
         self.notes: list[str] = []
         self.loras: list[tuple[str, float, float]] = []
+        self.extras: dict[str, str] = {}
 
     def note(self, text: str) -> None:
         """Says one thing that will differ; said twice, it stands once."""
@@ -133,7 +134,8 @@ class Draft:
         self.values["sampler"] = own
         if _SAME.get(plain) != own:
             with_eta = f" with eta {eta:g}" if eta else ""
-            self.note(f"sampler {name[:100] or '(none named)'} is not here; {own}{with_eta} is nearest")
+            shown = f"sampler {name[:100]} is not supported" if name else "its sampler is not given"
+            self.note(f"{shown}; using {own}{with_eta}")
             self.values["eta"] = eta
 
     def spacing_of_compvis(self) -> None:
@@ -145,7 +147,7 @@ class Draft:
         if math.ceil(1000 / stride) * stride - stride + 1 <= 999:
             self.values["timestep_spacing"] = "compvis"
         else:
-            self.note(f"its timesteps for {steps} steps are not known here; evenly spaced ones are taken")
+            self.note(f"its timesteps for {steps} steps are not supported; using evenly spaced ones")
 
     def cpu_noise(self) -> None:
         """Noise of torch's generator on the CPU, which uses the lower 32 bits of a seed."""
@@ -169,7 +171,15 @@ class Draft:
         self.number("strength", strength)
         if name:
             self.values["init"] = Init(name)
-        self.note(f"it starts from a picture{f' {name}' if name else ''} that the file does not hold")
+        self.note(f"it starts from an image{f', {name},' if name else ''} that is not in the file")
+
+    def hashes(self, loras: Mapping[str, str], inversions: Mapping[str, str]) -> None:
+        """The hashes of LoRAs and textual inversions by name, empty ones included, by which files are searched."""
+        for key, listed in (("Lora hashes", loras), ("TI hashes", inversions)):
+            if listed:
+                self.extras[key] = ", ".join(f"{name}: {digest}" for name, digest in listed.items())
+        for name in inversions:
+            self.note(f"it needs the textual inversion {name}")
 
     def finish(self) -> Recipe:
         """The recipe, and notes on what stands in its prompts."""
@@ -183,4 +193,4 @@ class Draft:
         self.values["loras"] = tuple(self.loras)
         self._check()
         job = checked(Job(**self.values))
-        return Recipe(job, self.source, self.model, self.model_hash, {}, tuple(self.notes))
+        return Recipe(job, self.source, self.model, self.model_hash, self.extras, tuple(self.notes))

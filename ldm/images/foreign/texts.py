@@ -1,60 +1,202 @@
-"""The texts that a picture file carries, by keyword, without decoding its pixels."""
+"""The texts that an image file carries, by keyword, without decoding its pixels where that can be avoided."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
 import struct
+from collections.abc import Collection, Iterator
+from typing import Any
+from xml.etree import ElementTree
 
 from PIL import Image
+from PIL.PngImagePlugin import iTXt
 
-from ldm.images.metadata import INFOTEXT_KEYWORD
+from ldm.images.metadata import INFOTEXT_KEYWORD, has_settings
+from ldm.images.record import KEYWORD as RECORD_KEYWORD
 from ldm.images.source import open_image, read_bytes, reading
 from ldm.util import InputError
 
 MAX_TEXT = 4_000_000  # characters; ComfyUI's graphs are the longest, some 100,000
-_EXIF, _USER_COMMENT = 0x8769, 0x9286
+FORMATS = ("PNG", "JPEG", "WEBP")
+_EXIF, _USER_COMMENT, _MAKER_NOTE, _SOFTWARE = 0x8769, 0x9286, 0x927C, 0x0131
+_DESCRIPTIONS = (0x010E, 0x010F, 0x0110, 0x9C9C)  # ImageDescription, Make and Model (ComfyUI), XPComment
 _CODE_LENGTH = 8  # bytes that name the character set of a comment
+_CODES = (b"ASCII\0\0\0", b"UNICODE\0", b"JIS\0\0\0\0\0", bytes(_CODE_LENGTH))
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
+_LABEL = re.compile(
+    r"([A-Za-z][\w-]{1,30})(?:\0|:\s*(?=\{))"
+)  # stable-diffusion.cpp's, and ComfyUI's in WebP
+_HOLDS_TEXTS = {
+    "workflow",
+    "parameters",
+    "invokeai_metadata",
+    "sd-metadata",
+    "Comment",
+}  # an object of texts does
+_DECLARED = re.compile(rb"<!(?:DOCTYPE|ENTITY)", re.IGNORECASE)  # entities may grow without end
+_IN_XMP = ("UserComment", "description", "parameters")
 
 
-def read_texts(path: str) -> tuple[dict[str, str], tuple[int, int]]:
-    """A PNG's text chunks, and the EXIF comment of any picture as `parameters`, where the web UI puts it.
+def read_texts(path: str, known: Collection[str] = ()) -> tuple[dict[str, str], tuple[int, int]]:
+    """The texts of an image by keyword, and its width and height in pixels.
 
-    With them comes the image's width and height in pixels.
+    A PNG's chunks have their keywords. What EXIF fields, XMP and a JPEG's comments hold gets the keyword that it
+    carries itself, or `parameters`, where the web UI puts it, if it looks like settings. Chunks after the pixels
+    are read where none before them has a keyword of `known`.
 
-    Raises InputError for a file that is no picture; text that is too long or cannot be decoded is left out.
+    Raises InputError for a file that is not an image; text that is too long or cannot be decoded is left out.
     """
     with reading(path):
         image = open_image(read_bytes(path))
-        if image.format not in ("PNG", "JPEG", "WEBP"):
-            raise InputError(f"is a {image.format} file; give the PNG, JPEG or WEBP file that was generated")
-        texts = _strings(image)
-        if image.format == "PNG" and not texts:
-            image.load()  # some programs put text behind the pixels
-            texts = _strings(image)
-        if comment := _comment(image):
-            texts[INFOTEXT_KEYWORD] = comment
+        if image.format not in FORMATS:
+            raise InputError(f"is a {image.format} file; give the PNG, JPEG or WebP file that was generated")
+        texts = _chunks(image)
+        if image.format == "PNG" and texts.keys().isdisjoint(known):
+            with (
+                contextlib.nullcontext()
+                if not texts
+                else contextlib.suppress(OSError, SyntaxError, ValueError)
+            ):
+                image.load()
+            texts = _chunks(image)
+        exif = _exif(image)
+        for i, text in enumerate(_free_texts(image, exif)):
+            for keyword, part in _parts(text[: MAX_TEXT + 1]):
+                # EXIF's comment comes first, also before a PNG's chunk, as in the web UI
+                if keyword != INFOTEXT_KEYWORD or part.startswith("{") or has_settings(part):
+                    texts[keyword] = part if i == 0 else texts.get(keyword, part)
+        for keyword, part in _parts(texts.get(INFOTEXT_KEYWORD, "")):
+            texts.setdefault(keyword, part)
+        for keyword, tag in (("Software", _SOFTWARE), ("fooocus_scheme", _MAKER_NOTE)):
+            if value := _text(exif.get(tag)):
+                texts.setdefault(keyword, value)
     return {key: text for key, text in texts.items() if len(text) <= MAX_TEXT}, image.size
 
 
-def _strings(image: Image.Image) -> dict[str, str]:
-    # Pillow's iTXt texts are of a class of their own
-    return {str(key): str(text) for key, text in image.info.items() if isinstance(text, str)}
+def _chunks(image: Image.Image) -> dict[str, str]:
+    """A PNG's texts. Many programs write UTF-8 where the standard has Latin-1."""
+    texts = {}
+    for key, text in image.info.items():
+        if isinstance(text, str):  # Pillow's iTXt texts, which are UTF-8, are of a class of their own
+            is_latin = not isinstance(text, iTXt) and key != RECORD_KEYWORD
+            plain = _text(text) if is_latin else str(text)
+            name = INFOTEXT_KEYWORD if str(key).lower() == INFOTEXT_KEYWORD else str(key)
+            texts[name] = plain if name == RECORD_KEYWORD else plain.removeprefix("\ufeff")
+    return texts
 
 
-def _comment(image: Image.Image) -> str:
-    """EXIF's UserComment, or nothing."""
+def _exif(image: Image.Image) -> dict[int, Any]:
+    """EXIF's fields, those of its first directory and of its own together."""
+    fields: dict[int, Any] = {}
+    with contextlib.suppress(SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error):
+        exif = image.getexif()
+        fields |= dict(exif)
+        fields |= exif.get_ifd(_EXIF)
+    return fields
+
+
+def _free_texts(image: Image.Image, exif: dict[int, Any]) -> Iterator[str]:
+    """Texts without a keyword of their own: EXIF's comment, which may be empty, then all others."""
+    yield _comment(exif.get(_USER_COMMENT, b""))
+    for kind, content in getattr(image, "applist", []):
+        if kind == "COM":
+            yield _text(content)
+    for tag in _DESCRIPTIONS:
+        yield _text(exif.get(tag))
+    xmp = image.info.get("xmp", image.info.get("XML:com.adobe.xmp"))
+    yield from _xmp(xmp if isinstance(xmp, bytes) else str(xmp or "").encode())
+    for key in ("Description", "Comment", "comment"):
+        yield _text(image.info.get(key))
+
+
+def _parts(text: str) -> Iterator[tuple[str, str]]:
+    """Keywords and texts that one text stands for."""
+    if label := _LABEL.match(text):
+        key = label[1].lower() if label[1].lower() in ("prompt", "workflow", INFOTEXT_KEYWORD) else label[1]
+        yield key, text[label.end() :].strip("\0")
+        return
+    content = _object(text)
+    if any(isinstance(node, dict) and "class_type" in node for node in content.values()):
+        yield "prompt", text  # ComfyUI's graph
+    elif not _HOLDS_TEXTS.isdisjoint(content):
+        for key, value in content.items():
+            yield key, value if isinstance(value, str) else json.dumps(value)
+    elif text:
+        yield INFOTEXT_KEYWORD, text
+
+
+def _object(text: str) -> dict[str, Any]:
     try:
-        comment = image.getexif().get_ifd(_EXIF).get(_USER_COMMENT, b"")
-    except (SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error):
+        content = json.loads(text) if text.startswith("{") and len(text) <= MAX_TEXT else None
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _xmp(packet: bytes) -> Iterator[str]:
+    """The texts of an XMP packet that can hold settings."""
+    packet = packet.strip(b"\0 \r\n")
+    if not packet or len(packet) > MAX_TEXT or b"\0" in packet or _DECLARED.search(packet):
+        return
+    try:
+        root = ElementTree.fromstring(packet)
+    except (ElementTree.ParseError, ValueError, LookupError):
+        return
+    for element in root.iter():
+        for name, value in element.items():
+            if _local(name) in _IN_XMP:
+                yield value.strip()
+        if _local(element.tag) in _IN_XMP:
+            yield next(
+                (item.text for item in element.iter() if _local(item.tag) == "li" and item.text),
+                element.text or "",
+            )
+
+
+def _local(name: object) -> str:
+    return str(name).rpartition("}")[2]
+
+
+# --- bytes ---------------------------------------------------------------------------------------------------------
+
+
+def _comment(value: object) -> str:
+    """EXIF's UserComment, which begins with the name of its character set, or should."""
+    data = value if isinstance(value, bytes) else str(value).encode("latin-1", "replace")
+    code, rest = data[:_CODE_LENGTH], data[_CODE_LENGTH:]
+    if code == _CODES[2] and b"\x1b" in rest:
+        return rest.decode("iso2022_jp", "replace")
+    if code == _CODES[1] and b"\0" in rest and not rest.startswith(_UTF_16):
+        return _utf_16(rest)
+    return _text(rest if code in _CODES else data)
+
+
+def _text(value: object) -> str:
+    """The text that bytes are, or that Pillow took for Latin-1: UTF-8, UTF-16 of either order, or Latin-1."""
+    if isinstance(value, str):
+        if value.isascii():
+            return value.strip("\0")
+        try:
+            value = value.encode("latin-1")
+        except UnicodeError:
+            return value.removeprefix("\ufeff").strip("\0")
+    if isinstance(value, tuple) and all(isinstance(byte, int) and 0 <= byte < 256 for byte in value):
+        value = bytes(value)
+    if not isinstance(value, bytes):
         return ""
-    if not isinstance(comment, bytes):
-        return comment if isinstance(comment, str) else ""
-    return _decoded(comment[:_CODE_LENGTH], comment[_CODE_LENGTH:])
+    if value.startswith(_UTF_16):
+        return value.decode("utf-16", "replace").strip("\0\ufffd")
+    if value.count(0) > len(value) // 8:
+        return _utf_16(value)
+    try:
+        return value.decode("utf-8-sig").strip("\0")
+    except UnicodeError:
+        return value.decode("latin-1").strip("\0")
 
 
-def _decoded(code: bytes, data: bytes) -> str:
-    """A comment's text. UTF-16 is big-endian as the web UI has it, unless the other order gives more sense."""
-    if code != b"UNICODE\0":
-        named = code in (b"ASCII\0\0\0", bytes(_CODE_LENGTH))
-        return (data if named else code + data).decode("utf-8", "replace")
-    big, little = data.decode("utf-16-be", "replace"), data.decode("utf-16-le", "replace")
-    return little if "Steps:" in little else big
+def _utf_16(data: bytes) -> str:
+    """UTF-16 without a byte order mark: its zeros are the upper halves of Latin letters. Big-endian if none shows."""
+    order = "le" if data[1::2].count(0) > data[0::2].count(0) else "be"
+    return data[: len(data) // 2 * 2].decode(f"utf-16-{order}", "replace").removeprefix("\ufeff").strip("\0")
