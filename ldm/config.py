@@ -52,7 +52,7 @@ def read_config(path: str | Path, allow_targets: Sequence[str] = ()) -> dict[str
     model = tree["model"]
     _check_tree(model, path, ("ldm", *allow_targets))
     _check_sizes(model, path)
-    for target in _targets(model):
+    for target in targets(model):
         _check_is_class(target, path)
     _resolve_vocabulary(model)
     return model
@@ -117,12 +117,13 @@ def _check_target(target: Any, path: Path, packages: Sequence[str]) -> None:
         )
 
 
-def _targets(node: Any) -> Iterator[str]:
+def targets(node: Any) -> Iterator[str]:
+    """The dotted name of every class that a config, or a part of one, asks for."""
     values = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
     if isinstance(node, Mapping) and "target" in node:
         yield node["target"]
     for value in values:
-        yield from _targets(value)
+        yield from targets(value)
 
 
 def _check_is_class(target: str, path: Path) -> None:

@@ -213,7 +213,7 @@ class Pipeline:
         self._distribution = lru_cache(maxsize=4)(self._encode_canvas)
         self._hidden_all = lru_cache(maxsize=4)(self._encode_grey)
         self._weight = lru_cache(maxsize=4)(lambda init: fade(self._repaint(init), init.mask_blur))
-        self._tile = lru_cache(maxsize=None)(self._choose_tile)  # once for each size, so that all agree
+        self.tile_sides: dict[tuple[int, int], int | None] = {}  # what `tile_side` has chosen
 
     @property
     def device(self) -> torch.device:
@@ -528,7 +528,7 @@ class Pipeline:
         # another package's text model may lack it
         cut_words = getattr(self.model.cond_stage_model, "cut_words", None)
         cut = cut_words(job.prompt) if cut_words and job.prompt_syntax == "plain" else ""
-        tiled = any(self._tile(*size) for size in {(job.height, job.width), job.upscaled_size})
+        tiled = any(self.tile_side(*size) for size in {(job.height, job.width), job.upscaled_size})
         found = (("Prompt cut", cut), ("Tiles", "approximate" if tiled else ""))
         return {name: note for name, note in found if note}
 
@@ -549,14 +549,14 @@ class Pipeline:
     def _decoder(self, latent: Tensor) -> Callable[[Tensor], Tensor]:
         """What decodes latents of this size: as a whole or in tiles."""
         decode, factor = self.model.decode_first_stage, self.factor
-        if tile := self._tile(*(side * factor for side in latent.shape[-2:])):
+        if tile := self.tile_side(*(side * factor for side in latent.shape[-2:])):
             return partial(decode_in_tiles, decode, factor=factor, tile=tile, overlap=tile // 4)
         return decode
 
     def _encode(self, picture: Tensor) -> DiagonalGaussianDistribution:
         """The distribution of the latents of a float picture [1, 3, H, W], in float32 as in the original."""
         with self._one_thread, self._at_hand(self.model.first_stage_model):
-            if not (tile := self._tile(*picture.shape[-2:])):
+            if not (tile := self.tile_side(*picture.shape[-2:])):
                 return self.model.encode_first_stage(picture)
 
             def moments(x: Tensor) -> Tensor:
@@ -566,10 +566,15 @@ class Pipeline:
                 encode_in_tiles(moments, picture, self.factor, tile, overlap=tile // 4)
             )
 
-    def _choose_tile(self, height: int, width: int) -> int | None:
-        """The side in latent cells of the tiles for pictures of a size; None if they are not cut."""
-        widths, available = self.model.first_stage_model.widths, available_memory(self.device)
-        return choose_tile(self.tiles, widths, self.factor, (height, width), available)
+    def tile_side(self, height: int, width: int) -> int | None:
+        """The side in latent cells of the tiles for images of a size; None if they are not cut.
+
+        It is chosen once for each size, so that all images agree.
+        """
+        if (size := (height, width)) not in self.tile_sides:
+            widths, available = self.model.first_stage_model.widths, available_memory(self.device)
+            self.tile_sides[size] = choose_tile(self.tiles, widths, self.factor, size, available)
+        return self.tile_sides[size]
 
 
 def _stream_seeds(jobs: Sequence[Job]) -> list[int]:

@@ -7,7 +7,6 @@ import errno
 import importlib
 import inspect
 import os
-import re
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
@@ -39,7 +38,8 @@ def printable(text: object) -> str:
 
 def cache_path(name: str) -> Path:
     """Where what can be made again is kept between runs: this toolkit's file or folder `name` in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm-v1" / name
+    cache = os.environ.get("XDG_CACHE_HOME", "")  # a relative one counts as none, as XDG's own standard says
+    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "ldm-v1" / name
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -88,7 +88,6 @@ def read_side_file(path: str | os.PathLike[str], limit: int) -> bytes:
     return data
 
 
-PART_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.part", re.DOTALL)  # of all that `part_beside` gives
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EMLINK}
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ldm.cli import manifest
 from ldm.cli.manifest import describe, differences, open_run
-from ldm.cli.output import GALLERY_MARK, Background, Output, read_pixels, write_gallery
+from ldm.cli.output import GALLERY_MARK, Background, Output, Present, read_pixels, write_gallery
 from ldm.cli.report import Events
 from ldm.images.foreign import read_job
 from ldm.images.grid import GridWriter, count_pages
@@ -64,6 +64,7 @@ def draw(folder, jobs, batches, resume=False, stop_after=None, json_events=False
                 opt,
                 run_folder,
                 run,
+                present := Present(run, opt.verify),
                 columns,
                 lambda rgb: rgb.copy(),
                 screen or Screen(None),
@@ -71,7 +72,7 @@ def draw(folder, jobs, batches, resume=False, stop_after=None, json_events=False
                 events,
             ) as output:
                 for indices in batches:
-                    if not output.wants(indices):
+                    if not (opt.skip_save or present.lacks(indices)):
                         continue
                     pictures = [Picture(jobs[i], pixels_of(jobs[i]), {}) for i in indices]
                     output.add(indices, partial(list, pictures))
@@ -81,7 +82,7 @@ def draw(folder, jobs, batches, resume=False, stop_after=None, json_events=False
                 output.finish()
         finally:
             run.close()
-    return made, output
+    return made, output, len(present.whole)
 
 
 def tree(folder):
@@ -136,7 +137,7 @@ def test_a_file_that_appears_during_the_run_is_not_overwritten(tmp_path, caplog)
             (tmp_path / "samples/00001.png").write_bytes(b"mine")
             return super().screen(pictures)
 
-    _, output = draw(tmp_path, make_jobs(2), [[0, 1]], screen=Late(None), skip_grid=True)
+    _, output, _ = draw(tmp_path, make_jobs(2), [[0, 1]], screen=Late(None), skip_grid=True)
     assert (output.saved, output.failed) == (1, 1)
     assert (tmp_path / "samples/00001.png").read_bytes() == b"mine"
     assert "00001.png appeared" in caplog.text
@@ -197,7 +198,15 @@ def test_an_error_of_the_run_keeps_what_is_finished(tmp_path):
         with (
             pytest.raises(RuntimeError),
             Output(
-                options(), folder, run, 3, lambda p: p.copy(), Screen(None), lambda j: {}, events
+                options(),
+                folder,
+                run,
+                Present(run, False),
+                3,
+                lambda p: p.copy(),
+                Screen(None),
+                lambda j: {},
+                events,
             ) as output,
         ):
             output.add([0, 1, 2], lambda: [Picture(job, pixels_of(job), {}) for job in jobs])
@@ -221,7 +230,10 @@ def test_torch_computes_on_one_thread_of_a_cpu(tmp_path, on_cpu):
 
     with RunFolder(tmp_path) as folder, Events(False) as events:
         run = open_run(folder, describe(jobs, [[0]], {}), 1, {"grid": 1}, {}, False)
-        output = Output(options(), folder, run, 1, lambda p: p, Screen(flag), lambda job: {}, events, on_cpu)
+        present = Present(run, False)
+        output = Output(
+            options(), folder, run, present, 1, lambda p: p, Screen(flag), lambda job: {}, events, on_cpu
+        )
         with output:
             output.add([0], finish)
             output.finish()
@@ -391,7 +403,7 @@ def test_the_gallery_shows_the_folder_and_replaces_only_itself(tmp_path, caplog)
     (tmp_path / "gallery.html").write_text("my own page")
     write_gallery(tmp_path)
     assert (tmp_path / "gallery.html").read_text() == "my own page"
-    assert "stays as it is" in caplog.text
+    assert "is left alone" in caplog.text
 
 
 # --- what a run is made from ---------------------------------------------------------------------------------
@@ -401,7 +413,7 @@ def test_differences_name_field_and_both_values():
     old, new = (
         describe(make_jobs(3, scale=scale), [[0, 1, 2]], {"precision": "full"}) for scale in (7.5, 8.0)
     )
-    assert differences(old, new) == ["scale: 7.5, now 8.0"]
+    assert differences(old, new) == ["scale (7.5 there, 8.0 now)"]
     assert differences(old, old) == []
 
 
@@ -420,7 +432,7 @@ def test_a_living_run_keeps_its_numbers(tmp_path):
         first = open_run(folder, content, 5, {"grid": 1}, {}, resume=False)
         second = open_run(folder, content, 5, {"grid": 1}, {}, resume=False)
         assert second.first == 5
-        with pytest.raises(InputError, match="still at work"):
+        with pytest.raises(InputError, match="still working"):
             open_run(folder, content, 5, {"grid": 1}, {}, resume=True)
         first.write()
         assert open_run(folder, content, 2, {"grid": 1}, {}, resume=False).first == 10

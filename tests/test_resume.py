@@ -1,9 +1,12 @@
 """Runs that are broken off and gone on with: in the end every byte is as if nothing had happened."""
 
 import errno
+import hashlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -17,7 +20,10 @@ import torch
 from PIL import Image
 
 import scripts.txt2img as txt2img
+from ldm.cli import claim
+from ldm.cli.options import BUNDLED_CKPT, BUNDLED_CONFIG
 from ldm.images.grid import _Page
+from ldm.images.writer import encode_png
 from ldm.job import Init, Job
 from ldm.pipeline import Pipeline
 from tests.nursery import Nursery
@@ -59,8 +65,8 @@ def test_a_batch_that_lacks_one_image_is_made_again_and_only_that_is_written(tmp
     before = tree(tmp_path)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("samples/*.png")}
     (tmp_path / "samples/00004.png").unlink()
-    made, output = draw(tmp_path, jobs, batches, resume=True)
-    assert (made, output.existing) == (1, 5)
+    made, _, existing = draw(tmp_path, jobs, batches, resume=True)
+    assert (made, existing) == (1, 5)
     assert tree(tmp_path) == before
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items() if path.stem != "00004")
 
@@ -73,7 +79,7 @@ def test_what_is_made_again_is_compared(tmp_path, caplog):
     foreign = (tmp_path / "samples/00001.png").read_bytes()
     draw(tmp_path, jobs, [[0, 1, 2]], resume=True, skip_grid=True)
     assert (tmp_path / "samples/00001.png").read_bytes() == foreign
-    assert "00001.png is not what was made again" in caplog.text
+    assert "00001.png differs from what was made" in caplog.text
     assert "00002.png" not in caplog.text
 
 
@@ -96,7 +102,7 @@ def test_a_grid_that_is_not_the_runs_own_stays(tmp_path, caplog):
     (tmp_path / "grid-0000.png").write_bytes(b"mine")
     draw(tmp_path, jobs, in_batches(4, 2), resume=True)
     assert (tmp_path / "grid-0000.png").read_bytes() == b"mine"
-    assert "stays as it is" in caplog.text
+    assert "is left alone" in caplog.text
 
 
 def test_the_newest_run_that_matches_is_gone_on_with(tmp_path):
@@ -121,7 +127,10 @@ def test_a_run_whose_numbers_went_to_a_later_one_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"steps": 9}, "steps: 9, now 50"), ({"precision": "bf16"}, "precision: bf16, now full")],
+    [
+        ({"steps": 9}, r"steps \(9 there, 50 now\)"),
+        ({"precision": "bf16"}, r"precision \(bf16 there, full now\)"),
+    ],
 )
 def test_a_changed_setting_is_refused_with_both_values(tmp_path, change, said):
     draw(tmp_path, make_jobs(2), [[0, 1]])
@@ -134,8 +143,110 @@ def test_other_weights_are_refused(tmp_path):
     draw(tmp_path, make_jobs(2), [[0, 1]])
     path = tmp_path / "run-00000.json"
     path.write_text(path.read_text().replace("ab" * 32, "cd" * 32))
-    with pytest.raises(ValueError, match=r"sha256.checkpoint: (cd){28}.*now (ab){28}"):
+    with pytest.raises(ValueError, match=r"sha256.checkpoint \((cd){28}.* there, (ab){28}.* now\)"):
         draw(tmp_path, make_jobs(2), [[0, 1]], resume=True)
+
+
+def test_a_run_file_of_the_version_before_resumes(tmp_path):
+    draw(tmp_path, make_jobs(2), in_batches(2, 1))
+    path = tmp_path / "run-00000.json"
+    content = json.loads(path.read_text())
+    del content["tiles"], content["made_from"]["upscale_in"]
+    path.write_text(json.dumps({**content, "version": 2, "unfinished": []}))
+    (tmp_path / "samples/00001.png").unlink()
+    assert draw(tmp_path, make_jobs(2), in_batches(2, 1), resume=True)[0] == 1
+
+
+# --- run files that a stranger wrote -------------------------------------------------------------------------
+
+ESC = "\x1b[2J"
+
+
+@pytest.mark.parametrize(
+    "forged", [{"made_from": {ESC: 1}}, {"sha256": {ESC: "ab"}}, {"made_from": {ESC: ESC}}]
+)
+def test_names_in_a_run_file_reach_the_terminal_escaped(tmp_path, forged):
+    draw(tmp_path, make_jobs(1), [[0]])
+    path = tmp_path / "run-00000.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **forged}))
+    with pytest.raises(ValueError, match=r"\\x1b\[2J") as caught:
+        draw(tmp_path, make_jobs(1), [[0]], resume=True)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_version_that_nobody_knows_is_not_printed(tmp_path, caplog):
+    draw(tmp_path, make_jobs(1), [[0]])
+    path = tmp_path / "run-00000.json"
+    content = json.loads(path.read_text())
+    content["versions"] |= {ESC: "1", "torch": ESC}
+    path.write_text(json.dumps(content))
+    draw(tmp_path, make_jobs(1), [[0]], resume=True)
+    assert r"torch (\x1b[2J there" in caplog.text
+    assert "\x1b" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"first": -5}, {"first": True}, {"jobs": -1}, {"jobs": 10**30}, {"pages": {"grid": [-5, 1]}},
+        {"pages": {"grid": 3}}, {"pages": {"grid": [0]}}, {"pages": {"../x": [0, 1]}}, {"sha256": {"a": 5}},
+        {"versions": {"torch": 5}}, {"versions": None}, {"made_from": []}, {"tiles": {"64x64": 0}},
+        {"tiles": {"x": 64}}, {"tiles": {"64x64": [64]}}, {"made_from": {"a": [[[[[[[[[]]]]]]]]]}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_odd_values_in_a_run_file_make_it_no_run_file(tmp_path, caplog, forged):
+    draw(tmp_path, make_jobs(1), [[0]])
+    before = images(tree(tmp_path))
+    path = tmp_path / "run-00000.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **forged}))
+    with pytest.raises(ValueError, match="no run file, so there is no run to resume"):
+        draw(tmp_path, make_jobs(1), [[0]], resume=True)
+    assert "run-00000.json is not a run file of this version" in caplog.text
+    assert images(tree(tmp_path)) == before
+
+
+def test_numbers_that_are_not_the_commands_are_refused(tmp_path):
+    draw(tmp_path, make_jobs(2), [[0, 1]])
+    path = tmp_path / "run-00000.json"
+    for forged in ({"jobs": 3}, {"pages": {}}, {"pages": {"grid": [0, 2]}}):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **forged}))
+        with pytest.raises(ValueError, match="claims other numbers"):
+            draw(tmp_path, make_jobs(2), [[0, 1]], resume=True)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_no_run_file_has_another_grid_overwritten(tmp_path, caplog, marked):
+    draw(tmp_path, make_jobs(3, scale=3.0), [[0, 1, 2]], stop_after=0 if marked else None)  # grid-0000.png
+    draw(tmp_path, make_jobs(2), [[0, 1]])
+    (tmp_path / "samples/00000.png").write_bytes(b"so that the second run keeps its number")
+    grid = tmp_path / "grid-0000.png"
+    grid.write_bytes(encode_png(np.zeros((8, 8, 3), np.uint8), unfinished="run-00009.json" if marked else ""))
+    before = grid.read_bytes()
+    (path,) = [p for p in tmp_path.glob("run-*.json") if json.loads(p.read_text())["jobs"] == 2]
+    content = json.loads(path.read_text())
+    content["pages"]["grid"] = [0, 1]
+    content["unfinished"] = [hashlib.sha256(before).hexdigest()]
+    path.write_text(json.dumps(content))
+    draw(tmp_path, make_jobs(2), [[0, 1]], resume=True)
+    assert grid.read_bytes() == before
+    assert "grid-0000.png was not written by this run" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes with a name")
+@pytest.mark.parametrize("name", ["run-00000.json", "samples/00001.png", "grid-0000.png", "gallery.html"])
+def test_a_pipe_in_a_run_folder_hangs_nothing(tmp_path, caplog, name):
+    draw(tmp_path, make_jobs(2), in_batches(2, 1))
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "samples/00000.png").unlink()
+    if name.startswith("run"):
+        with pytest.raises(ValueError, match="no run file"):
+            draw(tmp_path, make_jobs(2), in_batches(2, 1), resume=True)
+    else:
+        draw(tmp_path, make_jobs(2), in_batches(2, 1), resume=True, gallery=True)
+        assert "pipe" in caplog.text or "is left alone" in caplog.text
+    assert (tmp_path / name).is_fifo()
 
 
 # --- a disk that says no -------------------------------------------------------------------------------------
@@ -249,6 +360,103 @@ def test_an_interrupted_sweep_ends_with_the_sheets_of_an_unbroken_one(tmp_path, 
         "sheet-0001.png",
         *(f"samples/0000{i}.png" for i in range(2, 6)),
     }
+
+
+ONE = ["--n_iter", "1", "--n_samples", "1"]
+
+
+def test_a_renamed_textual_inversion_is_refused(tmp_path, capsys):
+    file = tmp_path / "e.pt"
+    torch.save({"emb_params": torch.zeros(1, 192)}, file)
+    assert script(tmp_path / "out", *ONE, "--embedding", f"{file}=foo") == 0
+    assert script(tmp_path / "out", *ONE, "--resume", "--embedding", f"{file}=bar") == 2
+    assert "e.pt (foo there, bar now)" in capsys.readouterr().err
+
+
+def reorder(merges):
+    first, second, *rest = merges.read_text().splitlines(keepends=True)
+    merges.write_text("".join([rest[0], first, second, *rest[1:]]))
+
+
+def test_another_token_table_of_a_config_is_refused(tmp_path, capsys):
+    tables = shutil.copytree(ROOT / "models/ldm/shapes", tmp_path / "tables")
+    text = (ROOT / BUNDLED_CONFIG).read_text().replace("models/ldm/shapes", str(tables))
+    (tmp_path / "own.yaml").write_text(text)
+    run = [*ONE, "--config", str(tmp_path / "own.yaml"), "--ckpt", str(ROOT / BUNDLED_CKPT)]
+    assert script(tmp_path / "out", *run) == 0
+    reorder(tables / "merges.txt")
+    assert script(tmp_path / "out", *run, "--resume") == 2
+    assert re.search(r"merges.txt \(\w+\S* there, \w+\S* now\)", capsys.readouterr().err)
+
+
+def test_another_tokenizer_of_a_folder_of_weights_is_another_run(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(ROOT / "models/ldm/shapes" / name, tmp_path / "tokenizer")
+    before = claim._digests(claim._vocabulary(tmp_path, None))
+    assert claim._digests(claim._vocabulary(Path("x.ckpt"), str(tmp_path))) == before
+    reorder(tmp_path / "tokenizer/merges.txt")
+    after = claim._digests(claim._vocabulary(tmp_path, None))
+    assert [Path(path).name for path in before if before[path] != after[path]] == ["merges.txt"]
+
+
+def test_another_class_of_a_foreign_package_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_encoder.py").write_text("class Mine:\n    pass\n")
+    config = {
+        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "params": {"x": {"target": "my_encoder.Mine"}},
+    }
+    (before,) = claim._foreign_classes(config).items()
+    (tmp_path / "my_encoder.py").write_text("class Mine:\n    word = 1\n")
+    (after,) = claim._foreign_classes(config).items()
+    assert (before[0], after[0], before[1] != after[1]) == ("my_encoder.Mine", "my_encoder.Mine", True)
+
+
+def test_a_safety_model_that_came_meanwhile_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert script(tmp_path / "out", *ONE) == 0
+    folder = tmp_path / "models/safety_checker"
+    folder.mkdir(parents=True)
+    torch.save({"state_dict": {"x": torch.zeros(1)}}, folder / "pytorch_model.bin")
+    assert script(tmp_path / "out", *ONE, "--resume") == 2
+    assert re.search(r"pytorch_model.bin \(nothing there, \w+\S* now\)", capsys.readouterr().err)
+
+
+def test_the_tiles_of_the_beginning_are_used_again(tmp_path, monkeypatch):
+    run = ["--n_iter", "2", "--n_samples", "1", "--W", "320", "--ddim_steps", "1"]
+    monkeypatch.setattr("ldm.pipeline.available_memory", lambda device: 1)
+    assert script(tmp_path, *run) == 0
+    before = tree(tmp_path)
+    assert json.loads(before["run-00000.json"])["tiles"] == {"320x64": 32}
+    (tmp_path / "samples/00001.png").unlink()
+    monkeypatch.setattr("ldm.pipeline.available_memory", lambda device: 2**50)
+    assert script(tmp_path, *run, "--resume") == 0
+    assert tree(tmp_path) == before
+
+
+def test_a_finished_run_is_not_made_again(tmp_path, monkeypatch, capsys):
+    assert script(tmp_path, *ONE) == 0
+    before = tree(tmp_path)
+    (tmp_path / "grid-0000.png").unlink()
+    monkeypatch.setattr("ldm.pipeline.load_model", None)
+    loud = [word for word in TINY if word != "--quiet"]
+    assert txt2img.main([*loud, *ONE, "--outdir", str(tmp_path), "--resume"]) == 0
+    assert "nothing to do: all 1 images exist" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_a_damaged_file_below_a_sweep_is_a_failure(tmp_path, monkeypatch, capsys):
+    run = [*ONE, "--sweep", "scale=1,4", "--ddim_steps", "1"]
+    assert script(tmp_path, *run) == 0
+    (tmp_path / "samples/00000.png").write_bytes(b"torn")
+    for name in ("grid-0000.png", "sheet-0000.png", "samples/00001.png"):
+        (tmp_path / name).unlink()
+    assert script(tmp_path, *run, "--resume") == 1
+    assert "samples/00000.png cannot be read" in capsys.readouterr().err
+    assert (tmp_path / "samples/00001.png").exists()
+    assert script(tmp_path, *run, "--resume", "--verify") == 0
+    assert (tmp_path / "sheet-0000.png").exists()
 
 
 def test_the_script_refuses_an_edited_list(tmp_path, capsys):

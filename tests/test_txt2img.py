@@ -1,6 +1,7 @@
 """The command line: what people type, what they get, what they are told."""
 
 import importlib
+import json
 import os
 import re
 import signal
@@ -260,6 +261,21 @@ def test_mistakes_are_one_line_and_code_2(draw, tmp_path, capsys, options, said)
     assert not list(tmp_path.rglob("*.png"))
 
 
+@pytest.mark.parametrize("option", ["--gallery", "--resume"])
+def test_what_needs_files_is_refused_without_them(draw, capsys, option):
+    assert draw("--skip_save", option) == (2, {})
+    assert f"--skip_save leaves no files for {option}" in capsys.readouterr().err
+
+
+def test_a_shard_that_is_missing_is_one_line(tmp_path, capsys):
+    index = {"weight_map": {"x": "gone.safetensors"}}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    options = ["--ckpt", str(tmp_path), "--config", str(ROOT / known.BUNDLED_CONFIG)]
+    assert txt2img.main([*FAST, "--outdir", str(tmp_path / "out"), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "gone.safetensors" in line
+
+
 def test_two_samplers_are_a_usage_error(capsys):
     with pytest.raises(SystemExit) as caught:
         txt2img.main(["--plms", "--dpm_solver"])
@@ -301,7 +317,7 @@ def test_a_batch_begins_before_the_last_one_is_finished(draw, monkeypatch):
     monkeypatch.setattr(Pipeline, "begin", note)
     monkeypatch.setattr(Pipeline, "finish", wait)
     run = importlib.import_module("ldm.cli.run")
-    monkeypatch.setattr(run, "Output", lambda *args: Output(*args[:-2], False, args[-1]))  # as on a GPU
+    monkeypatch.setattr(run, "Output", lambda *args: Output(*args[:-3], False, *args[-2:]))  # as on a GPU
     code, files = draw("--n_iter", "3", "--n_samples", "1", "--ddim_steps", "1")
     assert (code, len([name for name in files if name.startswith("samples")])) == (0, 3)
 
@@ -324,7 +340,7 @@ def test_no_black_pictures_from_nan(draw, capsys, monkeypatch):
         "ldm.models.diffusion.ddpm.LatentDiffusion.decode_first_stage",
         lambda self, z: torch.full((1, 3, 128, 128), float("nan")),
     )
-    code, files = draw("--prompt", "a red cube")
+    code, files = draw("--prompt", "a red cube", "--gallery")
     assert (code, files) == (1, {})
     assert "a red cube" in capsys.readouterr().err
 

@@ -15,7 +15,7 @@ import torch
 from ldm import __version__
 from ldm.checkpoints.convert import write_as
 from ldm.checkpoints.reader import Checkpoint, read_checkpoint
-from ldm.checkpoints.sniff import CheckpointError
+from ldm.checkpoints.sniff import CheckpointError, reading
 from ldm.util import printable, written_whole
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,17 @@ def cached_file(folder: Path, files: Sequence[Path], choice: str) -> Path:
 
 
 def identity(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
-    """What tells the content of `files` from any other: each file's path, size, time and inode."""
-    states = [(str(path.resolve()), os.stat(path)) for path in files]
-    return [(path, state.st_size, state.st_mtime_ns, state.st_ino) for path, state in states]
+    """What tells the content of `files` from any other: each file's path, size, time and inode.
+
+    A file that is missing is a `CheckpointError`.
+    """
+    return [_identity(path) for path in files]
+
+
+def _identity(path: Path) -> tuple[str, int, int, int]:
+    with reading(path):
+        state = os.stat(path)
+        return str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino
 
 
 def read_cached(path: Path, checkpoint: Checkpoint, mmap: bool) -> Checkpoint | None:

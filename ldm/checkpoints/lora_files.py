@@ -15,6 +15,7 @@ from ldm.job import MODEL_ENDINGS, lora_name
 from ldm.util import InputError, printable
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PEFT_SETTINGS = "adapter_config.json"
 _HASH_DIGITS = 12
 _NAMED = 5
 
@@ -28,6 +29,12 @@ def lora_file(path: str | Path) -> Path:
             f"the LoRA {printable(path)} does not exist; give a file, or a folder that PEFT saved"
         )
     return found
+
+
+def settings_file(file: Path) -> Path | None:
+    """The settings that PEFT wrote alongside the weights in `file`, which they depend on; None where it did not."""
+    settings = file.with_name(PEFT_SETTINGS)
+    return settings if file.name in PEFT_FILES and settings.is_file() else None
 
 
 class LoraFiles:

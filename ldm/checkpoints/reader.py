@@ -277,6 +277,14 @@ def _shards(index: Path) -> Iterator[Path]:
         yield index.with_name(name)
 
 
+def vocabulary_folder(
+    path: str | os.PathLike[str], text_encoder: str | os.PathLike[str] | None = None
+) -> Path | None:
+    """The folder of the tokenizer that `read_model` finds; None where neither folder brings one."""
+    folders = (Path(place) for place in (text_encoder, path) if place is not None and os.path.isdir(place))
+    return next(filter(None, map(_vocabulary, folders)), None)
+
+
 def _vocabulary(folder: Path) -> Path | None:
     places = (folder / "tokenizer", folder)
     return next((place for place in places if any((place / name).is_file() for name in _VOCABULARIES)), None)

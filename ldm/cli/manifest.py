@@ -15,21 +15,30 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ldm import __version__
 from ldm.job import Job
-from ldm.util import InputError, printable, written_whole
+from ldm.util import InputError, printable, read_side_file, written_whole
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ldm.images.writer import RunFolder
 
 logger = logging.getLogger("ldm")
 
-VERSION = 2
+VERSION = 3
+READ_VERSIONS = (2, 3)
+# what files of version 2 did not note: it counts as unchanged, since nobody can say
+NOTED_SINCE_3 = ("classes", "config_files", "embedding_names", "lora_settings", "safety_model", "vocabulary")
+MAX_FILE_BYTES = 64 * 2**20  # a million images have 8 MB of digests
+MAX_NUMBER = 10**9  # of a file
+_MAX_DEPTH = 6
+MAX_TILE = 4096  # latent cells a side
 SHOWN_DIFFERENCES = 8
 NEWS_SECONDS = 60  # after which a network file system shows what another machine wrote
 _NAME = re.compile(r"run-([0-9]{5,})\.json")
@@ -37,6 +46,7 @@ _DIGEST_LENGTH = 8  # hex digits of a prompt's SHA-256: only to say which of the
 
 Content = dict[str, Any]
 Page = Literal["grid", "sheet"]
+TileSides = Mapping[tuple[int, int], int | None]  # by height and width of the images
 
 
 def describe(jobs: Sequence[Job], batches: Sequence[Sequence[int]], settings: Mapping[str, Any]) -> Content:
@@ -101,7 +111,7 @@ def versions() -> dict[str, str]:
 
 
 def differences(old: Content, new: Content) -> list[str]:
-    """What differs between two descriptions, a line each: name, old value, new value."""
+    """What differs between two descriptions, an entry each: name, old value, new value. Controls are escaped."""
     found = []
     for name in dict.fromkeys([*old, *new]):
         before, after = old.get(name), new.get(name)
@@ -110,25 +120,25 @@ def differences(old: Content, new: Content) -> list[str]:
         if name == "prompts" and isinstance(before, str) and isinstance(after, str):
             found.append(_prompt_difference(before, after))
         elif isinstance(before, dict) and isinstance(after, dict):
-            found += [f"{name}.{line}" for line in differences(before, after)]
+            found += [f"{_shown(name, 200)}.{line}" for line in differences(before, after)]
         else:
-            found.append(f"{name}: {_shown(before)}, now {_shown(after)}")
+            found.append(f"{_shown(name, 200)} ({_shown(before)} there, {_shown(after)} now)")
     return found
 
 
 def _prompt_difference(before: str, after: str) -> str:
-    # lists of prompts can differ in length; that is told where no line differs
+    # lists of prompts can differ in length; that is said where no line differs
     pairs = zip(*(re.findall(f".{{{_DIGEST_LENGTH}}}", text) for text in (before, after)), strict=False)
     number = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if number is None:
         count, now = len(before) // _DIGEST_LENGTH, len(after) // _DIGEST_LENGTH
-        return f"prompts: {count}, now {now}"
-    return f"prompts: that of image {number + 1} (line {number + 1} of a file that is used once) was another"
+        return f"prompts ({count} there, {now} now)"
+    return f"the prompt of image {number + 1} (line {number + 1} of a file that is used once)"
 
 
-def _shown(value: Any) -> str:
-    text = "nothing" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return printable(text if len(text) <= 60 else f"{text[:57]}...")
+def _shown(value: Any, longest: int = 60) -> str:
+    text = "nothing" if value is None else value if value and isinstance(value, str) else json.dumps(value)
+    return printable(text if len(text) <= longest else f"{text[: longest - 3]}...")
 
 
 class RunFile:
@@ -164,47 +174,69 @@ class RunFile:
             self._content["sha256"] = {name: digest() for name, digest in self._hashes.items()}
             self.write()
 
-    def publish_page(self, kind: Page, page: int, data: bytes, whole: bool) -> None:
-        """Writes one page of the grid, or one sheet; what a broken run made of what it had is replaced."""
-        from ldm.images.writer import publish
+    @property
+    def tiles(self) -> TileSides | None:
+        """The tiles that the run's first process chose, by the images' height and width; None before it has."""
+        noted = self._content.get("tiles")
+        if noted is None:
+            return None
+        return {_size(words): side for words, side in noted.items()}
+
+    def note_tiles(self, sides: TileSides, leads: bool = True, shared: bool = False) -> None:
+        """Notes the chosen tiles; of several processes the one that `leads` writes them."""
+        self._content["tiles"] = {f"{width}x{height}": side for (height, width), side in sides.items()}
+        if leads:
+            self.write()
+            if shared:
+                self.share()
+
+    def publish_page(self, kind: Page, page: int, pixels: np.ndarray, whole: bool) -> None:
+        """Writes one page of the grid, or one sheet; what a broken run made of what it had is replaced.
+
+        Such a page says in itself that it is unfinished, and of which run, so no run file can have another
+        image overwritten.
+        """
+        from ldm.images.writer import encode_png, holds, publish, unfinished_in
 
         path = self._folder.path_of(kind, self._content["pages"][kind][0] + page)
-        stale: list[str] = self._content["unfinished"]
-        if not whole:
-            stale.append(hashlib.sha256(data).hexdigest())
-            self.write()
+        data = encode_png(pixels, unfinished="" if whole else self.path.name)
         with contextlib.suppress(
             FileExistsError
         ):  # of another process of this run, which ended as this one did
-            if not path.exists():
+            if not os.path.lexists(path):
                 publish(path, data)
                 return
-        there = path.read_bytes()
-        if hashlib.sha256(there).hexdigest() in stale:
+        if holds(path, data):
+            return
+        if unfinished_in(path) == self.path.name:
             publish(path, data, overwrite=True)
-        elif there != data:
-            logger.warning("%s is not this run's, so it stays as it is", printable(path))
+        else:
+            logger.warning("%s was not written by this run and is left alone", printable(path))
 
     def lock(self) -> None:
         """Marks an existing file as this process's; InputError if it is another's."""
-        self._lock = os.open(self.path, os.O_RDONLY)
+        self._lock = _open(self.path)
         if not _try_lock(self._lock):
             self.close()
-            raise InputError(f"another process is still at work on {printable(self.path)}; wait for it")
+            raise InputError(f"another process is still working on {printable(self.path)}; wait for it")
 
     def share(self) -> None:
         """Lets the other processes of the run hold it too; nobody writes it from then on."""
         self.complete()
         with _alone_in(self._folder.samples_path):
-            self.close()
-            self._lock = os.open(self.path, os.O_RDONLY)
-            _try_lock(self._lock, shared=True)
+            self.hold()
+
+    def hold(self) -> None:
+        """Marks the file as in use by this process, as by others."""
+        self.close()
+        self._lock = _open(self.path)
+        _try_lock(self._lock, shared=True)
 
     def write(self) -> None:
         """Writes the file whole, locked before it has its name."""
         with written_whole(self.path, overwrite=True) as part:
             part.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
-            descriptor = os.open(part, os.O_RDONLY)
+            descriptor = _open(part)
             _try_lock(descriptor)
         self.close()
         self._lock = descriptor
@@ -222,20 +254,76 @@ def open_run(
     pages: Mapping[Page, int],
     hashes: Mapping[str, Callable[[], str]],
     resume: bool,
+    tiles: TileSides | None = None,
 ) -> RunFile:
-    """A new run behind the highest number, or with `resume` the newest one in the folder made from the same.
+    """A new run after the highest number, or with `resume` the newest one in the folder made from the same.
 
     `pages` says how many pages the grid has and how many sheets there are, `hashes` gives the SHA-256 of the files
-    of weights. Raises InputError where nothing matches, naming what differs from the newest run, or where the run's
-    own process still lives.
+    of weights, `tiles` are those of a new run. Raises InputError where nothing matches, naming what differs from
+    the newest run, or where the run's own process still lives.
     """
     with _alone_in(folder.samples_path):
-        known = _read_all(folder)
-        if resume and (known or folder.numbers("sample")):
-            return _resumed(folder, known, made_from, hashes)
-        run = RunFile(folder, _new_content(folder, known, made_from, jobs, pages), hashes)
-        run.write()
+        if resume:
+            run = find_run(folder, made_from, jobs, pages, hashes)
+            if run is not None:
+                run.lock()
+                return run
+        content = _new_content(folder, _read_all(folder), made_from, jobs, pages)
+        run = RunFile(folder, content, hashes)
+        if tiles is None:
+            run.write()
+        else:
+            run.note_tiles(tiles)
         return run
+
+
+def find_run(
+    folder: RunFolder,
+    made_from: Content,
+    jobs: int,
+    pages: Mapping[Page, int],
+    hashes: Mapping[str, Callable[[], str]],
+) -> RunFile | None:
+    """The newest run in a folder that was made from the same; None where the folder is empty. Nothing is written.
+
+    Raises InputError as `open_run` does with `resume`.
+    """
+    known, where = _read_all(folder), printable(folder.path)
+    if not known:
+        if folder.numbers("sample"):
+            raise InputError(
+                f"{where} has images but no run file, so there is no run to resume; leave --resume out"
+            )
+        return None
+    sha256 = {name: digest() for name, digest in hashes.items()}
+    new = {**made_from, "sha256": sha256}
+    for content in sorted(known, key=lambda run: run["first"], reverse=True):
+        if _as_now(content, new) == new:
+            _check_numbers(folder, content, known, jobs, pages)
+            found = differences(
+                {name: content["versions"].get(name, now) for name, now in versions().items()}, versions()
+            )
+            if found:
+                logger.warning(
+                    "the run began with other versions, so last bits may differ: %s", "; ".join(found)
+                )
+            return RunFile(folder, content, hashes)
+    found = differences(_as_now(max(known, key=lambda run: run["first"]), new), new)
+    more = f"; and {len(found) - SHOWN_DIFFERENCES} more" if len(found) > SHOWN_DIFFERENCES else ""
+    raise InputError(
+        f"--resume: no run in {where} has these settings. The latest differs in: "
+        f"{'; '.join(found[:SHOWN_DIFFERENCES])}{more}. Use its settings, or drop --resume to start a new run"
+    )
+
+
+def _as_now(content: Content, new: Content) -> Content:
+    """What a run file says that its images were made from, in the terms of this version."""
+    old = {**content["made_from"], "sha256": content["sha256"] or new["sha256"]}
+    if content["version"] == VERSION:
+        return old
+    usual = {field.name: field.default for field in fields(Job) if field.default is not MISSING}
+    unknown = {name: new[name] for name in NOTED_SINCE_3 if name in new}
+    return {**json.loads(json.dumps(usual)), **unknown, **old}
 
 
 def join_run(folder: RunFolder, first: int, made_from: Content) -> RunFile:
@@ -261,7 +349,7 @@ def join_run(folder: RunFolder, first: int, made_from: Content) -> RunFile:
 def _new_content(
     folder: RunFolder, known: Sequence[Content], made_from: Content, jobs: int, pages: Mapping[Page, int]
 ) -> Content:
-    """Numbers go on behind the highest file, and behind what a living process has claimed."""
+    """Numbers continue after the highest file, and after what a living process has claimed."""
     living = [run for run in known if _lives(_path(folder, run["first"]))]
     first = max([folder.next_number("sample"), *(run["first"] + run["jobs"] for run in living)])
     claimed = {
@@ -276,42 +364,22 @@ def _new_content(
         "made_from": made_from,
         "sha256": None,
         "versions": versions(),
-        "unfinished": [],  # digests of pages that lack images
+        "tiles": None,  # the sides of the chosen ones, by the size of the images
     }
 
 
-def _resumed(
-    folder: RunFolder, known: Sequence[Content], made_from: Content, hashes: Mapping[str, Callable[[], str]]
-) -> RunFile:
-    where = printable(folder.path)
-    if not known:
+def _check_numbers(
+    folder: RunFolder, content: Content, known: Sequence[Content], jobs: int, pages: Mapping[Page, int]
+) -> None:
+    """That a run file claims what its run needs, and that no later run has it."""
+    first = content["first"]
+    claimed: Mapping[str, list[int]] = content["pages"]
+    if content["jobs"] != jobs or any(n and claimed.get(kind, [0, 0])[1] != n for kind, n in pages.items()):
         raise InputError(
-            f"{where} has pictures but no run file, so there is no run to resume; leave --resume out"
+            f"--resume: {printable(_path(folder, first))} claims other numbers of images or pages than this command "
+            "makes; leave --resume out"
         )
-    sha256 = {name: digest() for name, digest in hashes.items()}
-    new = {**made_from, "sha256": sha256}
-    for content in sorted(known, key=lambda run: run["first"], reverse=True):
-        old = {**content["made_from"], "sha256": content["sha256"] or sha256}
-        if old == new:
-            _check_numbers(folder, content, known)
-            run = RunFile(folder, content, hashes)
-            run.lock()
-            for line in differences(content["versions"], versions()):
-                logger.warning("the run began with another %s; last bits may differ", line)
-            return run
-    newest = max(known, key=lambda run: run["first"])
-    found = differences({**newest["made_from"], "sha256": newest["sha256"] or sha256}, new)
-    more = f"; and {len(found) - SHOWN_DIFFERENCES} more" if len(found) > SHOWN_DIFFERENCES else ""
-    raise InputError(
-        f"--resume: no run in {where} was made from the same; of the newest differ: "
-        f"{'; '.join(found[:SHOWN_DIFFERENCES])}{more}. Go back to that, or leave --resume out"
-    )
-
-
-def _check_numbers(folder: RunFolder, content: Content, known: Sequence[Content]) -> None:
-    later = [
-        run["first"] for run in known if content["first"] < run["first"] < content["first"] + content["jobs"]
-    ]
+    later = [run["first"] for run in known if first < run["first"] < first + jobs]
     if later:
         raise InputError(
             f"--resume: a later run in {printable(folder.path)} has the numbers from {min(later)} on, which that run "
@@ -330,17 +398,70 @@ def _read_all(folder: RunFolder) -> list[Content]:
 
 def _read(path: Path) -> Content | None:
     """What a run file says; one that is none, or of another version, is passed over with a warning."""
-    kinds = {"version": int, "first": int, "jobs": int, "pages": dict, "made_from": dict}
-    kinds |= {"sha256": dict | None, "versions": dict, "unfinished": list}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        sound = all(isinstance(content[name], kind) for name, kind in kinds.items())
-        if sound and content["version"] == VERSION and _path_number(path) == content["first"]:
+        content = json.loads(read_side_file(path, MAX_FILE_BYTES))
+        if _is_sound(content) and _path_number(path) == content["first"]:
             return content
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (InputError, ValueError, RecursionError) as error:
         logger.debug("%s: %s", printable(path), printable(error)[:100])
-    logger.warning("%s is no run file of this version, so it is passed over", printable(path))
+    logger.warning("%s is not a run file of this version and is ignored", printable(path))
     return None
+
+
+def _is_sound(content: object) -> bool:
+    """Whether everything in a run file, which a stranger may have written, is of its kind and range."""
+    if not isinstance(content, dict) or content.get("version") not in READ_VERSIONS:
+        return False
+    first, jobs, pages, tiles = (content.get(name) for name in ("first", "jobs", "pages", "tiles"))
+    sha256 = content.get("sha256")
+    return (
+        _is_number(first)
+        and _is_number(jobs)
+        and isinstance(pages, dict)
+        and set(pages) <= set(get_args(Page))
+        and all(isinstance(p, list) and len(p) == 2 and all(map(_is_number, p)) for p in pages.values())
+        and (sha256 is None or _has_only(sha256, str))
+        and _has_only(content.get("versions"), str)
+        and (tiles is None or (isinstance(tiles, dict) and all(map(_is_tile, tiles.items()))))
+        and isinstance(content.get("made_from"), dict)
+        and _depth(content["made_from"]) <= _MAX_DEPTH
+    )
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_NUMBER
+
+
+def _is_tile(entry: tuple[str, object]) -> bool:
+    size, side = entry
+    return re.fullmatch("[0-9]{1,6}x[0-9]{1,6}", size) is not None and (
+        side is None or (_is_number(side) and side in range(8, MAX_TILE + 1))
+    )
+
+
+def _size(words: str) -> tuple[int, int]:
+    """Height and width of WIDTHxHEIGHT."""
+    width, height = words.split("x")
+    return int(height), int(width)
+
+
+def _has_only(value: object, kind: type) -> bool:
+    return isinstance(value, dict) and all(isinstance(entry, kind) for entry in value.values())
+
+
+def _depth(tree: object) -> int:
+    """How deep lists and mappings lie in one another, looked at no deeper than is allowed."""
+    level, depth = [tree], 0
+    while level and depth <= _MAX_DEPTH:
+        inner = [node for node in level if isinstance(node, dict | list)]
+        level = [child for node in inner for child in (node.values() if isinstance(node, dict) else node)]
+        depth += 1
+    return depth
+
+
+def _open(path: Path) -> int:
+    """Opens a file to lock it; a pipe cannot hang us."""
+    return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
 
 
 def _path_number(path: Path) -> int:
@@ -368,7 +489,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _lives(path: Path) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = _open(path)
     except OSError:
         return False
     try:

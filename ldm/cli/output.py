@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ldm.cli.inputs import need
 from ldm.job import Job
-from ldm.util import printable
+from ldm.util import InputError, open_regular, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,6 +88,11 @@ class Background:
         self._tasks.join()
         self._raise()
 
+    def recover(self) -> None:
+        """Returns when everything is done, and forgets the fault that ended it."""
+        self._tasks.join()
+        self._error = None
+
     def stop(self) -> None:
         """Drops what has not begun, and gives what has a few seconds."""
         self._stopped = True
@@ -110,6 +116,21 @@ class Background:
             raise self._error
 
 
+class Present:
+    """The images of a run that have their files: `whole` ones, and with `verify` those that are `damaged`."""
+
+    def __init__(self, run: RunFile, verify: bool) -> None:
+        there = run.existing()
+        self.damaged = {i for i in there if verify and not _is_whole(run.sample_path(i))}
+        self.whole = there - self.damaged
+        for i in sorted(self.damaged):
+            logger.warning("%s is damaged and will be replaced", printable(run.sample_path(i)))
+
+    def lacks(self, indices: Sequence[int]) -> bool:
+        """Whether an image of a batch is missing."""
+        return any(i not in self.whole for i in indices)
+
+
 class Output:
     """Takes finished pictures to files: image i of the run to the file of its number, and a grid of all of them.
 
@@ -117,8 +138,8 @@ class Output:
     raises what went wrong there. Where torch computes on the CPU (`on_cpu`), its part is done by `add`: a second
     thread would bring a second set of torch's own, and all of them would fight for the cores. Used as a context
     manager, it ends what is waiting, except where the process is told to leave. With `screen`, `mark` and `extras`
-    as they come from the run, and `run` the claim on numbers; `shared` says that other processes make images of the
-    run too.
+    as they come from the run, `run` the claim on numbers and `present` what of it is there; `shared` says that other
+    processes make images of the run too, `name_files` that each file's path is printed.
     """
 
     def __init__(
@@ -126,6 +147,7 @@ class Output:
         opt: argparse.Namespace,
         folder: RunFolder,
         run: RunFile,
+        present: Present,
         columns: int,
         mark: Mark,
         screen: Screen,
@@ -133,13 +155,11 @@ class Output:
         events: Events,
         on_cpu: bool = True,
         shared: bool = False,
+        name_files: bool = True,
     ) -> None:
         self._opt, self._run, self._mark, self._screen, self._extras = opt, run, mark, screen, extras
         self._folder, self._events = folder, events
-        self._existing = run.existing()
-        self._damaged = {i for i in self._existing if opt.verify and not _is_whole(run.sample_path(i))}
-        for i in sorted(self._damaged):
-            logger.warning("%s is damaged, and is made again", printable(run.sample_path(i)))
+        self._present, self._name_files = present, name_files
         self._new_sheet = partial(_Sheet, folder.path, run, columns, mark)
         self._on_cpu, self._shared = on_cpu, shared
         self._sheet = None if opt.skip_grid or shared else self._new_sheet()
@@ -147,22 +167,13 @@ class Output:
         self._last = time.monotonic()
         self.saved = self.failed = 0
         if self._sheet is not None and not opt.skip_save:
-            self._sheet.expect(self._existing - self._damaged)
-
-    @property
-    def existing(self) -> int:
-        """How many of the run's images were there, whole, before it went on."""
-        return len(self._existing - self._damaged)
+            self._sheet.expect(present.whole)
 
     @property
     def complete(self) -> bool:
         """Whether no image of the run is missing."""
-        repaired = all(_is_whole(self._run.sample_path(i)) for i in self._damaged)
+        repaired = all(_is_whole(self._run.sample_path(i)) for i in self._present.damaged)
         return repaired and len(self._run.existing()) == self._run.jobs
-
-    def wants(self, indices: Sequence[int]) -> bool:
-        """Whether an image of a batch is missing."""
-        return self._opt.skip_save or any(i not in self._existing or i in self._damaged for i in indices)
 
     def add(self, indices: Sequence[int], finish: Callable[[], Sequence[Picture]]) -> None:
         """Leaves the pictures of a batch, the run's images `indices`, to be finished, checked and written.
@@ -179,10 +190,23 @@ class Output:
         """Returns when all that was added is written."""
         self._background.wait()
 
+    def give_up(self, error: InputError) -> None:
+        """Counts a fault that ended the sampling as a failure; raises it where no image was saved."""
+        self._background.recover()
+        if not self.saved:
+            raise error
+        self.fail("error: %s", error)
+
+    def fail(self, message: str, *values: object) -> None:
+        """Reports one thing that could not be made."""
+        self.failed += 1
+        logger.error(message, *values)
+
     def finish(self) -> bool:
         """Ends what is waiting, then writes the grid of all that is there, and the gallery.
 
-        Of several processes the last does; False from the others.
+        What is wrong with the files that these are made of is a failure of its own. Of several processes the last
+        does it; False from the others.
         """
         self.wait()
         if self._shared:
@@ -191,11 +215,24 @@ class Output:
             if not self._opt.skip_grid:
                 self._sheet = self._new_sheet()
                 self._sheet.expect(self._run.existing())
-        if self._sheet is not None:
-            self._sheet.finish()
+        self._in_grid(lambda sheet: sheet.finish())
         if self._opt.gallery:
-            write_gallery(self._folder.path)
+            try:
+                write_gallery(self._folder.path)
+            except InputError as error:
+                self.fail("error: no gallery: %s", error)
         return True
+
+    def _in_grid(self, work: Callable[[_Sheet], None]) -> None:
+        """Works on the grid; where a file that it needs is damaged, there is none."""
+        if self._sheet is None:
+            return
+        try:
+            work(self._sheet)
+        except InputError as error:
+            self.fail("error: no grid: %s", error)
+            self._sheet.close()
+            self._sheet = None
 
     def __enter__(self) -> Output:
         return self
@@ -233,9 +270,8 @@ class Output:
                 self._write(index, picture, verdict.pixels, {**notes, "Safety": verdict.word})
 
     def _report_not_finite(self, job: Job) -> None:
-        self.failed += 1
-        logger.error(
-            "error: the model gave no finite picture for seed %d, prompt %s; try --precision full",
+        self.fail(
+            "error: the model gave no finite image for seed %d, prompt %s; try --precision full",
             job.seed,
             printable(job.prompt),
         )
@@ -249,28 +285,30 @@ class Output:
             marked[picture.kept] = pixels[picture.kept]
         if not self._opt.skip_save and not self._publish(index, picture.job, marked, notes):
             return
-        if self._sheet is not None:  # of what the files show, so that it is the same after a break
-            self._sheet.add(index, marked, in_file=not self._opt.skip_save)
+        in_file = (
+            not self._opt.skip_save
+        )  # the grid shows what the files show, so that it is the same after a break
+        self._in_grid(lambda sheet: sheet.add(index, marked, in_file))
         self.saved += 1
 
     def _publish(self, index: int, job: Job, pixels: np.ndarray, notes: Mapping[str, str]) -> bool:
         """Gives a picture its file, or compares it with the one that is there; False where neither can be."""
         from ldm.images.metadata import infotext
         from ldm.images.record import record
-        from ldm.images.writer import encode_png, publish
+        from ldm.images.writer import encode_png, holds, publish
 
         extras = {**self._extras(job), **notes}
         data = encode_png(pixels, infotext(job, extras), record=record(job, extras))
         path = self._run.sample_path(index)
-        if index in self._existing and index not in self._damaged:
-            _compare(path, data)
+        if index in self._present.whole:
+            if not holds(path, data):
+                logger.warning("%s differs from what was made for it now and is left alone", printable(path))
             return True
         self._run.complete()
         try:
-            publish(path, data, overwrite=index in self._damaged)
+            publish(path, data, overwrite=index in self._present.damaged)
         except FileExistsError:
-            self.failed += 1
-            logger.error("error: %s appeared during the run and stays as it is", printable(path))
+            self.fail("error: %s appeared during the run and is left alone", printable(path))
             return False
         seconds, self._last = time.monotonic() - self._last, time.monotonic()
         self._events.emit(
@@ -278,6 +316,8 @@ class Output:
             path=str(path), index=index, seed=job.seed, sha256=hashlib.sha256(data).hexdigest(),
             seconds=round(seconds, 3),
         )  # fmt: skip
+        if self._name_files:
+            logger.info("%s, seed %d", printable(path), job.seed)
         return True
 
 
@@ -333,24 +373,19 @@ class _Sheet:
         self._grid.add(read_pixels(self._run.sample_path(index)) if pixels is None else pixels)
 
     def _deliver(self, sheet: np.ndarray) -> None:
-        from ldm.images.writer import encode_png
-
         page, self._pages = self._pages, self._pages + 1
-        whole = self._turn == self._run.jobs
-        self._run.publish_page("grid", page, encode_png(self._mark(sheet)), whole)
+        self._run.publish_page("grid", page, self._mark(sheet), whole=self._turn == self._run.jobs)
 
 
 def read_pixels(path: Path) -> np.ndarray:
-    """The uint8 pixels [H, W, 3] of a picture of this run; InputError if the file is damaged."""
+    """The uint8 pixels [H, W, 3] of an image of this run; InputError if the file is damaged."""
     import numpy as np
     from PIL import Image
 
-    from ldm.util import InputError
-
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
             return np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = printable(error).replace(printable(path), "it")
         raise InputError(
             f"{printable(path)} cannot be read ({reason}); --resume --verify makes it again"
@@ -361,21 +396,13 @@ def _is_whole(path: Path) -> bool:
     """Whether a PNG file is undamaged: every checksum, and the pixels."""
     from PIL import Image
 
-    from ldm.util import InputError
-
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
             image.verify()
         read_pixels(path)
-    except (OSError, ValueError, SyntaxError, InputError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
     return True
-
-
-def _compare(path: Path, data: bytes) -> None:
-    """Says so where a file that is there is not what was just made again."""
-    if path.read_bytes() != data:
-        logger.warning("%s is not what was made again for it; it stays as it is", printable(path))
 
 
 def write_gallery(folder: Path) -> None:
@@ -385,8 +412,19 @@ def write_gallery(folder: Path) -> None:
     from ldm.images.writer import publish
 
     path = folder / "gallery.html"
-    if path.exists() and not path.read_bytes().endswith(GALLERY_MARK.encode()):
-        logger.warning("%s is not this toolkit's, so it stays as it is", printable(path))
+    if os.path.lexists(path) and not _is_own_page(path):
+        logger.warning("%s was not written by this tool and is left alone", printable(path))
         return
     text = gallery(folder, command) + GALLERY_MARK
     publish(path, text.encode("utf-8", "backslashreplace"), overwrite=True)
+
+
+def _is_own_page(path: Path) -> bool:
+    """Whether a file ends as the pages do that are written here."""
+    mark = GALLERY_MARK.encode()
+    try:
+        with open_regular(path) as file:
+            file.seek(-len(mark), os.SEEK_END)
+            return file.read(len(mark)) == mark
+    except (OSError, InputError):
+        return False

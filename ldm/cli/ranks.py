@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ldm")
 
+REST = "to finish the rest, run the same command with --resume"
 PATIENCE = timedelta(minutes=15)  # for the slowest process to load its model
 _LAUNCHERS = (
     "SLURM_",
@@ -70,12 +71,12 @@ class Alone:
     @property
     def supervised(self) -> bool:
         """Whether another process waits for this one, and says what follows from its end."""
-        return _PARENT in os.environ
+        return self.world > 1 and _is_started_here()
 
     @property
     def deserted(self) -> bool:
         """Whether the process that started this one is gone, so that nobody would stop it."""
-        parent = os.environ.get(_PARENT, "")
+        parent = os.environ.get(_PARENT, "") if self.supervised else ""
         return parent.isdigit() and int(parent) != os.getppid()
 
 
@@ -122,10 +123,15 @@ def join(opt: argparse.Namespace, device: torch.device) -> Alone:
     return Ranks(opt, device) if is_one_of_several(opt) else Alone(device)
 
 
-def hush() -> None:
-    """Keeps a process silent about what another has said already, until they have met."""
-    if _PARENT in os.environ or os.environ.get("LOCAL_RANK", "0") != "0":
+def hush(opt: argparse.Namespace) -> None:
+    """Keeps one of several processes silent about what another has said already, until they have met."""
+    if is_one_of_several(opt) and (_is_started_here() or os.environ.get("LOCAL_RANK", "0") != "0"):
         logger.setLevel(logging.ERROR)
+
+
+def _is_started_here() -> bool:
+    """Whether this process is one of those that `start` starts."""
+    return _PARENT in os.environ and _MEETING in os.environ
 
 
 def is_one_of_several(opt: argparse.Namespace) -> bool:
@@ -233,7 +239,7 @@ def _begun(meeting: str) -> Path:
 
 def _started_by_another() -> bool:
     """Whether the processes are there already."""
-    if "LOCAL_RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return True
     if not any(name.startswith(_LAUNCHERS) for name in os.environ):  # importing Fabric takes seconds
         return False
@@ -295,7 +301,7 @@ def _supervise(
                 "error: signal %d ended one of the %d processes; what is finished is kept", -code, count
             )
     if any(code not in (0, 2) for code in codes):
-        logger.warning("to make the rest, give the same command once more with --resume")
+        logger.warning(REST)
     return _joint_code(codes, received)
 
 

@@ -51,7 +51,7 @@ class Interrupts:
         if self.received is not None:
             raise SystemExit(128 + number)
         self.received = number
-        logger.warning("stopping behind this batch; once more to stop at once")
+        logger.warning("stopping after this batch; press Ctrl-C again to stop now")
 
 
 class Progress:
@@ -95,7 +95,7 @@ class Events:
     """
 
     def __init__(self, enabled: bool, about: Mapping[str, Any] | None = None) -> None:
-        self._enabled, self._about = enabled, dict(about or {})
+        self._enabled, self.about = enabled, dict(about or {})
         self._alone = threading.Lock()
         self._handler = _Warnings(self)
 
@@ -111,7 +111,7 @@ class Events:
         """Writes one event with its values."""
         if not self._enabled:
             return
-        line = json.dumps({"event": event, **self._about, **values}) + "\n"
+        line = json.dumps({"event": event, **self.about, **values}) + "\n"
         try:
             with self._alone:  # in one piece, as other processes write to the same place
                 sys.stdout.write(line)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import logging
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
 from ldm.cli import ranks
+from ldm.cli.claim import Claim, Source, files_by_part
 from ldm.cli.inputs import (
     Canvases,
     check_latents,
@@ -28,13 +27,12 @@ from ldm.cli.inputs import (
 )
 from ldm.cli.kept import KeptModel
 from ldm.cli.locate import model_name
-from ldm.cli.manifest import Content, Page, RunFile, describe, join_run, open_run
-from ldm.cli.output import Output, make_mark, make_screen
+from ldm.cli.output import Output, Present, make_mark, make_screen
 from ldm.cli.plan import Plan, check_job, count_steps, read_wishes, schedule_length
 from ldm.cli.preview import show
-from ldm.cli.report import Events, Interrupts, Progress, name_process
+from ldm.cli.report import Events, Interrupts, Progress, name_process, outcome
 from ldm.cli.sheets import write_sheets
-from ldm.job import Init, Job
+from ldm.job import Job
 from ldm.util import InputError, cache_path, printable
 
 if TYPE_CHECKING:
@@ -43,8 +41,6 @@ if TYPE_CHECKING:
 
     from ldm.checkpoints.embeddings import Embeddings
     from ldm.checkpoints.lora_files import LoraFiles
-    from ldm.images.canvas import Canvas
-    from ldm.images.writer import RunFolder
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.pipeline import Pending, Pipeline
     from ldm.runtime.device import Precision
@@ -61,20 +57,59 @@ def plan_options(opt: argparse.Namespace, config: Mapping[str, Any], find_lora: 
     return Plan(opt, wishes, starts, canvases, lambda job: check_job(job, config, find_lora))
 
 
-def run(opt: argparse.Namespace, kept: KeptModel | None = None, planner: Planner = plan_options) -> int:
+def run(
+    opt: argparse.Namespace,
+    kept: KeptModel | None = None,
+    planner: Planner = plan_options,
+    name_files: bool = True,
+) -> int:
     """Text and images to images: the exit code. The model is `kept` for the next run, or comes from the last one.
 
     `planner` makes the plan from the options, the checked config and what finds LoRAs; it may raise InputError.
+    With `name_files` each file's path is printed. With --json every outcome ends in the event `done`, else faults
+    are raised.
     """
-    ranks.hush()
+    tally = Tally()
+    with Events(opt.json) as events:
+        if not opt.json:
+            return _run(opt, kept, planner, name_files, events, tally)
+        code = 1
+        try:
+            code = outcome(lambda: _run(opt, kept, planner, name_files, events, tally), opt.debug)
+        except SystemExit as left:  # told twice to stop
+            code = left.code if isinstance(left.code, int) else 1
+            raise
+        finally:
+            seconds = round(time.monotonic() - tally.started, 3)
+            events.emit("done", saved=tally.saved, failed=tally.failed, seconds=seconds, code=code)
+        return code
+
+
+@dataclass
+class Tally:
+    """What a run has made so far, and since when."""
+
+    saved: int = 0
+    failed: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+
+def _run(
+    opt: argparse.Namespace,
+    kept: KeptModel | None,
+    planner: Planner,
+    name_files: bool,
+    events: Events,
+    tally: Tally,
+) -> int:
+    ranks.hush(opt)
     check_options(opt)
-    need(
-        not opt.verify or opt.resume, "--verify looks into the files of a run that goes on; give --resume too"
-    )
-    need(
-        not (opt.resume and opt.skip_save),
-        "--skip_save leaves no files to --resume from; leave one of them out",
-    )
+    need(not opt.verify or opt.resume, "--verify checks the files of a run that continues; give --resume too")
+    for option, reason in (("resume", "continue"), ("gallery", "show")):
+        need(
+            not (getattr(opt, option) and opt.skip_save),
+            f"--skip_save leaves no files for --{option} to {reason}; leave one of them out",
+        )
 
     from ldm.config import read_config
 
@@ -97,179 +132,105 @@ def run(opt: argparse.Namespace, kept: KeptModel | None = None, planner: Planner
     here = ranks.join(opt, device)
     if here.world > 1:
         name_process(here.rank, here.world, opt.quiet or here.rank > 0, opt.debug)
+        events.about["process"] = here.rank
     precision = resolve_precision(opt.precision, here.device)
     _tell_steps(plan[0])
     kept = kept or KeptModel()
-    source = _Source(config_path, config, ckpt_path, here, precision, plan.canvases, find_lora, kept)
-    return _make(opt, plan, source)
+    source = Source(config_path, config, ckpt_path, here, precision, plan.canvases, find_lora, kept)
+    return _make(opt, plan, source, name_files, events, tally)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What a run's pictures come from, beside its jobs."""
-
-    config_path: Path
-    config: Mapping[str, Any]
-    ckpt: Path
-    here: ranks.Alone
-    precision: Precision
-    canvases: Callable[[Init], Canvas]
-    find_lora: LoraFiles
-    kept: KeptModel
-
-
-def _make(opt: argparse.Namespace, plan: Plan, source: _Source) -> int:
+def _make(
+    opt: argparse.Namespace, plan: Plan, source: Source, name_files: bool, events: Events, tally: Tally
+) -> int:
     """Makes and writes what this process has to make of a plan: the exit code."""
+    from ldm.images.safety import Screen
     from ldm.images.writer import RunFolder
 
-    here, started = source.here, time.monotonic()
-    several = here.world > 1
-    about = {"process": here.rank} if several else {}
+    here, several = source.here, source.here.world > 1
+    on_cpu = here.device.type == "cpu"
     columns = min(opt.n_rows if opt.n_rows > 0 else opt.n_samples, len(plan))
-    with RunFolder(opt.outdir) as folder, Interrupts() as interrupts, Events(opt.json, about) as events:
-        claim = _Claim(opt, folder, plan, columns, source)
-        if opt.resume:  # what is refused is refused before the model is loaded
-            claim.take()
-        mark, screen = make_mark(opt), make_screen(opt, here.device)
-        pipeline, embeddings = _load(opt, plan, source)
-        logger.info(
-            "model loaded in %.1f s; %s, %s",
-            time.monotonic() - started, here.device, source.precision.name,
-        )  # fmt: skip
+    with RunFolder(opt.outdir) as folder, Interrupts() as interrupts:
+        claim = Claim(opt, folder, plan, columns, source)
+        # what is refused is refused before the model is loaded, and what is there is not made again
+        present = Present(claim.take(), opt.verify) if opt.resume else None
+        missing = [batch for batch in plan.batches() if present is None or present.lacks(batch)]
+        mark, screen, pipeline, embeddings = make_mark(opt), Screen(None), None, None
+        if missing:
+            screen = make_screen(opt, here.device)
+            pipeline, embeddings = _load(opt, plan, source)
+            logger.info(
+                "model loaded in %.1f s; %s, %s",
+                time.monotonic() - tally.started, here.device, source.precision.name,
+            )  # fmt: skip
+            _settle_tiles(pipeline, plan, claim, here)
         claimed = claim.take()
-        extras = _extras(opt, source, claimed.hashes, embeddings)
-        on_cpu = here.device.type == "cpu"
-        output = Output(opt, folder, claimed, columns, mark, screen, extras, events, on_cpu, several)
-        batches = here.share([batch for batch in plan.batches() if output.wants(batch)])
+        present = present or Present(claimed, verify=False)
+        batches = here.share(missing)
         here.part()
         progress = Progress(
             sum(map(len, batches)),
             sum(count_steps(plan[batch[0]]) for batch in batches),
             opt.quiet or here.rank > 0,
         )
+        extras = _extras(opt, source, claimed.hashes, embeddings)
+        output = Output(
+            opt, folder, claimed, present, columns, mark, screen, extras, events, on_cpu, several, name_files
+        )
         events.emit(
             "start",
-            folder=str(folder.path), run=str(claimed.path), images=len(plan), existing=output.existing,
+            folder=str(folder.path), run=str(claimed.path), images=len(plan), existing=len(present.whole),
         )  # fmt: skip
-        with contextlib.closing(claimed), contextlib.closing(progress), output:
-            try:
-                for indices, pending in _generate(opt, pipeline, plan, batches, progress):
-                    output.add(indices, partial(pipeline.finish, pending))
-                    if output.failed or interrupts.received or here.deserted:
-                        break
-            except InputError as error:  # a picture to start from went away meanwhile
-                output.wait()
-                if not output.saved:
-                    raise
-                logger.error("error: %s", error)
-                output.failed += 1
-            if output.finish() and not opt.skip_save:
-                write_sheets(plan, claimed, mark)
-    seconds = time.monotonic() - started
-    logger.info(
-        "%d image%s in %.1f s (%.2f s each, loading included) in %s",
-        output.saved, "s" * (output.saved != 1), seconds, seconds / max(output.saved, 1), printable(folder.path),
-    )  # fmt: skip
+
+        def stopped() -> bool:
+            return bool(output.failed or interrupts.received or here.deserted)
+
+        try:
+            with contextlib.closing(claimed), contextlib.closing(progress), output:
+                try:
+                    if pipeline is not None:
+                        for indices, pending in _generate(opt, pipeline, plan, batches, progress, stopped):
+                            output.add(indices, partial(pipeline.finish, pending))
+                except InputError as error:  # an image to start from went away meanwhile
+                    output.give_up(error)
+                if output.finish() and not opt.skip_save:
+                    write_sheets(plan, claimed, mark, output.fail)
+        finally:
+            tally.saved, tally.failed = output.saved, output.failed
+    seconds = time.monotonic() - tally.started
+    where = printable(folder.path)
+    if missing:
+        logger.info(
+            "%d image%s in %.1f s (%.2f s each, loading included) in %s",
+            output.saved, "s" * (output.saved != 1), seconds, seconds / max(output.saved, 1), where,
+        )  # fmt: skip
+    else:
+        logger.info("nothing to do: all %d images exist in %s", len(plan), where)
     code = 128 + interrupts.received if interrupts.received else 1 if output.failed else 0
     if code and not opt.skip_save and not output.complete and not here.supervised:
-        logger.warning("to make the rest, give the same command once more with --resume")
-    events.emit("done", saved=output.saved, failed=output.failed, seconds=round(seconds, 3), code=code)
+        logger.warning(ranks.REST)
     return code
 
 
-class _Claim:
-    """The run's numbers: new ones, or with --resume those of the run that is gone on with.
+def _settle_tiles(pipeline: Pipeline, plan: Plan, claim: Claim, here: ranks.Alone) -> None:
+    """Lets all processes, and a run that continues, use the tiles that were chosen at its beginning.
 
-    Of several processes the first takes them and tells the others.
+    The choice depends on the memory that is free at that moment.
     """
-
-    def __init__(
-        self, opt: argparse.Namespace, folder: RunFolder, plan: Plan, columns: int, source: _Source
-    ) -> None:
-        self._opt, self._folder, self._plan, self._columns = opt, folder, plan, columns
-        self._here = source.here
-        self._hashes = {} if self._here.rank else _hashes(opt, source.ckpt)
-        self._settings = _settings(opt, plan, source)
-        self._run: RunFile | None = None
-
-    def take(self) -> RunFile:
-        """The run; the first call decides which."""
-        if self._run is None:
-            made_from = describe(
-                self._plan[:], self._plan.batches(), {"columns": self._columns, **self._settings}
-            )
-            if self._here.rank:
-                self._run = join_run(self._folder, self._here.agree(), made_from)
-            else:
-                self._run = self._open(made_from)
-                if self._here.world > 1:
-                    self._run.share()
-                self._here.agree(self._run.first)
-        return self._run
-
-    def _open(self, made_from: Content) -> RunFile:
-        from ldm.images.grid import count_pages
-
-        sizes = (job.upscaled_size for job in self._plan)
-        pages: dict[Page, int] = {
-            "grid": 0 if self._opt.skip_grid else count_pages(sizes, self._columns),
-            "sheet": sum(1 for _ in self._plan.sheets()),
-        }
-        return open_run(self._folder, made_from, len(self._plan), pages, self._hashes, self._opt.resume)
+    kinds = plan.kinds()
+    sizes = {size for job in kinds for size in ((job.height, job.width), job.upscaled_size)}
+    run = claim.run
+    noted = None if run is None else run.tiles
+    if noted is None:
+        noted = {size: here.agree(pipeline.tile_side(*size) or 0) or None for size in sorted(sizes)}
+        if run is None:
+            claim.take(noted)
+        else:
+            run.note_tiles(noted, leads=here.rank == 0, shared=here.world > 1)
+    pipeline.tile_sides.update(noted)
 
 
-def _settings(opt: argparse.Namespace, plan: Plan, source: _Source) -> dict[str, Any]:
-    """What the pixels and the files depend on beside the jobs and the checkpoint."""
-    from ldm.checkpoints.hashing import file_sha256
-
-    inits = dict.fromkeys(job.init for job in plan.kinds() if job.init is not None)
-    pictures = dict.fromkeys(path for init in inits for path in (init.image, init.mask) if path)
-    below = sorted(Path(opt.embedding_dir).rglob("*")) if opt.embedding_dir is not None else []
-    embeddings = [*(Path(path) for path, _ in opt.embedding), *(path for path in below if path.is_file())]
-    names = (
-        "n_samples",
-        "fixed_code",
-        "ema",
-        "tiles",
-        "no_watermark",
-        "safety",
-        "skip_grid",
-        "inpaint",
-        "compile",
-    )
-    return {
-        **{name: getattr(opt, name) for name in names},
-        "precision": source.precision.name,
-        "device": source.here.device.type,
-        "config": hashlib.sha256(source.config_path.read_bytes()).hexdigest(),
-        "pictures": {
-            printable(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in pictures
-        },
-        "lora_files": {name: file_sha256(source.find_lora(name)) for name in plan.loras()},
-        "embeddings": {printable(path): file_sha256(path) for path in embeddings},
-    }
-
-
-def _hashes(opt: argparse.Namespace, ckpt: Path) -> dict[str, Callable[[], str]]:
-    """The SHA-256 of the files of weights; for large ones it takes seconds, so it is computed beside the rest."""
-    from ldm.checkpoints.hashing import files_sha256
-
-    return {f"{part} hash": _in_background(files_sha256, files) for part, files in _files(opt, ckpt).items()}
-
-
-def _files(opt: argparse.Namespace, ckpt: Path) -> dict[str, list[Path]]:
-    """The files of weights, by what the metadata calls them."""
-    from ldm.checkpoints.reader import model_files
-
-    files = {"Model": model_files(ckpt)}
-    if opt.vae is not None:
-        files["VAE"] = model_files(opt.vae, "vae")
-    if opt.text_encoder is not None:
-        files["Text encoder"] = model_files(opt.text_encoder, "text_encoder")
-    return files
-
-
-def _load(opt: argparse.Namespace, plan: Plan, source: _Source) -> tuple[Pipeline, Embeddings | None]:
+def _load(opt: argparse.Namespace, plan: Plan, source: Source) -> tuple[Pipeline, Embeddings | None]:
     """The model on its device, with the LoRAs of the run read and its textual inversions known."""
     from ldm.checkpoints.cache import identity
     from ldm.pipeline import Pipeline, load_model
@@ -289,7 +250,7 @@ def _load(opt: argparse.Namespace, plan: Plan, source: _Source) -> tuple[Pipelin
     shape = partial(
         Pipeline, precision=source.precision, tiles=opt.tiles, lowmem=opt.lowmem, compiled=opt.compile
     )
-    files = [file for of_part in _files(opt, source.ckpt).values() for file in of_part]
+    files = [file for of_part in files_by_part(opt, source.ckpt).values() for file in of_part]
     key = load.keywords, shape.keywords, identity(files)
     pipeline = source.kept.get(key, lambda: shape(load()))
     pipeline.start_over(source.canvases, source.find_lora)
@@ -334,8 +295,9 @@ def _generate(
     plan: Plan,
     batches: Sequence[list[int]],
     progress: Progress,
+    stopped: Callable[[], bool],
 ) -> Iterator[tuple[list[int], list[Pending]]]:
-    """The numbers and pictures of these batches of a plan, in the making.
+    """The numbers and images of these batches of a plan, in the making, until the run is `stopped`.
 
     In seed mode "batch" one stream of noise serves all.
     """
@@ -343,6 +305,8 @@ def _generate(
     codes: dict[tuple[int, int], Tensor] = {}  # by size
     wanted = {batch[0] for batch in batches}
     for indices in plan.batches() if opt.seed_mode == "batch" else batches:
+        if stopped():
+            return
         jobs = [plan[i] for i in indices]
         code, size = None, (jobs[0].width, jobs[0].height)
         if opt.seed_mode == "batch":
@@ -361,7 +325,7 @@ def _generate(
 
 def _extras(
     opt: argparse.Namespace,
-    source: _Source,
+    source: Source,
     hashes: Mapping[str, Callable[[], str]],
     embeddings: Embeddings | None,
 ) -> Callable[[Job], dict[str, str]]:
@@ -416,16 +380,3 @@ def _embeddings(opt: argparse.Namespace, model: LatentDiffusion) -> Embeddings |
 
 def _listed(hashes: Mapping[str, str]) -> str:
     return ", ".join(f"{re.sub('[:,]', '', name)}: {digest}" for name, digest in hashes.items())
-
-
-def _in_background(function: Callable[[list[Path]], str], paths: list[Path]) -> Callable[[], str]:
-    """Starts `function(paths)` on a thread that never holds up the end of the process; the call waits for it."""
-    results: list[str] = []
-    thread = threading.Thread(target=lambda: results.append(function(paths)), daemon=True)
-    thread.start()
-
-    def result() -> str:
-        thread.join()
-        return results[0] if results else "unknown"
-
-    return result

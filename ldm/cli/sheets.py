@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ldm.cli.manifest import RunFile
@@ -16,30 +17,40 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ldm")
 
 
-def write_sheets(plan: Plan, run: RunFile, mark: Mark) -> None:
-    """Writes every sheet of a sweep of which a picture is there; one that would be too large is told and left out."""
+def write_sheets(plan: Plan, run: RunFile, mark: Mark, fail: Callable[[str, object], None]) -> None:
+    """Writes every sheet of a sweep of which an image is there; one that would be too large is named and left out.
+
+    `fail` is told of each image whose file is damaged; its place stays empty.
+    """
     sweep = plan.wishes.sweep
     if sweep is None:
         return
     existing = run.existing()
+
+    def pixels(index: int) -> np.ndarray | None:
+        if index not in existing:
+            return None
+        try:
+            return read_pixels(run.sample_path(index))
+        except InputError as error:
+            fail("error: %s", error)
+            return None
+
     for page, (title, images) in enumerate(plan.sheets()):
-        pictures = [read_pixels(run.sample_path(i)) if i in existing else None for i in images]
+        pictures = [pixels(i) for i in images]
         if all(picture is None for picture in pictures):
             continue
         try:
-            data = _encoded(pictures, sweep.rows, sweep.columns, title, mark)
+            sheet = _drawn(pictures, sweep.rows, sweep.columns, title)
         except InputError as error:
             logger.warning("no sheet for %s: %s", printable(title)[:80], error)
             continue
-        run.publish_page("sheet", page, data, whole=all(picture is not None for picture in pictures))
+        run.publish_page("sheet", page, mark(sheet), whole=all(picture is not None for picture in pictures))
 
 
-def _encoded(
-    pictures: list[np.ndarray | None], rows: list[str], columns: list[str], title: str, mark: Mark
-) -> bytes:
+def _drawn(pictures: list[np.ndarray | None], rows: list[str], columns: list[str], title: str) -> np.ndarray:
     import numpy as np
 
     from ldm.images.sheet import sheet
-    from ldm.images.writer import encode_png
 
-    return encode_png(mark(np.asarray(sheet(pictures, rows, columns, title))))
+    return np.asarray(sheet(pictures, rows, columns, title))

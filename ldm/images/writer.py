@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.images.metadata import INFOTEXT_KEYWORD
 from ldm.images.record import KEYWORD as RECORD_KEYWORD
-from ldm.util import PART_NAME, InputError, part_beside, printable, written_whole
+from ldm.util import InputError, open_regular, part_beside, printable, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,12 @@ Kind = Literal["sample", "grid", "sheet"]
 
 MAX_TEXT_BYTES = 64 * 1024
 COMPRESS_LEVEL = 4  # of zlib; 6, its own choice, makes files 0 to 4 % smaller in up to 2.4 times the time
+_UNFINISHED = "ldm-unfinished"
+# what `part_beside` gives for the files of a run
+_OWN_PART = re.compile(
+    r"\.([0-9]{5,}\.png|(grid|sheet)-[0-9]{4,}\.png|run-[0-9]{5,}\.json|gallery\.html|probe)\.[0-9a-f]{8}\.part"
+)
+_TEXT_START, _HEAD_BYTES = 37, 512  # after the signature, the chunk IHDR and a length Pillow writes the texts
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # file systems that cannot sync a folder
 
 
@@ -69,21 +75,50 @@ def _sync_folder(folder: Path) -> None:
 
 
 def encode_png(
-    pixels: np.ndarray, text: str = "", compress_level: int = COMPRESS_LEVEL, record: str = ""
+    pixels: np.ndarray,
+    text: str = "",
+    compress_level: int = COMPRESS_LEVEL,
+    record: str = "",
+    unfinished: str = "",
 ) -> bytes:
     """The PNG file of uint8 pixels [H, W, 3], with `text` under the keyword `parameters`, `record` under `ldm`.
+
+    A page that lacks images yet has the name of its run's file as `unfinished`; `unfinished_in` gives it back.
 
     Latin-1 text becomes a tEXt chunk, any other an iTXt chunk. Readers refuse long chunks, so of text above
     64 kB only the last line, the settings, is kept, and nothing if that alone is too long (as of a record, which
     is one line); a warning says so.
     """
     info = PngInfo()
+    if unfinished:
+        info.add_text(_UNFINISHED, unfinished)
     for keyword, content in ((INFOTEXT_KEYWORD, text), (RECORD_KEYWORD, record)):
         if kept := _within_limit(content):
             info.add_text(keyword, kept)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=compress_level, pnginfo=info)
     return buffer.getvalue()
+
+
+def unfinished_in(path: Path) -> str:
+    """What the page in a file was marked with as unfinished; empty if it was not, or is not a regular file."""
+    try:
+        with open_regular(path) as file:
+            head = file.read(_HEAD_BYTES)
+    except (OSError, InputError):
+        return ""
+    length, chunk = int.from_bytes(head[_TEXT_START - 4 : _TEXT_START], "big"), head[_TEXT_START:]
+    keyword = b"tEXt" + _UNFINISHED.encode() + b"\0"
+    return chunk[: 4 + length].removeprefix(keyword).decode("latin-1") if chunk.startswith(keyword) else ""
+
+
+def holds(path: Path, data: bytes) -> bool:
+    """Whether `path` is a regular file of exactly these bytes."""
+    try:
+        with open_regular(path) as file:
+            return os.fstat(file.fileno()).st_size == len(data) and file.read(len(data) + 1) == data
+    except (OSError, InputError):
+        return False
 
 
 def _within_limit(text: str) -> str:
@@ -233,7 +268,7 @@ def _sweep_and_stay(root: Path, samples: Path) -> int | None:
 def _remove_parts(*folders: Path) -> None:
     for folder in folders:
         for name in os.listdir(folder):
-            if PART_NAME.fullmatch(name):
+            if _OWN_PART.fullmatch(name):
                 with contextlib.suppress(OSError):  # somebody else's; it does no harm
                     (folder / name).unlink()
                     logger.info("removed %s, left by a run that was cut off", printable(folder / name))

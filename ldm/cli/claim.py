@@ -1,0 +1,260 @@
+"""A run's claim on its numbers, and everything that its pixels depend on: what --resume compares."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli import ranks
+from ldm.cli.kept import KeptModel
+from ldm.cli.manifest import Content, Page, RunFile, TileSides, describe, find_run, join_run, open_run
+from ldm.cli.plan import Plan
+from ldm.job import Init
+from ldm.util import InputError, find, printable
+
+if TYPE_CHECKING:
+    from ldm.checkpoints.lora_files import LoraFiles
+    from ldm.images.canvas import Canvas
+    from ldm.images.writer import RunFolder
+    from ldm.runtime.device import Precision
+
+# options that change the pixels or the files of a run, besides those that make its jobs
+_OPTIONS = (
+    "n_samples",
+    "fixed_code",
+    "ema",
+    "tiles",
+    "no_watermark",
+    "safety",
+    "skip_grid",
+    "inpaint",
+    "compile",
+)
+_TABLES = ("vocab.json", "merges.txt", "tokenizer.json", "vocab.txt")  # of tokenizers
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run's images come from, besides its jobs."""
+
+    config_path: Path
+    config: Mapping[str, Any]
+    ckpt: Path
+    here: ranks.Alone
+    precision: Precision
+    canvases: Callable[[Init], Canvas]
+    find_lora: LoraFiles
+    kept: KeptModel
+
+
+class Claim:
+    """The run's numbers: new ones, or with --resume those of the run that continues.
+
+    Of several processes the first takes them and tells the others.
+    """
+
+    def __init__(
+        self, opt: argparse.Namespace, folder: RunFolder, plan: Plan, columns: int, source: Source
+    ) -> None:
+        self._opt, self._folder, self._plan, self._columns = opt, folder, plan, columns
+        self._here = source.here
+        self._hashes = {} if self._here.rank else _hashes(opt, source.ckpt)
+        self._settings = settings(opt, plan, source)
+        self._run: RunFile | None = None
+
+    @property
+    def run(self) -> RunFile | None:
+        """The run, once it has been taken."""
+        return self._run
+
+    def take(self, tiles: TileSides | None = None) -> RunFile:
+        """The run; the first call decides which. A new one notes the `tiles` that were chosen."""
+        if self._run is None:
+            made_from = self._made_from()
+            if self._here.rank:
+                self._run = join_run(self._folder, self._here.agree(), made_from)
+            else:
+                resume, numbers = self._opt.resume, self._numbers()
+                self._run = open_run(self._folder, made_from, *numbers, self._hashes, resume, tiles)
+                if self._here.world > 1:
+                    self._run.share()
+                self._here.agree(self._run.first)
+        return self._run
+
+    def find(self) -> RunFile | None:
+        """The run that would continue, without a claim on it; None where the folder is empty."""
+        return find_run(self._folder, self._made_from(), *self._numbers(), self._hashes)
+
+    def _made_from(self) -> Content:
+        return describe(self._plan[:], self._plan.batches(), {"columns": self._columns, **self._settings})
+
+    def _numbers(self) -> tuple[int, dict[Page, int]]:
+        """How many images there are, and pages of each kind."""
+        from ldm.images.grid import count_pages
+
+        sizes = (job.upscaled_size for job in self._plan)
+        pages: dict[Page, int] = {
+            "grid": 0 if self._opt.skip_grid else count_pages(sizes, self._columns),
+            "sheet": sum(1 for _ in self._plan.sheets()),
+        }
+        return len(self._plan), pages
+
+
+def settings(opt: argparse.Namespace, plan: Plan, source: Source) -> dict[str, Any]:
+    """What the pixels and the files depend on besides the jobs and the weights: options, and digests of files."""
+    from ldm.checkpoints.hashing import file_sha256
+    from ldm.checkpoints.lora_files import settings_file
+
+    inits = dict.fromkeys(job.init for job in plan.kinds() if job.init is not None)
+    pictures = dict.fromkeys(path for init in inits for path in (init.image, init.mask) if path)
+    below = sorted(Path(opt.embedding_dir).rglob("*")) if opt.embedding_dir is not None else []
+    embeddings = [*(Path(path) for path, _ in opt.embedding), *(path for path in below if path.is_file())]
+    loras = {name: source.find_lora(name) for name in plan.loras()}
+    lora_settings = {name: file for name, path in loras.items() if (file := settings_file(path))}
+    return {
+        **{name: getattr(opt, name) for name in _OPTIONS},
+        "precision": source.precision.name,
+        "device": source.here.device.type,
+        "config": hashlib.sha256(source.config_path.read_bytes()).hexdigest(),
+        "config_files": _digests(_config_files(source.config)),
+        "classes": _foreign_classes(source.config),
+        "vocabulary": _digests(_vocabulary(source.ckpt, opt.text_encoder)),
+        "safety_model": _digests(_safety_files(opt)),
+        "pictures": {
+            printable(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in pictures
+        },
+        "lora_files": {name: file_sha256(path) for name, path in loras.items()},
+        "lora_settings": {name: file_sha256(path) for name, path in lora_settings.items()},
+        "embeddings": _digests(embeddings),
+        "embedding_names": _names(opt.embedding),
+    }
+
+
+def _names(embeddings: Sequence[tuple[str, str | None]]) -> dict[str, str]:
+    """What each file of a textual inversion is called, where it is not called by its own name."""
+    named: dict[str, list[str]] = {}
+    for path, name in embeddings:
+        if name is not None:
+            named.setdefault(printable(path), []).append(name)
+    return {path: ", ".join(names) for path, names in named.items()}
+
+
+def _digests(files: list[Path]) -> dict[str, str]:
+    from ldm.checkpoints.hashing import file_sha256
+
+    return {printable(path): file_sha256(path) for path in files}
+
+
+def _config_files(config: Mapping[str, Any]) -> list[Path]:
+    """The files that a config names, such as the token tables of the text encoder's `version`."""
+    from ldm.config import section
+    from ldm.modules.encoders.bert import UNCASED, find_vocabulary
+
+    found: list[Path] = []
+    encoder = config.get("params", {}).get("cond_stage_config") or {}
+    if str(encoder.get("target")).endswith(".BERTEmbedder"):
+        found.append(find_vocabulary(section(config, "cond_stage_config").get("version", UNCASED)))
+    for text in _texts(config):
+        place = find(text)
+        found += [path for path in (place, *(place / name for name in _TABLES)) if path.is_file()]
+    return found
+
+
+def _texts(node: Any) -> Iterator[str]:
+    """Every text in a config that can be a path; `ckpt_path` is never read."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key not in ("target", "ckpt_path"):
+                yield from _texts(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _texts(value)
+    elif isinstance(node, str) and 0 < len(node) <= 1000 and "\0" not in node:
+        yield node
+
+
+def _foreign_classes(config: Mapping[str, Any]) -> dict[str, str]:
+    """The digest of the source of each class of another package that a config uses."""
+    import inspect
+
+    from ldm.config import targets
+    from ldm.util import get_obj_from_str
+
+    found = {}
+    for target in targets(config):
+        if target.partition(".")[0] not in ("ldm", "torch"):
+            source = inspect.getsourcefile(get_obj_from_str(target))
+            if source is not None:
+                found[target] = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    return found
+
+
+def _vocabulary(ckpt: Path, text_encoder: str | None) -> list[Path]:
+    """The token tables that a folder of weights brings along."""
+    from ldm.checkpoints.reader import vocabulary_folder
+
+    folder = vocabulary_folder(ckpt, text_encoder)
+    return [] if folder is None else [path for name in _TABLES if (path := folder / name).is_file()]
+
+
+def _safety_files(opt: argparse.Namespace) -> list[Path]:
+    from ldm.checkpoints.safety import find_safety_model
+
+    weights = None if opt.safety == "off" else find_safety_model(opt.safety_model)
+    if weights is None:
+        return []
+    return [path for path in (weights, weights.with_name("config.json")) if path.is_file()]
+
+
+def _hashes(opt: argparse.Namespace, ckpt: Path) -> dict[str, Callable[[], str]]:
+    """The SHA-256 of the files of weights; for large ones it takes seconds, so it is computed alongside the rest."""
+    from ldm.checkpoints.hashing import files_sha256
+
+    parts = files_by_part(opt, ckpt).items()
+    return {f"{part} hash": _in_background(files_sha256, files) for part, files in parts}
+
+
+def files_by_part(opt: argparse.Namespace, ckpt: Path) -> dict[str, list[Path]]:
+    """The files of weights, by what the metadata calls them."""
+    from ldm.checkpoints.reader import model_files
+
+    files = {"Model": model_files(ckpt)}
+    if opt.vae is not None:
+        files["VAE"] = model_files(opt.vae, "vae")
+    if opt.text_encoder is not None:
+        files["Text encoder"] = model_files(opt.text_encoder, "text_encoder")
+    return files
+
+
+def _in_background(function: Callable[[list[Path]], str], paths: list[Path]) -> Callable[[], str]:
+    """Starts `function(paths)` on a thread that never holds up the end of the process; the call waits for it.
+
+    What went wrong there is raised by the call; a file that cannot be read is an `InputError`.
+    """
+    results: list[str] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(function(paths))
+        except BaseException as error:  # noqa: BLE001 - it is raised where the run can end in order
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+
+    def result() -> str:
+        thread.join()
+        for error in errors:
+            if isinstance(error, OSError):
+                path = printable(error.filename or paths[0])
+                raise InputError(f"{path} cannot be read: {error.strerror or printable(error)}") from error
+            raise error
+        return results[0]
+
+    return result
