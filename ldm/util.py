@@ -6,13 +6,22 @@ import contextlib
 import errno
 import importlib
 import inspect
+import logging
 import os
+import re
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator, Mapping
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, BinaryIO, get_args, get_type_hints
+
+logger = logging.getLogger(__name__)
+
+_LOCK_TRIES = 20
 
 
 class InputError(ValueError):
@@ -128,6 +137,82 @@ def _give_name(part: Path, path: Path, overwrite: bool) -> None:
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
         os.replace(part, path)
+
+
+def sweep_and_stay(folder: Path, sweep: Callable[[], None]) -> int | None:
+    """Marks `folder` as in use by a living process, after `sweep` has removed what killed ones left there.
+
+    A shared lock on the folder itself says so, which the kernel frees even after a kill. Whoever gets the lock for
+    himself alone knows that nothing unfinished in there has a living writer. Returns the descriptor that holds the
+    lock, or None where folders cannot be locked (then nothing is swept).
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            sweep()
+        for _ in range(
+            _LOCK_TRIES
+        ):  # somebody who sweeps is done at once; whoever else locks it is not waited for
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return descriptor
+            time.sleep(0.1)
+    except OSError as error:
+        logger.debug("%s cannot be locked: %s", printable(folder), error.strerror)
+    os.close(descriptor)
+    return None
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str, parent: Path) -> Iterator[Path]:
+    """A new folder in `parent` that is gone at the end; those that killed processes left are removed first."""
+    own = re.compile(re.escape(prefix) + "[a-z0-9_]{8}")
+
+    def is_ours(entry: os.DirEntry[str]) -> bool:
+        found = own.fullmatch(entry.name) is not None and entry.is_dir(follow_symlinks=False)
+        return found and entry.stat(follow_symlinks=False).st_uid == os.getuid()
+
+    def sweep() -> None:
+        for entry in filter(is_ours, list(os.scandir(parent))):
+            shutil.rmtree(entry.path, ignore_errors=True)
+
+    held = sweep_and_stay(parent, sweep)
+    try:
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as folder:
+            yield Path(folder)
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+@contextlib.contextmanager
+def without_leftovers(path: Path) -> Iterator[None]:
+    """Within it `path` may be written whole; the hidden parts of it that killed processes left are removed first."""
+    own = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.part")
+
+    def sweep() -> None:
+        for entry in os.scandir(path.absolute().parent):
+            if own.fullmatch(entry.name):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    with contextlib.suppress(OSError):
+                        os.unlink(entry.path)
+
+    held = sweep_and_stay(path.absolute().parent, sweep)
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
 
 
 def exists(x: object) -> bool:

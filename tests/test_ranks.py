@@ -235,6 +235,26 @@ def test_slurm_says_who_is_who(nursery, whole, tmp_path):
     assert images(tmp_path / "out") == whole
 
 
+def test_another_programs_variables_change_nothing_of_a_single_run(tmp_path, monkeypatch, capsys):
+    for name in ("LOCAL_RANK", "LDM_PARENT"):
+        monkeypatch.setenv(name, "1")
+    run = [
+        *RUN,
+        "--outdir",
+        str(tmp_path),
+        "--n_iter",
+        "2",
+        "--ddim_steps",
+        "1",
+        "--ddim_eta",
+        "1.5",
+        "--skip_grid",
+    ]
+    assert txt2img.main(run) == 0
+    assert "warning: --ddim_eta 1.5 is above 1" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("samples/*.png"))) == 4
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

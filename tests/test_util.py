@@ -2,17 +2,29 @@
 
 import errno
 import os
+import re
+from pathlib import Path
 
 import pytest
 
-from ldm.util import PART_NAME, InputError, default, exists, part_beside, read_side_file, written_whole
+from ldm.util import (
+    InputError,
+    cache_path,
+    default,
+    exists,
+    part_beside,
+    read_side_file,
+    temporary_folder,
+    without_leftovers,
+    written_whole,
+)
 
 
 def test_a_file_appears_at_the_end(tmp_path):
     path = tmp_path / "a.bin"
     with written_whole(path) as part:
         part.write_bytes(b"whole")
-        assert PART_NAME.fullmatch(part.name)
+        assert re.fullmatch(r"\.a\.bin\.[0-9a-f]{8}\.part", part.name)
         assert [*tmp_path.iterdir()] == [part]
     assert [*tmp_path.iterdir()] == [path]
     assert path.read_bytes() == b"whole"
@@ -62,7 +74,10 @@ def test_a_file_that_appeared_meanwhile_is_kept(tmp_path, monkeypatch, links):
 def test_hidden_names_keep_to_the_folder(tmp_path):
     names = {part_beside(tmp_path / "line\nbreak.png") for _ in range(20)}
     assert len(names) == 20
-    assert all(name.parent == tmp_path and PART_NAME.fullmatch(name.name) for name in names)
+    assert all(
+        name.parent == tmp_path and re.fullmatch(r"\.line\nbreak\.png\.[0-9a-f]{8}\.part", name.name)
+        for name in names
+    )
 
 
 def test_values_that_may_be_missing():
@@ -89,3 +104,38 @@ def test_a_side_file_is_a_small_regular_file(tmp_path):
     for name, reason in reasons.items():
         with pytest.raises(InputError, match=f"^{tmp_path / name} {reason}"):
             read_side_file(tmp_path / name, 2**20)
+
+
+def test_a_temporary_folder_is_gone_at_the_end_and_dead_ones_before_it(tmp_path):
+    dead, other = tmp_path / "mine-0123abcd", tmp_path / "mine-of-somebody"
+    for folder in (dead, other):
+        folder.mkdir()
+        (folder / "file").touch()
+    (tmp_path / "mine-01234567").symlink_to(other)
+    with temporary_folder("mine-", tmp_path) as folder:
+        assert not dead.exists()
+        assert (other / "file").exists()
+        with temporary_folder("mine-", tmp_path):
+            assert folder.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine-01234567", "mine-of-somebody"]
+
+
+def test_only_the_dead_parts_of_the_same_file_are_removed(tmp_path):
+    for name in (".a.ckpt.0123abcd.part", ".b.ckpt.0123abcd.part", ".a.ckpt.part"):
+        (tmp_path / name).touch()
+    (tmp_path / ".a.ckpt.01234567.part").mkdir()
+    with without_leftovers(tmp_path / "a.ckpt"):
+        living = tmp_path / ".a.ckpt.89abcdef.part"
+        living.touch()
+        with without_leftovers(tmp_path / "a.ckpt"):
+            assert living.exists()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".b.ckpt.0123abcd.part", ".a.ckpt.part", ".a.ckpt.89abcdef.part"}
+
+
+def test_a_relative_cache_folder_counts_as_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_path("x") == tmp_path / ".cache/ldm-v1/x"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert cache_path("x") == Path("/elsewhere/ldm-v1/x")

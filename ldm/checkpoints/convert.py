@@ -32,7 +32,7 @@ from ldm.checkpoints.safetensors_file import DTYPES
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import BEGIN, END
-from ldm.util import InputError, part_beside, printable, written_whole
+from ldm.util import InputError, part_beside, printable, without_leftovers, written_whole
 
 Layout = Literal["compvis", "ckpt", "diffusers"]
 
@@ -99,10 +99,10 @@ def convert(
     tensors = {**own, **averages}
     if to == "diffusers":
         use_vocabulary(model, checkpoint.vocabulary)
-        with _folder_written_whole(Path(out)) as folder:
+        with without_leftovers(Path(out)), _folder_written_whole(Path(out)) as folder:
             _write_folder(folder, model, tensors, dtype)
         return
-    with written_whole(Path(out)) as part:
+    with without_leftovers(Path(out)), written_whole(Path(out)) as part:
         if to == "ckpt":
             steps = {
                 name: checkpoint.metadata[name] for name in ("global_step",) if name in checkpoint.metadata

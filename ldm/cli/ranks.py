@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldm.cli.inputs import need
-from ldm.util import InputError
+from ldm.util import InputError, temporary_folder
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,7 @@ _LAUNCHERS = (
     "MV2_",
     "HYDRA_",
 )  # what their variables begin with
+_TEMPORARY = "ldm-v1-processes-"  # what the names of temporary folders begin with
 _MEETING, _PARENT = "LDM_MEETING", "LDM_PARENT"  # set for the processes that are started here
 _Item = TypeVar("_Item")
 
@@ -223,13 +224,13 @@ def start(opt: argparse.Namespace) -> int | None:
                 f"--num_nodes {nodes} without torchrun or SLURM needs {name} in the environment of each machine",
             )
     need(opt.typed is not None, "--devices starts the script again, so it works from a command line only")
-    with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
-        environment = {**os.environ, _PARENT: str(os.getpid()), _MEETING: folder}
+    with temporary_folder(_TEMPORARY, Path(tempfile.gettempdir())) as folder:
+        environment = {**os.environ, _PARENT: str(os.getpid()), _MEETING: str(folder)}
         environment |= {"WORLD_SIZE": str(devices * nodes), "NODE_RANK": os.environ.get("NODE_RANK", "0")}
         if nodes == 1 and sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         command, given = [sys.executable, *opt.typed], opt.kept_input or os.devnull
-        return _supervise(command, environment, devices, given, _begun(folder))
+        return _supervise(command, environment, devices, given, _begun(str(folder)))
 
 
 def _begun(meeting: str) -> Path:
@@ -251,12 +252,14 @@ def _started_by_another() -> bool:
 
 def _keep_input() -> str:
     """Puts a file in the place of standard input, so that every process can read it: its name."""
-    kept = tempfile.NamedTemporaryFile(prefix="ldm-", delete=False)  # noqa: SIM115 - it stays until the end
-    atexit.register(os.unlink, kept.name)
-    shutil.copyfileobj(sys.stdin.buffer, kept)
-    kept.seek(0)
-    os.dup2(kept.fileno(), 0)
-    return kept.name
+    keeper = contextlib.ExitStack()  # until the end
+    atexit.register(keeper.close)
+    kept = keeper.enter_context(temporary_folder(_TEMPORARY, Path(tempfile.gettempdir()))) / "input"
+    with kept.open("w+b") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+        file.seek(0)
+        os.dup2(file.fileno(), 0)
+    return str(kept)
 
 
 def _supervise(

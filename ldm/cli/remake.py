@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -27,7 +26,7 @@ from ldm.cli.replay import (
 )
 from ldm.cli.report import outcome
 from ldm.cli.run import run
-from ldm.util import InputError, printable
+from ldm.util import InputError, printable, temporary_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -214,10 +213,10 @@ def _run_aside(
 ) -> Path | int:
     """Runs in a hidden folder and keeps one sample, as a new file of `folder`: its path, or the run's exit code."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".replay-", dir=folder) as hidden:
-        parsed.outdir = hidden
-        code = run(parsed, kept)
-        return code or _keep(Path(hidden, "samples", f"{wanted:05d}.png"), folder, stem)
+    with temporary_folder(".replay-", folder) as hidden:
+        parsed.outdir = str(hidden)
+        code = run(parsed, kept, name_files=False)
+        return code or _keep(hidden / "samples" / f"{wanted:05d}.png", folder, stem)
 
 
 def _keep(sample: Path, folder: Path, stem: str) -> Path:

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.images.metadata import INFOTEXT_KEYWORD
 from ldm.images.record import KEYWORD as RECORD_KEYWORD
-from ldm.util import InputError, open_regular, part_beside, printable, written_whole
+from ldm.util import InputError, open_regular, part_beside, printable, sweep_and_stay, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class RunFolder:
         self._compress_level = compress_level
         for folder in (self.path, self.samples_path):
             _require_usable(folder)
-        self._presence = _sweep_and_stay(self.path, self.samples_path)
+        self._presence = sweep_and_stay(self.path, lambda: _remove_parts(self.path, self.samples_path))
         self._files: dict[Kind, _NumberedFiles] = {
             "sample": _NumberedFiles(self.samples_path, prefix="", digits=5),
             "grid": _NumberedFiles(self.path, prefix="grid-", digits=4),
@@ -239,30 +239,6 @@ def _require_usable(folder: Path) -> None:
         raise InputError(
             f"cannot use the output folder {printable(folder)}: {reason}; choose another --outdir"
         ) from error
-
-
-def _sweep_and_stay(root: Path, samples: Path) -> int | None:
-    """Removes the half-written files of dead runs, and marks `root` as in use by a live one.
-
-    A run holds a shared lock on the folder itself, which the kernel frees even after a kill. Whoever gets the
-    lock for himself alone knows that no part file in there has a living writer. Returns the descriptor that
-    holds the lock, or None where folders cannot be locked (then nothing is swept).
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove_parts(root, samples)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-    except OSError as error:
-        os.close(descriptor)
-        logger.debug("%s cannot be locked: %s", printable(root), error.strerror)
-        return None
-    return descriptor
 
 
 def _remove_parts(*folders: Path) -> None:

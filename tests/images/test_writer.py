@@ -272,6 +272,7 @@ def test_the_next_run_sweeps_what_a_dead_one_left(tmp_path: Path, caplog: pytest
     for stale in (".grid-0000.png.0123abcd.part", "samples/.00000.png.0123abcd.part"):
         (tmp_path / stale).touch()
     kept = [".hidden", "samples/.00000.png.part", "samples/film.part"]
+    kept += [".other.txt.0123abcd.part", ".film.png.0123abcd.part"]  # another program's
     for foreign in kept:
         (tmp_path / foreign).touch()
     with caplog.at_level(logging.INFO, "ldm"), RunFolder(tmp_path):
