@@ -7,9 +7,8 @@ Any option of the scripts that make pictures changes what the file says.
 from __future__ import annotations
 
 import argparse
-import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,31 +20,37 @@ from ldm.cli.replay import as_changes
 sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 
 
-def parser() -> argparse.ArgumentParser:
+def _run_options() -> argparse.ArgumentParser:
+    """The options of all scripts that make images."""
     options = cli.make_parser(__doc__ or "")
     cli.add_prompt_options(options, prompt="")
     cli.add_image_options(options, strength=1.0, required=False)
     cli.add_mask_options(options)
     cli.add_sampling_options(options, scale=7.5)
-    cli.add_size_options(options, own="the picture's own size")
+    cli.add_size_options(options, own="the image's own size")
     cli.add_upscale_options(options)
     cli.add_batch_options(options, n_iter=1, n_samples=1)
     cli.add_output_options(options, outdir="")
     cli.add_model_options(options)
-    as_changes(options)
-    add_replay_options(options)
+    return options
+
+
+def _with_reports(options: argparse.ArgumentParser) -> argparse.ArgumentParser:
     cli.add_telling_options(options)
     cli.add_report_options(options)
     return options
 
 
-def _parser_of(script: str) -> Callable[[], argparse.ArgumentParser]:
-    return runpy.run_path(str(Path(__file__).with_name(f"{script}.py")))["parser"]
+def parser() -> argparse.ArgumentParser:
+    options = _run_options()
+    as_changes(options)
+    add_replay_options(options)
+    return _with_reports(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parsers = {script: _parser_of(script) for script in ("txt2img", "img2img", "inpaint")}
-    return cli.main(parser(), partial(replay, parsers=parsers), argv)
+    usual = vars(_with_reports(_run_options()).parse_args([]))
+    return cli.main(parser(), partial(replay, usual=usual), argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import ldm.cli.locate
 import scripts.inpaint
 import scripts.replay
 from ldm.cli.locate import Located, locate, model_name
-from ldm.cli.replay import lora_option
 from ldm.data.scenes import image_at
 from ldm.images.foreign import Recipe, read_job
 from ldm.images.record import record
@@ -84,7 +83,7 @@ def test_a_lora_is_known_by_its_hash_under_any_name() -> None:
     tensors("loras/ink.pt", 1)
     digest = tensors("loras/deep/drawn with a pen.pt", 2)
     located = locate(with_lora(digest), HERE, {"lora_dir": "loras"})
-    assert found(located, "lora") == [lora_option("loras/deep/drawn with a pen.pt", 0.8, 0.5)]
+    assert found(located, "lora") == [("loras/deep/drawn with a pen.pt", 0.8, 0.5)]
 
 
 def test_the_hash_of_a_loras_whole_file_counts_as_well() -> None:
@@ -96,14 +95,14 @@ def test_the_hash_of_a_loras_whole_file_counts_as_well() -> None:
     job = Job("x", loras=(("ink", 0.8, 0.5),))
     recipe = Recipe(job, "Fooocus", extras={"Lora hashes": f"Ink: {digest[:10].upper()}"})
     located = locate(recipe, HERE, {"lora_dir": "loras"})
-    assert found(located, "lora") == [lora_option("loras/whole.safetensors", 0.8, 0.5)]
+    assert found(located, "lora") == [("loras/whole.safetensors", 0.8, 0.5)]
 
 
 def test_a_name_is_known_in_either_case_where_no_hash_is() -> None:
     written("words/EasyNeg.pt", b"any")
     recipe = Recipe(Job("easyneg"), "SD.Next", extras={"TI hashes": "easyneg: , other: 12"})
     located = locate(recipe, HERE, {"embedding_dir": "words"})
-    assert located.changes["embedding"] == ["words/EasyNeg.pt=easyneg"] and not located.notes
+    assert located.changes["embedding"] == [("words/EasyNeg.pt", "easyneg")] and not located.notes
     assert located.missing == ["it needs the textual inversion other; give its folder with --embedding_dir"]
 
 
@@ -128,28 +127,28 @@ def test_the_hash_that_a_lora_notes_of_itself_counts() -> None:
     notes = {"sshs_model_hash": "0123456789ab" * 5}
     safetensors.save_file({"x": torch.zeros(1)}, "loras/renamed.safetensors", notes)
     located = locate(with_lora("0123456789ab"), HERE, {"lora_dir": "loras"})
-    assert found(located, "lora") == [lora_option("loras/renamed.safetensors", 0.8, 0.5)]
+    assert found(located, "lora") == [("loras/renamed.safetensors", 0.8, 0.5)]
 
 
 def test_a_lora_without_a_hash_is_known_by_its_name() -> None:
     written("loras/other.pt", b"other")
     written("loras/ink.pt", b"any")
     located = locate(with_lora(""), HERE, {"lora_dir": "loras"})
-    assert found(located, "lora") == [lora_option("loras/ink.pt", 0.8, 0.5)]
+    assert found(located, "lora") == [("loras/ink.pt", 0.8, 0.5)]
 
 
 def test_a_lora_of_another_hash_is_taken_with_a_note() -> None:
     written("loras/ink.pt", b"any")
     located = locate(with_lora("0" * 12), HERE, {"lora_dir": "loras"})
     assert located.notes == ["loras/ink.pt has another hash than the LoRA it was made with"]
-    assert located.changes["lora"] == [lora_option("loras/ink.pt", 0.8, 0.5)] and not located.missing
+    assert located.changes["lora"] == [("loras/ink.pt", 0.8, 0.5)] and not located.missing
 
 
 def test_a_textual_inversion_is_known_by_its_hash_under_any_name() -> None:
     written("words/foil.pt", b"another file of that name")
     digest = written("words/deep/shiny.pt", b"the one")
     assert found(locate(with_word(digest), HERE, {"embedding_dir": "words"}), "embedding") == [
-        "words/deep/shiny.pt=foil"
+        ("words/deep/shiny.pt", "foil")
     ]
 
 
@@ -157,7 +156,7 @@ def test_a_textual_inversion_of_another_hash_is_taken_with_a_note() -> None:
     written("words/foil.pt", b"any")
     located = locate(with_word("0" * 12), HERE, {"embedding_dir": "words"})
     assert located.notes == ["words/foil.pt has another hash than the textual inversion it was made with"]
-    assert located.changes["embedding"] == ["words/foil.pt=foil"] and not located.missing
+    assert located.changes["embedding"] == [("words/foil.pt", "foil")] and not located.missing
 
 
 @pytest.mark.parametrize("folder", [False, True])

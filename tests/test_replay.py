@@ -27,7 +27,7 @@ import scripts.replay
 import scripts.txt2img
 from ldm.cli.inputs import Start, _inits, check_options
 from ldm.cli.plan import Plan, read_wishes
-from ldm.cli.replay import command, compare, count, describe_watermark, options, place, quoted
+from ldm.cli.replay import changed, command, compare, count, describe_watermark, options, place, quoted
 from ldm.data.scenes import image_at
 from ldm.images.canvas import open_canvas
 from ldm.images.foreign import Recipe, read_job
@@ -347,7 +347,7 @@ def test_foreign_files_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Image.new("RGB", (64, 96)).save("b.jpg", exif=exif)
     assert scripts.replay.main(["a.png", "--show", "--ddim_steps", "40"]) == 0
     out = capsys.readouterr().out
-    assert "of A1111" in out and "--ddim_steps 40" in out and "Clip skip 2" in out and "too small" in out
+    assert "made by A1111" in out and "--ddim_steps 40" in out and "Clip skip 2" in out and "too small" in out
     assert scripts.replay.main(["a.png", "b.jpg", "--show", "--json"]) == 0
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["arguments"] == second["arguments"] and first["source"] == "A1111"
@@ -375,9 +375,9 @@ def test_how_many_pictures_a_command_makes(tmp_path: Path, monkeypatch: pytest.M
     held = record(by_image.job, by_image.extras)
     Path("a.png").write_bytes(encode_png(np.zeros((8, 8, 3), np.uint8), record=held))
     assert scripts.replay.main(["a.png", "--show"]) == 0
-    assert "  this makes 3 pictures; sample 00002 is this one\n" in capsys.readouterr().out
+    assert "  this makes 3 images; sample 00002 is this one\n" in capsys.readouterr().out
     assert scripts.replay.main(["a.png", "--show", "--n_samples", "1"]) == 0
-    assert "pictures" not in capsys.readouterr().out
+    assert "images" not in capsys.readouterr().out
     assert scripts.replay.main(["a.png", "--show", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["samples"], shown["sample"]) == (3, 2)
@@ -393,6 +393,119 @@ def test_from_the_command_line_it_says_the_same(tmp_path: Path) -> None:
         [sys.executable, script, str(path), "--show"], capture_output=True, text=True, check=True
     )
     assert run.stdout.splitlines()[1].strip() == command(Recipe(Job("a cat"), "ldm"))
+
+
+# --- what a file cannot do ---------------------------------------------------------------------------------------
+
+
+def forged(path: str, extras: dict[str, str] | None = None, **fields: object) -> str:
+    """A picture with a record that somebody wrote by hand."""
+    job = {"prompt": "x", "width": 64, "height": 64, "steps": 1, **fields}
+    text = json.dumps({"version": 1, "job": job, "extras": extras or {}})
+    Path(path).write_bytes(encode_png(np.zeros((64, 64, 3), np.uint8), record=text))
+    return path
+
+
+FORGED = [
+    ("sampler", "help"), ("sampler", "version"), ("sampler", "plms=3"), ("sampler", "from-file=secret.txt"),
+    ("sampler", "cache_weights=owned"), ("timestep_spacing", "weird"), ("rng", "--help"), ("steps", 0), ("seed", -1),
+    ("upscale_in", "x"),
+]  # fmt: skip
+
+
+def test_a_file_chooses_no_option_and_stops_no_other(made: Callable[..., list[Path]], capsys) -> None:
+    [good] = made(scripts.txt2img, "--n_samples", "1", "--n_iter", "1", "--W", "64", "--H", "64")
+    bad = [forged(f"{i}.png", **{field: value}) for i, (field, value) in enumerate(FORGED)]
+    Path("secret.txt").write_text("root:x:0:0")
+    before = {path.name for path in Path().iterdir()} | {"outputs"}
+    capsys.readouterr()
+    assert scripts.replay.main([*bad, str(good), "--verify", "--quiet", "--device", "cpu"]) == 1
+    told = capsys.readouterr()
+    assert "identical" in told.out and told.out.count("\n") == 1
+    assert [line.partition(" cannot be ")[0] for line in told.err.splitlines()] == [
+        f"error: {i}.png: the record is not usable: job.{field}" for i, (field, _) in enumerate(FORGED)
+    ]
+    assert {path.name for path in Path().iterdir()} == before
+    assert scripts.replay.main([*bad, "--verify", "--quiet"]) == 2
+
+
+def test_nothing_of_a_file_is_parsed_as_a_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    extras = {"Precision": "--help", "EMA": "--version", "Tiles": "--x", "Batch size": "--help"}
+    parsed: list[list[str]] = []
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def spy(self, args=None, namespace=None):
+        parsed.append(list(args))
+        return parse(self, args, namespace)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", spy)
+    file = forged("a.png", {**extras, "Model": "--help", "Config": "--help"}, prompt="--help")
+    typed = [file, "--quiet", "--device", "cpu"]
+    assert scripts.replay.main(typed) == 0
+    assert parsed == [[], typed]
+    assert read_job("outputs/replay/a.png").job.prompt == "--help"
+
+
+def test_the_help_lists_no_option_that_is_always_refused(capsys) -> None:
+    text = scripts.replay.parser().format_help()
+    assert "--n_samples" in text
+    for option in ("--n_iter", "--from-file", "--sweep", "--resume", "--skip_grid", "--n_rows", "--indir"):
+        assert option not in text
+        value = ["x"] if option in ("--from-file", "--sweep", "--indir") else []
+        value = ["2"] if option in ("--n_iter", "--n_rows") else value
+        assert scripts.replay.main(["a.png", option, *value]) == 2
+        assert f"replay.py does not take {option} (" in capsys.readouterr().err
+
+
+def test_typed_options_change_the_job() -> None:
+    job = Job("x", width=64, height=96, sampler="plms")
+    assert changed(job, {"ddim_steps": 7, "dpm_solver": True, "W": 128}) == dataclasses.replace(
+        job, steps=7, sampler="dpm_solver", width=128
+    )
+    begun = changed(job, {"init_img": ["a.png"]})
+    assert (begun.strength, begun.init) == (0.75, Init("a.png", width=64, height=96, resize="fill"))
+    painted = changed(job, {"init_img": ["a.png"], "mask": "m.png", "no_paste": True})
+    assert painted.strength == 1 and painted.init and painted.init.mask == "m.png" and not painted.paste
+    again = changed(begun, {"outpaint": (8, 0, 0, 0), "H": 32, "posterior_mean": True})
+    assert (again.strength, again.posterior) == (0.75, "mean")
+    assert again.init == Init(
+        "a.png", width=64, height=32, resize="fill", outpaint=(8, 0, 0, 0), alpha_mask=True
+    )
+    unknown = Job("x", strength=0.5)  # of another program, whose starting picture is not known
+    assert changed(unknown, {"init_img": ["a.png"], "W": 32}).init == Init("a.png", width=32, resize="fit")
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ({"strength": 0.5}, "--strength needs an image to start from"),
+        ({"mask": "m.png"}, "--mask needs an image to start from"),
+        ({"init_img": ["a.png"], "mask_blur": 3.0}, "--mask_blur needs a mask"),
+        ({"init_img": ["a.png"], "mask": "m.png", "upscale": 2.0}, "--upscale does not go with a mask"),
+    ],
+)
+def test_typed_options_that_need_another_are_refused(typed: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        changed(Job("x"), typed)
+
+
+def test_a_batch_of_any_size_that_a_file_claims_is_not_made(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    large = forged("a.png", {"Batch size": "99999", "Batch pos": "99998"})
+    assert scripts.replay.main([large, "--device", "cpu"]) == 0
+    assert "asks for a batch of 99999; it is made alone" in capsys.readouterr().err
+    late = forged("b.png", seed_mode="batch", batch_index=100_000, rng="cpu")
+    assert scripts.replay.main([late, "--device", "cpu"]) == 2
+    assert "it is image 100000 of one stream of noise" in capsys.readouterr().err
+    info = PngInfo()
+    info.add_text("ldm", json.dumps({"job": {"prompt": "x" * 3_900_000}}))
+    Image.new("RGB", (8, 8)).save("c.png", pnginfo=info)
+    assert scripts.replay.main(["c.png"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "job.prompt cannot be" in line and len(line) < 300
 
 
 # --- prompts of the web UI -----------------------------------------------------------------------------------------

@@ -6,9 +6,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ldm.cli.replay import Options, lora_option
 from ldm.job import MODEL_ENDINGS, lora_name
 from ldm.util import ROOT, InputError, printable
 
@@ -22,9 +21,12 @@ _SHA256 = re.compile("[0-9a-f]{10,64}")  # an older rule's 8 digits are of anoth
 
 @dataclass
 class Located:
-    """Options that name the files, lines on what is another file than the recorded one, and on what is missing."""
+    """What is known of a recipe's files, in lines where something differs or is missing.
 
-    changes: Options = field(default_factory=dict)
+    `changes` are parsed options that name the files.
+    """
+
+    changes: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
@@ -164,7 +166,7 @@ def _locate_loras(recipe: Recipe, given: Mapping[str, object], located: Located)
         digest = hashes.get(_plain(name), "")
         path, same = choose(name, digest, files, lora_hash, file_sha256)
         _say(located, "LoRA", name, path, same, "--lora_dir")
-        values.append(lora_option(name if path is None else str(path), weight, on_text))
+        values.append((name if path is None else str(path), weight, on_text))
     located.changes["lora"] = values
 
 
@@ -179,7 +181,7 @@ def _locate_embeddings(recipe: Recipe, given: Mapping[str, object], located: Loc
     for name, digest in hashes.items():
         path, same = choose(name, digest, files, file_sha256)
         _say(located, "textual inversion", name, path, same, "--embedding_dir")
-        values += [] if path is None else [f"{path}={name}"]
+        values += [] if path is None else [(str(path), name)]
     located.changes["embedding"] = values
 
 

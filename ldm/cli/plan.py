@@ -128,6 +128,10 @@ class Plan(Sequence[Job]):
         """The images that are made together, up to n_samples that differ in prompts, seeds and scales at most."""
         return self._batches
 
+    def wanted(self) -> list[list[int]]:
+        """The batches that are made; the noise of the others is passed over where all share one stream."""
+        return self.batches()
+
     @cached_property
     def _batches(self) -> list[list[int]]:
         return [
@@ -273,12 +277,40 @@ class Plan(Sequence[Job]):
         try:
             job = self._job(line, combination, base)
             if job.prompt_syntax == "a1111":
-                _check_syntax(job)
+                check_syntax(job)
         except ValueError as error:
             yield str(error)
             return
         if fault := refusal(batch_key(job)):
             yield fault
+
+
+class GivenJobs(Plan):
+    """A plan of jobs that are known already, in batches of `size`; only the last batch is made."""
+
+    def __init__(self, jobs: Sequence[Job], size: int, canvases: Callable[[Init], Canvas]) -> None:
+        self._jobs, self._size, self.canvases = jobs, size, canvases
+        self.wishes, self.combinations = Wishes(Faults(), [], None), [{}]
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @overload
+    def __getitem__(self, index: int) -> Job: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Job]: ...
+    def __getitem__(self, index: int | slice) -> Job | list[Job]:
+        return list(self._jobs[index]) if isinstance(index, slice) else self._jobs[index]
+
+    def batches(self) -> list[list[int]]:
+        starts = range(0, len(self._jobs), self._size)
+        return [list(range(i, min(i + self._size, len(self._jobs)))) for i in starts]
+
+    def wanted(self) -> list[list[int]]:
+        return self.batches()[-1:]
+
+    def kinds(self) -> Iterator[Job]:
+        yield from dict.fromkeys(self._jobs)
 
 
 def _own_seeds(line: Line) -> Iterable[int | None]:
@@ -298,7 +330,8 @@ def _split_tags(prompt: str) -> tuple[str, tuple[tuple[str, float, float], ...]]
     return text, loras
 
 
-def _check_syntax(job: Job) -> None:
+def check_syntax(job: Job) -> None:
+    """That the weights in a job's prompts can be read, else an `InputError`."""
     from ldm.prompts.weights import parse_weights
 
     for prompt in (job.prompt, job.negative_prompt):

@@ -1,62 +1,72 @@
-"""Pictures made again from their own files: shown as a command, made, or made and compared."""
+"""Images made again from their own files: shown as a command, made, or made and compared.
+
+What a file says is data: its job is run as it is. Only what the user typed is parsed.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ldm.cli.inputs import need
+from ldm import __version__
+from ldm.cli.inputs import Canvases, need
 from ldm.cli.kept import KeptModel
 from ldm.cli.locate import locate
+from ldm.cli.plan import GivenJobs, check_job, check_syntax
 from ldm.cli.replay import (
-    Options,
+    MAX_BATCH,
+    MAX_PLACE,
     arguments,
-    changes_of,
+    batch_size,
+    changed,
     command,
     compare,
     count,
     describe_watermark,
+    job_values,
+    of_the_run,
     place,
+    recorded_batch,
+    texts_of,
 )
 from ldm.cli.report import outcome
 from ldm.cli.run import run
+from ldm.fields import check_fields
+from ldm.job import Job, lora_name, split_loras
 from ldm.util import InputError, printable, temporary_folder
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from ldm.checkpoints.lora_files import LoraFiles
     from ldm.images.foreign import Recipe
 
 logger = logging.getLogger("ldm")
 
-Parsers = Mapping[str, Callable[[], argparse.ArgumentParser]]
-
 OUTDIR = "outputs/replay"
 _OWN = ("files", "outdir", "show", "verify", "tolerance", "json", "dry_run", "quiet", "debug", "typed")
-_FOR_RUNS = (
-    "from_file",
-    "prompt_format",
-    "expand",
-    "sweep",
-    "indir",
-    "n_iter",
-    "n_rows",
-    "resume",
-    "gallery",
-    "skip_grid",
-    "skip_save",
-)
-_FOLDERS = ("lora_dir", "embedding_dir")
+_FOR_RUNS = {
+    "from_file": "--from-file",
+    **{
+        name: f"--{name}"
+        for name in (
+            "prompt_format", "expand", "sweep", "indir", "n_iter", "n_rows", "resume", "gallery", "skip_grid",
+            "skip_save",
+        )
+    },
+}  # fmt: skip
 
 
 def add_replay_options(parser: argparse.ArgumentParser) -> None:
-    """Which files, and what is done with them."""
+    """Which files, and what is done with them. Options of whole runs, which the parser has already, are hidden."""
+    for action in parser._actions:
+        action.help = argparse.SUPPRESS if action.dest in _FOR_RUNS else action.help
     parser.conflict_handler = "resolve"  # what is of this name in a run is another thing
     parser.add_argument(
         "files", metavar="FILE", nargs="+", help="PNG, JPEG or WebP files that were generated"
@@ -76,29 +86,37 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="let --verify pass differences up to this, 0 to 255",
     )
-    group.add_argument("--outdir", metavar="DIR", default=OUTDIR, help="folder for the pictures")
+    group.add_argument(
+        "--n_samples",
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="size of the batch that an image is made in (default: as in its file)",
+    )
+    group.add_argument("--outdir", metavar="DIR", default=OUTDIR, help="folder for the images")
 
 
-def replay(opt: argparse.Namespace, parsers: Parsers) -> int:
-    """Every file in turn, with the `parsers` of the scripts: 0, 1 if some failed or differ, 2 if all were refused."""
-    changes = changes_of({name: value for name, value in vars(opt).items() if name not in _OWN})
-    for name in _FOR_RUNS:
-        need(
-            name not in changes,
-            f"--{name.replace('_', '-')} is for whole runs; a picture is made again by itself",
-        )
+def replay(opt: argparse.Namespace, usual: Mapping[str, Any]) -> int:
+    """Every file in turn: 0, 1 if some failed or differ, 2 if all were refused.
+
+    `opt` holds what was typed, and `usual` the options of a run as they are if nothing is typed.
+    """
+    typed = {name: value for name, value in vars(opt).items() if name not in _OWN}
+    for name, option in _FOR_RUNS.items():
+        need(name not in typed, f"replay.py does not take {option} (it makes one image at a time)")
     need(opt.show or not (opt.json or opt.dry_run), "--json and --dry_run go with --show")
     need(0 <= opt.tolerance <= 255, f"--tolerance is {opt.tolerance}; give 0 to 255")
     codes: list[int] = []
     kept = KeptModel()
     for file in opt.files:
-        codes.append(outcome(partial(_one, Path(file), opt, changes, parsers, kept), opt.debug))
+        codes.append(outcome(partial(_one, Path(file), opt, typed, usual, kept), opt.debug))
         if codes[-1] >= 128:
             return codes[-1]
     return codes[0] if len(set(codes)) == 1 else 1
 
 
-def _one(file: Path, opt: argparse.Namespace, changes: Options, parsers: Parsers, kept: KeptModel) -> int:
+def _one(
+    file: Path, opt: argparse.Namespace, typed: Mapping[str, Any], usual: Mapping[str, Any], kept: KeptModel
+) -> int:
     """One file; a fault's line begins with its name."""
     from ldm.images.foreign import read_job
 
@@ -106,8 +124,8 @@ def _one(file: Path, opt: argparse.Namespace, changes: Options, parsers: Parsers
     try:
         recipe = _readable(read_job(str(file)))
         if opt.show:
-            return _show(file, recipe, changes, opt.json)
-        return _make(file, recipe, opt, changes, parsers, kept)
+            return _show(file, recipe, typed, opt.json)
+        return _make(file, recipe, opt, typed, usual, kept)
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(shown) else f"{shown}: {error}") from error
 
@@ -128,29 +146,47 @@ def _readable(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _show(file: Path, recipe: Recipe, changes: Options, as_json: bool) -> int:
+def _show(file: Path, recipe: Recipe, typed: Mapping[str, Any], as_json: bool) -> int:
     """Prints what a file says, without looking for anything but its watermark."""
-    script, typed = arguments(recipe, changes)
+    recipe = replace(recipe, job=changed(recipe.job, typed))
+    changes = texts_of({name: value for name, value in typed.items() if not job_values({name: value})})
+    script, words = arguments(recipe, changes)
     line = command(recipe, changes)
     samples, sample = count(recipe, changes), place(recipe, changes)
     watermark = _watermark(file, script)
+    notes = [*_batch_notes(recipe, changes), *recipe.notes]
     if as_json:
         fields = {
             "file": str(file),
             "source": recipe.source,
             "command": line,
             "script": script,
-            "arguments": typed,
+            "arguments": words,
         }
         fields |= {"samples": samples, "sample": sample, "model": recipe.model}
-        fields |= {"model_hash": recipe.model_hash, "notes": recipe.notes, "watermark": watermark}
+        fields |= {"model_hash": recipe.model_hash, "notes": notes, "watermark": watermark}
         print(json.dumps(fields))
         return 0
-    print(f"{printable(file)}: of {recipe.source}\n  {line}")
-    others = [f"this makes {samples} pictures; sample {sample:05d} is this one"] if samples > 1 else []
-    for note in (*others, *recipe.notes, watermark["found"]):
+    print(f"{printable(file)}: made by {_maker(recipe)}\n  {line}")
+    others = [f"this makes {samples} images; sample {sample:05d} is this one"] if samples > 1 else []
+    for note in (*others, *notes, watermark["found"]):
         print(f"  {note}")
     return 0
+
+
+def _maker(recipe: Recipe) -> str:
+    if recipe.source != "ldm":
+        return recipe.source
+    version = printable(recipe.extras.get("Version", "").removeprefix("ldm "))[:20]
+    return f"this toolkit ({version or __version__})"
+
+
+def _batch_notes(recipe: Recipe, changes: Mapping[str, Any]) -> list[str]:
+    """What cannot be had of the batch that a file asks for."""
+    size = recorded_batch(recipe)
+    if size <= MAX_BATCH or "n_samples" in changes:
+        return []
+    return [f"its file asks for a batch of {size}; it is made alone, so the last bits can differ"]
 
 
 def _watermark(file: Path, script: str) -> dict[str, object]:
@@ -176,46 +212,92 @@ def _make(
     file: Path,
     recipe: Recipe,
     opt: argparse.Namespace,
-    changes: Options,
-    parsers: Parsers,
+    typed: Mapping[str, Any],
+    usual: Mapping[str, Any],
     kept: KeptModel,
 ) -> int:
-    """Makes the picture of a file again, and compares the two if that was asked for."""
-    located = locate(recipe, file.parent, changes)
+    """Makes the image of a file again, and compares the two if that was asked for."""
+    located = locate(recipe, file.parent, typed)
     need(not located.missing, "; ".join(located.missing))
-    for note in located.notes:
+    for note in located.notes + _batch_notes(recipe, typed):
         logger.warning("%s: %s", printable(file), note)
     for note in recipe.notes if recipe.source != "ldm" else ():
         logger.info("%s: %s", printable(file), note)
-    found: Options = {
-        name: value for name, value in {**changes, **located.changes}.items() if name not in _FOLDERS
-    }
-    rewritten = not changes.keys().isdisjoint(("prompt", "negative_prompt"))
-    # else a picture of this toolkit has said which textual inversions its words are
-    if "embedding_dir" in changes and (rewritten or (recipe.source != "ldm" and "embedding" not in found)):
-        found["embedding_dir"] = changes["embedding_dir"]
-    script, typed = arguments(recipe, found)
-    parsed, unknown = parsers[script]().parse_known_args(typed)
-    need(
-        not unknown,
-        f"scripts/{script}.py makes it again, which does not take {printable(' '.join(unknown[:1]))}",
+    job = _job(recipe, {**typed, **located.changes})
+    jobs, size = _batches(replace(recipe, job=job), typed)
+    run_opt = argparse.Namespace(
+        **{**usual, **of_the_run(recipe), **typed, **located.changes, **_of_replay(opt, job)}
     )
-    parsed.quiet, parsed.debug = opt.quiet, opt.debug
-    made = _run_aside(parsed, kept, Path(opt.outdir), place(recipe, changes), file.stem)
+    run_opt.n_iter, run_opt.n_samples = 1, size
+    rewritten = not typed.keys().isdisjoint(("prompt", "negative_prompt"))
+    # else an image of this toolkit has said which textual inversions its words are
+    if not (rewritten or (recipe.source != "ldm" and not run_opt.embedding)):
+        run_opt.embedding_dir = None
+    made = _run_aside(run_opt, jobs, kept, Path(opt.outdir), place(recipe, typed), file.stem)
     if not isinstance(made, Path):
         return made
-    logger.info("%s is made again in %s", printable(file), printable(made))
+    logger.info("%s: made again as %s", printable(file), printable(made))
     return _compare(file, made, opt.tolerance) if opt.verify else 0
 
 
+def _job(recipe: Recipe, options: Mapping[str, Any]) -> Job:
+    """The job that is run; its LoRAs are known by the names of the files that were found or typed."""
+    job = changed(recipe.job, options)
+    if "lora" in options:
+        loras = tuple((lora_name(Path(path).name), *weights) for path, *weights in options["lora"])
+        job = replace(job, loras=loras)
+    if "prompt" in options and split_loras(job.prompt)[1]:
+        logger.warning("<lora:...> in --prompt is text like any other here; give the file with --lora")
+    check_fields(job)
+    if job.prompt_syntax == "a1111":
+        check_syntax(job)
+    return job
+
+
+def _batches(recipe: Recipe, typed: Mapping[str, Any]) -> tuple[list[Job], int]:
+    """The jobs up to the recipe's, which are all the same, and how many are a batch.
+
+    What else is in a batch changes nothing of an image, and in the stream of a run nothing but how far it goes.
+    """
+    wanted = place(recipe, typed)
+    need(
+        wanted <= MAX_PLACE,
+        f"it is image {wanted} of one stream of noise; at most {MAX_PLACE} can be drawn again",
+    )
+    jobs = [recipe.job] * count(recipe, typed)
+    if recipe.job.seed_mode == "batch":
+        jobs = [replace(job, batch_index=i) for i, job in enumerate(jobs)]
+    return jobs, len(jobs) if recipe.job.seed_mode == "image" else batch_size(recipe, typed)
+
+
+def _of_replay(opt: argparse.Namespace, job: Job) -> dict[str, Any]:
+    """The options of a run that the job, or this script, decides."""
+    inpaint = job.init is not None and bool(job.init.mask or job.init.alpha_mask)
+    chosen = {"seed_mode": job.seed_mode, "inpaint": inpaint, "quiet": opt.quiet, "debug": opt.debug}
+    return {**chosen, "skip_grid": True}
+
+
+def _planner(
+    jobs: list[Job], opt: argparse.Namespace, config: Mapping[str, Any], find_lora: LoraFiles
+) -> GivenJobs:
+    """The plan of jobs, in the size of the image that they start from."""
+    canvases = Canvases(mask_needed=opt.inpaint)
+    init = jobs[0].init
+    if init is not None:
+        height, width, _ = canvases(init).pixels.shape
+        jobs = [replace(job, width=width, height=height) for job in jobs]
+    check_job(jobs[0], config, find_lora)
+    return GivenJobs(jobs, opt.n_samples, canvases)
+
+
 def _run_aside(
-    parsed: argparse.Namespace, kept: KeptModel, folder: Path, wanted: int, stem: str
+    opt: argparse.Namespace, jobs: list[Job], kept: KeptModel, folder: Path, wanted: int, stem: str
 ) -> Path | int:
     """Runs in a hidden folder and keeps one sample, as a new file of `folder`: its path, or the run's exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     with temporary_folder(".replay-", folder) as hidden:
-        parsed.outdir = str(hidden)
-        code = run(parsed, kept, name_files=False)
+        opt.outdir = str(hidden)
+        code = run(opt, kept, partial(_planner, jobs), name_files=False)
         return code or _keep(hidden / "samples" / f"{wanted:05d}.png", folder, stem)
 
 

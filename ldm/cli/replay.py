@@ -1,6 +1,6 @@
-"""A picture made again: the command that does it, and how two pictures or a watermark compare.
+"""An image made again: the job with the options that the user typed, the command that shows it, and comparisons.
 
-Nothing here prints, loads a model or touches a file.
+Nothing here prints, loads a model or touches a file. The command is for people: no program here reads it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ldm.cli.plan import STRENGTH
+from ldm.fields import OWN_NAMES, SETTINGS, override
 from ldm.job import Init, Job, lora_tag
 from ldm.util import InputError, printable
 
@@ -32,6 +34,10 @@ Changes = Mapping[str, str | list[str] | None]
 
 _REPEATED = ("lora", "embedding", "allow_targets")  # options that are given once for each value
 _SAMPLERS = ("plms", "dpm_solver")
+_OF_A_START = ("strength", "resize", "background", "posterior_mean")
+_OF_A_MASK = ("invert_mask", "mask_blur", "no_paste")
+MAX_PLACE = 20_000  # images of a run whose noise can be drawn before that of one
+MAX_BATCH = 1_000  # images that a file can ask for to be made together with its own
 
 
 def options(recipe: Recipe, changes: Changes) -> tuple[str, Options]:
@@ -66,7 +72,7 @@ def options(recipe: Recipe, changes: Changes) -> tuple[str, Options]:
     chosen |= _unless_default(
         job, {"upscale": "upscale", "upscale_in": "upscale_in", "upscale_strength": "upscale_strength"}
     )
-    chosen |= _of_the_run(recipe)
+    chosen |= {name: None if value is True else value for name, value in of_the_run(recipe).items()}
     return _script(job), chosen
 
 
@@ -75,23 +81,31 @@ def place(recipe: Recipe, changes: Changes | None = None) -> int:
     if recipe.job.seed_mode == "batch":
         return recipe.job.batch_index
     entry = recipe.extras.get("Batch pos", "0")
-    inside = re.fullmatch("[0-9]{1,5}", entry) and int(entry) < _batch_size(recipe, {})
+    inside = re.fullmatch("[0-9]{1,5}", entry) and int(entry) < batch_size(recipe, {})
     return int(entry) if inside and "n_samples" not in (changes or {}) else 0
 
 
 def count(recipe: Recipe, changes: Changes) -> int:
     """How many pictures a recipe's command makes: whole batches of the recorded size, up to the picture's."""
-    per_batch = _batch_size(recipe, changes)
+    per_batch = batch_size(recipe, changes)
     return (place(recipe, changes) // per_batch + 1) * per_batch
 
 
-def _batch_size(recipe: Recipe, changes: Changes) -> int:
-    size = str(changes.get("n_samples", recipe.extras.get("Batch size", "1")))
+def batch_size(recipe: Recipe, changes: Changes) -> int:
+    """How many images are made together with a recipe's."""
+    if "n_samples" not in changes:
+        size = recorded_batch(recipe)
+        return size if size <= MAX_BATCH else 1
+    size = str(changes["n_samples"])
     if re.fullmatch("[1-9][0-9]{0,4}", size):
         return int(size)
-    if "n_samples" in changes:
-        raise InputError(f"--n_samples is {printable(size)[:50]}; give 1 to 99999")
-    return 1
+    raise InputError(f"--n_samples is {printable(size)[:50]}; give 1 to 99999")
+
+
+def recorded_batch(recipe: Recipe) -> int:
+    """How many images were made together with a recipe's, by its file: a number that anybody may have written."""
+    size = recipe.extras.get("Batch size", "1")
+    return int(size) if re.fullmatch("[1-9][0-9]{0,6}", size) else 1
 
 
 def _first_seed(recipe: Recipe, seed: str, changes: Changes) -> str:
@@ -113,8 +127,8 @@ def command(recipe: Recipe, changes: Changes | None = None, drop: Sequence[str] 
 def arguments(recipe: Recipe, changes: Changes, drop: Sequence[str] = ()) -> tuple[str, list[str]]:
     """The script that makes a recipe's picture again, and what is typed behind its name.
 
-    `changes` replace or add options, `drop` leaves some out. A picture or mask to start from changes the script.
-    The job's LoRAs are options of their own, whose files are expected to lie where the command runs, or with
+    `changes` replace or add options, `drop` leaves some out. The job's LoRAs are options of their own, whose files
+    are expected to lie where the command runs, or with
     `lora_dir` among the changes tags in the prompt; `lora` among them replaces them all.
     """
     script, chosen = options(recipe, changes)
@@ -124,12 +138,6 @@ def arguments(recipe: Recipe, changes: Changes, drop: Sequence[str] = ()) -> tup
         chosen["prompt"] = " ".join(filter(None, [recipe.job.prompt, tags]))
     elif loras:
         chosen["lora"] = [lora_option(*lora) for lora in loras]
-    if not changes.keys().isdisjoint(_SAMPLERS):
-        chosen = {name: value for name, value in chosen.items() if name not in _SAMPLERS}
-    if "mask" in changes:
-        script = "inpaint"
-    elif "init_img" in changes and script == "txt2img":
-        script = "img2img"
     kept = {name: value for name, value in {**chosen, **changes}.items() if name not in drop}
     if isinstance(seed := kept.get("seed"), str):
         kept["seed"] = _first_seed(recipe, seed, changes)
@@ -137,23 +145,92 @@ def arguments(recipe: Recipe, changes: Changes, drop: Sequence[str] = ()) -> tup
 
 
 def lora_option(file: str, weight: float, on_text: float) -> str:
-    """A value of the option that takes LoRAs; the weights are always said, so that no name is taken for one."""
+    """A value of the option that takes LoRAs; the weights are always there, so that no name is read as one."""
     return f"{file}:{_number(weight)}:{_number(on_text)}"
 
 
 def as_changes(parser: argparse.ArgumentParser) -> None:
-    """Makes the options that a parser has so far changes: only what is typed is kept, as text."""
+    """Makes the options that a parser has so far changes: only what is typed is kept."""
     parser._defaults.clear()
     for action in parser._actions:
-        action.type, action.default = None, argparse.SUPPRESS
+        action.default = argparse.SUPPRESS
 
 
-def changes_of(typed: Mapping[str, object]) -> Options:
-    """What such a parser kept, as options."""
-    return {
-        name: value if isinstance(value, list) else None if value is True else str(value)
-        for name, value in typed.items()
-    }
+def texts_of(typed: Mapping[str, Any]) -> Options:
+    """Parsed options, as they are typed."""
+    return {name: None if value is True else _typed(name, value) for name, value in typed.items()}
+
+
+def _typed(name: str, value: Any) -> str | list[str]:
+    if name == "lora":
+        return [lora_option(*lora) for lora in value]
+    if name == "embedding":
+        return [path if word is None else f"{path}={word}" for path, word in value]
+    return [str(one) for one in value] if isinstance(value, list) else _text(value)
+
+
+def job_values(typed: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a job that typed options set."""
+    values: dict[str, Any] = {}
+    for name, value in typed.items():
+        if name in _SAMPLERS:
+            values["sampler"] = name
+        elif name == "posterior_mean":
+            values["posterior"] = "mean"
+        elif name == "no_paste":
+            values["paste"] = False
+        elif name == "init_img":
+            values["init.image"] = value[0] if isinstance(value, list) else value
+        elif (field := OWN_NAMES.get(name, name)) in SETTINGS:
+            values[field] = value
+    return values
+
+
+def changed(job: Job, typed: Mapping[str, Any]) -> Job:
+    """A job with the options that were typed. InputError for those that need an image to start from, or a mask.
+
+    The size of a job that starts from an image stays open: it is that of the canvas.
+    """
+    values = job_values(typed)
+    begins = job.init is not None or "init_img" in typed or job.strength != 1
+    masked = job.init is not None and bool(job.init.mask or job.init.alpha_mask)
+    masked = masked or "mask" in typed or "outpaint" in typed
+    for names, there, what in (
+        ((*_OF_A_START, "mask", "outpaint"), begins, "an image to start from; give one with --init-img"),
+        (_OF_A_MASK, masked, "a mask; give one with --mask"),
+    ):
+        for name in names:
+            if name in typed and not there:
+                raise InputError(f"--{name} needs {what}")
+    if masked and values.get("upscale", 1) != 1:
+        raise InputError("--upscale does not go with a mask; leave it out")
+    if masked and "mask" in typed:
+        values["init.alpha_mask"] = False
+    elif masked and not (job.init is not None and job.init.mask):
+        values["init.alpha_mask"] = True
+    if begins:
+        values = {**_new_start(job, values, masked), **values}
+        values |= _as_canvas(job, values)
+    try:
+        return override(job, values)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _new_start(job: Job, values: Mapping[str, Any], masked: bool) -> dict[str, Any]:
+    """What a job from text alone lacks where it is to start from an image: that fills its size."""
+    if job.init is not None or job.strength != 1:
+        return {}
+    size = {"init.width": job.width, "init.height": job.height, "init.resize": "fill"}
+    return size | {"strength": 1.0 if masked else STRENGTH}
+
+
+def _as_canvas(job: Job, values: dict[str, Any]) -> dict[str, Any]:
+    """A typed size as that of the canvas, with a way to resize."""
+    sides = {f"init.{name}": values.pop(name) for name in ("width", "height") if name in values}
+    if not sides or "init.resize" in values or (job.init is not None and job.init.resize != "none"):
+        return sides
+    return {**sides, "init.resize": "fill" if len(sides) == 2 else "fit"}
 
 
 def quoted(argument: str) -> str:
@@ -231,23 +308,23 @@ def _picture(init: Init) -> Options:
 
 def _count(recipe: Recipe, changes: Changes) -> Options:
     """One batch of the recorded size, or with one stream of noise as many as there are up to the picture's."""
-    per_batch = _batch_size(recipe, changes)
+    per_batch = batch_size(recipe, changes)
     n_iter = count(recipe, changes) // per_batch
     return {"n_samples": str(per_batch), "n_iter": str(n_iter), "skip_grid": None}
 
 
-def _of_the_run(recipe: Recipe) -> Options:
-    """What this toolkit notes of a run beside the job."""
+def of_the_run(recipe: Recipe) -> dict[str, Any]:
+    """The options, parsed, that this toolkit notes of a run besides the job."""
     extras = recipe.extras
-    chosen: Options = {}
+    chosen: dict[str, Any] = {}
     if extras.get("Precision"):
         chosen["precision"] = "full" if extras["Precision"] == "full" else "autocast"
     if extras.get("EMA") in ("on", "off"):
         chosen["ema"] = extras["EMA"]
     if extras.get("Fixed code") == "on" and recipe.job.seed_mode == "batch":
-        chosen["fixed_code"] = None
+        chosen["fixed_code"] = True
     if extras.get("Watermark") == "off":
-        chosen["no_watermark"] = None
+        chosen["no_watermark"] = True
     if extras.get("Tiles") == "approximate":
         chosen["tiles"] = "on"
     return chosen

@@ -154,7 +154,7 @@ def _make(
         claim = Claim(opt, folder, plan, columns, source)
         # what is refused is refused before the model is loaded, and what is there is not made again
         present = Present(claim.take(), opt.verify) if opt.resume else None
-        missing = [batch for batch in plan.batches() if present is None or present.lacks(batch)]
+        missing = [batch for batch in plan.wanted() if present is None or present.lacks(batch)]
         mark, screen, pipeline, embeddings = make_mark(opt), Screen(None), None, None
         if missing:
             screen = make_screen(opt, here.device)

@@ -152,7 +152,7 @@ def test_odd_numbers_do_no_harm(tmp_path: Path) -> None:
     picture(tmp_path / "samples/0.png", None)
     text = "x\nSteps: 20, Sampler: PLMS, CFG scale: inf, Seed: 1, Size: 9999999x8, Hires upscale: 1e999"
     (tmp_path / "samples/1.png").write_bytes(encode_png(np.zeros((8, 8, 3), np.uint8), text))
-    assert "job.scale cannot be inf" in gallery(tmp_path, lambda recipe: "")
+    assert "Hires upscale cannot be" in gallery(tmp_path, lambda recipe: "")
 
 
 def test_folders_without_pictures_are_refused(tmp_path: Path) -> None:
