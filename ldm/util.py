@@ -40,6 +40,21 @@ def find(path: str | Path) -> Path:
     return own if os.path.lexists(own) and not os.path.lexists(path) else Path(path)
 
 
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+_NO_MEMORY = (
+    "can't allocate memory",
+    "could not create a primitive",
+    "out of memory",
+)  # torch, oneDNN, drivers
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch says so in an error of its own on a GPU, and in the text of others elsewhere."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
 def printable(text: object) -> str:
     """`text` with every character that could drive a terminal (controls, bidi marks, surrogates) escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import scripts.txt2img as txt2img
 from ldm.checkpoints.load import build_model
 from ldm.cli.estimate import (
+    MOST_MAPS,
     Batch,
     Memory,
     batch_kinds,
+    beyond_memory,
     count_texts,
     needed_memory,
     parallel,
@@ -202,11 +204,25 @@ def test_devices_share_the_batches(monkeypatch):
      (5e6, "1400 h")],
 )  # fmt: skip
 def test_time_in_words(seconds, said):
-    line = tell_time(seconds, "cpu in bf16", 400, ["this", "that"])
-    assert line == (
-        f"time: about {said} on cpu in bf16 "
-        "(400 denoising steps of batches; a rough estimate, this and that apart)"
-    )
+    line = tell_time(seconds, "cpu in bf16", 400)
+    assert line == f"time: about {said} on cpu in bf16 (400 steps; rough estimate, without loading the model)"
+
+
+@pytest.mark.parametrize(("total", "advice"), [(10, "--n_samples 30 would fit"), (2, "use a smaller --W")])
+def test_more_than_the_machine_has_is_said_with_what_would_fit(monkeypatch, total, advice):
+    monkeypatch.setattr("ldm.runtime.tiling.total_memory", lambda device: total * 2**30)
+    memory, cuda = Memory(4 * 2**30, 20 * 2**30, "denoising 512x512"), torch.device("cuda")
+    said = beyond_memory(memory, cuda, 100)
+    assert said is not None
+    assert "in batches of 100 needs about 24 GiB, and cuda has" in said
+    assert advice in said
+    assert beyond_memory(Memory(0, total * 2**30, ""), cuda, 100) is None
+
+
+def test_the_bound_is_above_the_estimate(model):
+    """Else a batch that is too large would pass unchecked."""
+    unet = NetworkWork(model).predict(128, 128).alive
+    assert unet < MOST_MAPS * model.model.diffusion_model.model_channels * 16 * 16
 
 
 # --- memory -----------------------------------------------------------------------------------------------------
@@ -285,7 +301,7 @@ def test_a_dry_run_estimates(capsys, tmp_path, monkeypatch):
     assert memory.startswith("memory: about ")
     assert "for decoding 128x128" in memory
     # 80 guided calls of 2 * 0.70 GFLOP, two pictures of 5.7, two prompts of 0.13
-    assert time.startswith("time: about 2.1 min on cpu in full (80 denoising steps")
+    assert time.startswith("time: about 2.1 min on cpu in full (80 steps;")
 
 
 def test_a_network_that_needs_its_weights_is_no_fault(capsys, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -16,10 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
+import scripts.txt2img as txt2img
 from ldm.cli import manifest
 from ldm.cli.manifest import describe, differences, open_run
 from ldm.cli.output import GALLERY_MARK, Background, Output, Present, read_pixels, write_gallery
-from ldm.cli.report import Events
+from ldm.cli.report import Events, Progress, in_words
 from ldm.images.foreign import read_job
 from ldm.images.grid import GridWriter, count_pages
 from ldm.images.record import read_record
@@ -388,6 +390,40 @@ def test_a_stdout_that_is_gone_stops_nothing(stdout):
     assert done.stderr.splitlines()[-1] == "went on"
     assert done.stderr.count("warning: stdout takes no more events") == 1
     assert "Exception" not in done.stderr
+
+
+def test_every_refusal_ends_in_done(tmp_path, capsys):
+    assert (
+        txt2img.main(["--json", "--quiet", "--outdir", str(tmp_path), "--device", "cpu", "--W", "100"]) == 2
+    )
+    error, done = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (error["event"], "--W" in error["text"]) == ("error", True)
+    assert (done["event"], done["saved"], done["code"]) == ("done", 0, 2)
+
+
+def test_steps_are_events_at_a_bounded_rate_and_lines_within_long_batches(monkeypatch, capsys, caplog):
+    clock = itertools.count(0.0, 0.25)
+    monkeypatch.setattr("ldm.cli.report.time.monotonic", lambda: next(clock))
+    caplog.set_level("INFO")
+    with Events(True) as events:
+        progress = Progress(1, 400, False, events)
+        progress.begin(1)
+        for i in range(400):
+            progress.step(i)
+        progress.end(1)
+    steps = [json.loads(line)["step"] for line in capsys.readouterr().out.splitlines()]
+    assert steps == list(range(4, 401, 4))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[:2] == ["step 120 of 400, 70 s left", "step 240 of 400, 40 s left"]
+    assert lines[-1].startswith("image 1 of 1")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0 s"), (99, "99 s"), (100, "2 min"), (3570, "1 h 0 min"), (12000, "3 h 20 min")],
+)
+def test_times_are_said_as_people_say_them(seconds, words):
+    assert in_words(seconds) == words
 
 
 # --- gallery -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """From options and prompt lists to jobs: numbers, seeds, batches, faults; and what a whole run makes of them."""
 
 import io
+import json
 import re
 import sys
 
@@ -251,7 +252,7 @@ def test_a_dry_run_makes_nothing(draw, write, capsys, monkeypatch):
     )
     assert "00001.png: 72x128" in said
     assert "cut off: cone" in said
-    assert re.search(r"time: about \S+ (s|min) on cpu in \w+ \(4 denoising steps of batches", said)
+    assert re.search(r"time: about \S+ (s|min) on cpu in \w+ \(4 steps; rough", said)
     assert re.search(r"memory: about \S+ [MG]iB \(.* for decoding \d+x\d+", said)
 
 
@@ -261,6 +262,44 @@ def test_a_dry_run_names_the_files_that_a_run_writes(draw, capsys):
     assert "00002.png to 00004.png" in capsys.readouterr().out
     _, files = draw("--n_samples", "3")
     assert [name for name in files if name.startswith("samples/")][-1] == "samples/00004.png"
+
+
+def test_a_dry_run_of_a_run_that_continues_shows_what_is_missing(draw, capsys, tmp_path):
+    run = ("--n_samples", "2", "--n_iter", "2")
+    draw(*run)
+    (tmp_path / "out/samples/00002.png").unlink()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert draw(*run, "--resume", "--dry_run")[0] == 0
+    said = capsys.readouterr().out
+    assert "1 image in 1 batch of up to 2; 3 of 4 exist" in said
+    assert "samples: 00002.png\n" in said
+    assert draw(*run, "--seed", "1", "--resume", "--dry_run")[0] == 2
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    draw(*run, "--resume")
+    draw(*run, "--resume", "--dry_run", "--json")
+    plan, done = map(json.loads, capsys.readouterr().out.splitlines())
+    assert plan["text"] == ["nothing to do: all 4 images exist"]
+    assert (plan["images"], plan["existing"], plan["first"], done["code"]) == (4, 4, 0, 0)
+
+
+def test_a_dry_run_for_programs_is_one_event(draw, capsys):
+    draw("--n_samples", "2", "--n_iter", "2", "--dry_run", "--json")
+    plan, done = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (plan["event"], plan["images"], plan["batches"], plan["first"]) == ("plan", 4, 2, 0)
+    assert plan["memory"] > 2**28
+    assert (done["event"], done["saved"], done["code"]) == ("done", 0, 0)
+
+
+def test_a_batch_beyond_memory_is_refused_before_the_model_is_read(draw, capsys, monkeypatch):
+    monkeypatch.setattr("ldm.runtime.tiling.total_memory", lambda device: 2**30)
+    monkeypatch.setattr("ldm.pipeline.load_model", lambda *args, **more: pytest.fail("the model was loaded"))
+    assert draw("--n_samples", "2000") == (2, {})
+    fitting = re.search(r"--n_samples (\d+) would fit", capsys.readouterr().err)
+    assert fitting is not None
+    draw("--n_samples", "2000", "--dry_run")
+    assert "too much: denoising 128x128 in batches of 2000 needs about 2 GiB" in capsys.readouterr().out
+    draw("--n_samples", fitting[1], "--dry_run")
+    assert "too much" not in capsys.readouterr().out
 
 
 def test_a_sweep_makes_a_sheet(draw):

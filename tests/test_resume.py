@@ -296,6 +296,31 @@ def test_a_full_disk_at_any_moment_harms_nothing(tmp_path, monkeypatch, owner, c
     assert n > 1
 
 
+@pytest.mark.parametrize("owner", ["ldm.images.writer", "ldm.images.grid", "ldm.cli.manifest"])
+def test_a_full_disk_is_said_with_counts_and_advice(tmp_path, monkeypatch, capsys, owner):
+    calls = count()
+
+    def full(*args, **named):
+        if owner == "ldm.images.writer" and next(calls) < 4:  # two tries, the run file is not written by it
+            return write(*args, **named)
+        raise OSError(FULL.errno, FULL.strerror)
+
+    from ldm.images import writer
+
+    write = writer._write_new
+    place = {
+        "ldm.images.writer": "ldm.images.writer._write_new",
+        "ldm.images.grid": "tempfile.TemporaryFile",
+        "ldm.cli.manifest": "ldm.cli.manifest.written_whole",
+    }[owner]
+    monkeypatch.setattr(place, full)
+    assert script(tmp_path, "--n_samples", "1", "--n_iter", "3", "--json") == 1
+    *_, error, done = map(json.loads, capsys.readouterr().out.splitlines())
+    assert re.search(rf"disk full in {tmp_path}: [012] of 3 images saved; .* with --resume", error["text"])
+    assert (done["event"], done["code"]) == ("done", 1)
+    assert done["saved"] == len(list(tmp_path.glob("samples/*.png")))
+
+
 # --- the script ----------------------------------------------------------------------------------------------
 
 

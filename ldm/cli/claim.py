@@ -55,13 +55,12 @@ class Source:
 class Claim:
     """The run's numbers: new ones, or with --resume those of the run that continues.
 
-    Of several processes the first takes them and tells the others.
+    Of several processes the first takes them and tells the others. `columns` are those of the grid.
     """
 
-    def __init__(
-        self, opt: argparse.Namespace, folder: RunFolder, plan: Plan, columns: int, source: Source
-    ) -> None:
-        self._opt, self._folder, self._plan, self._columns = opt, folder, plan, columns
+    def __init__(self, opt: argparse.Namespace, folder: RunFolder, plan: Plan, source: Source) -> None:
+        self._opt, self._folder, self._plan = opt, folder, plan
+        self.columns = min(opt.n_rows if opt.n_rows > 0 else opt.n_samples, len(plan))
         self._here = source.here
         self._hashes = {} if self._here.rank else _hashes(opt, source.ckpt)
         self._settings = settings(opt, plan, source)
@@ -91,7 +90,7 @@ class Claim:
         return find_run(self._folder, self._made_from(), *self._numbers(), self._hashes)
 
     def _made_from(self) -> Content:
-        return describe(self._plan[:], self._plan.batches(), {"columns": self._columns, **self._settings})
+        return describe(self._plan[:], self._plan.batches(), {"columns": self.columns, **self._settings})
 
     def _numbers(self) -> tuple[int, dict[Page, int]]:
         """How many images there are, and pages of each kind."""
@@ -99,7 +98,7 @@ class Claim:
 
         sizes = (job.upscaled_size for job in self._plan)
         pages: dict[Page, int] = {
-            "grid": 0 if self._opt.skip_grid else count_pages(sizes, self._columns),
+            "grid": 0 if self._opt.skip_grid else count_pages(sizes, self.columns),
             "sheet": sum(1 for _ in self._plan.sheets()),
         }
         return len(self._plan), pages

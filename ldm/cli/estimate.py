@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ldm.cli.inputs import latent_factor
 from ldm.cli.plan import Plan, count_steps
 from ldm.cli.ranks import asked_for
 from ldm.job import Job, batch_key
+from ldm.util import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.runtime.estimate import NetworkWork, Pace
 
+MOST_MAPS = 30  # of the finest level that a U-Net has at a time; v1's has 25
 PROGRAM = 350 * 2**20  # bytes of Python, torch and what they import; measured on Linux
 
 
@@ -52,11 +55,11 @@ class Batch:
         return [(self.size, first), *more]
 
 
-def batch_kinds(plan: Plan) -> Counter[Batch]:
-    """How often a run has each kind of batch."""
+def batch_kinds(plan: Plan, missing: Sequence[Sequence[int]] | None = None) -> Counter[Batch]:
+    """How often a run has each kind of batch, or those that are `missing` of it."""
     return Counter(
         Batch(batch_key(plan[batch[0]]), len(batch), any(plan[i].scale != 1 for i in batch))
-        for batch in plan.batches()
+        for batch in (plan.batches() if missing is None else missing)
     )
 
 
@@ -165,6 +168,60 @@ def needed_memory(
     if opt.lowmem and device.type == "cpu":
         weights = min(weights, LOW_MEMORY)
     return Memory(weights, *max(peaks))
+
+
+def check_batches(
+    opt: argparse.Namespace, plan: Plan, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Refuses a run with a batch that this machine has not the memory for; an `InputError` says what would fit.
+
+    The estimate takes seconds, so it is only made where a bound on it is not far below what there is.
+    """
+    from ldm.checkpoints.load import build_model
+    from ldm.config import section
+    from ldm.runtime.estimate import NetworkWork
+    from ldm.runtime.tiling import total_memory
+
+    total, batches = total_memory(device), batch_kinds(plan)
+    width = section(config, "unet_config").get("model_channels", 320)
+    cells = max(_area(size) * batch.samples for batch in batches for size, _ in batch.passes())
+    bound = MOST_MAPS * 4 * width * cells // latent_factor(config) ** 2
+    if total is None or 2 * bound < total:
+        return
+    try:
+        model = build_model(config)
+        memory = needed_memory(opt, batches, model, NetworkWork(model), device, dtype)
+    except RuntimeError:  # a network of another package may need its weights
+        return
+    too_much = beyond_memory(memory, device, max(batch.images for batch in batches))
+    if too_much is not None:
+        raise InputError(too_much)
+
+
+def beyond_memory(memory: Memory, device: torch.device, images: int) -> str | None:
+    """What to say of batches of up to so many `images` where they need more memory than there is; else None."""
+    from ldm.runtime.tiling import total_memory
+
+    total, program = total_memory(device), program_bytes(device)
+    needed = memory.weights + memory.computed + program
+    if total is None or needed <= total:
+        return None
+    fitting = int(images * max(total - memory.weights - program, 0) / memory.computed)
+    advice = (
+        f"--n_samples {fitting} would fit"
+        if 1 <= fitting < images
+        else "use a smaller --W and --H, or --lowmem"
+    )
+    whose = "this machine" if device.type == "cpu" else f"{device}"
+    return (
+        f"{memory.peak} in batches of {images} needs about {needed / 2**30:.0f} GiB, and {whose} has "
+        f"{total / 2**30:.0f} GiB; {advice}"
+    )
+
+
+def program_bytes(device: torch.device) -> int:
+    """What all takes that is no tensor, from the memory that the tensors are in."""
+    return PROGRAM if device.type == "cpu" else 0
 
 
 def _share_at_once(

@@ -288,8 +288,8 @@ class Output:
         in_file = (
             not self._opt.skip_save
         )  # the grid shows what the files show, so that it is the same after a break
-        self._in_grid(lambda sheet: sheet.add(index, marked, in_file))
         self.saved += 1
+        self._in_grid(lambda sheet: sheet.add(index, marked, in_file))
 
     def _publish(self, index: int, job: Job, pixels: np.ndarray, notes: Mapping[str, str]) -> bool:
         """Gives a picture its file, or compares it with the one that is there; False where neither can be."""

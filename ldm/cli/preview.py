@@ -6,21 +6,25 @@ import argparse
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli.claim import Claim, Source
 from ldm.cli.estimate import (
-    PROGRAM,
     Memory,
     batch_kinds,
+    beyond_memory,
     count_texts,
     needed_memory,
     parallel,
+    program_bytes,
     run_seconds,
 )
+from ldm.cli.output import Present
 from ldm.cli.plan import Plan, count_steps
+from ldm.cli.report import Events
 from ldm.util import printable
 
 if TYPE_CHECKING:
@@ -32,39 +36,66 @@ if TYPE_CHECKING:
 SHOWN = 50  # batches, and prompts that are cut
 
 
-def show(
-    opt: argparse.Namespace, plan: Plan, config: Mapping[str, Any], device: torch.device, precision: Precision
-) -> int:
-    """Prints the plan of a run: the exit code."""
-    for line in preview(opt, plan, config, device, precision):
+def show(opt: argparse.Namespace, plan: Plan, source: Source, events: Events) -> int:
+    """Prints the plan of a run, or with --json gives it as an event: the exit code."""
+    facts: dict[str, Any] = {}
+    lines = preview(opt, plan, source, facts)
+    if opt.json:
+        text = list(lines)
+        events.emit("plan", **facts, text=text)
+        return 0
+    for line in lines:
         print(line)
     return 0
 
 
 def preview(
-    opt: argparse.Namespace, plan: Plan, config: Mapping[str, Any], device: torch.device, precision: Precision
+    opt: argparse.Namespace, plan: Plan, source: Source, facts: dict[str, Any] | None = None
 ) -> Iterator[str]:
-    """Images, batches, sizes, cut prompts, memory and time, a line each. No weights are read, nothing is written."""
+    """Images, batches, sizes, cut prompts, memory and time, a line each. No weights are read, nothing is written.
+
+    With --resume it is what is missing of the run that would continue. `facts` gets the numbers in it, by name.
+    """
     from ldm.checkpoints.load import build_model
 
-    batches = plan.batches()
-    first = _next_number(Path(opt.outdir))
-    yield f"{len(plan)} images in {len(batches)} batches of up to {opt.n_samples}"
+    facts = {} if facts is None else facts
+    first, existing = _begun(opt, plan, source)
+    batches = [batch for batch in plan.batches() if any(i not in existing for i in batch)]
+    new = [first + i for i in range(len(plan)) if i not in existing]
+    facts |= {"folder": str(opt.outdir), "images": len(plan), "existing": len(existing), "first": first}
+    facts["batches"] = len(batches)
+    if not batches:
+        yield f"nothing to do: all {len(plan)} images exist"
+        return
+    there = f"; {len(existing)} of {len(plan)} exist" if existing else ""
+    yield f"{_count(len(new), 'image')} in {_count(len(batches), 'batch')} of up to {opt.n_samples}{there}"
     for batch in batches[:SHOWN]:
         yield _batch(plan, batch, first)
     if len(batches) > SHOWN:
         yield f"... and {len(batches) - SHOWN} more batches"
     folder = printable(Path(opt.outdir) / "samples")
-    names = (
-        "no files of their own (--skip_save)" if opt.skip_save else _numbers(range(first, first + len(plan)))
-    )
-    yield f"files in {folder}: {names}"
+    yield f"files in {folder}: {'no files of their own (--skip_save)' if opt.skip_save else _numbers(new)}"
     if plan.wishes.sweep is not None:
         yield f"labelled sheets: {len(list(plan.sheets()))}"
     yield from _starting_pictures(plan)
-    model = build_model(config)
+    model = build_model(source.config)
     yield from _cut_prompts(plan, model)
-    yield from _costs(opt, plan, model, device, precision)
+    yield from _costs(opt, plan, batches, model, source.here.device, source.precision, facts)
+
+
+def _begun(opt: argparse.Namespace, plan: Plan, source: Source) -> tuple[int, set[int]]:
+    """The number of the run's first image, and the images that are there, which only --resume can know of."""
+    if opt.resume and (Path(opt.outdir) / "samples").is_dir():
+        from ldm.images.writer import RunFolder
+
+        run = Claim(opt, RunFolder(opt.outdir, look_only=True), plan, source).find()
+        if run is not None:
+            return run.first, Present(run, opt.verify).whole
+    return _next_number(Path(opt.outdir)), set()
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{('es' if thing.endswith('ch') else 's') * (number != 1)}"
 
 
 def _batch(plan: Plan, batch: Sequence[int], first: int) -> str:
@@ -96,7 +127,7 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _next_number(outdir: Path) -> int:
-    """The number behind the highest sample that is there now."""
+    """The number after the highest sample that is there now."""
     try:
         names = os.listdir(outdir / "samples")
     except OSError:
@@ -135,12 +166,18 @@ def _cut_prompts(plan: Plan, model: LatentDiffusion) -> Iterator[str]:
 
 
 def _costs(
-    opt: argparse.Namespace, plan: Plan, model: LatentDiffusion, device: torch.device, precision: Precision
+    opt: argparse.Namespace,
+    plan: Plan,
+    missing: Sequence[Sequence[int]],
+    model: LatentDiffusion,
+    device: torch.device,
+    precision: Precision,
+    facts: dict[str, Any],
 ) -> Iterator[str]:
     """What the run takes, by the model without weights and a trial of the device."""
     from ldm.runtime.estimate import NetworkWork, measure_pace
 
-    batches, work = batch_kinds(plan), NetworkWork(model)
+    batches, work = batch_kinds(plan, missing), NetworkWork(model)
     steps = sum(times * count_steps(batch.job) for batch, times in batches.items())
     try:
         memory = needed_memory(opt, batches, model, work, device, precision.dtype)
@@ -149,14 +186,20 @@ def _costs(
     except RuntimeError as error:  # a network of another package may need its weights
         yield f"time and memory: unknown, the model does not run without its weights ({printable(error)[:80]})"
         return
-    at_once = parallel(opt, device, sum(batches.values()))
-    yield tell_memory(memory, PROGRAM if device.type == "cpu" else 0)
+    at_once, program = parallel(opt, device, sum(batches.values())), program_bytes(device)
+    facts |= {
+        "memory": round(memory.weights + memory.computed + program),
+        "seconds": round(seconds / at_once, 1),
+    }
+    yield tell_memory(memory, program)
+    too_much = beyond_memory(memory, device, max(batch.images for batch in batches))
+    if too_much is not None:
+        yield f"too much: {too_much}"
     yield tell_time(
         seconds / at_once,
         f"{f'{at_once} of ' if at_once > 1 else ''}{device} in {precision.name}",
         steps,
-        ["reading the weights at each step" if opt.lowmem else "reading the weights"]
-        + (["compiling"] if opt.compile else []),
+        opt.compile,
     )
 
 
@@ -172,17 +215,18 @@ def tell_memory(memory: Memory, program: int) -> str:
     return f"memory: about {_short(total / size)} {unit} ({', '.join(parts)})"
 
 
-def tell_time(seconds: float, where: str, steps: int, apart: Sequence[str]) -> str:
-    """In words; `apart` is what the seconds leave out."""
+def tell_time(seconds: float, where: str, steps: int, compiles: bool = False) -> str:
+    """In words; loading the model is not in the seconds, nor is compiling it."""
     units = (("s", 1), ("min", 60), ("h", 3600))
     unit, size = next((unit for unit in units if seconds < 99.5 * unit[1]), units[-1])
+    without = "without loading the model" + (" and compiling it" if compiles else "")
     return (
         f"time: about {_short(seconds / size)} {unit} on {where} "
-        f"({steps} denoising steps of batches; a rough estimate, {' and '.join(apart)} apart)"
+        f"({_count(steps, 'step')}; rough estimate, {without})"
     )
 
 
 def _short(value: float) -> str:
-    """A number with two digits, and nothing behind the point from 10 on."""
+    """A number with two digits, and nothing after the point from 10 on."""
     rounded = float(f"{value:.2g}")
     return f"{rounded:.1f}" if 0.1 <= rounded < 10 else f"{rounded:g}"

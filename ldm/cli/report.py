@@ -54,13 +54,22 @@ class Interrupts:
         logger.warning("stopping after this batch; press Ctrl-C again to stop now")
 
 
-class Progress:
-    """A bar over all denoising steps on a terminal, a line a batch elsewhere; both say the time left."""
+NEWS_SECONDS = 30  # between lines where no terminal shows a bar
+EVENT_SECONDS = 1  # between events that count steps
 
-    def __init__(self, images: int, steps: int, quiet: bool) -> None:
+
+class Progress:
+    """A bar over all denoising steps on a terminal; elsewhere a line for each batch, and within long ones.
+
+    All say the time left. For programs the steps are events too, at most one a second.
+    """
+
+    def __init__(self, images: int, steps: int, quiet: bool, events: Events) -> None:
         from tqdm import tqdm
 
         self.images, self.done, self.started = images, 0, time.monotonic()
+        self._steps, self._step, self._events = steps, 0, events
+        self._said = self._told = self.started
         self._bar = tqdm(
             total=steps,
             unit="step",
@@ -74,18 +83,40 @@ class Progress:
         which = f"image {last}" if count == 1 else f"images {self.done + 1}-{last}"
         self._bar.set_description_str(f"{which} of {self.images}", refresh=True)
 
+    def more_steps(self, count: int) -> None:
+        """Counts steps that come on top of those that were expected."""
+        self._steps += count
+        self._bar.total = self._steps
+
     def step(self, _: int) -> None:
         self._bar.update()
+        self._step, now = self._step + 1, time.monotonic()
+        if now - self._told >= EVENT_SECONDS:
+            self._told = now
+            self._events.emit("step", step=self._step, steps=self._steps)
+        if self._bar.disable and now - self._said >= NEWS_SECONDS:
+            self._said = now
+            left = (now - self.started) / self._step * (self._steps - self._step)
+            logger.info("step %d of %d, %s left", self._step, self._steps, in_words(left))
 
     def end(self, count: int) -> None:
         self.done += count
         if self._bar.disable:
-            each = (time.monotonic() - self.started) / self.done
-            left = each * (self.images - self.done)
-            logger.info("image %d of %d, %.1f s each, %.0f s left", self.done, self.images, each, left)
+            self._said = time.monotonic()
+            each = (self._said - self.started) / self.done
+            left = in_words(each * (self.images - self.done))
+            logger.info("image %d of %d, %.1f s each, %s left", self.done, self.images, each, left)
 
     def close(self) -> None:
         self._bar.close()
+
+
+def in_words(seconds: float) -> str:
+    """A time as people say it: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 class Events:

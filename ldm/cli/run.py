@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ldm import __version__
 from ldm.cli import ranks
 from ldm.cli.claim import Claim, Source, files_by_part
+from ldm.cli.estimate import check_batches
 from ldm.cli.inputs import (
     Canvases,
     check_latents,
@@ -33,7 +34,7 @@ from ldm.cli.preview import show
 from ldm.cli.report import Events, Interrupts, Progress, name_process, outcome
 from ldm.cli.sheets import write_sheets
 from ldm.job import Job
-from ldm.util import InputError, cache_path, printable
+from ldm.util import FULL_DISK, InputError, cache_path, printable
 
 if TYPE_CHECKING:
     import torch
@@ -87,8 +88,9 @@ def run(
 
 @dataclass
 class Tally:
-    """What a run has made so far, and since when."""
+    """What there was before a run, what it has made so far, and since when."""
 
+    existing: int = 0
     saved: int = 0
     failed: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -123,9 +125,15 @@ def _run(
     config = read_config(config_path, opt.allow_targets)
     check_latents(opt, config)
     plan = planner(opt, config, find_lora)
+    kept = kept or KeptModel()
+
+    def source_of(here: ranks.Alone) -> Source:
+        precision = resolve_precision(opt.precision, here.device)
+        return Source(config_path, config, ckpt_path, here, precision, plan.canvases, find_lora, kept)
+
     if opt.dry_run:
         _tell_steps(plan[0])
-        return show(opt, plan, config, device, resolve_precision(opt.precision, device))
+        return show(opt, plan, source_of(ranks.Alone(device)), events)
     code = ranks.start(opt)
     if code is not None:
         return code
@@ -133,11 +141,21 @@ def _run(
     if here.world > 1:
         name_process(here.rank, here.world, opt.quiet or here.rank > 0, opt.debug)
         events.about["process"] = here.rank
-    precision = resolve_precision(opt.precision, here.device)
+    source = source_of(here)
     _tell_steps(plan[0])
-    kept = kept or KeptModel()
-    source = Source(config_path, config, ckpt_path, here, precision, plan.canvases, find_lora, kept)
-    return _make(opt, plan, source, name_files, events, tally)
+    check_batches(opt, plan, config, here.device, source.precision.dtype)
+    try:
+        return _make(opt, plan, source, name_files, events, tally)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        logger.debug("", exc_info=True)
+        rest = "" if opt.skip_save else " with --resume"
+        logger.error(
+            "error: disk full in %s: %d of %d images saved; free space and run the same command%s",
+            printable(opt.outdir), tally.existing + tally.saved, len(plan), rest,
+        )  # fmt: skip
+        return 1
 
 
 def _make(
@@ -149,9 +167,8 @@ def _make(
 
     here, several = source.here, source.here.world > 1
     on_cpu = here.device.type == "cpu"
-    columns = min(opt.n_rows if opt.n_rows > 0 else opt.n_samples, len(plan))
     with RunFolder(opt.outdir) as folder, Interrupts() as interrupts:
-        claim = Claim(opt, folder, plan, columns, source)
+        claim = Claim(opt, folder, plan, source)
         # what is refused is refused before the model is loaded, and what is there is not made again
         present = Present(claim.take(), opt.verify) if opt.resume else None
         missing = [batch for batch in plan.wanted() if present is None or present.lacks(batch)]
@@ -166,16 +183,29 @@ def _make(
             _settle_tiles(pipeline, plan, claim, here)
         claimed = claim.take()
         present = present or Present(claimed, verify=False)
+        tally.existing = len(present.whole)
         batches = here.share(missing)
         here.part()
         progress = Progress(
             sum(map(len, batches)),
             sum(count_steps(plan[batch[0]]) for batch in batches),
             opt.quiet or here.rank > 0,
+            events,
         )
         extras = _extras(opt, source, claimed.hashes, embeddings)
         output = Output(
-            opt, folder, claimed, present, columns, mark, screen, extras, events, on_cpu, several, name_files
+            opt,
+            folder,
+            claimed,
+            present,
+            claim.columns,
+            mark,
+            screen,
+            extras,
+            events,
+            on_cpu,
+            several,
+            name_files,
         )
         events.emit(
             "start",

@@ -141,16 +141,23 @@ class RunFolder:
     Making one creates the folders, tries to write to them, removes what a killed run left half-written and
     reads the highest numbers; InputError if the folder cannot be used. Numbers go on from the highest plus
     one, and one that meanwhile exists is passed over, so several processes may write into one folder.
-    `compress_level` is zlib's, 0 to 9; it never changes pixels. Use one object from one thread at a time.
+    `compress_level` is zlib's, 0 to 9; it never changes pixels. With `look_only` nothing is made, tried or removed,
+    and the folder must be there. Use one object from one thread at a time.
     """
 
-    def __init__(self, outdir: str | Path, compress_level: int = COMPRESS_LEVEL) -> None:
+    def __init__(
+        self, outdir: str | Path, compress_level: int = COMPRESS_LEVEL, look_only: bool = False
+    ) -> None:
         self.path = Path(outdir)
         self.samples_path = self.path / "samples"
         self._compress_level = compress_level
-        for folder in (self.path, self.samples_path):
+        for folder in (self.path, self.samples_path) if not look_only else ():
             _require_usable(folder)
-        self._presence = sweep_and_stay(self.path, lambda: _remove_parts(self.path, self.samples_path))
+        self._presence = (
+            None
+            if look_only
+            else sweep_and_stay(self.path, lambda: _remove_parts(self.path, self.samples_path))
+        )
         self._files: dict[Kind, _NumberedFiles] = {
             "sample": _NumberedFiles(self.samples_path, prefix="", digits=5),
             "grid": _NumberedFiles(self.path, prefix="grid-", digits=4),

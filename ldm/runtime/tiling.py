@@ -134,6 +134,16 @@ def available_memory(device: torch.device) -> int | None:
     return _system_memory(Path("/")) if device.type == "cpu" else None
 
 
+def total_memory(device: torch.device) -> int | None:
+    """How many bytes `device`, or the control group of this process, has at all; None where that is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type != "cpu":
+        return None
+    whole = _field(Path("/proc/meminfo"), "MemTotal:")
+    return None if whole is None else min([whole * 1024, *(limit for limit, _ in _groups(Path("/")))])
+
+
 def _system_memory(root: Path) -> int | None:
     """What Linux would give, or the control group of this process if that is less."""
     free = _field(root / "proc/meminfo", "MemAvailable:")
@@ -144,6 +154,14 @@ def _system_memory(root: Path) -> int | None:
 
 def _group_memory(root: Path) -> Iterator[int]:
     """What each limited control group (v2) around this process has left; page cache can be given up."""
+    for limit, folder in _groups(root):
+        with suppress(OSError, ValueError):
+            used = int((folder / "memory.current").read_text())
+            yield max(limit - used + (_field(folder / "memory.stat", "inactive_file") or 0), 0)
+
+
+def _groups(root: Path) -> Iterator[tuple[int, Path]]:
+    """The limit of each limited control group (v2) around this process, and its folder."""
     group = "/"
     with suppress(OSError):
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -152,9 +170,7 @@ def _group_memory(root: Path) -> Iterator[int]:
     own = mount / group.lstrip("/")
     for folder in (own, *own.parents):
         with suppress(OSError, ValueError):  # a group without a limit has no number there, the root no file
-            limit = int((folder / "memory.max").read_text())
-            used = int((folder / "memory.current").read_text())
-            yield max(limit - used + (_field(folder / "memory.stat", "inactive_file") or 0), 0)
+            yield int((folder / "memory.max").read_text()), folder
         if folder == mount:
             return
 
