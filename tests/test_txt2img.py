@@ -1,6 +1,7 @@
 """The command line: what people type, what they get, what they are told."""
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import scripts.txt2img as txt2img
@@ -20,6 +22,7 @@ from ldm.cli import inputs
 from ldm.cli import options as known
 from ldm.cli.output import Output
 from ldm.images.metadata import job_from_infotext, parse_infotext
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -331,6 +334,81 @@ def test_out_of_memory_is_named(draw, capsys, monkeypatch):
     monkeypatch.setattr("ldm.pipeline.Pipeline.begin", full)
     assert draw()[0] == 1
     assert "--n_samples" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """A machine whose U-Net runs out of memory with more than so many images; the sizes that it was called with."""
+    real, sizes = LatentDiffusion.apply_model, []
+
+    def apply(self, x, t, cond):
+        sizes.append(len(x) // 2)  # with and without the prompt
+        if sizes[-1] > apply.most:
+            raise apply.error
+        return real(self, x, t, cond)
+
+    apply.most, apply.error = 2, torch.OutOfMemoryError("tried to allocate 20 GiB")
+    monkeypatch.setattr(LatentDiffusion, "apply_model", apply)
+    return apply, sizes
+
+
+OOM = ["--n_samples", "5", "--n_iter", "2", "--precision", "full", "--ddim_steps", "1"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("x"), RuntimeError("can't allocate memory: you tried")]
+)
+def test_a_batch_is_halved_where_memory_runs_out(draw, small_memory, capsys, tmp_path, error):
+    memory, sizes = small_memory
+    memory.error = error
+    code, files = draw(*OOM, "--on_oom", "halve")
+    assert (code, len(files)) == (0, 11)
+    assert sizes == [5, 3, 2, 2, 1, 2, 2, 1]
+    assert "out of memory with 5 images at a time; continuing with 3" in capsys.readouterr().err
+    said = [parse_infotext(Image.open(files[f"samples/{i:05}.png"]).text["parameters"]) for i in range(5)]
+    assert [(text["Batch size"], text.get("Batch pos")) for text in said] == [
+        ("2", "0"), ("2", "1"), ("2", "0"), ("2", "1"), ("1", None),
+    ]  # fmt: skip
+    assert [text["Seed"] for text in said] == ["42", "43", "44", "45", "46"]
+    run = json.loads((tmp_path / "out/run-00000.json").read_text())
+    assert run["parts"] == {"0": [2, 2, 1], "5": [2, 2, 1]}
+
+
+def test_a_run_that_was_halved_continues_in_the_same_parts(draw, small_memory):
+    memory, sizes = small_memory
+    _, files = draw(*OOM, "--on_oom", "halve")
+    before = {name: path.read_bytes() for name, path in files.items()}
+    files["samples/00003.png"].unlink()
+    memory.most = 100
+    sizes.clear()
+    code, files = draw(*OOM, "--resume")  # the option itself changes no image
+    assert (code, sizes) == (0, [2, 2, 1])
+    assert {name: path.read_bytes() for name, path in files.items()} == before
+
+
+def test_without_the_option_a_batch_stays_whole(draw, small_memory, capsys):
+    assert draw(*OOM) == (1, {})
+    assert small_memory[1] == [5]
+    assert "--n_samples" in capsys.readouterr().err
+    assert draw(*OOM, "--on_oom", "halve", "--seed_mode", "batch") == (2, {})
+    small_memory[0].most = 0
+    assert draw(*OOM, "--on_oom", "halve") == (1, {})
+
+
+@pytest.mark.parametrize("options", [[], ["--keep_going"]])
+def test_the_run_stops_at_an_image_that_is_not_finite_unless_told_otherwise(draw, monkeypatch, options):
+    real, calls = LatentDiffusion.decode_first_stage, itertools.count()
+
+    def decode(self, z):
+        return real(self, z) * (float("nan") if next(calls) == 1 else 1)
+
+    monkeypatch.setattr(LatentDiffusion, "decode_first_stage", decode)
+    run = ("--n_samples", "1", "--n_iter", "12", "--W", "64", "--H", "64", "--skip_grid")
+    code, files = draw(*run, *options)
+    assert code == 1
+    seeds = [job_from_infotext(Image.open(path).text["parameters"]).seed for path in files.values()]
+    assert 43 not in seeds
+    assert (len(seeds) == 11) == bool(options)
 
 
 def test_no_black_pictures_from_nan(draw, capsys, monkeypatch):

@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
@@ -147,6 +148,8 @@ class RunFile:
     def __init__(self, folder: RunFolder, content: Content, hashes: Mapping[str, Callable[[], str]]) -> None:
         self._folder, self._content, self._hashes = folder, content, hashes
         self._lock: int | None = None
+        self._shared = False
+        self._writing = threading.RLock()  # the thread that writes the images completes the file
         self.first: int = content["first"]
         self.jobs: int = content["jobs"]
 
@@ -171,8 +174,10 @@ class RunFile:
     def complete(self) -> None:
         """Notes the hashes, which take a while for large files; called before the first image is written."""
         if self._content["sha256"] is None:
-            self._content["sha256"] = {name: digest() for name, digest in self._hashes.items()}
-            self.write()
+            sha256 = {name: digest() for name, digest in self._hashes.items()}
+            with self._writing:
+                self._content["sha256"] = sha256
+                self.write()
 
     @property
     def tiles(self) -> TileSides | None:
@@ -189,6 +194,21 @@ class RunFile:
             self.write()
             if shared:
                 self.share()
+
+    def parts_of(self, first: int) -> list[int] | None:
+        """The sizes of the parts in which the batch that begins with image `first` was made; None if it was whole."""
+        return self._content.get("parts", {}).get(str(first))
+
+    def note_parts(self, first: int, sizes: Sequence[int]) -> None:
+        """Notes that the batch that begins with image `first` is made in parts of these sizes.
+
+        A run of several processes, which share the file, has it in the images' own text only.
+        """
+        if self._shared or self.parts_of(first) == list(sizes):
+            return
+        with self._writing:
+            self._content.setdefault("parts", {})[str(first)] = list(sizes)
+            self.write()
 
     def publish_page(self, kind: Page, page: int, pixels: np.ndarray, whole: bool) -> None:
         """Writes one page of the grid, or one sheet; what a broken run made of what it had is replaced.
@@ -229,17 +249,19 @@ class RunFile:
     def hold(self) -> None:
         """Marks the file as in use by this process, as by others."""
         self.close()
+        self._shared = True
         self._lock = _open(self.path)
         _try_lock(self._lock, shared=True)
 
     def write(self) -> None:
         """Writes the file whole, locked before it has its name."""
-        with written_whole(self.path, overwrite=True) as part:
-            part.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
-            descriptor = _open(part)
-            _try_lock(descriptor)
-        self.close()
-        self._lock = descriptor
+        with self._writing:
+            with written_whole(self.path, overwrite=True) as part:
+                part.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
+                descriptor = _open(part)
+                _try_lock(descriptor)
+            self.close()
+            self._lock = descriptor
 
     def close(self) -> None:
         if self._lock is not None:
@@ -413,7 +435,7 @@ def _is_sound(content: object) -> bool:
     if not isinstance(content, dict) or content.get("version") not in READ_VERSIONS:
         return False
     first, jobs, pages, tiles = (content.get(name) for name in ("first", "jobs", "pages", "tiles"))
-    sha256 = content.get("sha256")
+    sha256, parts = content.get("sha256"), content.get("parts", {})
     return (
         _is_number(first)
         and _is_number(jobs)
@@ -423,6 +445,10 @@ def _is_sound(content: object) -> bool:
         and (sha256 is None or _has_only(sha256, str))
         and _has_only(content.get("versions"), str)
         and (tiles is None or (isinstance(tiles, dict) and all(map(_is_tile, tiles.items()))))
+        and isinstance(parts, dict)
+        and all(
+            isinstance(sizes, list) and all(map(_is_number, sizes)) and all(sizes) for sizes in parts.values()
+        )
         and isinstance(content.get("made_from"), dict)
         and _depth(content["made_from"]) <= _MAX_DEPTH
     )

@@ -25,6 +25,8 @@ LAION_OUTDIR = "outputs/txt2img-samples-laion400m"
 # the defaults of options that not every script offers; the shared code reads all of them
 _DEFAULTS: dict[str, Any] = {
     "laion400m": False,
+    "keep_going": False,
+    "on_oom": "fail",
     "init_img": [],
     "indir": None,
     "strength": 1.0,
@@ -252,6 +254,17 @@ def add_batch_options(parser: argparse.ArgumentParser, n_iter: int, n_samples: i
     group.add_argument(
         "--n_rows", metavar="N", type=int, default=0, help="images in a grid's row (0: n_samples)"
     )
+    group.add_argument(
+        "--keep_going",
+        action="store_true",
+        help="continue after an image that cannot be made; without it, the run stops there",
+    )
+    group.add_argument(
+        "--on_oom",
+        choices=("fail", "halve"),
+        default="fail",
+        help="when memory runs out: stop, or make the batch in halves (last bits differ, which is recorded)",
+    )
 
 
 def add_output_options(parser: argparse.ArgumentParser, outdir: str) -> None:
@@ -441,12 +454,10 @@ def _embedding(text: str) -> tuple[str, str | None]:
 
 
 def add_telling_options(parser: argparse.ArgumentParser) -> None:
-    """What is told instead of, or beside, making pictures."""
-    group = parser.add_argument_group("telling")
-    group.add_argument("--dry_run", action="store_true", help="say what would be made, and make nothing")
-    group.add_argument(
-        "--json", action="store_true", help="tell on stdout what happens, for programs: a JSON object a line"
-    )
+    """What is printed instead of, or besides, making images."""
+    group = parser.add_argument_group("progress")
+    group.add_argument("--dry_run", action="store_true", help="print what would be made, and make nothing")
+    group.add_argument("--json", action="store_true", help="print progress events to stdout as JSON lines")
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:

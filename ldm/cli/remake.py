@@ -57,7 +57,7 @@ _FOR_RUNS = {
         name: f"--{name}"
         for name in (
             "prompt_format", "expand", "sweep", "indir", "n_iter", "n_rows", "resume", "gallery", "skip_grid",
-            "skip_save",
+            "skip_save", "keep_going",
         )
     },
 }  # fmt: skip

@@ -68,7 +68,7 @@ class Progress:
         from tqdm import tqdm
 
         self.images, self.done, self.started = images, 0, time.monotonic()
-        self._steps, self._step, self._events = steps, 0, events
+        self._steps, self.taken, self._events = steps, 0, events
         self._said = self._told = self.started
         self._bar = tqdm(
             total=steps,
@@ -90,14 +90,14 @@ class Progress:
 
     def step(self, _: int) -> None:
         self._bar.update()
-        self._step, now = self._step + 1, time.monotonic()
+        self.taken, now = self.taken + 1, time.monotonic()
         if now - self._told >= EVENT_SECONDS:
             self._told = now
-            self._events.emit("step", step=self._step, steps=self._steps)
+            self._events.emit("step", step=self.taken, steps=self._steps)
         if self._bar.disable and now - self._said >= NEWS_SECONDS:
             self._said = now
-            left = (now - self.started) / self._step * (self._steps - self._step)
-            logger.info("step %d of %d, %s left", self._step, self._steps, in_words(left))
+            left = (now - self.started) / self.taken * (self._steps - self.taken)
+            logger.info("step %d of %d, %s left", self.taken, self._steps, in_words(left))
 
     def end(self, count: int) -> None:
         self.done += count

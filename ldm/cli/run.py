@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm import __version__
 from ldm.cli import ranks
-from ldm.cli.claim import Claim, Source, files_by_part
+from ldm.cli.claim import Claim, Source
 from ldm.cli.estimate import check_batches
 from ldm.cli.inputs import (
     Canvases,
@@ -27,24 +24,19 @@ from ldm.cli.inputs import (
     read_starts,
 )
 from ldm.cli.kept import KeptModel
-from ldm.cli.locate import model_name
+from ldm.cli.load import extras_of, load
 from ldm.cli.output import Output, Present, make_mark, make_screen
 from ldm.cli.plan import Plan, check_job, count_steps, read_wishes, schedule_length
 from ldm.cli.preview import show
 from ldm.cli.report import Events, Interrupts, Progress, name_process, outcome
+from ldm.cli.sampling import Halves, generate
 from ldm.cli.sheets import write_sheets
 from ldm.job import Job
-from ldm.util import FULL_DISK, InputError, cache_path, printable
+from ldm.util import FULL_DISK, InputError, printable
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from ldm.checkpoints.embeddings import Embeddings
     from ldm.checkpoints.lora_files import LoraFiles
-    from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.pipeline import Pending, Pipeline
-    from ldm.runtime.device import Precision
+    from ldm.pipeline import Pipeline
 
 logger = logging.getLogger("ldm")
 
@@ -113,6 +105,12 @@ def _run(
             f"--skip_save leaves no files for --{option} to {reason}; leave one of them out",
         )
 
+    need(
+        opt.on_oom != "halve" or opt.seed_mode == "image",
+        "--on_oom halve changes the size of batches, on which the noise of --seed_mode batch depends; "
+        "leave one of them out",
+    )
+
     from ldm.config import read_config
 
     config_path, ckpt_path = choose_model(opt)
@@ -150,7 +148,7 @@ def _run(
         if error.errno not in FULL_DISK:
             raise
         logger.debug("", exc_info=True)
-        rest = "" if opt.skip_save else " with --resume"
+        rest = " with --resume" if name_files and not opt.skip_save else ""
         logger.error(
             "error: disk full in %s: %d of %d images saved; free space and run the same command%s",
             printable(opt.outdir), tally.existing + tally.saved, len(plan), rest,
@@ -175,7 +173,7 @@ def _make(
         mark, screen, pipeline, embeddings = make_mark(opt), Screen(None), None, None
         if missing:
             screen = make_screen(opt, here.device)
-            pipeline, embeddings = _load(opt, plan, source)
+            pipeline, embeddings = load(opt, plan, source)
             logger.info(
                 "model loaded in %.1f s; %s, %s",
                 time.monotonic() - tally.started, here.device, source.precision.name,
@@ -192,7 +190,7 @@ def _make(
             opt.quiet or here.rank > 0,
             events,
         )
-        extras = _extras(opt, source, claimed.hashes, embeddings)
+        extras = extras_of(opt, source, claimed.hashes, embeddings)
         output = Output(
             opt,
             folder,
@@ -213,13 +211,16 @@ def _make(
         )  # fmt: skip
 
         def stopped() -> bool:
-            return bool(output.failed or interrupts.received or here.deserted)
+            failed = output.failed and not opt.keep_going
+            return bool(failed or interrupts.received or here.deserted)
 
         try:
             with contextlib.closing(claimed), contextlib.closing(progress), output:
                 try:
                     if pipeline is not None:
-                        for indices, pending in _generate(opt, pipeline, plan, batches, progress, stopped):
+                        halves = Halves(opt, claimed, progress)
+                        making = generate(opt, pipeline, plan, batches, progress, halves, stopped)
+                        for indices, pending in making:
                             output.add(indices, partial(pipeline.finish, pending))
                 except InputError as error:  # an image to start from went away meanwhile
                     output.give_up(error)
@@ -260,48 +261,6 @@ def _settle_tiles(pipeline: Pipeline, plan: Plan, claim: Claim, here: ranks.Alon
     pipeline.tile_sides.update(noted)
 
 
-def _load(opt: argparse.Namespace, plan: Plan, source: Source) -> tuple[Pipeline, Embeddings | None]:
-    """The model on its device, with the LoRAs of the run read and its textual inversions known."""
-    from ldm.checkpoints.cache import identity
-    from ldm.pipeline import Pipeline, load_model
-
-    load = partial(
-        load_model,
-        config=source.config,
-        ckpt=source.ckpt,
-        device=source.here.device,
-        ema=opt.ema,
-        mmap=not opt.no_mmap,
-        vae=opt.vae,
-        text_encoder=opt.text_encoder,
-        dtype=None,
-        cache=_weights_cache(opt, source.here.device, source.precision),
-    )
-    shape = partial(
-        Pipeline, precision=source.precision, tiles=opt.tiles, lowmem=opt.lowmem, compiled=opt.compile
-    )
-    files = [file for of_part in files_by_part(opt, source.ckpt).values() for file in of_part]
-    key = load.keywords, shape.keywords, identity(files)
-    pipeline = source.kept.get(key, lambda: shape(load()))
-    pipeline.start_over(source.canvases, source.find_lora)
-    embeddings = _embeddings(opt, pipeline.model)
-    for name in plan.loras():
-        pipeline.loras.read(name)
-    return pipeline, embeddings
-
-
-def _weights_cache(opt: argparse.Namespace, device: torch.device, precision: Precision) -> Path | None:
-    """The folder of cached weights, if they are wanted and of use."""
-    if opt.cache_weights is None:
-        return None
-    if device.type != "cpu" or precision.name != "bf16":
-        logger.info(
-            "--cache_weights is for bf16 on a CPU; %s on %s reads the checkpoint", precision.name, device
-        )
-        return None
-    return Path(opt.cache_weights) if opt.cache_weights else cache_path("weights")
-
-
 def _tell_steps(job: Job) -> None:
     """Says how many denoising steps a picture takes where it is not what was asked for."""
     from ldm.models.diffusion.schedule import steps_to_run
@@ -317,96 +276,3 @@ def _tell_steps(job: Job) -> None:
     if job.upscale > 1:
         again = steps_to_run(job.upscale_strength, job.steps, rows)
         logger.info("upscaling at strength %g: %d of %d more steps", job.upscale_strength, again, rows)
-
-
-def _generate(
-    opt: argparse.Namespace,
-    pipeline: Pipeline,
-    plan: Plan,
-    batches: Sequence[list[int]],
-    progress: Progress,
-    stopped: Callable[[], bool],
-) -> Iterator[tuple[list[int], list[Pending]]]:
-    """The numbers and images of these batches of a plan, in the making, until the run is `stopped`.
-
-    In seed mode "batch" one stream of noise serves all.
-    """
-    noise = None
-    codes: dict[tuple[int, int], Tensor] = {}  # by size
-    wanted = {batch[0] for batch in batches}
-    for indices in plan.batches() if opt.seed_mode == "batch" else batches:
-        if stopped():
-            return
-        jobs = [plan[i] for i in indices]
-        code, size = None, (jobs[0].width, jobs[0].height)
-        if opt.seed_mode == "batch":
-            noise = noise or pipeline.noise(jobs)
-            if opt.fixed_code and size not in codes:
-                codes[size] = pipeline.start_code(jobs[0], opt.n_samples, noise)
-            code = codes[size][: len(jobs)] if opt.fixed_code else None
-            if indices[0] not in wanted:
-                pipeline.skip(jobs, noise, code)
-                continue
-        progress.begin(len(jobs))
-        pending = pipeline.begin(jobs, noise, code, progress.step)
-        progress.end(len(jobs))
-        yield indices, pending
-
-
-def _extras(
-    opt: argparse.Namespace,
-    source: Source,
-    hashes: Mapping[str, Callable[[], str]],
-    embeddings: Embeddings | None,
-) -> Callable[[Job], dict[str, str]]:
-    """What else the metadata of a job's picture says, so that the command can be typed again.
-
-    LoRAs and textual inversions are named as AUTOMATIC1111's web UI does it.
-    """
-    from ldm.checkpoints.hashing import file_sha256
-    from ldm.checkpoints.lora_files import lora_hash
-    from ldm.images.metadata import file_name
-
-    extras = {
-        "Model": model_name(source.ckpt),
-        "Config": source.config_path.stem,
-        "Precision": source.precision.name,
-        "Version": f"ldm {__version__}",
-    }
-    if opt.ema != "auto":
-        extras["EMA"] = opt.ema
-    if opt.seed_mode == "batch":
-        extras["Batch size"] = str(opt.n_samples)
-    if opt.fixed_code:
-        extras["Fixed code"] = "on"
-    if opt.no_watermark:
-        extras["Watermark"] = "off"
-    if opt.vae is not None:
-        extras["VAE"] = Path(opt.vae).name
-    if opt.text_encoder is not None:
-        extras["Text encoder"] = Path(opt.text_encoder).name
-
-    def of(job: Job) -> dict[str, str]:
-        entries = {**{name: digest()[:10] for name, digest in hashes.items()}, **extras}
-        if job.init is not None:
-            canvas = source.canvases(job.init)
-            entries |= {"Init image hash": canvas.digest[:10], "Mask hash": canvas.mask_digest[:10]}
-        loras = {file_name(name): lora_hash(source.find_lora(name)) for name, *_ in job.loras}
-        used = embeddings.used_in(job.prompt, job.negative_prompt) if embeddings else []
-        inversions = {e.name: file_sha256(e.path)[:12] for e in used}
-        return {**entries, "Lora hashes": _listed(loras), "TI hashes": _listed(inversions)}
-
-    return of
-
-
-def _embeddings(opt: argparse.Namespace, model: LatentDiffusion) -> Embeddings | None:
-    """The textual inversions that prompts can use; None if there are none."""
-    if not opt.embedding and opt.embedding_dir is None:
-        return None
-    from ldm.checkpoints.embeddings import Embeddings
-
-    return Embeddings(model.cond_stage_model, opt.embedding, opt.embedding_dir)
-
-
-def _listed(hashes: Mapping[str, str]) -> str:
-    return ", ".join(f"{re.sub('[:,]', '', name)}: {digest}" for name, digest in hashes.items())

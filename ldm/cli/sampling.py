@@ -1,0 +1,136 @@
+"""A plan's batches, one after another, in the making; with --on_oom halve in halves where memory runs out."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ldm.cli.manifest import RunFile
+from ldm.cli.plan import Plan, count_steps
+from ldm.cli.report import Progress
+from ldm.job import Job
+from ldm.util import is_out_of_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.models.diffusion.noise import NoiseSource
+    from ldm.pipeline import Pending, Pipeline
+
+logger = logging.getLogger("ldm")
+
+Begin = Callable[[Sequence[int]], "list[Pending]"]
+
+
+class Halves:
+    """Makes a batch at once, or where memory runs out and it is allowed, in halves, and those in halves.
+
+    What was made in parts is noted in the run's file, since the last bits depend on it: --resume makes it so again.
+    """
+
+    def __init__(self, opt: argparse.Namespace, run: RunFile, progress: Progress) -> None:
+        self._allowed, self._run, self._progress = opt.on_oom == "halve", run, progress
+        self._fitting: int | None = None  # images of a batch, once memory has run out
+
+    def make(
+        self, indices: Sequence[int], job: Job, begin: Begin
+    ) -> Iterator[tuple[list[int], list[Pending]]]:
+        """The parts of a batch of such jobs, each begun."""
+        sizes = self._sizes(indices)
+        if len(sizes) > 1:
+            self._progress.more_steps((len(sizes) - 1) * count_steps(job))
+            self._run.note_parts(indices[0], sizes)
+        done: list[int] = []
+        while sizes:
+            start, taken = sum(done), self._progress.taken
+            part = list(indices[start : start + sizes[0]])
+            pending = self._try(part, begin)
+            if pending is not None:
+                done.append(sizes.pop(0))
+                yield part, pending
+                continue
+            self._fitting = -(-len(part) // 2)
+            sizes = _in_parts(sum(sizes), self._fitting)
+            logger.warning(
+                "out of memory with %d images at a time; continuing with %d", len(part), self._fitting
+            )
+            self._run.note_parts(indices[0], [*done, *sizes])
+            expected = self._progress.taken - taken + count_steps(job) * (len(done) + len(sizes) - 1)
+            self._progress.more_steps(expected)
+
+    def _sizes(self, indices: Sequence[int]) -> list[int]:
+        """The sizes of the parts that a batch is begun in."""
+        noted = self._run.parts_of(indices[0])
+        if noted and sum(noted) == len(indices):
+            return list(noted)
+        return _in_parts(len(indices), self._fitting or len(indices))
+
+    def _try(self, part: list[int], begin: Begin) -> list[Pending] | None:
+        """What a part is begun with; None where memory ran out, which is free again then."""
+        try:
+            return begin(part)
+        except Exception as error:
+            if not self._allowed or len(part) == 1 or not is_out_of_memory(error):
+                raise
+        import torch
+
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+
+def _in_parts(count: int, size: int) -> list[int]:
+    """So many images in parts of a size, the last of what is left."""
+    return [min(size, count - start) for start in range(0, count, size)]
+
+
+def generate(
+    opt: argparse.Namespace,
+    pipeline: Pipeline,
+    plan: Plan,
+    batches: Sequence[list[int]],
+    progress: Progress,
+    halves: Halves,
+    stopped: Callable[[], bool],
+) -> Iterator[tuple[list[int], list[Pending]]]:
+    """The numbers and images of these batches of a plan, in the making, until the run is `stopped`.
+
+    In seed mode "batch" one stream of noise serves all.
+    """
+    noise = None
+    codes: dict[tuple[int, int], Tensor] = {}  # by size
+    wanted = {batch[0] for batch in batches}
+    for indices in plan.batches() if opt.seed_mode == "batch" else batches:
+        if stopped():
+            return
+        jobs = [plan[i] for i in indices]
+        code, size = None, (jobs[0].width, jobs[0].height)
+        if opt.seed_mode == "batch":
+            noise = noise or pipeline.noise(jobs)
+            if opt.fixed_code and size not in codes:
+                codes[size] = pipeline.start_code(jobs[0], opt.n_samples, noise)
+            code = codes[size][: len(jobs)] if opt.fixed_code else None
+            if indices[0] not in wanted:
+                pipeline.skip(jobs, noise, code)
+                continue
+
+        yield from halves.make(indices, jobs[0], partial(_begin, pipeline, plan, progress, noise, code))
+
+
+def _begin(
+    pipeline: Pipeline,
+    plan: Plan,
+    progress: Progress,
+    noise: NoiseSource | None,
+    code: Tensor | None,
+    part: Sequence[int],
+) -> list[Pending]:
+    progress.begin(len(part))
+    begun = pipeline.begin([plan[i] for i in part], noise, code, progress.step)
+    progress.end(len(part))
+    return begun
