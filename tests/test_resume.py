@@ -425,17 +425,20 @@ def test_another_tokenizer_of_a_folder_of_weights_is_another_run(tmp_path):
     assert [Path(path).name for path in before if before[path] != after[path]] == ["merges.txt"]
 
 
-def test_another_class_of_a_foreign_package_is_another_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("file", ["my_encoder.py", "my_encoder/__init__.py", "my_encoder/below.py"])
+def test_another_class_of_a_foreign_package_is_another_run(tmp_path, monkeypatch, file):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "my_encoder.py").write_text("class Mine:\n    pass\n")
-    config = {
-        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
-        "params": {"x": {"target": "my_encoder.Mine"}},
-    }
-    (before,) = claim._foreign_classes(config).items()
-    (tmp_path / "my_encoder.py").write_text("class Mine:\n    word = 1\n")
-    (after,) = claim._foreign_classes(config).items()
-    assert (before[0], after[0], before[1] != after[1]) == ("my_encoder.Mine", "my_encoder.Mine", True)
+    monkeypatch.delitem(sys.modules, "my_encoder", raising=False)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    if "/" in file:
+        (tmp_path / "my_encoder/__init__.py").touch()
+    (tmp_path / file).write_text("class Mine:\n    pass\n")
+    params = {"unet_config": {"target": "my_encoder.Mine"}}
+    config = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
+    before = claim._foreign_classes(config)
+    (tmp_path / file).write_text("class Mine:\n    word = 1\n")
+    after = claim._foreign_classes(config)
+    assert (list(before), list(after), before != after) == (["my_encoder"], ["my_encoder"], True)
 
 
 def test_a_safety_model_that_came_meanwhile_is_refused(tmp_path, monkeypatch, capsys):

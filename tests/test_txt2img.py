@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import scripts.replay as replay
 import scripts.txt2img as txt2img
 from ldm.cli import inputs
 from ldm.cli import options as known
@@ -370,6 +371,9 @@ def test_a_batch_is_halved_where_memory_runs_out(draw, small_memory, capsys, tmp
         ("2", "0"), ("2", "1"), ("2", "0"), ("2", "1"), ("1", None),
     ]  # fmt: skip
     assert [text["Seed"] for text in said] == ["42", "43", "44", "45", "46"]
+    memory.most = 100
+    again = [str(files["samples/00003.png"]), "--verify", "--quiet", "--device", "cpu", "--outdir", "again"]
+    assert replay.main(again) == 0
     run = json.loads((tmp_path / "out/run-00000.json").read_text())
     assert run["parts"] == {"0": [2, 2, 1], "5": [2, 2, 1]}
 
@@ -409,6 +413,74 @@ def test_the_run_stops_at_an_image_that_is_not_finite_unless_told_otherwise(draw
     seeds = [job_from_infotext(Image.open(path).text["parameters"]).seed for path in files.values()]
     assert 43 not in seeds
     assert (len(seeds) == 11) == bool(options)
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (
+            "[enforce fail at alloc_cpu.cpp:124] . can't allocate memory",
+            "out of memory .*--n_samples",
+        ),
+        (
+            "CUDA error: an illegal memory access was encountered",
+            "the GPU failed .* finished images are kept",
+        ),
+    ],
+)
+def test_what_fails_midway_keeps_what_is_finished(draw, monkeypatch, capsys, said, line):
+    real, calls = Pipeline.begin, itertools.count()
+
+    def begin(*args):
+        if next(calls) == 1:
+            raise RuntimeError(said)
+        return real(*args)
+
+    monkeypatch.setattr(Pipeline, "begin", begin)
+    code, files = draw("--n_iter", "3", "--W", "64", "--H", "64")
+    assert (code, list(files)) == (1, ["samples/00000.png"])
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.search(line, error)
+    assert "bug" not in error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGHUP")
+@pytest.mark.parametrize(("times", "saved"), [(1, 1), (2, 0)])
+def test_a_terminal_that_closes_ends_the_run(draw, monkeypatch, times, saved):
+    real = Pipeline.begin
+
+    def begin(*args):
+        for _ in range(times):
+            signal.raise_signal(signal.SIGHUP)
+        return real(*args)
+
+    monkeypatch.setattr(Pipeline, "begin", begin)
+    try:
+        code, _ = draw("--n_iter", "9", "--skip_grid", "--W", "64", "--H", "64")
+    except SystemExit as left:  # told twice
+        code = left.code
+    assert code == 128 + signal.SIGHUP
+    assert len(list(Path("out/samples").glob("*.png"))) == saved
+
+
+def test_a_signal_that_ends_the_compiler_ends_the_run_in_order(draw, monkeypatch, capsys):
+    def begin(*_):
+        signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("CppCompileError: C++ compile error")
+
+    monkeypatch.setattr("ldm.pipeline.prepare", lambda *args: None)
+    monkeypatch.setattr(Pipeline, "begin", begin)
+    assert draw("--compile")[0] == 128 + signal.SIGTERM
+    assert "bug" not in capsys.readouterr().err
+
+
+def test_a_log_without_a_terminal_is_lines_with_the_paths(tmp_path, capsys):
+    options = [word for word in FAST if word != "--quiet"]
+    assert txt2img.main([*options, "--outdir", str(tmp_path), "--W", "64", "--H", "64"]) == 0
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/samples/00000.png, seed 42\n" in said
+    assert "image 1 of 1, " in said
+    assert "\r" not in said
 
 
 def test_no_black_pictures_from_nan(draw, capsys, monkeypatch):

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import ranks
@@ -178,19 +179,25 @@ def _texts(node: Any) -> Iterator[str]:
 
 
 def _foreign_classes(config: Mapping[str, Any]) -> dict[str, str]:
-    """The digest of the source of each class of another package that a config uses."""
-    import inspect
+    """For each package of others whose classes a config uses, the digest of its source."""
+    import importlib
 
     from ldm.config import targets
-    from ldm.util import get_obj_from_str
 
-    found = {}
-    for target in targets(config):
-        if target.partition(".")[0] not in ("ldm", "torch"):
-            source = inspect.getsourcefile(get_obj_from_str(target))
-            if source is not None:
-                found[target] = hashlib.sha256(Path(source).read_bytes()).hexdigest()
-    return found
+    packages = dict.fromkeys(target.partition(".")[0] for target in targets(config))
+    return {
+        name: _source_digest(importlib.import_module(name))
+        for name in packages
+        if name not in ("ldm", "torch")
+    }
+
+
+def _source_digest(package: ModuleType) -> str:
+    """The SHA-256 of the source of a module, or of a package's modules in the order of their names."""
+    files = [Path(package.__file__)] if package.__file__ else []
+    for folder in getattr(package, "__path__", []):
+        files += sorted(Path(folder).rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _vocabulary(ckpt: Path, text_encoder: str | None) -> list[Path]:

@@ -101,13 +101,16 @@ def versions() -> dict[str, str]:
     import PIL
     import torch
 
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "ldm": __version__,
         "torch": str(torch.__version__),
         "numpy": numpy.__version__,
         "pillow": PIL.__version__,
         "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
+        **gpu,
     }
 
 

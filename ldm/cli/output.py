@@ -216,7 +216,7 @@ class Output:
                 self._sheet = self._new_sheet()
                 self._sheet.expect(self._run.existing())
         self._in_grid(lambda sheet: sheet.finish())
-        if self._opt.gallery:
+        if self._opt.gallery and self._run.existing():
             try:
                 write_gallery(self._folder.path)
             except InputError as error:

@@ -224,6 +224,10 @@ def _make(
                             output.add(indices, partial(pipeline.finish, pending))
                 except InputError as error:  # an image to start from went away meanwhile
                     output.give_up(error)
+                except Exception as error:
+                    if not (opt.compile and interrupts.received):
+                        raise
+                    logger.debug("the signal reached the compiler too: %s", printable(error))
                 if output.finish() and not opt.skip_save:
                     write_sheets(plan, claimed, mark, output.fail)
         finally:

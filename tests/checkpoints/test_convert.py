@@ -70,6 +70,15 @@ def assert_equal(actual: State, expected: State) -> None:
 # --- there and back -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("name", "to"), [("a.safetensors", "compvis"), ("a", "diffusers")])
+def test_what_a_killed_conversion_left_is_removed(file: Path, tmp_path: Path, name: str, to: Any) -> None:
+    for left in (f".{name}.0123abcd.part", ".another.0123abcd.part"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "weights").touch()
+    convert(read_model(file), tiny_config(), tmp_path / name, to)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".another.0123abcd.part", name]
+
+
 def test_the_tiny_model_comes_back_from_diffusers(file: Path, folder: Path, tmp_path: Path) -> None:
     convert(read_model(folder), tiny_config(), tmp_path / "back.safetensors", "compvis")
     assert_equal(read_checkpoint(tmp_path / "back.safetensors").state_dict, read_checkpoint(file).state_dict)
