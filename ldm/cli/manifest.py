@@ -43,6 +43,7 @@ MAX_TILE = 4096  # latent cells a side
 SHOWN_DIFFERENCES = 8
 NEWS_SECONDS = 60  # after which a network file system shows what another machine wrote
 _NAME = re.compile(r"run-([0-9]{5,})\.json")
+_DIGEST = re.compile(", digest [0-9a-f]{16}$")  # of values that differ among the jobs
 _DIGEST_LENGTH = 8  # hex digits of a prompt's SHA-256: only to say which of them was changed
 
 Content = dict[str, Any]
@@ -53,7 +54,7 @@ TileSides = Mapping[tuple[int, int], int | None]  # by height and width of the i
 def describe(jobs: Sequence[Job], batches: Sequence[Sequence[int]], settings: Mapping[str, Any]) -> Content:
     """What the pixels of a run depend on, by name, as JSON has it.
 
-    A field of the jobs stands as it is where all agree, else as a digest of all values. `settings` are what
+    A field of the jobs has its value where all agree, else the first one and a digest of all. `settings` are what
     the jobs do not hold. The jobs are looked at once, in order.
     """
     values = {field.name: _Values() for field in fields(Job)}
@@ -72,9 +73,12 @@ class _Values:
 
     def __init__(self) -> None:
         self._changes, self._count, self._sha = 0, 0, hashlib.sha256()
+        self._first: Any = None
         self._last: Any = None
 
     def add(self, value: Any) -> None:
+        if self._count == 0:
+            self._first = value
         if self._count == 0 or value != self._last:
             self._changes += 1
             self._sha.update(f"{self._count}:{value!r};".encode("utf-8", "surrogatepass"))
@@ -83,7 +87,8 @@ class _Values:
 
     def summary(self) -> Any:
         if self._changes > 1:
-            return f"several, digest {self._sha.hexdigest()[:16]}"
+            first = self._first if isinstance(self._first, int | float) else printable(self._first)[:40]
+            return f"{first} and others, digest {self._sha.hexdigest()[:16]}"
         return (
             asdict(self._last)
             if is_dataclass(self._last) and not isinstance(self._last, type)
@@ -126,7 +131,10 @@ def differences(old: Content, new: Content) -> list[str]:
         elif isinstance(before, dict) and isinstance(after, dict):
             found += [f"{_shown(name, 200)}.{line}" for line in differences(before, after)]
         else:
-            found.append(f"{_shown(name, 200)} ({_shown(before)} there, {_shown(after)} now)")
+            shown, now = _shown(before), _shown(after)
+            if _DIGEST.sub("", shown) != _DIGEST.sub("", now):
+                shown, now = _DIGEST.sub("", shown), _DIGEST.sub("", now)
+            found.append(f"{_shown(name, 200)} ({shown} there, {now} now)")
     return found
 
 
@@ -348,7 +356,16 @@ def _as_now(content: Content, new: Content) -> Content:
         return old
     usual = {field.name: field.default for field in fields(Job) if field.default is not MISSING}
     unknown = {name: new[name] for name in NOTED_SINCE_3 if name in new}
-    return {**json.loads(json.dumps(usual)), **unknown, **old}
+    several = {
+        name: new[name] for name in old if name in new and _digest_of(old[name]) == _digest_of(new[name])
+    }
+    return {**json.loads(json.dumps(usual)), **unknown, **old, **several}
+
+
+def _digest_of(value: object) -> object:
+    """The digest in what stands for several values, which versions word differently; else the value itself."""
+    found = _DIGEST.search(value) if isinstance(value, str) else None
+    return found[0] if found else value
 
 
 def join_run(folder: RunFolder, first: int, made_from: Content) -> RunFile:

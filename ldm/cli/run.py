@@ -74,7 +74,8 @@ def run(
             raise
         finally:
             seconds = round(time.monotonic() - tally.started, 3)
-            events.emit("done", saved=tally.saved, failed=tally.failed, seconds=seconds, code=code)
+            made = {} if tally.elsewhere else {"saved": tally.saved, "failed": tally.failed}
+            events.emit("done", **made, seconds=seconds, code=code)
         return code
 
 
@@ -85,6 +86,7 @@ class Tally:
     existing: int = 0
     saved: int = 0
     failed: int = 0
+    elsewhere: bool = False  # in processes that count for themselves
     started: float = field(default_factory=time.monotonic)
 
 
@@ -134,6 +136,7 @@ def _run(
         return show(opt, plan, source_of(ranks.Alone(device)), events)
     code = ranks.start(opt)
     if code is not None:
+        tally.elsewhere = True
         return code
     here = ranks.join(opt, device)
     if here.world > 1:
