@@ -34,6 +34,7 @@ _WITH_BARS = re.compile(rf"\s*{_KEY.pattern}:[^,|\n]*\|\s*{_KEY.pattern}:")  # a
 _TEMPLATE = re.compile(
     r"\s*(?:Negative )?Template:", re.IGNORECASE
 )  # of dynamic prompts: all that follows it
+_STEPS_LINE = re.compile(r"Steps: ?[0-9]+,?\s*$", re.IGNORECASE)
 _JSON_TRIES = 100  # in one text, each of which may look far ahead
 _SIZE = re.compile(r"([0-9]+)x([0-9]+)")
 _UNSTORABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # controls and surrogates
@@ -269,15 +270,21 @@ def _split(text: str) -> tuple[str, str, dict[str, str]]:
 def _settings_at(lines: Sequence[str]) -> int:
     """Which line begins the settings: the last with enough pairs and a count of steps; else there is none.
 
-    Without such a line the very last one counts, as in the web UI, if it has enough pairs. Extensions write more
-    lines after it.
+    Extensions write more lines after it. Without such a line the settings may begin with the steps and go on line by
+    line, or the very last line counts, as in the web UI, if it has enough pairs.
     """
-    for at in reversed(range(len(lines))):
-        if "steps" in lines[at].lower() and not _TEMPLATE.match(lines[at]):
-            pairs = _pairs_in(lines[at])
-            if len(pairs) >= _FEWEST_PAIRS and any(key.lower() in _STEPS for key, *_ in pairs):
-                return at
-    return len(lines) - (len(_pairs_in(lines[-1])) >= _FEWEST_PAIRS)
+    places = [i for i, line in enumerate(lines) if "steps" in line.lower() and not _TEMPLATE.match(line)]
+    for at in reversed(places):
+        if _is_enough(pairs := _pairs_in(lines[at])) and any(key.lower() in _STEPS for key, *_ in pairs):
+            return at
+    for at in reversed(places):
+        if _STEPS_LINE.match(lines[at]) and all(map(_NAMED.match, lines[at:])) and _is_enough(lines[at:]):
+            return at
+    return len(lines) - _is_enough(_pairs_in(lines[-1]))
+
+
+def _is_enough(pairs: Sequence[object]) -> bool:
+    return len(pairs) >= _FEWEST_PAIRS
 
 
 def _settings(lines: Sequence[str]) -> Iterator[tuple[tuple[str, str], bool]]:
@@ -333,7 +340,7 @@ def _unquoted(value: str) -> str:
     if not (value.startswith('"') and value.endswith('"')):
         return value
     try:
-        return str(json.loads(value))
+        return str(json.loads(value, strict=False))
     except ValueError:
         return value
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import struct
+import time
 import zlib
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.images.foreign import Recipe, read_job, webui
 from ldm.images.foreign.recipe import Origin
-from ldm.images.record import record
+from ldm.images.record import read_record, record
 from ldm.job import Job
 from ldm.util import InputError
 from tests.images.test_foreign import noted
@@ -52,6 +56,13 @@ def second_pass(job: Job) -> tuple[int, int, float, float]:
         TEXT.replace(", Sampler", " | Sampler").replace(", CFG", " | CFG").replace(", S", " | S"),
         TEXT.replace("Negative prompt", "negative prompt"),
         f"{TEXT}\nTime taken: 3.2 sec.",
+        TEXT.replace(", ", ", \n"),
+        TEXT.replace(", ", ","),
+        TEXT.replace("\n", " "),
+        TEXT.replace("\n", "."),
+        TEXT.replace("\n", ",.", 1),
+        TEXT.replace("ugly\n", "ugly "),
+        TEXT.replace("prompt: ", "prompt: \n"),
     ],
 )
 def test_the_settings_are_found_in_whatever_surrounds_them(text: str, tmp_path: Path) -> None:
@@ -83,7 +94,7 @@ def test_prompts_may_be_missing(text: str, prompts: tuple[str, str]) -> None:
 
 
 def test_values_may_hold_what_parts_entries_elsewhere() -> None:
-    resources = json.dumps([{"type": "lora", "modelName": "x, Steps: 99, Seed: 1"}])
+    resources = json.dumps([{"type": "checkpoint", "modelName": "x, Steps: 99, Seed: 1"}])
     more = f', Civitai resources: {resources}, Hires prompt: "two\\nlines, Seed: 8", Clip skip: 2'
     recipe = read(more)
     assert (recipe.job.steps, recipe.job.seed) == (12, 5)
@@ -95,6 +106,27 @@ def test_a_value_over_several_lines_does_not_hide_what_follows() -> None:
     recipe = read(", ADetailer prompt: a face\nsmiling, Seed: 9, Clip skip: 2, Version: v1.5.0")
     assert recipe.job.seed == 5
     assert noted(recipe, "Clip skip 2") and noted(recipe, "ADetailer prompt a face")
+
+
+def test_a_quoted_value_may_hold_ends_of_line() -> None:
+    recipe = read(
+        ', Wildcard prompt: "a __x__,\nb: c, d: e, Seed: 8", Hires upscale: 2, Denoising strength: 0.3'
+    )
+    assert (recipe.job.seed, recipe.job.upscale, recipe.job.strength) == (5, 2.0, 1.0)
+    assert noted(recipe, "Wildcard prompt a __x__")
+
+
+def test_resources_of_civitai_that_no_tag_asks_for_are_noted() -> None:
+    resources = (
+        '[{"type":"checkpoint","modelVersionId":290640},'
+        '{"type":"ImageJobNetworkParams { Type = lora }","weight":0.4,"modelVersionId":426797},'
+        '{"type":"lora","modelName":"ink","weight":1}]'
+    )
+    recipe = webui.read(
+        f"a cat <lora:ink:1>\n{SETTINGS}, Civitai resources: {resources}, Civitai metadata: {{}}"
+    )
+    (note,) = (note for note in recipe.notes if "Civitai" in note)
+    assert "lora version 426797 at 0.4" in note
 
 
 def test_bars_leave_commas_to_the_values() -> None:
@@ -203,6 +235,7 @@ def test_text_to_image(more: str) -> None:
 def test_image_to_image(more: str, strength: float) -> None:
     recipe = read(f", {more}")
     assert (recipe.job.strength, recipe.job.upscale) == (strength, 1.0)
+    assert noted(recipe, "only its denoising strength") == (more == "Denoising strength: 0.7")
     assert noted(recipe, "starts from an image") and noted(recipe, "mask") == (
         "ask" in more or "inpaint;" in more
     )
@@ -277,11 +310,41 @@ def test_weights_of_loras_outside_the_prompt() -> None:
     assert noted(read(', Lora hashes: "ink: 0123456789"'), "left out", "LoRA ink")
 
 
+def test_weights_that_are_listed_without_names() -> None:
+    recipe = read(', Lora hashes: "ink: 0123456789ab, pen: ba9876543210", loraweights: "0.33,1"')
+    assert recipe.job.loras == (("ink", 0.33, 0.33), ("pen", 1.0, 1.0))
+
+
 def test_words_that_are_listed_without_hashes() -> None:
+    after = webui.read(f"{TEXT}\n\nUsed embeddings: easyneg [119b], bad-hands [c74b]")
+    assert after.extras == {"TI hashes": "easyneg: , bad-hands: "}
     assert read(", App: SD.Next, Embeddings: easyneg").extras == {"TI hashes": "easyneg: "}
     assert read(', Used embeddings: "easyneg [119b], bad-hands [c74b]"').extras == {
         "TI hashes": "easyneg: , bad-hands: "
     }
+
+
+ODD = st.sampled_from(
+    ["", "0", "-1", "2", "1e999", "nan", "x", "0x0", "64x0", "[1", '{"a": 1}', '"a: b, c: 12345678"', "\x1b"]
+)
+KEYS = (
+    "Steps", "Sampler", "CFG scale", "Seed", "Size", "Hires upscale", "Hires resize", "Hires steps", "Hires upscaler",
+    "Hires strength", "First pass size", "Denoising strength", "Lora hashes", "Lora weights", "TI hashes", "Hashes",
+    "Civitai resources", "AddNet Model 1", "AddNet Weight 1", "Eta", "ENSD", "Operations", "App", "Schedule type",
+    "Embeddings", "VAE", "Variation seed", "Seed resize from", "Clip skip", "RNG", "Version", "Model hash",
+)  # fmt: skip
+
+
+@given(entries=st.dictionaries(st.sampled_from(KEYS), ODD | st.text(max_size=9)), tail=st.text(max_size=20))
+@settings(max_examples=100, deadline=None)
+def test_hostile_infotexts_are_read_or_refused(entries: dict[str, str], tail: str) -> None:
+    table = {"Steps": "12", "Seed": "5", "Sampler": "DDIM"} | entries
+    try:
+        recipe = read(f"\n{tail}", ", ".join(f"{key}: {value}" for key, value in table.items()), (64, 96))
+    except InputError:
+        return
+    assert read_record(record(recipe.job, {})).job == recipe.job
+    assert all(note.isprintable() for note in recipe.notes)
 
 
 # --- bytes and containers ------------------------------------------------------------------------------------------
@@ -301,14 +364,10 @@ def png_with(path: Path, kind: bytes, data: bytes, *, late: bool = False) -> str
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize(
-    ("kind", "pack"), [(b"tEXt", lambda text: text), (b"zTXt", lambda text: b"\0" + zlib.compress(text))]
-)
-def test_utf_8_in_chunks_of_latin_1(
-    kind: bytes, pack: object, mark: bytes, late: bool, tmp_path: Path
-) -> None:
-    assert callable(pack)
-    data = b"parameters\0" + pack(mark + FOREIGN.encode())
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt"])
+def test_utf_8_in_chunks_of_latin_1(kind: bytes, mark: bytes, late: bool, tmp_path: Path) -> None:
+    text = mark + FOREIGN.encode()
+    data = b"parameters\0" + (text if kind == b"tEXt" else b"\0" + zlib.compress(text))
     assert read_job(png_with(tmp_path / "x.png", kind, data, late=late)).job.prompt == "café 猫"
 
 
@@ -411,3 +470,16 @@ def test_a_comment_of_another_kind_does_not_hide_the_settings(tmp_path: Path) ->
     Image.new("RGB", (64, 64)).save(tmp_path / "x.png", exif=exif, pnginfo=info)
     recipe = read_job(str(tmp_path / "x.png"))
     assert recipe.job.prompt == "a cat" and not noted(recipe, "not used")
+
+
+UNITS = ["ab: c, ", "ab: c | ", "\n", " ", ".", "steps: 3,x ", "ab: [", 'ab: "x', "x, negative prompt: "]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_reading_takes_linear_time(unit: str) -> None:
+    many = unit * (100_000 // len(unit))
+    start = time.monotonic()
+    for text in (many, f"{many}\n{SETTINGS}", f"a {many} {SETTINGS}", f"{TEXT}\n{many}"):
+        with contextlib.suppress(InputError):
+            webui.read(text)
+    assert time.monotonic() - start < 20  # far from it; quadratic time would be minutes

@@ -12,7 +12,7 @@ from functools import partial
 
 from ldm.images.foreign import comfyui, invokeai, own, programs, webui
 from ldm.images.foreign.recipe import Origin, Recipe
-from ldm.images.foreign.texts import read_texts
+from ldm.images.foreign.texts import read_texts, read_texts_beside
 from ldm.images.metadata import INFOTEXT_KEYWORD, file_name
 from ldm.images.record import KEYWORD as RECORD_KEYWORD
 from ldm.images.record import FieldError
@@ -39,22 +39,36 @@ def read_job(path: str) -> Recipe:
     that holds no settings that are understood.
     """
     texts, size = read_texts(path, _KNOWN)
-    faults: list[str] = []
-    for name, read in _ways(texts, Origin(file_name(path), size)):
-        try:
-            recipe = read()
-        except FieldError as error:  # a damaged or forged record is not replaced by another text
-            raise InputError(f"{printable(path)}: {error}") from None
-        except InputError as error:
-            faults.append(f"its text `{name}` is not used: {error}" if name else str(error))
-        else:
-            if recipe is not None:
-                return replace(recipe, notes=(*faults, *recipe.notes))
+    origin = Origin(file_name(path), size)
+    try:
+        recipe, faults = _read(texts, origin)
+        if recipe is None and not faults:
+            name, texts = read_texts_beside(path)
+            recipe, faults = _read(texts, origin)
+            faults = [f"its settings are from {printable(name)}, beside it", *faults] if name else []
+    except FieldError as error:  # a damaged or forged record is not replaced by another text
+        raise InputError(f"{printable(path)}: {error}") from None
+    if recipe is not None:
+        return replace(recipe, notes=(*faults, *recipe.notes))
     reason = (
         "; ".join(faults)
         or "holds no generation settings; pictures lose them when they are edited or uploaded"
     )
     raise InputError(f"{printable(path)}: {reason}")
+
+
+def _read(texts: Mapping[str, str], origin: Origin) -> tuple[Recipe | None, list[str]]:
+    """What the first of these texts that can be read says, and what is wrong with those before it."""
+    faults: list[str] = []
+    for name, read in _ways(texts, origin):
+        try:
+            if recipe := read():
+                return recipe, faults
+        except FieldError:
+            raise
+        except InputError as error:
+            faults.append(f"its text `{name}` is not used: {error}" if name else str(error))
+    return None, faults
 
 
 def _ways(texts: Mapping[str, str], origin: Origin) -> Iterator[tuple[str, Callable[[], Recipe | None]]]:

@@ -37,6 +37,7 @@ _NOT_HERE = {
     "useembeddingsmodel": "embeddings", "embeddingmodels": "embeddings", "freeu": "FreeU", "variationseed":
     "variation seed", "refinerupscale": "upscaling", "upscaler": "upscaler", "controls": "controls", "sharpness":
     "sharpness", "adaptivecfg": "adaptive CFG", "v4prompt": "character prompts",
+    "perhapsstrength": "a strength, which counts only with an image to start from:",
 }  # fmt: skip
 _NONE = ("", "none", "false", "default", "automatic", "0")
 _SIZE = re.compile(r"\(?\s*([0-9]{1,5})\s*[x×*,]\s*([0-9]{1,5})\s*\)?")
@@ -102,8 +103,12 @@ def read(texts: Mapping[str, str], origin: Origin) -> Recipe | None:
         draft.note(f"schedule {schedule[:50]} is not supported; using the sampler's own")
     _choose_noise(content, program, draft)
     _choose_start(content, program, draft)
-    draft.model = file_name(_text(_found(content, _MODELS)))
-    draft.model_hash = _text(_found(content, _HASHES))
+    model = _found(content, _MODELS)
+    of_model = (
+        _folded(model) if isinstance(model, dict) else {"name": model, "hash": _found(content, _HASHES)}
+    )
+    draft.model = file_name(_text(_found(of_model, ("modelfilename", "name"))))
+    draft.model_hash = _text(of_model.get("hash"))
     hashes = {}
     for lora, weight, digest in _loras(content):
         draft.lora(lora, weight, weight)
@@ -222,20 +227,17 @@ def _loras(content: Content) -> Iterator[tuple[str, Any, str]]:
         pairs = re.findall(rf"<([^<>:]+):({_NUMBER})>", listed)
         listed = [list(pair) for pair in pairs] or [listed]
     entries = listed[:20] if isinstance(listed, list) else []
-    entries += [e for e in content.get("models") or [] if isinstance(e, dict) and e.get("type") == "LORA"][
-        :20
-    ]
+    models = content.get("models")
+    models = models if isinstance(models, list) else []
+    entries += [entry for entry in models[:20] if isinstance(entry, dict) and entry.get("type") == "LORA"]
     for i, entry in enumerate(entries):
         weight: object = weights[i] if isinstance(weights, list) and i < len(weights) else weights
         found = _lora(entry, 1.0 if weight is None or isinstance(weight, list) else weight)
         if found is not None and found[0].lower() not in _NONE:
             yield found
     for key, value in sorted(content.items()):
-        combined = (
-            re.fullmatch(rf"(.+) : ({_NUMBER})", value)
-            if key.startswith("loracombined") and isinstance(value, str)
-            else None
-        )
+        is_one = key.startswith("loracombined") and isinstance(value, str)
+        combined = re.fullmatch(rf"(.+) : ({_NUMBER})", value) if is_one else None
         if combined and not entries and combined[1] != "None":
             yield combined[1], float(combined[2]), ""
 

@@ -7,6 +7,7 @@ import json
 import re
 import struct
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -16,7 +17,7 @@ from PIL.PngImagePlugin import iTXt
 from ldm.images.metadata import INFOTEXT_KEYWORD, has_settings
 from ldm.images.record import KEYWORD as RECORD_KEYWORD
 from ldm.images.source import open_image, read_bytes, reading
-from ldm.util import InputError
+from ldm.util import InputError, read_side_file
 
 MAX_TEXT = 4_000_000  # characters; ComfyUI's graphs are the longest, some 100,000
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -35,6 +36,7 @@ _HOLDS_TEXTS = {
     "sd-metadata",
     "Comment",
 }  # an object of texts does
+_FIELD = re.compile(r"\n([A-Z][A-Za-z ]{2,30}): ?")
 _DECLARED = re.compile(rb"<!(?:DOCTYPE|ENTITY)", re.IGNORECASE)  # entities may grow without end
 _IN_XMP = ("UserComment", "description", "parameters")
 
@@ -73,6 +75,29 @@ def read_texts(path: str, known: Collection[str] = ()) -> tuple[dict[str, str], 
             if value := _text(exif.get(tag)):
                 texts.setdefault(keyword, value)
     return {key: text for key, text in texts.items() if len(text) <= MAX_TEXT}, image.size
+
+
+def read_texts_beside(path: str) -> tuple[str, dict[str, str]]:
+    """The name and the texts of a file beside an image, in which Easy Diffusion and the web UI keep its settings.
+
+    It has the image's name with the ending .json or .txt. Both are empty if there is none that holds settings.
+    """
+    for ending in (".json", ".txt"):
+        file = Path(path).with_suffix(ending)
+        with contextlib.suppress(InputError):
+            text = _text(read_side_file(file, MAX_TEXT)).replace("\r\n", "\n")
+            first, *fields = _FIELD.split(
+                f"\n{text}"
+            )  # a prompt without a name, then names and values by turns
+            table = dict(zip(fields[::2], map(str.strip, fields[1::2]), strict=True))
+            if table.keys() >= {"Seed", "Guidance Scale"}:
+                if first.strip():
+                    # the versions that write no name for the prompt write a strength in any case
+                    table |= {"Prompt": first.strip(), "Perhaps strength": table.pop("Prompt Strength", "")}
+                return file.name, table
+            if text.lstrip().startswith("{") or has_settings(text):
+                return file.name, {INFOTEXT_KEYWORD: text}
+    return "", {}
 
 
 def _chunks(image: Image.Image) -> dict[str, str]:

@@ -34,7 +34,7 @@ _HARMLESS = {
     ("Clip skip", "1"), ("ENSD", "0"), ("Emphasis", "Original"), ("Emphasis", "None"), ("Parser", "A1111"),
     ("Variation seed strength", "0"), ("FP8 weight", "Disable"), ("VAE Encoder", "Full"), ("VAE Decoder", "Full"),
     ("Mask mode", "Inpaint masked"), ("Schedule max sigma", "0"), ("Schedule min sigma", "0"), ("Schedule rho", "0"),
-    ("Diffusion in Low Bits", "Automatic"),
+    ("Diffusion in Low Bits", "Automatic"), ("Clip skip", "0"), ("Clip skip", "-1"),
 }  # fmt: skip
 _NOTHING = {"", "none", "false", "automatic", "use same sampler", "use same scheduler", "use same checkpoint",
             "use same choices", "0x0", "-1x-1"}  # fmt: skip
@@ -58,6 +58,13 @@ _SPELLINGS = {re.sub("[^a-z0-9]", "", name.lower()): name for name in (
     "Variation seed strength",
 }  # fmt: skip
 _SIZE = re.compile(r"\(?\s*([0-9]{1,5})\s*[x×*,]\s*([0-9]{1,5})\s*\)?")
+_NEGATIVE_FIRST = re.compile(r"(?im)^[^\S\n]*negative[ _]prompt:[^\S\n]*")
+_NEGATIVE_WITHIN = re.compile(r"(?i)[\s,.]negative[ _]prompt:\s*")
+_NEGATIVE_AFTER_STOP = re.compile(r"(?i)[,.]\s?negative[ _]prompt:\s*")
+_STEPS_FIRST = re.compile(r"(?im)^[^\S\n]*(?:\w[\w ]{1,20}:[^\n:]*[,|][^\S\n]*)*(?:sampling )?steps:")
+_STEPS_WITHIN = re.compile(r"(?i)[\s,.](?=steps: ?[0-9]+[,|])")
+_SETTING = re.compile(r"\b(?:Seed|Sampler|CFG scale|Size|Model):", re.IGNORECASE)
+_USED = re.compile(r"(?m)^(Used embeddings): ([^\"\n]+)$")  # a line of its own after the settings, unquoted
 _SCHEDULES = ("Karras", "Exponential", "Polyexponential", "SGM Uniform", "Uniform")
 _OWN_SCHEDULES = ("automatic", "uniform", "ddim", "ddim_uniform", "discrete", "")
 
@@ -88,14 +95,20 @@ def read(text: str, origin: Origin = UNKNOWN) -> Recipe:
 
 
 def _tidy(text: str) -> str:
-    """`text` with its ends of line and spaces at them as the web UI reads it."""
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").strip().split("\n")
-    return "\n".join(
-        re.sub(r"negative[ _]prompt:\s*", f"{NEGATIVE} ", line.strip(), count=1, flags=re.IGNORECASE)
-        if line.strip().lower().startswith(("negative prompt:", "negative_prompt:"))
-        else line.strip()
-        for line in lines
-    )
+    """`text` with its ends of line and spaces at them as the web UI reads it, and each part on lines of its own."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").strip()
+    within = None if _STEPS_FIRST.search(text) else _STEPS_WITHIN.search(text, text.rfind("\n") + 1)
+    if within and not _SETTING.search(text, text.rfind("\n") + 1, within.start()):
+        # some programs write all on one line, with or without a full stop between
+        prompts = _NEGATIVE_WITHIN.split(text[: within.start()], maxsplit=1)
+        text = "\n".join(
+            [f"\n{NEGATIVE} ".join(part.rstrip(" ,.") for part in prompts), text[within.end() :]]
+        )
+    elif not _NEGATIVE_FIRST.search(text):
+        prompt, *rest = _NEGATIVE_AFTER_STOP.split(text, maxsplit=1)
+        text = f"\n{NEGATIVE} ".join([prompt.rstrip(",.") if rest else prompt, *rest])
+    text = "\n".join(line.strip() for line in _NEGATIVE_FIRST.sub(f"{NEGATIVE} ", text).split("\n"))
+    return _USED.sub(lambda used: f"{used[1]}: {json.dumps(used[2])}", text)
 
 
 def _named(entries: Mapping[str, str]) -> dict[str, str]:
@@ -112,7 +125,8 @@ def _named(entries: Mapping[str, str]) -> dict[str, str]:
     for key in ("Seed", "Steps", "Size-1", "Size-2"):
         if re.fullmatch(r"-?[0-9]+\.0+", named.get(key, "")):
             named[key] = named[key].partition(".")[0]
-    named["Negative prompt"] = re.sub(f"(?m)^{NEGATIVE} ?", "", named["Negative prompt"])
+    named["Prompt"] = named["Prompt"].strip()
+    named["Negative prompt"] = re.sub(f"(?m)^{NEGATIVE} ?", "", named["Negative prompt"]).strip()
     return named
 
 
@@ -272,6 +286,8 @@ def _choose_start(entries: Mapping[str, str], strength: float, draft: Draft) -> 
         draft.note(f"its denoising strength is not given; using {_USUAL_STRENGTH}")
         strength = _USUAL_STRENGTH
     draft.start_from("", strength)
+    if not marks and not operations:
+        draft.note("only its denoising strength says so; some programs write one for text to image as well")
     if "inpaint" in operations or any(key in entries for key in _OF_A_MASK):
         draft.note("it repaints where a mask is white, and the mask is not in the file; give it with --mask")
 
@@ -319,7 +335,11 @@ def _find_files(entries: Mapping[str, str], draft: Draft) -> None:
     words |= {k[6:]: v for k, v in hashes.items() if k.startswith("embed:") and k[6:] not in words}
     draft.model_hash = draft.model_hash or hashes.get("model", "")
     asked = {file_name(name).lower() for name, *_ in draft.loras}
-    for name, weight in _listed(entries, "Lora weights").items():
+    weights = _listed(entries, "Lora weights")
+    numbers = [part.strip() for part in entries.get("Lora weights", "").split(",")]
+    if len(numbers) == len(loras) and all(map(_positive, numbers)):  # without names, as SwarmUI lists them
+        weights = dict(zip(loras, numbers, strict=True))
+    for name, weight in weights.items():
         if name.lower() not in asked:
             number = _number(weight)
             draft.lora(name, number, number)
@@ -333,6 +353,8 @@ def _find_files(entries: Mapping[str, str], draft: Draft) -> None:
             f":{name.lower()}:" in draft.values[prompt].lower() for prompt in ("prompt", "negative_prompt")
         ):
             draft.note(f"left out: the LoRA {name}, whose weight is not given")
+    for what in _of_civitai(entries, asked):
+        draft.note(f"left out: {what}, which Civitai's list of resources names")
     draft.hashes(loras, words)
     vae = entries.get("VAE", "")
     if vae.lower() not in _NOTHING:
@@ -371,6 +393,24 @@ def _of_additional_networks(entries: Mapping[str, str]) -> list[tuple[str, float
             weight = entries.get(f"AddNet Weight A {i}", entries.get(f"AddNet Weight {i}", "1"))
             on_text = entries.get(f"AddNet Weight B {i}", weight)
             found.append((model[1], _number(weight), _number(on_text), model[2] or ""))
+    return found
+
+
+def _of_civitai(entries: Mapping[str, str], asked: set[str]) -> list[str]:
+    """What Civitai's list of resources names besides checkpoints and the LoRAs that the prompt asks for."""
+    try:
+        listed: Any = json.loads(entries.get("Civitai resources", "[]"))
+    except (ValueError, RecursionError):
+        return ["what cannot be read"]
+    found = []
+    for entry in listed if isinstance(listed, list) else []:
+        if not isinstance(entry, dict):
+            continue
+        kind, weight = str(entry.get("type", "")).lower(), entry.get("weight")
+        name = str(entry.get("modelName") or f"version {entry.get('modelVersionId')}")
+        if kind not in ("checkpoint", "model", "vae", "") and name.lower() not in asked:
+            shown = next((word for word in ("lora", "locon", "embed", "hypernet") if word in kind), kind)
+            found.append(f"{shown} {name}{'' if weight is None else f' at {weight}'}"[:150])
     return found
 
 
