@@ -30,7 +30,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.guidance import Conditioning
-from ldm.models.diffusion.noise import NoiseSource, noise_source
+from ldm.models.diffusion.noise import NoiseSource, RunNoise, StreamPlace, noise_source
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.schedule import steps_to_run
@@ -225,9 +225,13 @@ class Pipeline:
         """How many pixels one latent value spans along each side."""
         return self.model.first_stage_model.downsampling
 
-    def noise(self, jobs: Sequence[Job]) -> NoiseSource:
-        """The noise of one batch of jobs; with seed mode "batch", keep the first batch's for the whole run."""
-        return noise_source(jobs[0].rng, jobs[0].seed_mode, _stream_seeds(jobs), self.device)
+    def noise(self, jobs: Sequence[Job], fixed_rows: int | None = None) -> NoiseSource:
+        """The noise of one batch of jobs; with seed mode "batch", keep the first batch's for the whole run.
+
+        Then `fixed_rows` lets all batches of a size, of at most so many images, start from the same noise.
+        """
+        source = noise_source(jobs[0].rng, jobs[0].seed_mode, _stream_seeds(jobs), self.device)
+        return source if jobs[0].seed_mode == "image" else RunNoise(source, fixed_rows)
 
     def _posterior_noise(self, jobs: Sequence[Job]) -> NoiseSource:
         """What latents are drawn with: CPU streams of their own, and equal ones for every batch of a run.
@@ -239,7 +243,17 @@ class Pipeline:
 
     def start_code(self, job: Job, count: int, noise: NoiseSource) -> Tensor:
         """The start noise of a batch of `count` jobs like this one [count, C, h, w], drawn from `noise`."""
-        return noise.draw((count, self.model.channels, job.height // self.factor, job.width // self.factor))
+        shape = (count, *self._latent_shape(job))
+        return noise.start(shape) if isinstance(noise, RunNoise) else noise.draw(shape)
+
+    def enter(self, job: Job, place: StreamPlace) -> tuple[NoiseSource, Tensor]:
+        """The noise of a job's run at the place of its image, and the start noise of that for all of its batch."""
+        noise = self.noise([job])
+        assert isinstance(noise, RunNoise)
+        return noise, noise.enter(place, self._latent_shape(job)).expand(place.size, -1, -1, -1)
+
+    def _latent_shape(self, job: Job) -> tuple[int, int, int]:
+        return self.model.channels, job.height // self.factor, job.width // self.factor
 
     def make(
         self,
@@ -270,12 +284,43 @@ class Pipeline:
         if self.loras.apply(job.loras):
             self._encode_prompt.cache_clear()
             self._encode_negative.cache_clear()
-        noise = self.noise(jobs) if noise is None else noise
-        code = self.start_code(job, len(jobs), noise) if start_code is None else start_code
-        if len(lengths := dict.fromkeys(map(self._count_chunks, jobs))) > 1:
-            return self._begin_by_length(
-                jobs, lengths, noise if job.seed_mode == "batch" else None, code, on_step
+        source = self.noise(jobs) if noise is None else noise
+        code = self.start_code(job, len(jobs), source) if start_code is None else start_code
+        groups = self._by_length(jobs)
+        made: dict[int, Pending] = {}
+        for places in groups:
+            alike = [jobs[i] for i in places]
+            if len(groups) > 1 and job.seed_mode == "image":  # each image has a stream of its own
+                source = self.noise(alike)
+                start = self.start_code(job, len(alike), source) if start_code is None else code[places]
+            else:
+                start = code[places] if len(groups) > 1 else code
+            last = len(made) + len(places) == len(jobs)  # the steps are counted once
+            made |= zip(
+                places,
+                self._begin_alike(alike, places, source, start, on_step if last else None),
+                strict=True,
             )
+        return [made[i] for i in range(len(jobs))]
+
+    def _by_length(self, jobs: Sequence[Job]) -> list[list[int]]:
+        """The jobs of a batch by their places: prompts that are read in as many chunks are made together."""
+        groups: dict[int | None, list[int]] = {}
+        for place, length in enumerate(map(self._count_chunks, jobs)):
+            groups.setdefault(length, []).append(place)
+        return list(groups.values())
+
+    def _begin_alike(
+        self,
+        jobs: Sequence[Job],
+        rows: Sequence[int],
+        noise: NoiseSource,
+        code: Tensor,
+        on_step: Callable[[int], object] | None,
+    ) -> list[Pending]:
+        """`begin` for prompts of one length, which have these rows in the start noise of their batch."""
+        job = jobs[0]
+        places = _place_notes(rows, noise)
         posterior = self._posterior_noise(jobs)
         hidden = self._hidden(jobs, job.init, (job.height, job.width), posterior)
         origin = self._origin(jobs, posterior)
@@ -285,10 +330,11 @@ class Pipeline:
             code = noise.draw(origin.latents.shape)
             hidden = self._hidden(jobs, None, job.upscaled_size, posterior)
             latents = self._denoise(jobs, origin, job.upscale_strength, code, hidden, noise, on_step)
-        frames = [self._frame(job) for job in jobs]
         return [
-            Pending(job, latent[None], self._decode(latent[None]), self._notes(job), frame)
-            for job, latent, frame in zip(jobs, latents, frames, strict=True)
+            Pending(job, latent[None], self._decode(latent[None]), {**self._notes(job), **place}, frame)
+            for job, latent, place, frame in zip(
+                jobs, latents, places, [self._frame(job) for job in jobs], strict=True
+            )
         ]
 
     @torch.inference_mode()
@@ -296,37 +342,21 @@ class Pipeline:
         """The second part of `make`: waits for the pictures. Another thread may do it, beside `begin`."""
         return [self._picture(picture) for picture in pending]
 
-    def _begin_by_length(
-        self,
-        jobs: Sequence[Job],
-        lengths: Iterable[int | None],
-        noise: NoiseSource | None,
-        code: Tensor,
-        on_step: Callable[[int], object] | None,
-    ) -> list[Pending]:
-        """`begin` for prompts of different lengths: what is read in as many chunks is a batch of its own."""
-        made: dict[int, Pending] = {}
-        for length in lengths:
-            places = [i for i, job in enumerate(jobs) if self._count_chunks(job) == length]
-            last = len(made) + len(places) == len(jobs)  # the steps are told once
-            alike = [jobs[i] for i in places]
-            source, start = (noise, code[places]) if noise else (None, None)
-            made |= zip(places, self.begin(alike, source, start, on_step if last else None), strict=True)
-        return [made[i] for i in range(len(jobs))]
-
     @torch.inference_mode()
-    def skip(self, jobs: Sequence[Job], noise: NoiseSource, start_code: Tensor | None = None) -> None:
+    def skip(self, jobs: Sequence[Job], noise: NoiseSource) -> None:
         """Leaves `noise` as `make` with the same arguments would leave it, and makes nothing."""
         job, passed = jobs[0], _Passed(noise)
-        if start_code is None:
-            self.start_code(job, len(jobs), passed)
-        lengths = list(map(self._count_chunks, jobs))
-        for length in dict.fromkeys(lengths):
-            count = lengths.count(length)
+        shape = (len(jobs), *self._latent_shape(job))
+        if isinstance(noise, RunNoise):
+            noise.skip_start(shape)
+        else:
+            noise.skip(shape)
+        for places in self._by_length(jobs):
+            count = len(places)
             self._skip_steps(job, count, (job.height, job.width), job.init, job.strength, passed)
             if job.upscale > 1:
                 height, width = job.upscaled_size
-                self.start_code(replace(job, height=height, width=width), count, passed)
+                noise.skip((count, *self._latent_shape(replace(job, height=height, width=width))))
                 self._skip_steps(job, count, (height, width), None, job.upscale_strength, passed, again=True)
 
     def _skip_steps(
@@ -575,6 +605,12 @@ class Pipeline:
             widths, available = self.model.first_stage_model.widths, available_memory(self.device)
             self.tile_sides[size] = choose_tile(self.tiles, widths, self.factor, size, available)
         return self.tile_sides[size]
+
+
+def _place_notes(rows: Sequence[int], noise: NoiseSource) -> list[dict[str, str]]:
+    """What the records of a batch say of the place of each image in the stream of its run."""
+    places = noise.places(rows) if isinstance(noise, RunNoise) else []
+    return [{"Stream": str(place)} for place in places] or [{} for _ in rows]
 
 
 def _stream_seeds(jobs: Sequence[Job]) -> list[int]:

@@ -310,6 +310,72 @@ def test_a_stream_of_a_run(made: Callable[..., list[Path]]) -> None:
     assert not same(samples[2], samples[0])
 
 
+LINES = {
+    "lists": "a red cube\na blue ball\na green cone",
+    "sizes": "a red cube --width 64\na blue ball --width 96\na green cone --width 64",
+    "steps": "a red cube --steps 3\na blue ball\na green cone --steps 1",
+    "lengths": "a red cube\na BREAK blue ball\na green cone\na BREAK red BREAK cone",
+}
+
+
+@pytest.mark.parametrize(
+    ("lines", "options"),
+    [
+        ("lists", ["--n_samples", "2", "--n_iter", "2"]),
+        ("lists", ["--n_samples", "2", "--rng", "cpu", "--ddim_eta", "0.5", "--upscale", "1.5"]),
+        ("sizes", ["--n_samples", "2", "--n_iter", "2", "--fixed_code"]),
+        ("steps", ["--n_samples", "3", "--rng", "cpu"]),
+        ("lengths", ["--n_samples", "4", "--prompt_syntax", "a1111", "--rng", "cpu", "--ddim_eta", "1"]),
+    ],
+)
+def test_every_image_of_a_stream_comes_back(
+    lines: str, options: list[str], made: Callable[..., list[Path]], capsys
+) -> None:
+    Path("list.txt").write_text(LINES[lines])
+    typed = ["--from-file", "list.txt", "--n_iter", "1", "--seed_mode", "batch", "--W", "64", "--H", "64"]
+    samples = list(map(str, made(scripts.txt2img, *typed, *options)))
+    capsys.readouterr()
+    assert scripts.replay.main([*samples, "--verify", "--quiet", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count("identical") == len(samples)
+    again = [read_job(f"outputs/replay/{Path(sample).name}") for sample in samples]
+    assert again == list(map(read_job, samples))
+
+
+def test_images_of_a_stream_that_start_from_images_come_back(made: Callable[..., list[Path]], capsys) -> None:
+    for i in range(2):
+        Image.fromarray(image_at(i, "fresh")[:64, : 64 + 32 * i]).save(f"scene{i}.png")
+        Image.fromarray(np.tile(np.array([0, 255], np.uint8).repeat(32 + 16 * i), (64, 1))).save(
+            f"scene{i}_mask.png"
+        )
+    Path("list.txt").write_text(LINES["lists"])
+    typed = ["--indir", ".", "--from-file", "list.txt", "--seed_mode", "batch", "--ddim_eta", "0.5"]
+    samples = list(map(str, made(scripts.inpaint, *typed, "--n_samples", "2", "--rng", "cpu")))
+    capsys.readouterr()
+    given = ["--init-img", ".", "--mask", "."]
+    assert scripts.replay.main([*samples, "--verify", "--quiet", "--device", "cpu", *given]) == 0
+    assert len(samples) == 6 and capsys.readouterr().out.count("identical") == 6
+
+
+def test_where_a_stream_is_not_known_it_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    old = {"seed_mode": "batch", "batch_index": 1}
+    typed = ["--device", "cpu"]
+    assert scripts.replay.main([forged("a.png", {"Batch size": "2"}, **old), *typed]) == 0
+    assert "does not say what its run drew before it" in capsys.readouterr().err
+    assert scripts.replay.main(["a.png", "--show"]) == 0
+    assert "does not say what its run drew before it" in capsys.readouterr().out
+    for stream in (
+        "nonsense",
+        "after 9x9*999999999999 row 0 of 1 after - entry 0 of 1",
+        "after - row 1 of 1 after - entry 0 of 1",
+    ):
+        assert scripts.replay.main([forged("a.png", {"Stream": stream}, **old), *typed]) == 2
+        assert "its place in the noise of its run cannot be used" in capsys.readouterr().err
+    held = {"Stream": "after 2x4x8x8*3 row 1 of 2 after - entry 1 of 2"}
+    assert scripts.replay.main([forged("a.png", held, **old), *typed, "--n_samples", "1"]) == 2
+    assert "--n_samples does not go with an image of --seed_mode batch" in capsys.readouterr().err
+
+
 def test_pictures_to_start_from_lie_beside_or_are_given(made: Callable[..., list[Path]], capsys) -> None:
     Image.fromarray(image_at(3, "fresh")).save("scene.png")
     Image.fromarray(np.tile(np.array([0, 255], np.uint8).repeat(32), (64, 1))).save("mask.png")

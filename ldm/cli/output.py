@@ -266,7 +266,7 @@ class Output:
             if verdict.pixels is None:
                 self._report_not_finite(picture.job)
             else:
-                notes = {**picture.notes, **_batch_notes(picture.job, entry, len(pictures))}
+                notes = {**_batch_notes(picture.job, entry, len(pictures)), **picture.notes}
                 self._write(index, picture, verdict.pixels, {**notes, "Safety": verdict.word})
 
     def _report_not_finite(self, job: Job) -> None:
@@ -322,8 +322,8 @@ class Output:
 
 
 def _batch_notes(job: Job, entry: int, size: int) -> dict[str, str]:
-    """The size of the batch that a picture was made in and its place there: the last bits depend on both."""
-    if job.seed_mode == "batch":  # its index says the place, and the run the size
+    """The size of the batch that an image was made in and its place there: the last bits depend on both."""
+    if job.seed_mode == "batch":  # the pipeline says where in the run's stream it is
         return {}
     return {"Batch size": str(size), "Batch pos": str(entry)} if size > 1 else {"Batch size": "1"}
 

@@ -22,6 +22,7 @@ from ldm.util import InputError, printable
 
 if TYPE_CHECKING:
     from ldm.images.canvas import Canvas
+    from ldm.models.diffusion.noise import StreamPlace
 
 logger = logging.getLogger("ldm")
 
@@ -73,6 +74,8 @@ class Plan(Sequence[Job]):
     seed of the run + i unless its line or the sweep says another.
     Raises InputError, with all faults of the lines, for jobs that cannot be made.
     """
+
+    stream: StreamPlace | None = None
 
     def __init__(
         self,
@@ -286,10 +289,19 @@ class Plan(Sequence[Job]):
 
 
 class GivenJobs(Plan):
-    """A plan of jobs that are known already, in batches of `size`; only the last batch is made."""
+    """A plan of jobs that are known already, in batches of `size`; only the last batch is made.
 
-    def __init__(self, jobs: Sequence[Job], size: int, canvases: Callable[[Init], Canvas]) -> None:
-        self._jobs, self._size, self.canvases = jobs, size, canvases
+    With `stream` its noise is that of an image at this place in the stream of another run.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        size: int,
+        canvases: Callable[[Init], Canvas],
+        stream: StreamPlace | None = None,
+    ) -> None:
+        self._jobs, self._size, self.canvases, self.stream = jobs, size, canvases, stream
         self.wishes, self.combinations = Wishes(Faults(), [], None), [{}]
 
     def __len__(self) -> int:

@@ -36,7 +36,7 @@ from ldm.cli.replay import (
     texts_of,
 )
 from ldm.cli.report import outcome
-from ldm.cli.run import run
+from ldm.cli.run import Planner, run
 from ldm.fields import check_fields
 from ldm.job import Job, lora_name, split_loras
 from ldm.util import InputError, printable, temporary_folder
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from ldm.checkpoints.lora_files import LoraFiles
     from ldm.images.foreign import Recipe
+    from ldm.models.diffusion.noise import StreamPlace
 
 logger = logging.getLogger("ldm")
 
@@ -154,7 +155,7 @@ def _show(file: Path, recipe: Recipe, typed: Mapping[str, Any], as_json: bool) -
     line = command(recipe, changes)
     samples, sample = count(recipe, changes), place(recipe, changes)
     watermark = _watermark(file, script)
-    notes = [*_batch_notes(recipe, changes), *recipe.notes]
+    notes = [*_batch_notes(recipe, changes), *_command_notes(recipe), *recipe.notes]
     if as_json:
         fields = {
             "file": str(file),
@@ -174,6 +175,16 @@ def _show(file: Path, recipe: Recipe, typed: Mapping[str, Any], as_json: bool) -
     return 0
 
 
+def _command_notes(recipe: Recipe) -> list[str]:
+    """Where the command alone may not make the same image."""
+    if recipe.job.seed_mode == "image" or "Stream" not in recipe.extras:
+        return _stream_notes(recipe)
+    return [
+        "its noise is a part of the one stream of its run: the command makes the same image only if all images of "
+        "the run had its size and settings and came in full batches; replay.py does from the file"
+    ]
+
+
 def _maker(recipe: Recipe) -> str:
     if recipe.source != "ldm":
         return recipe.source
@@ -187,6 +198,28 @@ def _batch_notes(recipe: Recipe, changes: Mapping[str, Any]) -> list[str]:
     if size <= MAX_BATCH or "n_samples" in changes:
         return []
     return [f"its file asks for a batch of {size}; it is made alone, so the last bits can differ"]
+
+
+def _stream_notes(recipe: Recipe) -> list[str]:
+    """What is not known of the run whose one stream of noise an image took part in."""
+    if recipe.job.seed_mode == "image" or recipe.source != "ldm" or "Stream" in recipe.extras:
+        return []
+    return [
+        "its file does not say what its run drew before it from the one stream of --seed_mode batch; it is the "
+        "same image only if all images of the run had its size and settings and came in full batches"
+    ]
+
+
+def _place_in_stream(recipe: Recipe) -> StreamPlace | None:
+    """Where in the stream of its run an image got its noise, if that counts and its file says it."""
+    if recipe.job.seed_mode == "image" or "Stream" not in recipe.extras:
+        return None
+    from ldm.models.diffusion.noise import StreamPlace
+
+    try:
+        return StreamPlace.parse(recipe.extras["Stream"])
+    except ValueError as error:
+        raise InputError(f"its place in the noise of its run cannot be used: {error}") from None
 
 
 def _watermark(file: Path, script: str) -> dict[str, object]:
@@ -219,21 +252,27 @@ def _make(
     """Makes the image of a file again, and compares the two if that was asked for."""
     located = locate(recipe, file.parent, typed)
     need(not located.missing, "; ".join(located.missing))
-    for note in located.notes + _batch_notes(recipe, typed):
+    for note in located.notes + _batch_notes(recipe, typed) + _stream_notes(recipe):
         logger.warning("%s: %s", printable(file), note)
     for note in recipe.notes if recipe.source != "ldm" else ():
         logger.info("%s: %s", printable(file), note)
-    job = _job(recipe, {**typed, **located.changes})
-    jobs, size = _batches(replace(recipe, job=job), typed)
+    recipe = replace(recipe, job=_job(recipe, {**typed, **located.changes}))
+    job, stream = recipe.job, _place_in_stream(recipe)
+    need(
+        stream is None or "n_samples" not in typed,
+        "--n_samples does not go with an image of --seed_mode batch, whose noise depends on its batch",
+    )
+    jobs, wanted = _jobs(recipe, typed) if stream is None else ([job] * stream.size, stream.entry)
     run_opt = argparse.Namespace(
         **{**usual, **of_the_run(recipe), **typed, **located.changes, **_of_replay(opt, job)}
     )
-    run_opt.n_iter, run_opt.n_samples = 1, size
+    run_opt.n_iter, run_opt.n_samples = 1, batch_size(recipe, typed)
     rewritten = not typed.keys().isdisjoint(("prompt", "negative_prompt"))
     # else an image of this toolkit has said which textual inversions its words are
     if not (rewritten or (recipe.source != "ldm" and not run_opt.embedding)):
         run_opt.embedding_dir = None
-    made = _run_aside(run_opt, jobs, kept, Path(opt.outdir), place(recipe, typed), file.stem)
+    planner = partial(_planner, jobs, stream)
+    made = _run_aside(run_opt, planner, kept, Path(opt.outdir), wanted, file.stem)
     if not isinstance(made, Path):
         return made
     logger.info("%s: made again as %s", printable(file), printable(made))
@@ -254,10 +293,10 @@ def _job(recipe: Recipe, options: Mapping[str, Any]) -> Job:
     return job
 
 
-def _batches(recipe: Recipe, typed: Mapping[str, Any]) -> tuple[list[Job], int]:
-    """The jobs up to the recipe's, which are all the same, and how many are a batch.
+def _jobs(recipe: Recipe, typed: Mapping[str, Any]) -> tuple[list[Job], int]:
+    """The jobs up to the recipe's, which are all the same, and which of them is the recipe's.
 
-    What else is in a batch changes nothing of an image, and in the stream of a run nothing but how far it goes.
+    What else is in a batch changes nothing of an image.
     """
     wanted = place(recipe, typed)
     need(
@@ -267,7 +306,7 @@ def _batches(recipe: Recipe, typed: Mapping[str, Any]) -> tuple[list[Job], int]:
     jobs = [recipe.job] * count(recipe, typed)
     if recipe.job.seed_mode == "batch":
         jobs = [replace(job, batch_index=i) for i, job in enumerate(jobs)]
-    return jobs, len(jobs) if recipe.job.seed_mode == "image" else batch_size(recipe, typed)
+    return jobs, wanted
 
 
 def _of_replay(opt: argparse.Namespace, job: Job) -> dict[str, Any]:
@@ -278,7 +317,11 @@ def _of_replay(opt: argparse.Namespace, job: Job) -> dict[str, Any]:
 
 
 def _planner(
-    jobs: list[Job], opt: argparse.Namespace, config: Mapping[str, Any], find_lora: LoraFiles
+    jobs: list[Job],
+    stream: StreamPlace | None,
+    opt: argparse.Namespace,
+    config: Mapping[str, Any],
+    find_lora: LoraFiles,
 ) -> GivenJobs:
     """The plan of jobs, in the size of the image that they start from."""
     canvases = Canvases(mask_needed=opt.inpaint)
@@ -287,17 +330,17 @@ def _planner(
         height, width, _ = canvases(init).pixels.shape
         jobs = [replace(job, width=width, height=height) for job in jobs]
     check_job(jobs[0], config, find_lora)
-    return GivenJobs(jobs, opt.n_samples, canvases)
+    return GivenJobs(jobs, opt.n_samples if stream is None else len(jobs), canvases, stream)
 
 
 def _run_aside(
-    opt: argparse.Namespace, jobs: list[Job], kept: KeptModel, folder: Path, wanted: int, stem: str
+    opt: argparse.Namespace, planner: Planner, kept: KeptModel, folder: Path, wanted: int, stem: str
 ) -> Path | int:
     """Runs in a hidden folder and keeps one sample, as a new file of `folder`: its path, or the run's exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     with temporary_folder(".replay-", folder) as hidden:
         opt.outdir = str(hidden)
-        code = run(opt, kept, partial(_planner, jobs), name_files=False)
+        code = run(opt, kept, planner, name_files=False)
         return code or _keep(hidden / "samples" / f"{wanted:05d}.png", folder, stem)
 
 

@@ -102,23 +102,19 @@ def generate(
 
     In seed mode "batch" one stream of noise serves all.
     """
-    noise = None
-    codes: dict[tuple[int, int], Tensor] = {}  # by size
+    noise = code = None
     wanted = {batch[0] for batch in batches}
     for indices in plan.batches() if opt.seed_mode == "batch" else batches:
         if stopped():
             return
         jobs = [plan[i] for i in indices]
-        code, size = None, (jobs[0].width, jobs[0].height)
-        if opt.seed_mode == "batch":
-            noise = noise or pipeline.noise(jobs)
-            if opt.fixed_code and size not in codes:
-                codes[size] = pipeline.start_code(jobs[0], opt.n_samples, noise)
-            code = codes[size][: len(jobs)] if opt.fixed_code else None
+        if plan.stream is not None:
+            noise, code = pipeline.enter(jobs[0], plan.stream)
+        elif opt.seed_mode == "batch":
+            noise = noise or pipeline.noise(jobs, opt.n_samples if opt.fixed_code else None)
             if indices[0] not in wanted:
-                pipeline.skip(jobs, noise, code)
+                pipeline.skip(jobs, noise)
                 continue
-
         yield from halves.make(indices, jobs[0], partial(_begin, pipeline, plan, progress, noise, code))
 
 

@@ -1,7 +1,9 @@
 """Noise sources against a scalar Philox written here, published vectors and torch's generators."""
 
+import dataclasses
 import math
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import torch
 from ldm.models.diffusion.noise import (
     PerImageNoise,
     PhiloxNoise,
+    RunNoise,
+    StreamPlace,
     TorchNoise,
     blocks_per_thread,
     noise_source,
@@ -207,3 +211,23 @@ def test_equals_the_gpu_itself():
         expected = torch.randn(size, generator=generator, device="cuda").cpu()
         # The GPU's sine is good to about 5e-7, times a radius of at most 6.7.
         torch.testing.assert_close(ours.draw((size,)), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rng", ["philox", "cpu", "numpy"])
+@pytest.mark.parametrize("fixed", [None, 3])
+def test_a_place_in_the_stream_of_a_run_is_found_by_its_text(rng, fixed):
+    one = (4, 8, 8)
+    run = RunNoise(noise_source(rng, "batch", [7], "cpu"), fixed)
+    run.skip_start((2, 4, 4, 4))
+    run.draw((1, *one))
+    start = run.start((2, *one))
+    run.skip((2, 4, 4, 4))
+    text = next(str(place) for place in run.places([1, 0]))
+    place = StreamPlace.parse(text)
+    assert str(place) == text and (place.row, place.size, place.entry) == (1, 2, 0)
+    again = RunNoise(noise_source(rng, "batch", [7], "cpu"))
+    assert torch.equal(again.enter(place, one), start[1:])
+    assert torch.equal(again.draw((2, *one)), run.draw((2, *one)))
+    assert again.places([1]) == [
+        dataclasses.replace(place, size=1, since_start=place.since_start + Counter([(2, *one)]))
+    ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +21,9 @@ UNROLL = 4  # normal numbers that one thread makes from one Philox block
 
 Words = npt.NDArray[np.uint64]  # 32-bit words, kept in 64 bits so that products are whole
 _32, _WORD = np.uint64(32), np.uint64(0xFFFFFFFF)
+
+
+Draws = Counter[tuple[int, ...]]  # how often each shape was drawn
 
 
 class NoiseSource(Protocol):
@@ -104,6 +110,140 @@ class PerImageNoise:
         if shape[0] != len(self.sources):
             raise ValueError(f"{len(self.sources)} noise streams, one an image, for a batch of {shape[0]}")
         return (1, *shape[1:])
+
+
+class RunNoise:
+    """The one stream of a run in seed mode "batch", which knows how far it is.
+
+    With `fixed_rows` all batches of a size start from the same noise, drawn once for so many images.
+    """
+
+    def __init__(self, source: NoiseSource, fixed_rows: int | None = None) -> None:
+        self._source, self._fixed_rows = source, fixed_rows
+        self._drawn: Draws = Counter()
+        self._codes: dict[tuple[int, ...], tuple[Tensor, _Code]] = {}
+        self._code: _Code | None = None
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        self._drawn[tuple(shape)] += 1
+        return self._source.draw(shape)
+
+    def skip(self, shape: Sequence[int]) -> None:
+        self._drawn[tuple(shape)] += 1
+        self._source.skip(shape)
+
+    def start(self, shape: Sequence[int]) -> Tensor:
+        """The noise that a batch of `shape` starts from."""
+        if self._fixed_rows is None:
+            self._code = _Code(Counter(self._drawn), tuple(shape))
+            return self.draw(shape)
+        one = tuple(shape[1:])
+        if one not in self._codes:
+            whole = (self._fixed_rows, *one)
+            code = _Code(Counter(self._drawn), whole)
+            self._codes[one] = self.draw(whole), code
+        latents, self._code = self._codes[one]
+        return latents[: shape[0]]
+
+    def skip_start(self, shape: Sequence[int]) -> None:
+        """Leaves the stream as `start` would."""
+        if self._fixed_rows is None:
+            self.skip(shape)
+        else:
+            self.start(shape)
+
+    def enter(self, place: StreamPlace, shape: Sequence[int]) -> Tensor:
+        """Goes to the place of an image, and gives the noise [1, ...] that it starts from; one has `shape`."""
+        self._pass(place.before_start)
+        code = _Code(Counter(self._drawn), (place.rows, *shape), place.row)
+        start = self.draw(code.shape)[place.row : place.row + 1]
+        self._code = code
+        self._pass(place.since_start)
+        return start
+
+    def places(self, rows: Sequence[int]) -> list[StreamPlace]:
+        """Where the images of a batch are that is about to be denoised; in its start noise they have these rows."""
+        code = self._code
+        if code is None:
+            return []
+        since = self._drawn - code.drawn_before - Counter([code.shape])
+        chosen = rows if code.row is None else [code.row] * len(rows)
+        return [
+            StreamPlace(code.drawn_before, code.shape[0], row, since, len(rows), entry)
+            for entry, row in enumerate(chosen)
+        ]
+
+    def _pass(self, draws: Draws) -> None:
+        for shape, times in draws.items():
+            for _ in range(times):
+                self.skip(shape)
+
+
+class _Code(NamedTuple):
+    """What was drawn before some start noise, the shape of that, and which row counts if only one does."""
+
+    drawn_before: Draws
+    shape: tuple[int, ...]
+    row: int | None = None
+
+
+_DRAWS = r"-|[0-9]+(?:x[0-9]+)*\*[0-9]+(?: [0-9]+(?:x[0-9]+)*\*[0-9]+)*"
+_PLACE = re.compile(rf"after ({_DRAWS}) row ([0-9]+) of ([0-9]+) after ({_DRAWS}) entry ([0-9]+) of ([0-9]+)")
+MAX_ROWS = 1_000  # images of one draw
+MAX_DRAW = 2**28  # numbers of one draw
+MAX_DRAWN = 2 * 10**10  # numbers that are drawn before one image: minutes with torch's own generators
+
+
+@dataclass(frozen=True)
+class StreamPlace:
+    """Where in the stream of its run an image got its noise; as a text, what its file says.
+
+    Its start noise is `row` of a draw for `rows` images, after `before_start`. Its batch of `size` images, of which
+    it is number `entry`, was denoised after the further draws `since_start`. Draws are counted by their shape: where
+    in a stream one is depends on how many of which shape there were before, not on their order.
+    """
+
+    before_start: Draws
+    rows: int
+    row: int
+    since_start: Draws
+    size: int
+    entry: int
+
+    def __str__(self) -> str:
+        return (
+            f"after {_draws_text(self.before_start)} row {self.row} of {self.rows} "
+            f"after {_draws_text(self.since_start)} entry {self.entry} of {self.size}"
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> StreamPlace:
+        """The place that a text says. Raises ValueError for any other text, and for more than can be drawn again."""
+        match = _PLACE.fullmatch(text)
+        if match is None:
+            raise ValueError("it is not a place in a stream of noise")
+        row, rows, entry, size = (int(match[i][:9]) for i in (2, 3, 5, 6))
+        before, since = _read_draws(match[1]), _read_draws(match[4])
+        if not (row < rows <= MAX_ROWS and entry < size <= MAX_ROWS):
+            raise ValueError(f"it is of a batch of more than {MAX_ROWS} images, or not in it")
+        draws = [*before.items(), *since.items()]
+        if any(prod(shape) > MAX_DRAW for shape, _ in draws) or (
+            sum(prod(shape) * times for shape, times in draws) > MAX_DRAWN
+        ):
+            raise ValueError(f"it comes after more than {MAX_DRAWN:.0e} numbers, too many to draw them again")
+        return cls(before, rows, row, since, size, entry)
+
+
+def _draws_text(draws: Draws) -> str:
+    return " ".join(f"{'x'.join(map(str, shape))}*{times}" for shape, times in draws.items()) or "-"
+
+
+def _read_draws(text: str) -> Draws:
+    draws: Draws = Counter()
+    for part in text.split() if text != "-" else []:
+        shape, times = part.split("*")
+        draws[tuple(int(side[:9]) for side in shape.split("x"))] += int(times[:12])
+    return draws
 
 
 class RepeatedNoise:
