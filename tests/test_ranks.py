@@ -188,6 +188,7 @@ def test_devices_are_counted_and_standard_input_reaches_all(whole, tmp_path):
         "gallery.html", "grid-0000.png", *(f"samples/{i:05}.png" for i in range(3)),
     ]  # fmt: skip
     assert errors.count("no Stable Diffusion weights") == 1
+    assert all(errors.count(f"{folder}/samples/{i:05}.png, seed {42 + i}\n") == 1 for i in range(3))
 
 
 def test_ctrl_c_stops_all_behind_their_batches(tmp_path):

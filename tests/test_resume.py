@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import scripts.txt2img as txt2img
+from ldm.checkpoints.lora_files import settings_file
 from ldm.cli import claim
 from ldm.cli.options import BUNDLED_CKPT, BUNDLED_CONFIG
 from ldm.images.grid import _Page
@@ -441,6 +442,14 @@ def test_another_class_of_a_foreign_package_is_another_run(tmp_path, monkeypatch
     (tmp_path / file).write_text("class Mine:\n    word = 1\n")
     after = claim._foreign_classes(config)
     assert (list(before), list(after), before != after) == (["my_encoder"], ["my_encoder"], True)
+
+
+def test_the_settings_of_a_lora_of_peft_are_part_of_it(tmp_path):
+    weights, settings = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    assert settings_file(weights) is None
+    settings.write_text("{}")
+    assert settings_file(weights) == settings
+    assert settings_file(tmp_path / "ink.safetensors") is None
 
 
 def test_a_safety_model_that_came_meanwhile_is_refused(tmp_path, monkeypatch, capsys):

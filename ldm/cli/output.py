@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ldm.cli.inputs import need
+from ldm.cli.report import OF_EACH
 from ldm.job import Job
 from ldm.util import InputError, open_regular, printable
 
@@ -317,7 +318,7 @@ class Output:
             seconds=round(seconds, 3),
         )  # fmt: skip
         if self._name_files:
-            logger.info("%s, seed %d", printable(path), job.seed)
+            logger.log(OF_EACH, "%s, seed %d", printable(path), job.seed)
         return True
 
 

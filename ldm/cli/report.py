@@ -54,6 +54,7 @@ class Interrupts:
         logger.warning("stopping after this batch; press Ctrl-C again to stop now")
 
 
+OF_EACH = 25  # the level of what each of several processes has to say for itself
 NEWS_SECONDS = 30  # between lines where no terminal shows a bar
 EVENT_SECONDS = 1  # between events that count steps
 
@@ -189,15 +190,15 @@ class _Lines(logging.Formatter):
 
 
 def name_process(rank: int, world: int, quiet: bool, debug: bool) -> None:
-    """Puts its number in front of what one of several processes says."""
+    """Puts its number in front of what one of several processes says; only the first says what all would say."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _Stderr):
             handler.setFormatter(_Lines(f"process {rank} of {world}: "))
-    _set_level(quiet, debug)
+    _set_level(quiet, debug, OF_EACH if rank else logging.INFO)
 
 
-def _set_level(quiet: bool, debug: bool) -> None:
-    logger.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
+def _set_level(quiet: bool, debug: bool, usual: int = logging.INFO) -> None:
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else usual)
 
 
 class _Stderr(logging.Handler):

@@ -140,7 +140,7 @@ def _run(
         return code
     here = ranks.join(opt, device)
     if here.world > 1:
-        name_process(here.rank, here.world, opt.quiet or here.rank > 0, opt.debug)
+        name_process(here.rank, here.world, opt.quiet, opt.debug)
         events.about["process"] = here.rank
     source = source_of(here)
     _tell_steps(plan[0])
