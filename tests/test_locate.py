@@ -238,7 +238,7 @@ def test_without_the_checkpoint_the_usual_one_is_taken_with_a_note() -> None:
     written("models/ldm/other/model.ckpt", b"other")
     for recipe, what in ((made_with("photo", "0" * 10), "photo [0000000000]"), (made_with("photo"), "photo")):
         located = locate(recipe, HERE, {})
-        assert located.notes == [f"its model {what} is not below models/ldm; the usual one is taken"]
+        assert located.notes == [f"its model {what} is not below models/ldm; using the default one"]
         assert (located.changes, located.missing) == ({}, [])
 
 
@@ -271,7 +271,7 @@ WRONG = "0123456789"
     ("model", "given", "words"),
     [
         ("shapes", [], "shapes/model.ckpt has that name, but another hash"),
-        ("photo", [], "is not below models/ldm; the usual one is taken"),
+        ("photo", [], "is not below models/ldm; using the default one"),
         (
             "photo",
             ["--ckpt", "mine.ckpt", "--config", "configs/shapes/shapes-inference.yaml"],

@@ -86,7 +86,7 @@ def _locate_checkpoint(recipe: Recipe, given: Mapping[str, object], located: Loc
         return
     path, same = choose(lora_name(recipe.model), digest, list(_checkpoints()), _checkpoint_hash)
     if path is None:
-        located.notes.append(f"its model {what} is not below {_CHECKPOINTS}; the usual one is taken")
+        located.notes.append(f"its model {what} is not below {_CHECKPOINTS}; using the default one")
         return
     if not same:
         located.notes.append(f"its model is {what}; {printable(path)} has that name, but another hash")

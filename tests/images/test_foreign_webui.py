@@ -231,6 +231,7 @@ def test_text_to_image(more: str) -> None:
     ("App: SD.Next, Operations: img2img, Denoising strength: 0.3", 0.3), ("Denoising strength: 0, Mask blur: 4", 0.0),
     ("App: SD.Next, Operations: inpaint; color", 0.75), ("Soft inpainting enabled: True", 0.75),
     ("denoise: 0.6, Init image size: 64x64", 0.6),
+    ("App: SD.Next, Operations: img2img; upscale, Hires scale: 2, Denoising strength: 0.3", 0.3),
 ])  # fmt: skip
 def test_image_to_image(more: str, strength: float) -> None:
     recipe = read(f", {more}")

@@ -179,7 +179,7 @@ def _choose_numbers(content: Content, origin: Origin, draft: Draft) -> None:
     if not (found["width"] and found["height"]) and origin.size is not None:
         width, height = (max(8, side // 8 * 8) for side in origin.size)
         found |= {"width": width, "height": height}
-        draft.note(f"size is not given; using the image's own, {width}x{height}")
+        draft.note(f"its size is not given; using the image's own, {width}x{height}")
     seed = found["seed"]
     if type(seed) is int and seed < 0:
         draft.note(f"a random seed was asked for ({seed}); using 42")

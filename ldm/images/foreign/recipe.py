@@ -192,5 +192,6 @@ class Draft:
             self.note(f"it needs the LoRA {name}")
         self.values["loras"] = tuple(self.loras)
         self._check()
-        job = checked(Job(**{"prompt": ""} | self.values))
+        self.values.setdefault("prompt", "")
+        job = checked(Job(**self.values))
         return Recipe(job, self.source, self.model, self.model_hash, self.extras, tuple(self.notes))
