@@ -209,9 +209,12 @@ def temporary_folder(prefix: str, parent: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def without_leftovers(path: Path) -> Iterator[None]:
-    """Within it `path` may be written whole; the hidden parts of it that killed processes left are removed first."""
-    own = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.part")
+def without_leftovers(path: Path, names: str | None = None) -> Iterator[None]:
+    """Within it `path` may be written whole; the hidden parts of it that killed processes left are removed first.
+
+    With `names`, a regular expression, so are those of all files in its folder that are called so.
+    """
+    own = re.compile(rf"\.({names or re.escape(path.name)})\.[0-9a-f]{{8}}\.part")
 
     def sweep() -> None:
         for entry in os.scandir(path.absolute().parent):

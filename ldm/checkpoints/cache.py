@@ -16,9 +16,11 @@ from ldm import __version__
 from ldm.checkpoints.convert import write_as
 from ldm.checkpoints.reader import Checkpoint, read_checkpoint
 from ldm.checkpoints.sniff import CheckpointError, reading
-from ldm.util import printable, written_whole
+from ldm.util import printable, without_leftovers, written_whole
 
 logger = logging.getLogger(__name__)
+
+_NAMES = r"[0-9a-f]{32}\.safetensors"  # of all that `cached_file` gives
 
 
 def cached_file(folder: Path, files: Sequence[Path], choice: str) -> Path:
@@ -61,7 +63,7 @@ def write_cached(path: Path, weights: Mapping[str, torch.Tensor], types: Mapping
     """Keeps weights in their types for the next start, whole or not at all; a full disk is only logged."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path, overwrite=True) as part:
+        with without_leftovers(path, _NAMES), written_whole(path, overwrite=True) as part:
             write_as(part, weights, types, {"format": "pt"})
     except OSError as error:
         logger.warning("the weights could not be cached in %s: %s", printable(path.parent), error.strerror)

@@ -17,7 +17,7 @@ from ldm.checkpoints.convert import convert
 from ldm.checkpoints.load import build_model
 from ldm.checkpoints.reader import read_model
 from ldm.images.writer import encode_png, publish
-from ldm.util import written_whole
+from ldm.util import without_leftovers, written_whole
 
 NETWORKS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
 PICTURE_SIDE = 512
@@ -44,7 +44,7 @@ def write_random_checkpoint(
         for key, value in build_model(config).state_dict().items()
         if key.startswith(NETWORKS) and value.is_floating_point()
     )
-    with written_whole(path) as part:
+    with without_leftovers(path), written_whole(path) as part:
         torch.save({"state_dict": weights, "global_step": 470_000}, part)  # the step of the published weights
 
 

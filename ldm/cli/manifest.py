@@ -221,6 +221,18 @@ class RunFile:
             self._content.setdefault("parts", {})[str(first)] = list(sizes)
             self.write()
 
+    def has_pages(self) -> bool:
+        """Whether every page and sheet of the run is there, of all images."""
+        from ldm.images.writer import unfinished_in
+
+        claimed: Mapping[Page, list[int]] = self._content["pages"]
+        paths = [
+            self._folder.path_of(kind, first + i)
+            for kind, (first, count) in claimed.items()
+            for i in range(count)
+        ]
+        return all(path.is_file() and not unfinished_in(path) for path in paths)
+
     def publish_page(self, kind: Page, page: int, pixels: np.ndarray, whole: bool) -> None:
         """Writes one page of the grid, or one sheet; what a broken run made of what it had is replaced.
 

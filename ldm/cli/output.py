@@ -203,8 +203,8 @@ class Output:
         self.failed += 1
         logger.error(message, *values)
 
-    def finish(self) -> bool:
-        """Ends what is waiting, then writes the grid of all that is there, and the gallery.
+    def finish(self, pages: bool = True) -> bool:
+        """Ends what is waiting, then writes the grid of all that is there unless `pages` is off, and the gallery.
 
         What is wrong with the files that these are made of is a failure of its own. Of several processes the last
         does it; False from the others.
@@ -213,10 +213,11 @@ class Output:
         if self._shared:
             if not self.complete:
                 return False
-            if not self._opt.skip_grid:
+            if pages and not self._opt.skip_grid:
                 self._sheet = self._new_sheet()
                 self._sheet.expect(self._run.existing())
-        self._in_grid(lambda sheet: sheet.finish())
+        if pages:
+            self._in_grid(lambda sheet: sheet.finish())
         if self._opt.gallery and self._run.existing():
             try:
                 write_gallery(self._folder.path)

@@ -231,7 +231,8 @@ def _make(
                     if not (opt.compile and interrupts.received):
                         raise
                     logger.debug("the signal reached the compiler too: %s", printable(error))
-                if output.finish() and not opt.skip_save:
+                pages = bool(missing) or not claimed.has_pages()
+                if output.finish(pages) and pages and not opt.skip_save:
                     write_sheets(plan, claimed, mark, output.fail)
         finally:
             tally.saved, tally.failed = output.saved, output.failed

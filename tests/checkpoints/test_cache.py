@@ -89,3 +89,14 @@ def test_a_full_disk_costs_the_cache_only(checkpoint, tiny, tmp_path, monkeypatc
     assert "No space left" in caplog.text
     assert not list(tmp_path.iterdir())
     assert torch.equal(model.state_dict()["betas"], tiny.betas)
+
+
+def test_what_a_killed_run_left_in_the_cache_is_removed(checkpoint, tmp_path):
+    left, other = (
+        tmp_path / f".{'0' * 32}.safetensors.0123abcd.part",
+        tmp_path / ".x.safetensors.0123abcd.part",
+    )
+    for path in (left, other):
+        path.touch()
+    load(checkpoint, tmp_path)
+    assert (left.exists(), other.exists()) == (False, True)
