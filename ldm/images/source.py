@@ -161,14 +161,14 @@ def _decode(data: bytes) -> tuple[Image.Image, int, list[str]]:
     return image, turn, notes
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """A file's picture, its header read and its pixels not yet decoded.
 
-    Call it inside `reading`: what is no PNG, JPEG, WEBP, BMP or TIFF file is an `InputError` that says what it is,
-    but not which file.
+    Call it inside `reading`: what is not a file of these formats is an `InputError` that says what it is, but not
+    which file.
     """
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
         raise InputError(_foreign(data)) from None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.images.foreign import Recipe, read_job, webui
@@ -311,6 +311,21 @@ def test_weights_of_loras_outside_the_prompt() -> None:
     assert noted(read(', Lora hashes: "ink: 0123456789"'), "left out", "LoRA ink")
 
 
+def test_loras_in_the_json_of_stable_diffusion_cpp() -> None:
+    content = {
+        "strength": 0.75,
+        "loras": [{"name": "ink.safetensors", "multiplier": 0.4, "is_high_noise": False}],
+    }
+    recipe = read(f", Version: stable-diffusion.cpp, SDCPP: {json.dumps(content)}")
+    assert (recipe.job.loras, recipe.job.strength) == ((("ink", 0.4, 0.4),), 1.0)
+
+
+def test_the_second_pass_of_stable_diffusion_cpp() -> None:
+    more = "Hires upscale: Lanczos, Hires scale: 2.000000, Hires resize: 0x0, Hires steps: 0, Denoising strength: 0.7"
+    recipe = read(f", {more}, Version: stable-diffusion.cpp")
+    assert second_pass(recipe.job) == (64, 64, 2.0, 0.7) and recipe.job.strength == 1.0
+
+
 def test_weights_that_are_listed_without_names() -> None:
     recipe = read(', Lora hashes: "ink: 0123456789ab, pen: ba9876543210", loraweights: "0.33,1"')
     assert recipe.job.loras == (("ink", 0.33, 0.33), ("pen", 1.0, 1.0))
@@ -385,7 +400,7 @@ def test_a_record_is_never_taken_for_utf_8(tmp_path: Path) -> None:
 def jpeg_with(path: Path, comment: bytes) -> str:
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0x9286] = comment
-    Image.new("RGB", (64, 64)).save(path, exif=exif)
+    Image.new("RGB", (64, 64)).save(path, exif=exif.tobytes())
     return str(path)
 
 
@@ -396,7 +411,7 @@ def jpeg_with(path: Path, comment: bytes) -> str:
     FOREIGN.encode("utf-16"), FOREIGN.encode(), b"ASCII\0\0\0" + FOREIGN.encode("utf-16-le"),
     b"JIS\0\0\0\0\0" + FOREIGN.encode(),
 ])  # fmt: skip
-@pytest.mark.parametrize("ending", ["jpg", "webp"])
+@pytest.mark.parametrize("ending", ["jpg", "webp", *(["avif"] if features.check("avif") else [])])
 def test_character_sets_of_exif_comments(data: bytes, ending: str, tmp_path: Path) -> None:
     assert read_job(jpeg_with(tmp_path / f"x.{ending}", data)).job.prompt == "café 猫"
 

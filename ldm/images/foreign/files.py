@@ -10,6 +10,7 @@ from typing import Any
 from ldm.images.foreign.entries import NOTHING, SPELLINGS, positive
 from ldm.images.foreign.recipe import Draft
 from ldm.images.metadata import file_name
+from ldm.job import lora_name
 
 
 def find_files(entries: Mapping[str, str], draft: Draft) -> None:
@@ -35,6 +36,10 @@ def find_files(entries: Mapping[str, str], draft: Draft) -> None:
         draft.lora(name, weight, on_text)
         asked.add(name.lower())
         loras.setdefault(name, digest)
+    for name, number in _of_cpp(entries):
+        if name.lower() not in asked:
+            draft.lora(name, number, number)
+            asked.add(name.lower())
     for name in loras:
         if not asked & {name.lower(), re.sub("[:,]", "", name.lower())} and not any(
             f":{name.lower()}:" in draft.values[prompt].lower() for prompt in ("prompt", "negative_prompt")
@@ -81,6 +86,17 @@ def _of_additional_networks(entries: Mapping[str, str]) -> list[tuple[str, float
             on_text = entries.get(f"AddNet Weight B {i}", weight)
             found.append((model[1], _number(weight), _number(on_text), model[2] or ""))
     return found
+
+
+def _of_cpp(entries: Mapping[str, str]) -> list[tuple[str, Any]]:
+    """LoRAs and weights in the JSON of stable-diffusion.cpp, whose server takes them outside the prompt."""
+    try:
+        content: Any = json.loads(entries.get("SDCPP", "{}"))
+    except (ValueError, RecursionError):
+        return []
+    listed = content.get("loras") if isinstance(content, dict) else None
+    found = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    return [(lora_name(file_name(str(entry.get("name")))), entry.get("multiplier")) for entry in found[:20]]
 
 
 def _of_civitai(entries: Mapping[str, str], asked: set[str]) -> list[str]:

@@ -16,11 +16,11 @@ from PIL.PngImagePlugin import iTXt
 
 from ldm.images.metadata import INFOTEXT_KEYWORD, has_settings
 from ldm.images.record import KEYWORD as RECORD_KEYWORD
-from ldm.images.source import open_image, read_bytes, reading
+from ldm.images.source import FORMATS, open_image, read_bytes, reading
 from ldm.util import InputError, read_side_file
 
 MAX_TEXT = 4_000_000  # characters; ComfyUI's graphs are the longest, some 100,000
-FORMATS = ("PNG", "JPEG", "WEBP")
+_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF")  # the last where Pillow was built with it
 _EXIF, _USER_COMMENT, _MAKER_NOTE, _SOFTWARE = 0x8769, 0x9286, 0x927C, 0x0131
 _DESCRIPTIONS = (0x010E, 0x010F, 0x0110, 0x9C9C)  # ImageDescription, Make and Model (ComfyUI), XPComment
 _CODE_LENGTH = 8  # bytes that name the character set of a comment
@@ -51,8 +51,8 @@ def read_texts(path: str, known: Collection[str] = ()) -> tuple[dict[str, str], 
     Raises InputError for a file that is not an image; text that is too long or cannot be decoded is left out.
     """
     with reading(path):
-        image = open_image(read_bytes(path))
-        if image.format not in FORMATS:
+        image = open_image(read_bytes(path), (*FORMATS, *_FORMATS))
+        if image.format not in _FORMATS:
             raise InputError(f"is a {image.format} file; give the PNG, JPEG or WebP file that was generated")
         texts = _chunks(image)
         if image.format == "PNG" and texts.keys().isdisjoint(known):
