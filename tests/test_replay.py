@@ -27,7 +27,18 @@ import scripts.replay
 import scripts.txt2img
 from ldm.cli.inputs import Start, _inits, check_options
 from ldm.cli.plan import Plan, read_wishes
-from ldm.cli.replay import changed, command, compare, count, describe_watermark, options, place, quoted
+from ldm.cli.replay import (
+    changed,
+    command,
+    command_alone,
+    compare,
+    count,
+    describe_watermark,
+    options,
+    place,
+    quoted,
+    remark_alone,
+)
 from ldm.data.scenes import image_at
 from ldm.images.canvas import open_canvas
 from ldm.images.foreign import Recipe, read_job
@@ -135,6 +146,23 @@ def test_what_a_run_noted_and_what_is_changed() -> None:
     )
     assert (opt.precision, opt.ema, opt.ckpt, opt.seed) == ("full", "off", "my model.ckpt", 7)
     assert (opt.skip_save, opt.skip_grid, opt.fixed_code) == (True, False, False)
+
+
+def test_the_command_of_one_image_makes_no_other() -> None:
+    held = {"Batch size": "3", "Batch pos": "1"}
+    recipe = Recipe(Job("x", seed=43, width=64, height=64), "ldm", extras=held)
+    opt = typed(command_alone(recipe))
+    assert (opt.seed, opt.n_samples, opt.n_iter) == (43, 1, 1)
+    assert "batch of 3: alone, its last bits can differ" in remark_alone(recipe)
+    assert remark_alone(Recipe(recipe.job, "ldm", extras={"Batch size": "1"})) == ""
+    assert "one stream of its run" in remark_alone(Recipe(BATCH_JOB, "ldm", extras={"Batch size": "3"}))
+
+
+def test_the_gallery_copies_the_command_of_one_image(made: Callable[..., list[Path]]) -> None:
+    made(scripts.txt2img, "--n_samples", "2", "--n_iter", "1", "--W", "64", "--H", "64", "--gallery")
+    figures = Path("out/gallery.html").read_text().split("<figure>")[1:]
+    assert ["--seed 42" in figure for figure in figures] == [True, False]
+    assert all("--n_samples 1 --n_iter 1" in figure and "batch of 2" in figure for figure in figures)
 
 
 def test_loras_as_tags() -> None:

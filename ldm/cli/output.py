@@ -409,7 +409,7 @@ def _is_whole(path: Path) -> bool:
 
 def write_gallery(folder: Path) -> None:
     """Writes gallery.html, over an older one of its own only."""
-    from ldm.cli.replay import command
+    from ldm.cli.replay import command_alone, remark_alone
     from ldm.images.gallery import gallery
     from ldm.images.writer import publish
 
@@ -417,7 +417,7 @@ def write_gallery(folder: Path) -> None:
     if os.path.lexists(path) and not _is_own_page(path):
         logger.warning("%s was not written by this tool and is left alone", printable(path))
         return
-    text = gallery(folder, command) + GALLERY_MARK
+    text = gallery(folder, command_alone, remark_alone) + GALLERY_MARK
     publish(path, text.encode("utf-8", "backslashreplace"), overwrite=True)
 
 

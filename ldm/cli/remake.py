@@ -20,6 +20,7 @@ from ldm.cli.kept import KeptModel
 from ldm.cli.locate import locate
 from ldm.cli.plan import GivenJobs, check_job, check_syntax
 from ldm.cli.replay import (
+    IN_A_STREAM,
     MAX_BATCH,
     MAX_PLACE,
     arguments,
@@ -72,14 +73,14 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "files", metavar="FILE", nargs="+", help="PNG, JPEG or WebP files that were generated"
     )
-    group = parser.add_argument_group("making again")
+    group = parser.add_argument_group("replay")
     what = group.add_mutually_exclusive_group()
     what.add_argument(
         "--show",
         action="store_true",
-        help="say how it was made, with which command it is made again; make nothing",
+        help="print how it was made and the command for it; make nothing",
     )
-    what.add_argument("--verify", action="store_true", help="compare what is made with the file")
+    what.add_argument("--verify", action="store_true", help="compare the new image with the file")
     group.add_argument(
         "--tolerance",
         metavar="N",
@@ -179,10 +180,7 @@ def _command_notes(recipe: Recipe) -> list[str]:
     """Where the command alone may not make the same image."""
     if recipe.job.seed_mode == "image" or "Stream" not in recipe.extras:
         return _stream_notes(recipe)
-    return [
-        "its noise is a part of the one stream of its run: the command makes the same image only if all images of "
-        "the run had its size and settings and came in full batches; replay.py does from the file"
-    ]
+    return [IN_A_STREAM]
 
 
 def _maker(recipe: Recipe) -> str:
@@ -275,7 +273,7 @@ def _make(
     made = _run_aside(run_opt, planner, kept, Path(opt.outdir), wanted, file.stem)
     if not isinstance(made, Path):
         return made
-    logger.info("%s: made again as %s", printable(file), printable(made))
+    logger.info("%s: regenerated as %s", printable(file), printable(made))
     return _compare(file, made, opt.tolerance) if opt.verify else 0
 
 

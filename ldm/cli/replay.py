@@ -27,13 +27,17 @@ if TYPE_CHECKING:
 SURE = 1e-6  # below this probability, chance is no explanation of a watermark
 UNSURE = 1e-2  # above it, it is a good one
 
+IN_A_STREAM = (
+    "its noise is a part of the one stream of its run: the command makes the same image only if all images of the "
+    "run had its size and settings and came in full batches; replay.py makes it exactly from its file"
+)
+
 Options = dict[
     str, str | list[str] | None
 ]  # by name without dashes; None for a switch, a list for several values
 Changes = Mapping[str, str | list[str] | None]
 
 _REPEATED = ("lora", "embedding", "allow_targets")  # options that are given once for each value
-_SAMPLERS = ("plms", "dpm_solver")
 _OF_A_START = ("strength", "resize", "background", "posterior_mean")
 _OF_A_MASK = ("invert_mask", "mask_blur", "no_paste")
 MAX_PLACE = 20_000  # images of a run whose noise can be drawn before that of one
@@ -74,6 +78,20 @@ def options(recipe: Recipe, changes: Changes) -> tuple[str, Options]:
     )
     chosen |= {name: None if value is True else value for name, value in of_the_run(recipe).items()}
     return _script(job), chosen
+
+
+def command_alone(recipe: Recipe) -> str:
+    """The command that makes a recipe's image and no other; those before it where the run shares its noise."""
+    return command(recipe, {} if recipe.job.seed_mode == "batch" else {"n_samples": "1"})
+
+
+def remark_alone(recipe: Recipe) -> str:
+    """What may differ in what `command_alone` makes, or nothing."""
+    if recipe.job.seed_mode == "batch":
+        return IN_A_STREAM
+    if (size := recorded_batch(recipe)) == 1:
+        return ""
+    return f"made in a batch of {size}: alone, its last bits can differ; replay.py makes it exactly from its file"
 
 
 def place(recipe: Recipe, changes: Changes | None = None) -> int:
@@ -173,7 +191,7 @@ def job_values(typed: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a job that typed options set."""
     values: dict[str, Any] = {}
     for name, value in typed.items():
-        if name in _SAMPLERS:
+        if name in SETTINGS["sampler"].choices:  # a switch
             values["sampler"] = name
         elif name == "posterior_mean":
             values["posterior"] = "mean"

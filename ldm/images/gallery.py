@@ -76,12 +76,15 @@ readAddress();
 """
 
 
-def gallery(folder: str | Path, command: Callable[[Recipe], str]) -> str:
-    """The HTML text of a page that lies in `folder` and shows the pictures of its folder `samples`, by number.
+Words = Callable[[Recipe], str]
 
-    `command` says how a picture is made again, as a line that can be pasted. The page loads pictures from its own
-    place and nothing else, and runs no script but its own (its content security policy says so). Texts are
-    escaped for HTML, and controls in them shown as escapes. Raises InputError if there are no pictures.
+
+def gallery(folder: str | Path, command: Words, remark: Words = lambda recipe: "") -> str:
+    """The HTML text of a page that lies in `folder` and shows the images of its folder `samples`, by number.
+
+    `command` gives the line that makes an image, to be pasted, and `remark` what may differ then. The page
+    loads images from its own place and nothing else, and runs no script but its own (its content security policy says
+    so). Texts are escaped for HTML, and controls in them shown as escapes. Raises InputError if there are no images.
     """
     samples = Path(folder) / "samples"
     try:
@@ -93,7 +96,7 @@ def gallery(folder: str | Path, command: Callable[[Recipe], str]) -> str:
     if not names:
         raise InputError(f"{printable(samples)} holds no pictures; give a run's folder")
     names.sort(key=lambda name: (len(name), name))  # 99999.png comes before 100000.png
-    figures = "\n".join(_figure(samples / name, command) for name in names)
+    figures = "\n".join(_figure(samples / name, command, remark) for name in names)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -127,7 +130,7 @@ def _policy() -> str:
     )
 
 
-def _figure(path: Path, command: Callable[[Recipe], str]) -> str:
+def _figure(path: Path, command: Words, remark: Words) -> str:
     source, name = "samples/" + quote(os.fsencode(path.name)), _shown(path.name)
     sides = ""
     try:
@@ -135,7 +138,7 @@ def _figure(path: Path, command: Callable[[Recipe], str]) -> str:
     except InputError as error:
         caption = f'<p class="settings">{_shown(str(error))}</p>'
     else:
-        caption = _caption(recipe, command(recipe))
+        caption = _caption(recipe, command(recipe), remark(recipe))
         sides = f' width="{recipe.job.width}" height="{recipe.job.height}"'  # room for it before it is there
     return (
         f'<figure><a href="{source}"><img src="{source}"{sides} alt="{name}" loading="lazy"></a><figcaption>\n'
@@ -143,19 +146,20 @@ def _figure(path: Path, command: Callable[[Recipe], str]) -> str:
     )
 
 
-def _caption(recipe: Recipe, command: str) -> str:
+def _caption(recipe: Recipe, command: str, remark: str) -> str:
     job = recipe.job
     size = f"{job.width}x{job.height}" + (f" times {job.upscale:g}" if job.upscale != 1 else "")
     settings = (
         f"seed {job.seed}, {job.steps} steps of {job.sampler}, scale {job.scale:g}, {size}, {recipe.model}"
     )
+    said = f'<p class="settings">{_shown(remark)}</p>' if remark else ""
     negative = f'<p class="negative" dir="auto">negative prompt: {_shown(job.negative_prompt)}</p>\n'
     return (
         f'<p class="prompt" dir="auto">{_shown(job.prompt)}</p>\n'
         f"{negative if job.negative_prompt else ''}"
         f'<p class="settings">{_shown(settings.removesuffix(", "))}</p>\n'
         '<button type="button">copy command</button>'
-        f"<details><summary>details</summary><code>{_shown(command)}</code></details>"
+        f"<details><summary>details</summary><code>{_shown(command)}</code>{said}</details>"
     )
 
 
