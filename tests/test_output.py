@@ -393,10 +393,13 @@ def test_a_stdout_that_is_gone_stops_nothing(stdout):
     assert "Exception" not in done.stderr
 
 
-def test_every_refusal_ends_in_done(tmp_path, capsys):
-    assert (
-        txt2img.main(["--json", "--quiet", "--outdir", str(tmp_path), "--device", "cpu", "--W", "100"]) == 2
-    )
+@pytest.mark.parametrize("wrong", ["100", "wide"])
+def test_every_refusal_ends_in_done(tmp_path, capsys, wrong):
+    try:
+        code = txt2img.main(["--json", "--quiet", "--outdir", str(tmp_path), "--device", "cpu", "--W", wrong])
+    except SystemExit as left:
+        code = left.code
+    assert code == 2
     error, done = map(json.loads, capsys.readouterr().out.splitlines())
     assert (error["event"], "--W" in error["text"]) == ("error", True)
     assert (done["event"], done["saved"], done["code"]) == ("done", 0, 2)

@@ -232,7 +232,7 @@ def main(
     parser: argparse.ArgumentParser, script: Callable[[argparse.Namespace], int], argv: Sequence[str] | None
 ) -> int:
     """Parses, runs and turns every outcome into one line and an exit code."""
-    opt = parser.parse_args(argv)
+    opt = _parse(parser, argv)
     if argv is None:  # the command line's own: nothing has been imported or opened yet
         restart_tuned()
         opt.typed = sys.orig_argv[1:]
@@ -240,6 +240,26 @@ def main(
     with contextlib.suppress(AttributeError, ValueError, OSError):  # stderr can be no real file
         faulthandler.enable()  # a checkpoint that shrinks while it is mapped ends the process without a word
     return outcome(lambda: script(opt), opt.debug)
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options; where a run's are wrong and it is a program that reads stdout, that is an event too."""
+    makes_images = parser.get_default("dry_run") is False
+    if not makes_images or "--json" not in (sys.argv[1:] if argv is None else argv):
+        return parser.parse_args(argv)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parser.parse_args(argv)
+    except SystemExit as left:
+        if left.code == 2:
+            events = Events(True)
+            events.emit("error", text=said.getvalue().strip().removeprefix("error: "))
+            events.emit("done", saved=0, failed=0, seconds=0.0, code=2)
+        raise
+    finally:
+        if sys.stderr is not None:
+            sys.stderr.write(said.getvalue())
 
 
 def outcome(task: Callable[[], int], debug: bool) -> int:
