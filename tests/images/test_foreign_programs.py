@@ -131,11 +131,22 @@ def test_they_start_from_an_image(content: dict[str, Any], strength: float) -> N
     assert recipe is not None and recipe.job.strength == strength and noted(recipe, "starts from an image")
 
 
-def test_xmp_of_draw_things(tmp_path: Path) -> None:
-    text = json.dumps(DRAW).replace("&", "&amp;").replace("<", "&lt;")
-    Image.new("RGB", (64, 96)).save(tmp_path / "x.jpg", xmp=XMP.format(ELEMENT.format(text)).encode())
+DESCRIPTION = (
+    "a cat&#xA;-ugly&#xA;Steps: 12, Sampler: DDIM, Guidance Scale: 3.0, Seed: 5, Size: 64x96, Model: v1-5.ckpt, "
+    "Strength: 1.0, Seed Mode: Torch CPU Compatible, Shift: 1.0"
+)
+
+
+@pytest.mark.parametrize("with_json", [True, False])
+def test_xmp_of_draw_things(with_json: bool, tmp_path: Path) -> None:
+    """Its description comes first in the file, and says less than its JSON."""
+    described = ELEMENT.format(DESCRIPTION).replace("UserComment", "description")
+    packet = XMP.format(described + (ELEMENT.removeprefix(">").format(json.dumps(DRAW)) if with_json else ""))
+    Image.new("RGB", (64, 96)).save(tmp_path / "x.jpg", xmp=packet.encode())
     recipe = read_job(str(tmp_path / "x.jpg"))
-    assert (recipe.source, dataclasses.replace(recipe.job, loras=())) == ("Draw Things", CPU)
+    plain = dataclasses.replace(recipe.job, loras=(), prompt_syntax="plain")
+    assert (recipe.source, plain, recipe.model) == ("Draw Things", CPU, "v1-5.ckpt")
+    assert recipe.job.loras == ((("ink", 0.8, 0.8),) if with_json else ())
 
 
 @pytest.mark.parametrize("content", [

@@ -203,6 +203,12 @@ def test_what_changes_nothing_is_not_noted() -> None:
     assert read(f"{more}, RNG: NV, Version: v1.5.0").notes == ()
 
 
+def test_what_sd_next_writes_of_its_run_is_not_noted() -> None:
+    more = ", Batch: 1x2, Index: 1x1, App: SD.Next, Version: a1b2c3d, Parser: Full parser, Pipeline: X"
+    (note,) = read(f"{more}, Operations: txt2img").notes
+    assert "NVIDIA" in note
+
+
 def test_what_is_left_out_is_noted_once_and_whole() -> None:
     recipe = read(
         ", Face restoration: CodeFormer, Seed resize from: 512x384, Emphasis: No norm, VAE: x.pt, VAE hash: 12"
@@ -216,7 +222,8 @@ def test_what_is_left_out_is_noted_once_and_whole() -> None:
 
 
 @pytest.mark.parametrize("more", [
-    "Denoising strength: 0", "App: SD.Next, Operations: txt2img, Denoising strength: 0.3", "Clip skip: 1",
+    "Denoising strength: 0", "Denoising strength: 1",
+    "App: SD.Next, Operations: txt2img, Denoising strength: 0.3", "Clip skip: 1",
     "Conditional mask weight: 1.0", "Hires resize: 0x0, Hires steps: 0, Hires upscaler: None",
     "App: SD.Next, Operations: none",
 ])  # fmt: skip

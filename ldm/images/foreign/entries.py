@@ -16,12 +16,14 @@ SILENT = {
     "Pipeline", "Backend", "SDCPP", "Civitai resources", "Civitai metadata", "Hires size-1", "Hires size-2",
     "Second pass", "Refine", "Init image size-1", "Init image size-2", "Created Date", "Time taken", "VAE hash",
     "Raw prompt", "Raw negative prompt", "Performance", "Template", "Negative Template",
+    "HiRes mode", "Hires force", "Seed Mode",
 }  # fmt: skip
 HARMLESS = {
     ("Clip skip", "1"), ("ENSD", "0"), ("Emphasis", "Original"), ("Emphasis", "None"), ("Parser", "A1111"),
     ("Variation seed strength", "0"), ("FP8 weight", "Disable"), ("VAE Encoder", "Full"), ("VAE Decoder", "Full"),
     ("Mask mode", "Inpaint masked"), ("Schedule max sigma", "0"), ("Schedule min sigma", "0"), ("Schedule rho", "0"),
     ("Diffusion in Low Bits", "Automatic"), ("Clip skip", "0"), ("Clip skip", "-1"),
+    ("Parser", "Full parser"),
 }  # fmt: skip
 NOTHING = {"", "none", "false", "automatic", "use same sampler", "use same scheduler", "use same checkpoint",
             "use same choices", "0x0", "-1x-1"}  # fmt: skip
@@ -39,7 +41,7 @@ SPELLINGS = {re.sub("[^a-z0-9]", "", name.lower()): name for name in (
 ) if not name.endswith(("-1", "-2"))} | {
     "cfg": "CFG scale", "guidancescale": "CFG scale", "samplingsteps": "Steps", "numinferencesteps": "Steps",
     "samplername": "Sampler", "samplingmethod": "Sampler", "scheduler": "Schedule type", "width": "Size-1",
-    "height": "Size-2", "denoise": "Denoising strength",
+    "height": "Size-2", "denoise": "Denoising strength", "strength": "Denoising strength",
     "checkpoint": "Model", "hiresfactor": "Hires upscale", "hiresdenoisingstrength": "Hires strength",
     "etanoiseseeddelta": "ENSD", "samplerensd": "ENSD", "sampleretadelta": "ENSD", "variationstrength":
     "Variation seed strength",

@@ -100,10 +100,8 @@ def choose_start(entries: Mapping[str, str], strength: float, draft: Draft) -> N
             return
     elif not marks and not said:
         return
-    elif not marks and strength == 0:
-        draft.note(
-            "a denoising strength of 0 is ignored; programs that use the web UI write it for text to image"
-        )
+    elif not marks and strength in (0, 1):  # programs that use the web UI write 0
+        draft.note(f"a denoising strength of {strength:g} alone is read as text to image")
         return
     if not said:
         draft.note(f"its denoising strength is not given; using {_USUAL_STRENGTH}")

@@ -35,6 +35,8 @@ def read(text: str, origin: Origin = UNKNOWN) -> Recipe:
     entries = named_entries(parse_infotext(tidy(text)))
     if version.startswith(_CPP):
         return _recipe(_cpp_as_web_ui(entries), _CPP, origin)
+    if "Seed Mode" in entries:
+        return _recipe(_draw_things_as_web_ui(entries), "Draw Things", origin)
     programs = [name for name in _ON_THE_CPU if version.lower().startswith(name.lower())]
     source = programs[0] if programs else "SD.Next" if entries.get("App") == "SD.Next" else "A1111"
     return _recipe(_as_web_ui(entries), source, origin)
@@ -129,13 +131,14 @@ def _leave_out(entries: Mapping[str, str], draft: Draft) -> None:
     harmless = {
         *HARMLESS,
         ("Hires steps", entries.get("Steps", "")),
-        ("Hires CFG Scale", entries.get("CFG scale", "")),
+        ("Hires sampler", entries.get("Sampler", "")),
+        *((f"Hires CFG {scale}", entries.get("CFG scale", "")) for scale in ("scale", "Scale")),
     }
     for key in sorted(entries.keys() - FOREIGN_KEYS - SILENT - hashes):
         name, value = key, entries[key]
         if key.endswith("-1"):
             name, value = key[:-2], f"{value}x{entries.get(f'{key[:-2]}-2', '')}"
-        if key.endswith("-2") and f"{key[:-2]}-1" in entries:
+        if name in SILENT or (key.endswith("-2") and f"{key[:-2]}-1" in entries):
             continue
         if (
             (key == "ENSD" and steady)
@@ -167,6 +170,15 @@ def _as_web_ui(entries: dict[str, str]) -> dict[str, str]:
     if "Eta DDIM" not in entries and _is_eta(entries.get("Eta", "")):
         entries["Eta DDIM"] = entries["Eta"]
     return entries
+
+
+def _draw_things_as_web_ui(entries: dict[str, str]) -> dict[str, str]:
+    """The entries of Draw Things' description, in which a line that begins with a dash is the negative prompt."""
+    prompt, _, negative = f"\n{entries['Prompt']}".rpartition("\n-")
+    own = {"Prompt": prompt.strip(), "Negative prompt": negative} if prompt else {}
+    mode = entries["Seed Mode"].lower()
+    rng = "CPU" if "torch cpu" in mode else "NV" if "nvidia" in mode else entries["Seed Mode"]
+    return _as_web_ui(entries | own | {"RNG": rng})
 
 
 def _is_eta(text: str) -> bool:
