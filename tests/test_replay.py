@@ -384,6 +384,23 @@ def test_images_of_a_stream_that_start_from_images_come_back(made: Callable[...,
     assert len(samples) == 6 and capsys.readouterr().out.count("identical") == 6
 
 
+def test_what_a_newer_version_wrote_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert scripts.replay.main([forged("a.png", novelty=3), "--quiet", "--device", "cpu"]) == 0
+    assert "warning: a.png: a newer version wrote job.novelty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("field", "value"), [("prompt", "a \ud800"), ("seed", 2**64 - 1)])
+def test_what_can_be_read_but_not_run_is_refused_in_one_line(
+    field: str, value: object, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = forged("a.png", rng="numpy", **{field: value})
+    assert scripts.replay.main([file, "--quiet", "--device", "cpu"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: a.png: {field} is ") and line.isprintable()
+
+
 def test_where_a_stream_is_not_known_it_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     old = {"seed_mode": "batch", "batch_index": 1}

@@ -248,12 +248,17 @@ def _make(
     kept: KeptModel,
 ) -> int:
     """Makes the image of a file again, and compares the two if that was asked for."""
+    from ldm.images.foreign.own import start_note
+
     located = locate(recipe, file.parent, typed)
     need(not located.missing, "; ".join(located.missing))
     for note in located.notes + _batch_notes(recipe, typed) + _stream_notes(recipe):
         logger.warning("%s: %s", printable(file), note)
-    for note in recipe.notes if recipe.source != "ldm" else ():
-        logger.info("%s: %s", printable(file), note)
+    for note in recipe.notes:
+        if recipe.source != "ldm":
+            logger.info("%s: %s", printable(file), note)
+        elif note != start_note(recipe.job):  # that image was found
+            logger.warning("%s: %s", printable(file), note)
     recipe = replace(recipe, job=_job(recipe, {**typed, **located.changes}))
     job, stream = recipe.job, _place_in_stream(recipe)
     need(

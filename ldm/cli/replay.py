@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.plan import STRENGTH
-from ldm.fields import OWN_NAMES, SETTINGS, override
+from ldm.fields import MAX_SEED, OWN_NAMES, SETTINGS, override
 from ldm.job import Init, Job, lora_tag
 from ldm.util import InputError, printable
 
@@ -128,9 +128,9 @@ def recorded_batch(recipe: Recipe) -> int:
 
 def _first_seed(recipe: Recipe, seed: str, changes: Changes) -> str:
     """The seed of a command's first picture where the picture at its place has `seed`; seeds count up."""
-    if recipe.job.seed_mode == "batch" or not re.fullmatch("[0-9]{1,10}", seed):
+    if recipe.job.seed_mode == "batch" or not re.fullmatch("[0-9]{1,20}", seed) or int(seed) > MAX_SEED:
         return seed
-    return str((int(seed) - place(recipe, changes)) % 2**32) if int(seed) < 2**32 else seed
+    return str((int(seed) - place(recipe, changes)) % (MAX_SEED + 1))
 
 
 def command(recipe: Recipe, changes: Changes | None = None, drop: Sequence[str] = ()) -> str:

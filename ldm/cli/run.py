@@ -246,7 +246,7 @@ def _make(
     else:
         logger.info("nothing to do: all %d images exist in %s", len(plan), where)
     code = 128 + interrupts.received if interrupts.received else 1 if output.failed else 0
-    if code and not opt.skip_save and not output.complete and not here.supervised:
+    if code and name_files and not opt.skip_save and not output.complete and not here.supervised:
         logger.warning(ranks.REST)
     return code
 

@@ -20,10 +20,14 @@ def read(text: str, _: Origin = UNKNOWN) -> Recipe:
 def recipe(job: Job, extras: Mapping[str, str], notes: list[str]) -> Recipe:
     """The recipe of a picture of this toolkit. Whoever wrote the file cannot choose a folder to read from."""
     job = checked(job)
-    if job.init is not None:
-        notes = [
-            *notes,
-            f"it starts from the picture {printable(job.init.image)}, which the file does not hold",
-        ]
+    if note := start_note(job):
+        notes = [*notes, note]
     model, digest = extras.get("Model", ""), extras.get("Model hash", "")
     return Recipe(job, "ldm", model, digest, dict(extras), tuple(notes))
+
+
+def start_note(job: Job) -> str:
+    """What a file lacks of the image that its job starts from, or nothing."""
+    if job.init is None:
+        return ""
+    return f"it starts from the image {printable(job.init.image)}, which the file does not hold"
