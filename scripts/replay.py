@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Makes pictures again from what their files say, as they were or with other options.
+"""Regenerates images from what their files record, as they were or with other options.
 
-Any option of the scripts that make pictures changes what the file says.
+An option that sets how an image is made replaces what the file records.
 """
 
 from __future__ import annotations

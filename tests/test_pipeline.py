@@ -265,7 +265,7 @@ def test_precision():
 def test_tiles_are_taken_where_a_picture_would_not_fit(tiny, monkeypatch):
     def tile(height, width, available, tiles="auto"):
         monkeypatch.setattr(ldm.pipeline, "available_memory", lambda device: available)
-        return Pipeline(tiny, tiles=tiles)._choose_tile(height, width)
+        return Pipeline(tiny, tiles=tiles).tile_side(height, width)
 
     needed = needed_memory(tiny.first_stage_model.widths, 1024 * 1024)
     assert tile(1024, 1024, None) is None
