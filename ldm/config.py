@@ -129,7 +129,10 @@ def targets(node: Any) -> Iterator[str]:
 def _check_is_class(target: str, path: Path) -> None:
     try:
         found = get_obj_from_str(target)
-    except (ImportError, AttributeError):
+    except (ModuleNotFoundError, AttributeError) as error:
+        missing = getattr(error, "name", None) or ""
+        if isinstance(error, ModuleNotFoundError) and not f"{target}.".startswith(f"{missing}."):
+            raise  # a package that the target's module needs
         raise ConfigError(f"{printable(path)}: there is no {target}") from None
     package = target.partition(".")[0]
     if not inspect.isclass(found) or found.__module__.partition(".")[0] != package:

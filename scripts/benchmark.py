@@ -14,9 +14,15 @@ from ldm.cli.benchmark import add_benchmark_options, benchmark
 
 sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 
+EXAMPLES = (
+    "python scripts/benchmark.py --sizes 256,512",
+    "python scripts/benchmark.py --parts whole --rounds 3 --json samples.jsonl",
+    "python scripts/benchmark.py --peers diffusers --precision autocast,full",
+)
+
 
 def parser() -> argparse.ArgumentParser:
-    options = cli.make_parser(__doc__ or "")
+    options = cli.make_parser(__doc__ or "", "[options]", EXAMPLES)
     add_benchmark_options(options)
     cli.add_report_options(options)
     return options

@@ -17,9 +17,15 @@ sys.path.pop(0)  # its parts are found through it from here on; the folder itsel
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
+EXAMPLES = (
+    "python scripts/convert.py sd-v1-4.ckpt sd-v1-4.safetensors --dtype fp16",
+    "python scripts/convert.py sd-v1-4.ckpt sd-v1-4-diffusers",
+    "python scripts/convert.py stable-diffusion-v1-5/ v1-5.ckpt",
+)
+
 
 def parser() -> argparse.ArgumentParser:
-    options = cli.make_parser(__doc__ or "")
+    options = cli.make_parser(__doc__ or "", "IN OUT [options]", EXAMPLES)
     options.add_argument(
         "ckpt", metavar="IN", help="a checkpoint of any layout: a file, or a diffusers folder"
     )
@@ -47,8 +53,10 @@ def parser() -> argparse.ArgumentParser:
 
 def run(opt: argparse.Namespace) -> int:
     from ldm.checkpoints.convert import check_output, convert, layout_for
-    from ldm.cli.inputs import choose_model
+    from ldm.cli.inputs import check_there, choose_model
+    from ldm.util import find, printable
 
+    check_there(find(opt.ckpt), "give another model as IN")
     to = opt.to or layout_for(opt.out)
     check_output(opt.out, to, opt.ema)
     config_path, ckpt = choose_model(opt)
@@ -57,7 +65,6 @@ def run(opt: argparse.Namespace) -> int:
 
     from ldm.checkpoints.reader import read_model
     from ldm.config import read_config
-    from ldm.util import printable
 
     dtype = getattr(torch, DTYPES[opt.dtype]) if opt.dtype in DTYPES else None
     checkpoint = read_model(ckpt, vae=opt.vae, text_encoder=opt.text_encoder)

@@ -4,51 +4,99 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import ldm  # noqa: F401  (this toolkit's own, whatever else is installed)
+from ldm import cli  # this toolkit's own, whatever else is installed
+from ldm.cli.inputs import check_there, need
+from ldm.cli.options import BUNDLED_CKPT, BUNDLED_CONFIG
+from ldm.fields import MAX_SEED, SETTINGS
+from ldm.prompts.lines import MAX_COUNT
+from ldm.util import InputError, find, printable
 
 sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 
 
+logger = logging.getLogger("ldm")
+
+EXAMPLES = (
+    "python scripts/evaluate.py --count 40",
+    "python scripts/evaluate.py --sampler dpm_solver --steps 10 --sheet sheet.png",
+    "python scripts/evaluate.py --ckpt logs/mine/model.ckpt --seed 1000",
+)
+
+
 def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--config", default="configs/shapes/shapes-inference.yaml")
-    options.add_argument("--ckpt", default="models/ldm/shapes/model.ckpt")
-    options.add_argument("--judge", type=Path, default=Path("models/ldm/shapes/judge.pt"), help="the reader")
-    options.add_argument("--count", type=int, default=400, help="pictures, half of them of held-out pairs")
-    options.add_argument("--batch", type=int, default=20)
-    options.add_argument("--sampler", default="plms")
-    options.add_argument("--steps", type=int, default=50)
-    options.add_argument("--scale", type=float, default=7.5)
-    options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--device", default="auto", help="as in txt2img.py")
-    options.add_argument("--size", type=int, default=128)
-    options.add_argument("--plain", action="store_true", help="canonical captions instead of free wordings")
-    options.add_argument("--sheet", type=Path, help="write all pictures into this image")
+    options = cli.make_parser(__doc__ or "", "[options]", EXAMPLES)
+    group = options.add_argument_group("model")
+    group.add_argument("--config", metavar="FILE", default=BUNDLED_CONFIG, help="model config")
+    group.add_argument("--ckpt", metavar="FILE", default=BUNDLED_CKPT, help="the checkpoint that is measured")
+    group.add_argument(
+        "--judge", metavar="FILE", default="models/ldm/shapes/judge.pt", help="the network that reads images"
+    )
+    group.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    group = options.add_argument_group("sampling")
+    group.add_argument("--sampler", choices=SETTINGS["sampler"].choices, default="plms", help="the sampler")
+    group.add_argument("--steps", metavar="N", type=int, default=50, help="denoising steps, 1 to 999")
+    group.add_argument(
+        "--scale", metavar="X", type=float, default=7.5, help="guidance scale; 1 turns guidance off"
+    )
+    group.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="seed of the first image and its caption"
+    )
+    group.add_argument("--size", metavar="N", type=int, default=128, help="width and height in pixels")
+    group = options.add_argument_group("images")
+    group.add_argument(
+        "--count", metavar="N", type=int, default=400, help="images, half of them of held-out pairs"
+    )
+    group.add_argument("--batch", metavar="N", type=int, default=20, help="images at a time")
+    group.add_argument("--plain", action="store_true", help="canonical captions instead of free wordings")
+    group.add_argument("--sheet", metavar="FILE", help="write all images into this one")
+    cli.add_report_options(options)
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from ldm.util import InputError
-
-    options = parser().parse_args(argv)
-    try:
-        if options.count < 2:
-            raise InputError(f"--count {options.count} is too few: 2 or more, half of each kind")
-        evaluate(options)
-    except InputError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.main(parser(), evaluate, argv)
 
 
-def evaluate(options: argparse.Namespace) -> None:
-    """Draws the pictures, has them read, and prints the shares of what is right."""
+def check(opt: argparse.Namespace) -> None:
+    """That numbers are in range and files can be read or written, else an `InputError`."""
+    for name, field in (("steps", "steps"), ("scale", "scale"), ("seed", "seed"), ("size", "width")):
+        try:
+            SETTINGS[field].check(getattr(opt, name))
+        except ValueError as error:
+            raise InputError(f"--{name} {error}") from None
+    need(
+        2 <= opt.count <= MAX_COUNT,
+        f"--count is {opt.count}; give 2 to {MAX_COUNT}, half for each kind of pair",
+    )
+    need(1 <= opt.batch <= MAX_COUNT, f"--batch is {opt.batch}; give 1 to {MAX_COUNT}")
+    for name in ("config", "ckpt", "judge"):
+        check_there(find(getattr(opt, name)), f"give another with --{name}")
+    if opt.sheet is not None:
+        from PIL import Image
+
+        sheet = Path(opt.sheet)
+        known = Image.registered_extensions()
+        need(
+            known.get(sheet.suffix.lower()) in Image.SAVE, f"--sheet {printable(sheet)}: end its name in .png"
+        )
+        check_there(sheet.absolute().parent, "give --sheet in a folder that exists")
+        need(
+            os.access(sheet.absolute().parent, os.W_OK),
+            f"--sheet {printable(sheet)}: its folder is read-only",
+        )
+
+
+def evaluate(opt: argparse.Namespace) -> int:
+    """Draws the images, has them read, and prints the shares of what is right."""
+    check(opt)
     import numpy as np
 
     from ldm.config import read_config
@@ -59,38 +107,38 @@ def evaluate(options: argparse.Namespace) -> None:
     from ldm.runtime.device import resolve_device, resolve_precision
     from ldm.training.quality import judge, load_reader, score
 
-    half = options.count // 2
-    splits = ["fresh"] * (options.count - half) + ["heldout"] * half
+    device, reader = resolve_device(opt.device), load_reader(find(opt.judge))
+    model = load_model(read_config(opt.config), find(opt.ckpt), device)
+    half = opt.count // 2
+    splits = ["fresh"] * (opt.count - half) + ["heldout"] * half
     scenes = [scene_at(i, split) for i, split in enumerate(splits)]
-    rng = np.random.default_rng(options.seed)
-    prompts = [plain_caption(scene) if options.plain else caption(scene, rng) for scene in scenes]
+    rng = np.random.default_rng(opt.seed)
+    prompts = [plain_caption(scene) if opt.plain else caption(scene, rng) for scene in scenes]
     jobs = [
-        Job(prompt, seed=options.seed + i, width=options.size, height=options.size, steps=options.steps,
-            sampler=options.sampler, scale=options.scale)
+        Job(prompt, seed=(opt.seed + i) % (MAX_SEED + 1), width=opt.size, height=opt.size, steps=opt.steps,
+            sampler=opt.sampler, scale=opt.scale)
         for i, prompt in enumerate(prompts)
     ]  # fmt: skip
-    device = resolve_device(options.device)
-    model = load_model(read_config(options.config), options.ckpt, device)
     pipeline = Pipeline(model, resolve_precision("autocast", device))
-    blank = np.zeros((options.size, options.size, 3), np.uint8)
+    blank = np.zeros((opt.size, opt.size, 3), np.uint8)
     pictures = []
-    for batch in chunks(jobs, options.batch):
+    for batch in chunks(jobs, opt.batch):
         pictures += [blank if made.pixels is None else made.pixels for made in pipeline.make(batch)]
-        print(f"\r{len(pictures)} of {len(jobs)} drawn", end="", file=sys.stderr, flush=True)
+        logger.info("%d of %d images drawn", len(pictures), len(jobs))
     images = np.stack(pictures)
-    verdicts = judge(load_reader(options.judge), images)
+    verdicts = judge(reader, images)
     free = [re.search(rf"\b({'|'.join(UNORDERED)})\b", prompt) is not None for prompt in prompts]
     marks = [
         score(verdict, scene, ordered=not any_order)
         for verdict, scene, any_order in zip(verdicts, scenes, free, strict=True)
     ]
-    print(file=sys.stderr)
     for split in ("fresh", "heldout"):
         chosen = [mark for mark, of in zip(marks, splits, strict=True) if of == split]
         shares = {name: sum(mark[name] for mark in chosen) / len(chosen) for name in chosen[0]}
         print(f"{split:8s} n={len(chosen)}  " + "  ".join(f"{k} {v:.1%}" for k, v in shares.items()))
-    if options.sheet:
-        save_sheet(images, options.sheet)
+    if opt.sheet is not None:
+        save_sheet(images, Path(opt.sheet))
+    return 0
 
 
 def chunks(items: Sequence, size: int) -> Iterator[Sequence]:

@@ -13,9 +13,15 @@ from ldm import cli  # this toolkit's own, whatever else is installed
 
 sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 
+EXAMPLES = (
+    'python scripts/img2img.py --init-img sketch.png --prompt "a blue sphere left of a red cone"',
+    'python scripts/img2img.py --init-img photo.jpg --W 512 --H 512 --strength 0.5 --prompt "an oil painting"',
+    'python scripts/img2img.py --init-img folder/ --n_samples 1 --prompt "a watercolour" --dry_run',
+)
+
 
 def parser() -> argparse.ArgumentParser:
-    options = cli.make_parser(__doc__ or "")
+    options = cli.make_parser(__doc__ or "", "--init-img FILE --prompt TEXT [options]", EXAMPLES)
     cli.add_prompt_options(options, prompt="a painting of a virus monster playing guitar")
     cli.add_image_options(options, strength=0.75, required=True)
     cli.add_sampling_options(options, scale=5.0)

@@ -13,9 +13,15 @@ from ldm import cli  # this toolkit's own, whatever else is installed
 
 sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 
+EXAMPLES = (
+    'python scripts/inpaint.py --init-img scene.png --mask mask.png --prompt "a red sphere"',
+    'python scripts/inpaint.py --init-img scene.png --outpaint 0,0,64,0 --prompt "a wide landscape"',
+    'python scripts/inpaint.py --indir pairs/ --ckpt sd-v1-5-inpainting.ckpt --prompt "an empty street"',
+)
+
 
 def parser() -> argparse.ArgumentParser:
-    options = cli.make_parser(__doc__ or "")
+    options = cli.make_parser(__doc__ or "", "--init-img FILE --mask FILE --prompt TEXT [options]", EXAMPLES)
     cli.add_prompt_options(options, prompt="")
     cli.add_image_options(options, strength=1.0, required=False)
     cli.add_mask_options(options)

@@ -20,9 +20,15 @@ sys.path.pop(0)  # its parts are found through it from here on; the folder itsel
 if TYPE_CHECKING:
     from ldm.checkpoints.recognise import ModelKind
 
+EXAMPLES = (
+    "python scripts/inspect_model.py sd-v1-4.ckpt",
+    "python scripts/inspect_model.py --json --no_hash loras/*.safetensors",
+    "python scripts/inspect_model.py models/ldm/shapes/model.ckpt --config configs/shapes/shapes-inference.yaml",
+)
+
 
 def parser() -> argparse.ArgumentParser:
-    options = cli.make_parser(__doc__ or "")
+    options = cli.make_parser(__doc__ or "", "PATH [PATH ...] [options]", EXAMPLES)
     options.add_argument("paths", metavar="PATH", nargs="+", help="model files, or folders of diffusers")
     group = options.add_argument_group("inspection")
     group.add_argument("--json", action="store_true", help="print one JSON object a file, each on its line")

@@ -19,10 +19,16 @@ from ldm.cli.replay import as_changes
 
 sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 
+EXAMPLES = (
+    "python scripts/replay.py outputs/txt2img-samples/samples/00000.png --verify",
+    "python scripts/replay.py picture.png --show",
+    "python scripts/replay.py picture.png --steps 100 --upscale 2",
+)
+
 
 def _run_options() -> argparse.ArgumentParser:
     """The options of all scripts that make images."""
-    options = cli.make_parser(__doc__ or "")
+    options = cli.make_parser(__doc__ or "", "FILE [FILE ...] [options]", EXAMPLES)
     cli.add_prompt_options(options, prompt="")
     cli.add_image_options(options, strength=1.0, required=False)
     cli.add_mask_options(options)

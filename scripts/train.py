@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import ldm  # noqa: F401  (this toolkit's own, whatever else is installed)
+from ldm import cli  # this toolkit's own, whatever else is installed
 
 sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 
@@ -22,36 +21,45 @@ CONFIGS = {
     "export": "diffusion.yaml",
     "judge": "judge.yaml",
 }
+EXAMPLES = (
+    "python scripts/train.py autoencoder",
+    "python scripts/train.py diffusion training.batch_size=16 --max_time 00:02:00:00",
+    "python scripts/train.py text --resume --logdir logs/mine",
+)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=tuple(CONFIGS))
-    parser.add_argument("--base", type=Path, help="the stage's config (default: the one in configs/shapes)")
-    parser.add_argument("--logdir", type=Path, default=Path("logs/shapes"), help="where results go")
-    parser.add_argument("--resume", action="store_true", help="go on from the last state in --logdir")
-    parser.add_argument("--max_time", help="stop after this long, as DD:HH:MM:SS")
-    parser.add_argument("settings", nargs="*", help="changes to the config, such as training.batch_size=32")
-    return parser.parse_intermixed_args(argv)
+def parser() -> argparse.ArgumentParser:
+    options = cli.make_parser(__doc__ or "", "STAGE [SETTING=VALUE ...] [options]", EXAMPLES)
+    options.add_argument("stage", choices=tuple(CONFIGS), help="what is trained or written")
+    options.add_argument(
+        "settings", metavar="SETTING=VALUE", nargs="*", help="a change to the stage's config"
+    )
+    group = options.add_argument_group("training")
+    group.add_argument(
+        "--base", metavar="FILE", help="the stage's config (default: its one in configs/shapes)"
+    )
+    group.add_argument(
+        "--logdir", metavar="DIR", type=Path, default=Path("logs/shapes"), help="where results go"
+    )
+    group.add_argument("--resume", action="store_true", help="continue from the last state in --logdir")
+    group.add_argument("--max_time", metavar="DD:HH:MM:SS", help="stop after this long and save the state")
+    cli.add_report_options(options)
+    return options
+
+
+def run(opt: argparse.Namespace) -> int:
+    from ldm.training.stages import STAGES, Stage, read_config
+
+    config = read_config(Path(opt.base or f"configs/shapes/{CONFIGS[opt.stage]}"), opt.settings)
+    bar = sys.stderr.isatty() and not opt.quiet
+    stage = Stage(opt.stage, config, opt.logdir, opt.resume, opt.max_time, bar)
+    stage.check()
+    STAGES[opt.stage](stage)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    from ldm.training.stages import STAGES, Stage, read_config
-    from ldm.util import InputError
-
-    base = options.base or Path("configs/shapes") / CONFIGS[options.stage]
-    try:
-        config = read_config(base, options.settings)
-        bar = sys.stderr.isatty()
-        STAGES[options.stage](
-            Stage(options.stage, config, options.logdir, options.resume, options.max_time, bar)
-        )
-    except InputError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.main(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,15 @@ from ldm import cli  # this toolkit's own, whatever else is installed
 
 sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 
+EXAMPLES = (
+    'python scripts/txt2img.py --prompt "a red cube on top of a blue sphere" --plms',
+    'python scripts/txt2img.py --ckpt sd-v1-4.ckpt --prompt "an astronaut riding a horse" --steps 25 --seed 7',
+    "python scripts/txt2img.py --from-file prompts.txt --n_samples 4 --outdir outputs/tonight --resume",
+)
+
 
 def parser() -> argparse.ArgumentParser:
-    options = cli.make_parser(__doc__ or "")
+    options = cli.make_parser(__doc__ or "", "--prompt TEXT [options]", EXAMPLES)
     cli.add_prompt_options(options, prompt="a painting of a virus monster playing guitar")
     cli.add_sampling_options(options, scale=7.5)
     cli.add_size_options(options)

@@ -91,7 +91,7 @@ def test_precision_and_parts_are_written(tmp_path: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["none.ckpt", "a.safetensors"], "none.ckpt does not exist"),
+        (["none.ckpt", "a.safetensors"], "none.ckpt does not exist; give another model as IN"),
         ([CKPT, CKPT], "exists already, and nothing is overwritten"),
         ([CKPT, "a", "--to", "compvis"], "name it so"),
         ([CKPT, "a.ckpt", "--to", "diffusers"], "is a folder; name one"),
@@ -100,7 +100,7 @@ def test_precision_and_parts_are_written(tmp_path: Path, folder: Path) -> None:
         ([CKPT, "no/such/a.ckpt"], "is no folder; make it first"),
         ([CKPT, "a", "--vae", "none.pt"], "give another --vae"),
         ([CKPT, "a"], "keys (model.diffusion_model.input_blocks.1.1"),  # v1's config is taken
-        ([CKPT, "a", "--to", "onnx"], "invalid choice: 'onnx'"),
+        ([CKPT, "a", "--to", "onnx"], "'onnx' is unknown; choose compvis, diffusers or ckpt"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(

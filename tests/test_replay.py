@@ -556,7 +556,7 @@ def test_nothing_of_a_file_is_parsed_as_a_command_line(
     file = forged("a.png", {**extras, "Model": "--help", "Config": "--help"}, prompt="--help")
     typed = [file, "--quiet", "--device", "cpu"]
     assert scripts.replay.main(typed) == 0
-    assert parsed == [[], typed]
+    assert {word for words in parsed for word in words} == {*typed}
     assert read_job("outputs/replay/a.png").job.prompt == "--help"
 
 

@@ -13,8 +13,11 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
-        (["evaluate.py", "--count", "1"], "evaluate.py: --count 1 is too few: 2 or more, half of each kind"),
-        (["train.py", "text", "--base", "none.yaml"], "train.py: there is no config none.yaml"),
+        (
+            ["evaluate.py", "--count", "1"],
+            "error: --count is 1; give 2 to 100000, half for each kind of pair",
+        ),
+        (["train.py", "text", "--base", "none.yaml"], "error: there is no config none.yaml"),
     ],
 )
 def test_faults_are_one_line_even_beside_a_foreign_toolkit_of_the_same_name(tmp_path, arguments, fault):

@@ -6,13 +6,14 @@ Every fault is an `InputError` that names the option.
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ldm.cli.options import (
     BUNDLED_CKPT,
@@ -25,7 +26,7 @@ from ldm.cli.options import (
     V1_CONFIG,
 )
 from ldm.fields import OWN_NAMES, SETTINGS
-from ldm.job import Init, Job
+from ldm.job import Init, Job, Sampler
 from ldm.prompts.lines import MAX_COUNT
 from ldm.util import InputError, find, printable
 
@@ -43,6 +44,7 @@ _CHECKED = {name: OWN_NAMES.get(name, name) for name in (
 
 def check_options(opt: argparse.Namespace) -> None:
     """Numbers in range and options that go together, else an `InputError` that names the option."""
+    chosen_sampler(opt)
     for name, field in _CHECKED.items():
         try:
             SETTINGS[field].check(getattr(opt, name))
@@ -64,36 +66,50 @@ def check_options(opt: argparse.Namespace) -> None:
         )
 
 
+def check_additions(opt: argparse.Namespace) -> None:
+    """That the files of LoRAs and textual inversions are there, else an `InputError`."""
+    for path, _, _ in opt.lora if opt.lora_dir is None else ():
+        check_there(path, "give a file, or a folder that PEFT saved")
+    for path, _ in opt.embedding:
+        check_there(path, "give another with --embedding")
+
+
+def chosen_sampler(opt: argparse.Namespace) -> Sampler:
+    """The sampler that --sampler or a switch asks for."""
+    switches: list[Sampler] = [name for name in get_args(Sampler) if getattr(opt, name, False)]
+    for name in switches:
+        need(
+            opt.sampler in (None, name),
+            f"--{name} and --sampler {opt.sampler} contradict; leave one of them out",
+        )
+    return opt.sampler or (switches or ["ddim"])[0]
+
+
 def need(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
 
 
 def find_loras(opt: argparse.Namespace) -> LoraFiles:
-    """Where the run's LoRAs lie; those of the options are there, and so are the textual inversions."""
+    """Where the run's LoRAs are found."""
     from ldm.checkpoints.lora_files import LoraFiles
 
-    files = LoraFiles([path for path, _, _ in opt.lora], opt.lora_dir)
-    for path, _ in opt.embedding:
-        need(_exists(Path(path)), f"{printable(path)} does not exist; give another with --embedding")
-    return files
+    return LoraFiles([path for path, _, _ in opt.lora], opt.lora_dir)
 
 
 def choose_model(opt: argparse.Namespace) -> tuple[Path, Path]:
     """Config and checkpoint, both there: the user's, a published one at its place, or the bundled model's."""
     for option, path in (("vae", opt.vae), ("text_encoder", opt.text_encoder)):
-        need(
-            path is None or _exists(Path(path)), f"{printable(path)} does not exist; give another --{option}"
-        )
+        if path is not None:
+            check_there(path, f"give another --{option}")
     if opt.config is None and opt.ckpt is None and not opt.laion400m:
         config, ckpt = _usual_model(opt.inpaint)
+        check_there(find(ckpt), "link a checkpoint there, or give one with --ckpt")
         return find(config), find(ckpt)
-    ckpt = find(opt.ckpt or (LAION_CKPT if opt.laion400m else V1_CKPT))
-    for option, path in (("config", opt.config), ("ckpt", ckpt)):
-        need(
-            path is None or _exists(find(path)),
-            f"{printable(path)} does not exist; give another with --{option}",
-        )
+    if opt.config is not None:
+        check_there(find(opt.config), "give another with --config")
+    ckpt = find(opt.ckpt) if opt.ckpt is not None else _ckpt_of(opt)
+    check_there(ckpt, "give another with --ckpt")
     config = opt.config or _config_of(ckpt)
     need(
         not opt.laion400m or opt.config or config == LAION_CONFIG,
@@ -118,6 +134,21 @@ def _usual_model(inpaint: bool) -> tuple[str, str]:
     return BUNDLED_CONFIG, BUNDLED_CKPT
 
 
+def _ckpt_of(opt: argparse.Namespace) -> Path:
+    """Where the checkpoint of a config lies if none is given; an InputError if nothing is there."""
+    from ldm.config import read_config
+
+    if opt.config is None:
+        return find(LAION_CKPT)
+    read_config(opt.config, opt.allow_targets)  # what is wrong with it is said first
+    usual = {V1_CONFIG: V1_CKPT, INPAINTING_CONFIG: INPAINTING_CKPT, BUNDLED_CONFIG: BUNDLED_CKPT}
+    usual |= {LAION_CONFIG: LAION_CKPT}
+    same = (ckpt for config, ckpt in usual.items() if find(config).resolve() == find(opt.config).resolve())
+    ckpt = find(next(same, V1_CKPT))
+    need(os.path.lexists(ckpt), f"--config {printable(opt.config)} needs its checkpoint; give it with --ckpt")
+    return ckpt
+
+
 def _config_of(ckpt: Path) -> str:
     """The published config that a checkpoint needs, told by its content."""
     from ldm.checkpoints.reader import read_model
@@ -136,11 +167,19 @@ def _check_vocabulary() -> None:
     find_vocabulary()
 
 
-def _exists(path: Path) -> bool:
+def check_there(path: str | Path, cure: str) -> None:
+    """That there is something at a path, and that it can be read; else an InputError that says what to do."""
+    shown = printable(path)[:200]
     try:
-        return path.exists()
-    except OSError as error:
-        raise InputError(f"cannot look at {printable(path)[:200]}: {error.strerror}") from None
+        os.stat(path)
+        if not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (FileNotFoundError, NotADirectoryError):
+        broken = f"is a broken link to {printable(os.readlink(path))}" if os.path.islink(path) else None
+        raise InputError(f"{shown} {broken or 'does not exist'}; {cure}") from None
+    except (OSError, ValueError) as error:  # no permission, a loop of links, a name that no file can have
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{shown} cannot be read: {reason}; {cure}") from None
 
 
 def check_latents(opt: argparse.Namespace, model: Mapping[str, Any]) -> None:

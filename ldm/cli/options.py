@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
 from ldm import __version__
+from ldm.cli.parser import Parser
+from ldm.fields import SETTINGS
 from ldm.job import RESIZES, Init
 from ldm.prompts.dialects import FORMATS
-from ldm.util import printable
 
 V1_CONFIG = "configs/stable-diffusion/v1-inference.yaml"
 V1_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
@@ -39,6 +41,7 @@ _DEFAULTS: dict[str, Any] = {
     "mask_blur": Init("").mask_blur,
     "no_paste": False,
     "outpaint": (0, 0, 0, 0),
+    "sampler": None,
     "devices": None,
     "num_nodes": None,
     "kept_input": None,  # the file that took the place of standard input
@@ -49,24 +52,11 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-class _Help(argparse.HelpFormatter):
-    """Shows the defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default in (argparse.SUPPRESS, None, "", []) or action.default is False
-        return action.help if silent else f"{action.help} (default: %(default)s)"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with what was typed, terminal controls escaped."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {printable(message)}; --help lists the options\n")
-
-
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with grouped help."""
-    parser = _Parser(description=description, formatter_class=_Help)
+def make_parser(
+    description: str, usage: str = "[options]", examples: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """A parser with grouped help, whose `usage` follows the script's name; `examples` are whole command lines."""
+    parser = Parser(description, usage, examples)
     parser.set_defaults(**_DEFAULTS)
     return parser
 
@@ -108,9 +98,15 @@ def add_sampling_options(parser: argparse.ArgumentParser, scale: float) -> None:
     """How it is drawn."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--ddim_steps", metavar="N", type=int, default=50, help="denoising steps, 1 to 999")
+    group.add_argument(
+        "--sampler",
+        choices=SETTINGS["sampler"].choices,
+        type=_word,
+        help="how noise is removed step by step (default: ddim, or what a switch says)",
+    )
     samplers = group.add_mutually_exclusive_group()
-    samplers.add_argument("--plms", action="store_true", help="use the PLMS sampler instead of DDIM")
-    samplers.add_argument("--dpm_solver", action="store_true", help="use DPM-Solver++ instead of DDIM")
+    samplers.add_argument("--plms", action="store_true", help="the same as --sampler plms")
+    samplers.add_argument("--dpm_solver", action="store_true", help="the same as --sampler dpm_solver")
     group.add_argument("--ddim_eta", metavar="X", type=float, default=0.0, help="DDIM's noise, 0 to 1")
     group.add_argument(
         "--scale", metavar="X", type=float, default=scale, help="guidance scale; 1 turns guidance off"
@@ -136,6 +132,11 @@ def add_sampling_options(parser: argparse.ArgumentParser, scale: float) -> None:
         "NumPy's, as in the published inpainting app",
     )
     group.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise")
+
+
+def _word(text: str) -> str:
+    """A choice as it is written here: DPM-Solver is dpm_solver."""
+    return "_".join(text.lower().replace("-", " ").split())
 
 
 def add_size_options(parser: argparse.ArgumentParser, own: str = "the model's own size") -> None:
@@ -437,6 +438,8 @@ def _add_addition_options(parser: argparse.ArgumentParser) -> None:
 
 def _lora(text: str) -> tuple[str, float, float]:
     """A file with its weights on the U-Net and the text model; only numbers are split off, from the right."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty; is a variable of the shell not set?")
     path, weights = text, []
     while len(weights) < 2 and not os.path.exists(path):
         head, _, number = path.rpartition(":")
@@ -465,4 +468,4 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("report")
     group.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
     group.add_argument("--debug", action="store_true", help="show tracebacks and details")
-    group.add_argument("--version", action="version", version=__version__)
+    group.add_argument("--version", action="version", version=f"ldm {__version__}", help="print the version")

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from ldm.cli.inputs import Start, check_memory, latent_factor, need
+from ldm.cli.inputs import Start, check_memory, check_there, chosen_sampler, latent_factor, need
 from ldm.fields import MAX_SEED, override
 from ldm.job import Init, Job, batch_key, lora_name, split_loras
 from ldm.prompts.dialects import read_prompt_list
@@ -202,7 +202,7 @@ class Plan(Sequence[Job]):
             width=start.width,
             height=start.height,
             steps=opt.ddim_steps,
-            sampler="plms" if opt.plms else "dpm_solver" if opt.dpm_solver else "ddim",
+            sampler=chosen_sampler(opt),
             scale=opt.scale,
             eta=opt.ddim_eta,
             timestep_spacing=opt.timestep_spacing,
@@ -361,12 +361,15 @@ def _refusal(check: Callable[[Job], None], job: Job) -> str | None:
 # --- whether and how long -------------------------------------------------------------------------------------
 
 
-def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], object]) -> None:
+def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Path]) -> None:
     """That a job can be made by a config's model, else an `InputError`."""
     from ldm.models.diffusion.schedule import make_timesteps
 
     if job.sampler != "ddim":
-        need(job.eta == 0, f"--{job.sampler} adds no noise, so --ddim_eta {job.eta} is impossible")
+        need(
+            job.eta == 0,
+            f"--{job.sampler} adds no noise; leave --ddim_eta {job.eta:g} out, or use --sampler ddim",
+        )
     if job.sampler == "dpm_solver":
         need(job.timestep_spacing == "uniform", "--dpm_solver has uniform --timestep_spacing only")
     else:
@@ -376,7 +379,7 @@ def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], obj
         need(side % factor == 0, f"{name} is {side}, no multiple of {factor}")
     check_memory(job, model)
     for name, _, _ in job.loras:
-        find_lora(name)
+        check_there(find_lora(name), "give another LoRA")
 
 
 def count_steps(job: Job) -> int:

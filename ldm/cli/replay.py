@@ -38,6 +38,7 @@ Options = dict[
 Changes = Mapping[str, str | list[str] | None]
 
 _REPEATED = ("lora", "embedding", "allow_targets")  # options that are given once for each value
+_SWITCHES = ("plms", "dpm_solver")  # samplers that are options themselves
 _OF_A_START = ("strength", "resize", "background", "posterior_mean")
 _OF_A_MASK = ("invert_mask", "mask_blur", "no_paste")
 MAX_PLACE = 20_000  # images of a run whose noise can be drawn before that of one
@@ -59,7 +60,8 @@ def options(recipe: Recipe, changes: Changes) -> tuple[str, Options]:
     if job.negative_prompt:
         chosen["negative_prompt"] = job.negative_prompt
     chosen |= {"seed": str(job.seed), "ddim_steps": str(job.steps), "scale": _number(job.scale)}
-    chosen |= {job.sampler: None} if job.sampler != "ddim" else {}
+    if job.sampler != "ddim":
+        chosen |= {job.sampler: None} if job.sampler in _SWITCHES else {"sampler": job.sampler}
     chosen |= _unless_default(
         job,
         {"ddim_eta": "eta", "timestep_spacing": "timestep_spacing", "rng": "rng", "seed_mode": "seed_mode"}

@@ -21,10 +21,22 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ldm.runtime.allocator import restart_tuned
+from ldm.runtime.allocator import allow_interrupts, restart_tuned
 from ldm.util import InputError, printable
 
 logger = logging.getLogger("ldm")
+
+# what packages are called where they are installed from, if not as they are imported
+_PACKAGES = {
+    "PIL": "pillow",
+    "clip": "openai-clip",
+    "cv2": "opencv-python",
+    "imwatermark": "invisible-watermark",
+    "lightning_fabric": "pytorch-lightning",
+    "pytorch_lightning": "pytorch-lightning",
+    "yaml": "pyyaml",
+}
+_NO_MEMORY = ("can't allocate memory", "could not create a primitive")  # torch's allocator, oneDNN
 
 
 class Interrupts:
@@ -232,14 +244,45 @@ def main(
     parser: argparse.ArgumentParser, script: Callable[[argparse.Namespace], int], argv: Sequence[str] | None
 ) -> int:
     """Parses, runs and turns every outcome into one line and an exit code."""
-    opt = _parse(parser, argv)
-    if argv is None:  # the command line's own: nothing has been imported or opened yet
-        restart_tuned()
-        opt.typed = sys.orig_argv[1:]
-    set_up_messages(opt.quiet, opt.debug)
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # stderr can be no real file
-        faulthandler.enable()  # a checkpoint that shrinks while it is mapped ends the process without a word
-    return outcome(lambda: script(opt), opt.debug)
+    fill_closed_streams()
+    try:
+        allow_interrupts()
+        opt = _parse(parser, argv)
+        if argv is None:  # the command line's own: nothing has been imported or opened yet
+            restart_tuned()
+            opt.typed = sys.orig_argv[1:]
+        set_up_messages(opt.quiet, opt.debug)
+        with contextlib.suppress(
+            AttributeError, ValueError, OSError, RuntimeError
+        ):  # stderr can be no real file
+            faulthandler.enable()  # a checkpoint that shrinks while it is mapped ends the process without a word
+        return outcome(lambda: script(opt), opt.debug)
+    except KeyboardInterrupt:  # before anything has begun
+        return 130
+    finally:
+        _flush_stdout()
+
+
+def fill_closed_streams() -> None:
+    """Puts the null device where standard streams are closed: else files that are opened later take their places."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+
+
+def _flush_stdout() -> bool:
+    """Whether what was printed has left; where nobody reads it any more, the rest of it goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _silence_stdout()
+        return False
+    return True
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -258,25 +301,31 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
             events.emit("done", saved=0, failed=0, seconds=0.0, code=2)
         raise
     finally:
-        if sys.stderr is not None:
-            sys.stderr.write(said.getvalue())
+        sys.stderr.write(said.getvalue())
 
 
 def outcome(task: Callable[[], int], debug: bool) -> int:
     """The exit code of a task; any fault of it becomes one line."""
+    code = 0
     try:
-        return task()
+        code = task()
+        sys.stdout.flush()
+        return code
     except InputError as error:
         return _fail(f"error: {error}", 2, debug)
+    except ImportError as error:
+        return _fail(f"error: {_missing(error)}", 2, debug)
     except KeyboardInterrupt:
         return _fail("error: interrupted", 130, False)
     except MemoryError:
         return _fail("error: out of memory; use a smaller --n_samples, --W or --H", 1, debug)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and not _flush_stdout():
+            return code  # whoever read stdout has seen enough
         where = f"{printable(error.filename)}: " if error.filename else ""
         return _fail(f"error: {where}{error.strerror or error}", 1, debug)
     except Exception as error:  # noqa: BLE001 - the one place where any fault becomes one line
-        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        if type(error).__name__ == "OutOfMemoryError" or any(part in str(error) for part in _NO_MEMORY):
             line = " ".join(printable(error).split())[:200]
             return _fail(f"error: out of memory ({line}); use a smaller --n_samples, --W or --H", 1, debug)
         if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
@@ -284,6 +333,18 @@ def outcome(task: Callable[[], int], debug: bool) -> int:
             return _fail(f"error: the GPU failed ({line}); finished images are kept, start again", 1, debug)
         what = " ".join(printable(f"{type(error).__name__}: {error}").split())[:300]
         return _fail(f"error: {what}; this is a bug, run with --debug to see where", 1, debug)
+
+
+def _missing(error: ImportError) -> str:
+    """What an import that fails means for the user."""
+    name = (error.name or "").partition(".")[0]
+    package = printable(_PACKAGES.get(name, name))
+    if name in sys.stdlib_module_names:
+        return f"this Python lacks its own module {package}: use a complete Python"
+    if isinstance(error, ModuleNotFoundError) and name and name != "ldm":
+        return f"the package {package} is not installed: activate your environment, or run: pip install -e ."
+    reason = " ".join(printable(error).split())[:200]
+    return f"a package cannot be loaded ({reason}): install it again, or all of them with: pip install -e ."
 
 
 def _fail(line: str, code: int, debug: bool) -> int:

@@ -16,6 +16,7 @@ from ldm.cli.claim import Claim, Source
 from ldm.cli.estimate import check_batches
 from ldm.cli.inputs import (
     Canvases,
+    check_additions,
     check_latents,
     check_options,
     choose_model,
@@ -100,6 +101,7 @@ def _run(
 ) -> int:
     ranks.hush(opt)
     check_options(opt)
+    check_additions(opt)
     need(not opt.verify or opt.resume, "--verify checks the files of a run that continues; give --resume too")
     for option, reason in (("resume", "continue"), ("gallery", "show")):
         need(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
 
 SWITCH = "LDM_MALLOC"  # "system" leaves the allocator as it is
@@ -39,7 +40,16 @@ def restart_tuned() -> None:
         return
     tunables = ":".join(f"{name}={value}" for name, value in TUNABLES.items())
     environment = {**os.environ, SWITCH: "tuned", "GLIBC_TUNABLES": tunables}
+    # a Ctrl-C meanwhile waits for `allow_interrupts`: the new process could not say anything sensible about it
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     except OSError:
-        return  # it only costs time
+        allow_interrupts()  # it only costs time
+
+
+def allow_interrupts() -> None:
+    """Ends what `restart_tuned` began: a Ctrl-C since then is a KeyboardInterrupt here."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

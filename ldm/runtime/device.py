@@ -30,7 +30,7 @@ def resolve_device(name: str) -> torch.device:
         logger.info("no GPU found; using the CPU")
         return torch.device("cpu")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise InputError(f"unknown device {printable(name)!r}; it is auto, cpu, cuda, cuda:N or mps")
+        raise InputError(f"unknown device {printable(name)!r}; choose auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -74,9 +74,11 @@ def resolve_precision(requested: str, device: torch.device) -> Precision:
         torch.backends.cudnn.allow_tf32 = False
         return FULL
     if requested == "bf16":
+        if device.type == "cpu" and not fast_bf16():
+            logger.warning("this CPU has no bf16 instructions, so bf16 is slow; --precision full is faster")
         return BF16
     if requested not in ("autocast", "fp16"):
-        raise InputError(f"unknown precision {printable(requested)!r}; it is full, autocast, bf16 or fp16")
+        raise InputError(f"unknown precision {printable(requested)!r}; choose full, autocast, bf16 or fp16")
     if device.type != "cpu":
         return FP16
     if requested == "fp16":

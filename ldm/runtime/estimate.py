@@ -243,7 +243,7 @@ def _prepare(
     layers: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
     """Does to layers what `prepare` does to those of a model: the attention that goes with them."""
-    if device.type == "cpu" and kernels.can_pack():
+    if device.type == "cpu" and kernels.can_pack(dtype):
         accelerate(layers, Packer(dtype, lambda weight: None))
         return kernels.attend
     layers.to(device, dtype)

@@ -340,7 +340,7 @@ def prepare(
         _compile(network, dtype)
         done = {network, *network.children()}
         fast, exact = ([part for part in parts if part not in done] for parts in (fast, exact))
-    if model.device.type != "cpu" or not kernels.can_pack():
+    if model.device.type != "cpu" or not kernels.can_pack(dtype):
         for part in fast:
             part.to(dtype)
         return None

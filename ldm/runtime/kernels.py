@@ -16,14 +16,16 @@ from torch.nn import functional as F
 SCORES = 2**20
 
 
-def can_pack() -> bool:
-    """Whether this build of torch has the kernels."""
-    return torch.backends.mkldnn.is_available()
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build of torch has the kernels, and this CPU what they need for `dtype`."""
+    available = torch.backends.mkldnn.is_available()
+    return available and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 numbers faster than float32."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    known = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return known and can_pack(torch.bfloat16)
 
 
 def pack_convolution(

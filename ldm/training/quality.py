@@ -15,6 +15,7 @@ from ldm.data.scenes import Scene
 from ldm.training.export import save_atomically
 from ldm.training.questions import ANSWERS, QUESTIONS, Answer, answers, describe
 from ldm.training.runs import Optimisation, load_state
+from ldm.util import InputError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,10 @@ def save_reader(reader: SceneReader, path: Path) -> None:
 def load_reader(path: Path) -> SceneReader:
     """A reader with the weights that `save_reader` wrote."""
     reader = SceneReader().eval()
-    reader.load_state_dict(load_state(path))
+    try:
+        reader.load_state_dict(load_state(path))
+    except (RuntimeError, TypeError, AttributeError):
+        raise InputError(f"{printable(path)} does not hold the weights of a judge; train one") from None
     return reader
 
 

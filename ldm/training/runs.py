@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from ldm.lr_scheduler import LambdaLinearScheduler
 from ldm.util import InputError, printable
 
 logger = logging.getLogger(__name__)
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # it advertises other packages
 
 STATE = "last.ckpt"
 MakeBatch = Callable[[int, np.random.Generator], Any]
@@ -150,7 +152,11 @@ def load_state(path: Path) -> dict[str, Any]:
     """What a stage saved at `path`; an `InputError` where there is nothing."""
     if not path.is_file():
         raise InputError(f"{printable(path)} does not exist: run the stage that makes it first")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, UnpicklingError, ValueError, EOFError) as error:
+        logger.debug("%s", printable(error))
+        raise InputError(f"{printable(path)} is not a file that a stage has saved") from None
 
 
 def last_state(logdir: Path) -> tuple[Path, int]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
+import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from yaml import YAMLError
 
 from ldm.checkpoints.reader import read_checkpoint
 from ldm.data.captions import caption
@@ -38,10 +44,11 @@ from ldm.training.runs import (
     make_trainer,
 )
 from ldm.training.text import TextTraining, caption_batches
-from ldm.util import InputError, instantiate_from_config, printable
+from ldm.util import InputError, find, instantiate_from_config, printable
 
 logger = logging.getLogger(__name__)
 
+_OF_THE_COMMAND = ("run.logdir", "run.steps", "run.max_time", "run.bar")  # options, or of another section
 AUTOENCODER, TEXT, LATENTS = "autoencoder.pt", "text.pt", "latents.npy"
 
 
@@ -55,6 +62,22 @@ class Stage:
     resume: bool = False
     max_time: str | None = None
     bar: bool = False
+
+    def check(self) -> None:
+        """That the stage can begin: time, folder and state, else an `InputError`. Makes the folder of results."""
+        if self.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", self.max_time):
+            raise InputError(
+                f"--max_time is {printable(self.max_time)}; write DD:HH:MM:SS, such as 00:00:05:00"
+            )
+        try:
+            self.logdir.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.logdir).close()
+        except OSError as error:
+            raise InputError(
+                f"--logdir {printable(self.logdir)} cannot be written to: {error.strerror}"
+            ) from None
+        if self.resume and "run" in self.config:
+            last_state(self.logdir / self.name)
 
     @property
     def optimisation(self) -> Optimisation:
@@ -93,10 +116,70 @@ class Stage:
 
 
 def read_config(path: Path, changes: Sequence[str] = ()) -> DictConfig:
-    """The YAML at `path` with dotted changes such as `training.batch_size=32`."""
-    if not path.is_file():
-        raise InputError(f"there is no config {printable(path)}")
-    return OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(changes)))  # type: ignore[return-value]
+    """The YAML at `path` with dotted changes such as `training.batch_size=32`, each of a known setting."""
+    path = find(path)
+    try:
+        config = OmegaConf.load(path)
+        if not isinstance(config, DictConfig):
+            raise InputError(f"the config {printable(path)} is not a mapping")
+        changed = OmegaConf.from_dotlist(list(changes))
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"there is no config {printable(path)}") from None
+    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        reason = " ".join(printable(error).split())[:200]
+        raise InputError(
+            f"the config {printable(path)}, or a change to it, cannot be read: {reason}"
+        ) from None
+    known = _settings(config)
+    for change in changes:
+        name, sign, _ = change.partition("=")
+        if not sign:
+            raise InputError(f"{printable(change)} is not a change; write SETTING=VALUE")
+        _check_setting(printable(name), OmegaConf.select(changed, name), known)
+    return OmegaConf.merge(config, changed)  # type: ignore[return-value]
+
+
+def _settings(config: DictConfig) -> dict[str, type]:
+    """The types of all settings that a stage's config can have, by their dotted names."""
+    known: dict[str, type] = {"training.start_from": str}
+    for section, of in (("training.optimisation", Optimisation), ("run", RunSettings)):
+        if OmegaConf.select(config, section) is not None:
+            hints = get_type_hints(of)
+            known |= {f"{section}.{field.name}": _plain(hints[field.name]) for field in fields(of)}
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, DictConfig):
+                walk(value, f"{prefix}{key}.")
+            else:
+                known.setdefault(f"{prefix}{key}", type(value))
+
+    walk(config, "")
+    return {name: kind for name, kind in known.items() if name not in _OF_THE_COMMAND}
+
+
+def _plain(hint: Any) -> type:
+    return next(kind for kind in (*get_args(hint), hint) if kind is not type(None))
+
+
+def _check_setting(name: str, value: Any, known: Mapping[str, type]) -> None:
+    if name not in known:
+        last = {full.rpartition(".")[2]: full for full in known}
+        close = [last[name.rpartition(".")[2]]] if name.rpartition(".")[2] in last else []
+        close = close or difflib.get_close_matches(name, known, 1)
+        raise InputError(
+            f"unknown setting {name}; "
+            + (f"did you mean {close[0]}?" if close else f"choose from {', '.join(sorted(known))}")
+        )
+    kind = known[name]
+    if kind in (int, float):
+        number = type(value) in ((int,) if kind is int else (int, float))
+        least = 1 if kind is int and not name.endswith("warm_up_steps") else 0
+        if not number or not least <= value < math.inf:
+            what = "a whole number" if kind is int else "a number"
+            raise InputError(f"{name} is {printable(value)}; give {what} of {least} or more")
+    elif kind is str and not isinstance(value, str):
+        raise InputError(f"{name} is {printable(value)}; give a text")
 
 
 def train_autoencoder(stage: Stage) -> None:
