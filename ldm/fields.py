@@ -100,13 +100,17 @@ class Setting:
         return all(part.fits(entry) for part, entry in zip(self.row, value, strict=True))
 
     def _refusal(self, value: Any) -> str:
-        return f"is {shown(value)}; give {self.wanted()}"
+        one = self.row and not self.many and isinstance(value, tuple)
+        return f"is {shown(','.join(map(str, value)) if one else value)}; give {self.wanted()}"
 
     def wanted(self) -> str:
         """What values the field can have, in words."""
         if self.row:
-            entries = f"[{', '.join(part.wanted() for part in self.row)}]"
-            return f"a list of {entries}" if self.many else entries[1:-1]
+            each = [part.wanted() for part in self.row]
+            if not self.many and len(set(each)) == 1:
+                return f"{len(each)} values, each {each[0]}"
+            entries = ", ".join(each)
+            return f"a list of [{entries}]" if self.many else entries
         if self.choices:
             return " or ".join([", ".join(self.choices[:-1]), self.choices[-1]])
         if self.kind is bool:
@@ -157,7 +161,7 @@ _RANGES: Mapping[str, Mapping[str, Any]] = {
     "width": {"low": 8, "high": _MAX_SIDE, "multiple": 8},
     "height": {"low": 8, "high": _MAX_SIDE, "multiple": 8},
     "steps": {"low": 1, "high": 999},
-    "eta": {"low": 0},
+    "eta": {"low": 0, "high": 10},
     "batch_index": {"low": 0},
     "strength": {"low": 0, "high": 1},
     "upscale": {"low": 1, "high": 8},

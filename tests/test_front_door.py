@@ -3,9 +3,13 @@
 import argparse
 import ast
 import importlib
+import io
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,12 +18,14 @@ from PIL.PngImagePlugin import PngInfo
 
 import scripts.img2img as img2img
 import scripts.txt2img as txt2img
-from ldm.cli.inputs import chosen_sampler
+from ldm.cli.inputs import Canvases, check_options, chosen_sampler
 from ldm.cli.options import BUNDLED_CKPT, BUNDLED_CONFIG, V1_CKPT, add_report_options, make_parser
 from ldm.cli.report import main, outcome, set_up_messages
 from ldm.config import ConfigError, read_config
-from ldm.pipeline import SAMPLERS
-from ldm.util import InputError
+from ldm.images.foreign import read_job
+from ldm.job import Init
+from ldm.pipeline import SAMPLERS, Pipeline
+from ldm.util import InputError, printable
 from tests.test_txt2img import FAST
 
 ROOT = Path(__file__).parent.parent
@@ -378,3 +384,171 @@ def test_an_interrupt_during_the_start_waits_for_it():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_terminal_is_told_that_prompts_are_read_from_it(monkeypatch, caplog):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    with caplog.at_level("INFO", "ldm"):
+        check_options(txt2img.parser().parse_args(["--from-file", "-"]))
+    assert "reading prompts from this terminal: one a line, then Ctrl-D" in caplog.text
+
+
+def hang_up(monkeypatch, times):
+    """The terminal closes while an image is drawn, so many times."""
+    begin = Pipeline.begin
+
+    def interrupted(*args):
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGHUP)
+        return begin(*args)
+
+    monkeypatch.setattr(Pipeline, "begin", interrupted)
+
+
+def test_a_lost_terminal_ends_a_run_after_the_batch(draw, monkeypatch, capsys):
+    hang_up(monkeypatch, 1)
+    assert draw("--n_iter", "3") == (129, ["00000.png"])
+    assert "run the same command with --resume" in capsys.readouterr().err
+
+
+def test_a_second_signal_ends_a_run_at_once(draw, monkeypatch, tmp_path):
+    hang_up(monkeypatch, 2)
+    with pytest.raises(SystemExit) as caught:
+        draw("--n_iter", "3")
+    assert caught.value.code == 129
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_without_a_terminal_nothing_is_written_twice_on_a_line(draw, capsys):
+    draw("--n_iter", "2")
+    txt2img.main([*FAST[:-1], "--outdir", "out", "--W", "64", "--H", "64"])
+    error = capsys.readouterr().err
+    assert "image 1 of 1" in error
+    assert "\r" not in error
+
+
+# --- odd values ---------------------------------------------------------------------------------------------
+
+
+def test_an_empty_prompt_is_allowed(draw, tmp_path):
+    assert draw("--prompt", "") == (0, ["00000.png"])
+    assert read_job(str(tmp_path / "out/samples/00000.png")).job.prompt == ""
+
+
+@pytest.mark.parametrize("scale", ["0", "-2", "1"])
+def test_any_finite_scale_is_allowed(draw, scale, tmp_path):
+    assert draw("--scale", scale) == (0, ["00000.png"])
+    assert read_job(str(tmp_path / "out/samples/00000.png")).job.scale == float(scale)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-0.5", "1e300", "10.5"])
+def test_an_impossible_eta_is_refused(draw, value, capsys, tmp_path):
+    assert draw(f"--ddim_eta={value}") == (2, [])
+    (tmp_path / "list.txt").write_text(f"a cube --ddim_eta {value}")
+    assert draw("--from-file", "list.txt") == (2, [])
+    assert capsys.readouterr().err.count("give a number from 0 to 10") == 2
+
+
+def test_an_eta_above_1_is_warned_of_wherever_it_is_said(draw, capsys, tmp_path):
+    (tmp_path / "list.txt").write_text("a cube --ddim_eta 1.5")
+    for typed in (["--ddim_eta", "1.5"], ["--from-file", "list.txt"], ["--sweep", "eta=0,1.5"]):
+        assert draw(*typed)[0] == 0
+        assert "warning: an eta of 1.5 is above 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [2**64, 2**70, -3])
+def test_impossible_seeds_are_refused(draw, seed, capsys):
+    assert draw(f"--seed={seed}") == (2, [])
+    assert f"--seed is {seed}; give" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rows", "size"), [("-5", (134, 68)), (str(10**20), (134, 68)), ("1", (68, 134))])
+def test_rows_of_a_grid_are_clamped(tmp_path, rows, size):
+    options = [*FAST, "--outdir", str(tmp_path), "--W", "64", "--H", "64", "--n_samples", "2"]
+    assert txt2img.main([*options, f"--n_rows={rows}"]) == 0
+    assert Image.open(tmp_path / "grid-0000.png").size == size
+
+
+def test_numbers_are_read_as_python_reads_them():
+    opt = txt2img.parser().parse_args(["--seed", " 7 ", "--H", "١٢٨", "--W", "1_28"])
+    assert (opt.seed, opt.H, opt.W) == (7, 128, 128)
+
+
+@pytest.mark.parametrize("name", ["-x", "two\nlines", os.fsdecode(b"caf\xe9"), "\x1b[2J"])
+def test_odd_names_of_folders_work_and_are_shown_escaped(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    assert txt2img.main([*FAST[:-1], "--W", "64", "--H", "64", f"--outdir={name}"]) == 0
+    assert (tmp_path / name / "samples/00000.png").is_file()
+    error = capsys.readouterr().err
+    assert "\x1b" not in error
+    assert f"in {printable(name)}" in error
+
+
+# --- during a run -------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_that_fails_ends_the_run_and_keeps_what_is_finished(draw, monkeypatch, capsys):
+    begin, tries = Pipeline.begin, []
+
+    def failing(*args):
+        tries.append(args)
+        if len(tries) > 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return begin(*args)
+
+    monkeypatch.setattr(Pipeline, "begin", failing)
+    assert draw("--n_iter", "4", "--keep_going") == (1, ["00000.png"])
+    assert len(tries) == 2
+    assert "the GPU failed (CUDA error: an illegal memory access" in capsys.readouterr().err
+
+
+def test_no_clock_is_in_an_image(draw, monkeypatch, tmp_path):
+    draw()
+    first = (tmp_path / "out/samples/00000.png").read_bytes()
+    (tmp_path / "out/samples/00000.png").unlink()
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
+    time.tzset()
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    draw()
+    assert (tmp_path / "out/samples/00000.png").read_bytes() == first
+    places, names = 8, set()
+    while places < len(first):
+        names.add(first[places + 4 : places + 8])
+        places += 12 + int.from_bytes(first[places : places + 4], "big")
+    assert names == {b"IHDR", b"tEXt", b"IDAT", b"IEND"}
+
+
+def test_an_image_that_changes_during_a_run_is_refused(tmp_path):
+    canvases, paths = Canvases(mask_needed=False), [tmp_path / f"{i}.png" for i in range(9)]
+    for path in paths:
+        Image.new("RGB", (64, 64)).save(path)
+        canvases(Init(str(path)))
+    Image.new("RGB", (64, 64), "red").save(paths[0])
+    with pytest.raises(InputError, match=r"0\.png has changed since this run began"):
+        canvases(Init(str(paths[0])))
+
+
+def test_an_image_beyond_memory_is_refused_before_it_is_sampled(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ldm.runtime.tiling.total_memory", lambda device: 2**31)
+    Image.new("RGB", (7999, 7999)).save(tmp_path / "large.png", compress_level=1)
+    options = ["--init-img", str(tmp_path / "large.png"), "--device", "cpu", "--n_samples", "1"]
+    assert img2img.main([*options, "--outdir", str(tmp_path / "out"), "--quiet"]) == 2
+    assert re.search("needs about [0-9]+ GiB, and this machine has 2 GiB", capsys.readouterr().err)
+
+
+def test_the_steps_that_a_strength_runs_are_printed(tmp_path, capsys):
+    """0.29 of 100 is 28 in floating point, as in the original."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    options = [
+        "--init-img",
+        str(tmp_path / "a.png"),
+        "--strength",
+        "0.29",
+        "--ddim_steps",
+        "100",
+        "--dry_run",
+    ]
+    assert img2img.main([*options, "--device", "cpu"]) == 0
+    assert "strength 0.29: 28 of 100 steps" in capsys.readouterr().err

@@ -252,7 +252,7 @@ def test_another_programs_variables_change_nothing_of_a_single_run(tmp_path, mon
         "--skip_grid",
     ]
     assert txt2img.main(run) == 0
-    assert "warning: --ddim_eta 1.5 is above 1" in capsys.readouterr().err
+    assert "warning: an eta of 1.5 is above 1" in capsys.readouterr().err
     assert len(list(tmp_path.glob("samples/*.png"))) == 4
 
 

@@ -50,32 +50,39 @@ PHASES = (
 
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     """What is measured, against what, and how often."""
-    group = parser.add_argument_group("what is measured")
+    group = parser.add_argument_group("measurement")
     group.add_argument(
         "--parts",
         metavar="LIST",
         default="step,decode",
-        help="step and decode are timed in processes that live on and take turns, whole in fresh processes, "
-        "from start to the last PNG file",
+        help="step, decode, whole. step and decode are timed in long-running processes that take turns, whole in "
+        "a fresh process each time, from its start to the last PNG file",
     )
-    group.add_argument("--sizes", metavar="LIST", default="512", help="sides of the pictures in pixels")
-    group.add_argument("--batch", metavar="N", type=int, default=1, help="pictures at a time")
+    group.add_argument("--sizes", metavar="LIST", default="512", help="sides of the images in pixels")
+    group.add_argument("--batch", metavar="N", type=int, default=1, help="images at a time")
     group.add_argument("--steps", metavar="N", type=int, default=20, help="DDIM steps")
-    group.add_argument("--mode", choices=("txt2img", "img2img"), default="txt2img", help="what is made")
+    group.add_argument(
+        "--mode", choices=("txt2img", "img2img"), default="txt2img", help="what kind of run is timed"
+    )
     group.add_argument(
         "--strength", metavar="X", type=float, default=0.75, help="img2img's share of the steps"
     )
-    group.add_argument("--rounds", metavar="N", type=int, default=5, help="how often each takes its turn")
+    group.add_argument("--rounds", metavar="N", type=int, default=5, help="how often each part is timed")
     group.add_argument("--check", action="store_true", help="compare results with float32's")
     group.add_argument("--seed", metavar="N", type=int, default=42, help="seed of the start noise")
 
-    group = parser.add_argument_group("how it runs")
-    group.add_argument("--precision", metavar="LIST", default="autocast", help="as in the other scripts")
+    group = parser.add_argument_group("computation")
+    group.add_argument(
+        "--precision",
+        metavar="LIST",
+        default="autocast",
+        help="full, autocast, bf16 or fp16, or several in turn",
+    )
     group.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     group.add_argument("--threads", metavar="N", type=int, default=0, help="CPU threads (0: torch's choice)")
     group.add_argument("--compile", action="store_true", help="torch.compile the U-Nets, the peer's too")
 
-    group = parser.add_argument_group("against what")
+    group = parser.add_argument_group("comparison")
     group.add_argument("--peers", choices=PEERS, help="another package that does the same work in turns")
     group.add_argument(
         "--peer_recipe",
@@ -233,13 +240,13 @@ def benchmark(opt: argparse.Namespace) -> int:
 
 def _check(opt: argparse.Namespace, sizes: Sequence[int], parts: Sequence[str]) -> None:
     unknown = [part for part in parts if part not in PARTS]
-    need(not unknown, f"--parts has {printable(unknown[:1])}; it takes {', '.join(PARTS)}")
+    need(not unknown, f"--parts: unknown part {printable(unknown[:1])[1:-1]}; choose from {', '.join(PARTS)}")
     for name, least in (("batch", 1), ("steps", 2), ("rounds", 1), ("threads", 0)):
         value = getattr(opt, name)
         need(value >= least, f"--{name} is {value}; give {least} or more")
     need(0 < opt.strength <= 1, f"--strength is {opt.strength}; give more than 0, to 1")
     for size in sizes:
-        need(size > 0 and size % 8 == 0, f"--sizes has {size}, no multiple of 8")
+        need(size > 0 and size % 8 == 0, f"--sizes: {size} is not a multiple of 8")
     need(_steps_run(opt) >= 2, f"--strength {opt.strength} leaves {_steps_run(opt)} steps; give more")
     need(not opt.check or opt.mode == "txt2img", "--check goes with --mode txt2img only")
     missing = [name for name in ("diffusers", "transformers", "safetensors") if not _installed(name)]
@@ -254,7 +261,7 @@ def _installed(name: str) -> bool:
 
 
 def _number(option: str, text: str) -> int:
-    need(text.strip().isdecimal(), f"{option} has {printable(text)!r}, no whole number")
+    need(text.strip().isdecimal(), f"{option}: {printable(text)!r} is not a whole number")
     return int(text)
 
 

@@ -10,6 +10,7 @@ import errno
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ _CHECKED = {name: OWN_NAMES.get(name, name) for name in (
 def check_options(opt: argparse.Namespace) -> None:
     """Numbers in range and options that go together, else an `InputError` that names the option."""
     chosen_sampler(opt)
+    if opt.from_file == "-" and sys.stdin is not None and sys.stdin.isatty():
+        logger.info("reading prompts from this terminal: one a line, then Ctrl-D")
     for name, field in _CHECKED.items():
         try:
             SETTINGS[field].check(getattr(opt, name))
@@ -56,8 +59,6 @@ def check_options(opt: argparse.Namespace) -> None:
         opt.safety != "off" or opt.safety_model is None,
         f"--safety off does not go with --safety_model {printable(opt.safety_model)}; leave one out",
     )
-    if opt.ddim_eta > 1:
-        logger.warning("--ddim_eta %g is above 1: more noise than the method allows for", opt.ddim_eta)
     if opt.skip_grid and opt.skip_save:
         logger.warning("--skip_grid and --skip_save together: nothing will be written")
     if opt.sweep and opt.skip_save:
@@ -227,7 +228,8 @@ def check_size(opt: argparse.Namespace, model: Mapping[str, Any]) -> tuple[int, 
         side = own_side(model) if given is None else given
         below, above = side // factor * factor, -(-side // factor) * factor
         nearest = f"{below} or {above}" if below >= factor else str(max(above, factor))
-        need(side > 0 and side % factor == 0, f"--{name} is {side}, no multiple of {factor}: use {nearest}")
+        need(side > 0, f"--{name} is {side}; give a multiple of {factor}, at least {factor}")
+        need(side % factor == 0, f"--{name} is {side}, not a multiple of {factor}; use {nearest}")
         size.append(side)
     return size[0], size[1]
 

@@ -52,6 +52,11 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+_SWEPT = [
+    name for name in SETTINGS if name not in ("seed_mode", "batch_index", "loras")
+]  # those are the run's
+
+
 def make_parser(
     description: str, usage: str = "[options]", examples: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
@@ -70,10 +75,14 @@ def add_prompt_options(parser: argparse.ArgumentParser, prompt: str) -> None:
         "--from-file",
         dest="from_file",
         metavar="FILE",
-        help="read prompts, and what else lines say, from a file, or from standard input with -",
+        help="read prompts (and settings of each line) from FILE; - reads standard input",
     )
     group.add_argument(
-        "--prompt_format", choices=FORMATS, default="auto", help="how the lines of that file are written"
+        "--prompt_format",
+        choices=FORMATS,
+        default="auto",
+        help="how that file is written. plain: a prompt a line; jsonl, csv: fields by name; options, a1111, kohya, "
+        "invokeai: a prompt and the options that those programs (options: this one) read; auto: by its content",
     )
     group.add_argument(
         "--expand", action="store_true", help="write out {a|b|c} in prompts, one image an option"
@@ -84,7 +93,7 @@ def add_prompt_options(parser: argparse.ArgumentParser, prompt: str) -> None:
         action="append",
         default=[],
         help="make each image for each of these values, such as scale=5,7.5,10 or steps=10..50:10, and a labelled "
-        "sheet; can be given several times, for all combinations",
+        f"sheet; can be given several times, for all combinations. FIELD is one of {', '.join(_SWEPT)}",
     )
     group.add_argument(
         "--prompt_syntax",
@@ -163,7 +172,7 @@ def add_image_options(parser: argparse.ArgumentParser, strength: float, required
         metavar="FILE",
         nargs="+",
         required=required,
-        help="PNG, JPEG, WebP, BMP or TIFF files, or folders of them",
+        help="images to start from: PNG, JPEG, WebP, BMP or TIFF files, or folders of them",
     )
     group.add_argument(
         "--strength",
@@ -275,12 +284,12 @@ def add_output_options(parser: argparse.ArgumentParser, outdir: str) -> None:
     group.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the newest run of this folder made by the same command",
+        help="continue the latest run in this folder that has the same settings",
     )
     group.add_argument(
         "--verify",
         action="store_true",
-        help="with --resume: look into the files, and make damaged ones again",
+        help="with --resume: read the files, and regenerate damaged ones",
     )
     group.add_argument(
         "--gallery", action="store_true", help="write gallery.html, a page that shows the folder's images"
@@ -292,7 +301,7 @@ def add_output_options(parser: argparse.ArgumentParser, outdir: str) -> None:
         "--safety",
         choices=("auto", "on", "off"),
         default="auto",
-        help="blank what the safety checker flags; auto: if its model is on this machine, on: or refuse to run",
+        help="blank images that the safety checker flags. auto: if it is installed; on: required; off: never",
     )
     group.add_argument(
         "--safety_model", metavar="PATH", help="folder or weights file of the safety checker, as published"

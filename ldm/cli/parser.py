@@ -236,7 +236,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     """Shows the defaults that say something, and other names of an option."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default in (argparse.SUPPRESS, None, "", []) or action.default is False
+        silent = action.default in (argparse.SUPPRESS, None, "", [], (0, 0, 0, 0)) or action.default is False
         text = action.help if silent else f"{action.help} (default: %(default)s)"
         others = [name for names in SAME if set(names) & set(action.option_strings) for name in names]
         others = [name for name in others if name not in action.option_strings][:_SHOWN]

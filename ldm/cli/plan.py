@@ -265,6 +265,9 @@ class Plan(Sequence[Job]):
         for number, fault in faults:
             self.wishes.faults.add(number, fault)
         self.wishes.faults.raise_any()
+        eta = max(job.eta for job in self._round(0))
+        if eta > 1:
+            logger.warning("an eta of %g is above 1: more noise than the method allows for", eta)
         if self._opt.lora_dir is None and any(split_loras(line.prompt)[1] for line in self.wishes.lines):
             logger.warning("without --lora_dir, <lora:...> in a prompt is text like any other")
 
@@ -376,7 +379,7 @@ def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Pat
         make_timesteps(job.timestep_spacing, job.steps)
     factor = latent_factor(model)
     for name, side in (("--W", job.width), ("--H", job.height)):
-        need(side % factor == 0, f"{name} is {side}, no multiple of {factor}")
+        need(side % factor == 0, f"{name} is {side}, not a multiple of {factor}")
     check_memory(job, model)
     for name, _, _ in job.loras:
         check_there(find_lora(name), "give another LoRA")

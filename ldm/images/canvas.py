@@ -90,7 +90,7 @@ def _background(name: str) -> tuple[int, int, int]:
         color = ()
     if len(color) != 3:  # four with an alpha channel
         raise InputError(
-            f"the background {printable(name[:50])!r} is no opaque colour; give a name such as white, or #rrggbb"
+            f"--background: unknown colour {printable(name[:50])!r}; give a name such as white, or #rrggbb"
         )
     return color
 
@@ -152,8 +152,10 @@ def _check_request(init: Init) -> None:
             raise InputError(f"--{name} {side} needs a way to resize: {', '.join(RESIZES[:-1])}")
         below = side // _STEP * _STEP
         nearest = f"{below} or {below + _STEP}" if below >= _STEP else str(_STEP)
-        if side < 1 or side % _STEP:
-            raise InputError(f"--{name} is {side}, no multiple of {_STEP}: use {nearest}")
+        if side < 1:
+            raise InputError(f"--{name} is {side}; give a multiple of {_STEP}, at least {_STEP}")
+        if side % _STEP:
+            raise InputError(f"--{name} is {side}, not a multiple of {_STEP}; use {nearest}")
 
 
 def _canvas_size(size: _Size, init: Init, multiple: int) -> _Size:

@@ -242,7 +242,7 @@ def _require_usable(folder: Path) -> None:
             probe.unlink(missing_ok=True)
         os.listdir(folder)
     except OSError as error:
-        reason = "it is a file" if folder.is_file() else error.strerror
+        reason = "it is a file" if os.path.isfile(folder) else error.strerror
         raise InputError(
             f"cannot use the output folder {printable(folder)}: {reason}; choose another --outdir"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from ldm.util import InputError, printable
 
 logger = logging.getLogger(__name__)
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # it advertises other packages
+warnings.filterwarnings("ignore", message=".*LeafSpec")  # of how it calls torch
 
 STATE = "last.ckpt"
 MakeBatch = Callable[[int, np.random.Generator], Any]

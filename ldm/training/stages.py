@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
@@ -64,7 +65,11 @@ class Stage:
     bar: bool = False
 
     def check(self) -> None:
-        """That the stage can begin: time, folder and state, else an `InputError`. Makes the folder of results."""
+        """That the stage can begin, else an `InputError`. Makes the folder of results."""
+        if OmegaConf.select(self.config, "training.optimisation") is None:
+            raise InputError(
+                f"the config of {self.name} has no training.optimisation; give another with --base"
+            )
         if self.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", self.max_time):
             raise InputError(
                 f"--max_time is {printable(self.max_time)}; write DD:HH:MM:SS, such as 00:00:05:00"
@@ -86,7 +91,10 @@ class Stage:
 
     def model_config(self) -> dict[str, Any]:
         """The parameters of the model that the config names under `model`."""
-        return OmegaConf.to_container(read_config(Path(self.config.model)).model)["params"]  # type: ignore[index]
+        params: Any = OmegaConf.to_container(read_config(Path(self.config.model)).model)["params"]  # type: ignore[index]
+        text = params["cond_stage_config"]["params"]
+        text["version"] = str(find(text["version"]))
+        return params
 
     def rendered(self, split: str, count: int) -> np.ndarray:
         """The pictures of the first scenes of a split (uint8 [N, H, W, 3]), drawn where they are missing."""
@@ -139,30 +147,30 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> DictConfig:
     return OmegaConf.merge(config, changed)  # type: ignore[return-value]
 
 
-def _settings(config: DictConfig) -> dict[str, type]:
+def _settings(config: DictConfig) -> dict[str, tuple[type, ...]]:
     """The types of all settings that a stage's config can have, by their dotted names."""
-    known: dict[str, type] = {"training.start_from": str}
+    known: dict[str, tuple[type, ...]] = {"training.start_from": (str,)}
     for section, of in (("training.optimisation", Optimisation), ("run", RunSettings)):
         if OmegaConf.select(config, section) is not None:
             hints = get_type_hints(of)
-            known |= {f"{section}.{field.name}": _plain(hints[field.name]) for field in fields(of)}
+            known |= {
+                f"{section}.{field.name}": get_args(hint) if isinstance(hint, UnionType) else (hint,)
+                for field in fields(of)
+                for hint in [hints[field.name]]
+            }
 
     def walk(node: Any, prefix: str) -> None:
         for key, value in node.items():
             if isinstance(value, DictConfig):
                 walk(value, f"{prefix}{key}.")
             else:
-                known.setdefault(f"{prefix}{key}", type(value))
+                known.setdefault(f"{prefix}{key}", (type(value),))
 
     walk(config, "")
-    return {name: kind for name, kind in known.items() if name not in _OF_THE_COMMAND}
+    return {name: kinds for name, kinds in known.items() if name not in _OF_THE_COMMAND}
 
 
-def _plain(hint: Any) -> type:
-    return next(kind for kind in (*get_args(hint), hint) if kind is not type(None))
-
-
-def _check_setting(name: str, value: Any, known: Mapping[str, type]) -> None:
+def _check_setting(name: str, value: Any, known: Mapping[str, tuple[type, ...]]) -> None:
     if name not in known:
         last = {full.rpartition(".")[2]: full for full in known}
         close = [last[name.rpartition(".")[2]]] if name.rpartition(".")[2] in last else []
@@ -171,11 +179,13 @@ def _check_setting(name: str, value: Any, known: Mapping[str, type]) -> None:
             f"unknown setting {name}; "
             + (f"did you mean {close[0]}?" if close else f"choose from {', '.join(sorted(known))}")
         )
-    kind = known[name]
+    kind, *others = known[name]
+    if value is None and type(None) in others:
+        return
     if kind in (int, float):
-        number = type(value) in ((int,) if kind is int else (int, float))
+        numbers = int if kind is int else int | float
         least = 1 if kind is int and not name.endswith("warm_up_steps") else 0
-        if not number or not least <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, numbers) or not least <= value < math.inf:
             what = "a whole number" if kind is int else "a number"
             raise InputError(f"{name} is {printable(value)}; give {what} of {least} or more")
     elif kind is str and not isinstance(value, str):

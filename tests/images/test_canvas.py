@@ -300,7 +300,7 @@ def test_an_alpha_channel_that_hides_nothing_is_not_noted(save: Save) -> None:
 
 @pytest.mark.parametrize("background", ["nocolour", "#12", "#ff000080", "", "\x1b[31m"])
 def test_a_wrong_background_is_named(save: Save, background: str) -> None:
-    assert "opaque colour" in refusal(Init(save(smooth(32, 32)), background=background))
+    assert "--background: unknown colour" in refusal(Init(save(smooth(32, 32)), background=background))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
@@ -452,8 +452,8 @@ def test_pixels_of_each_way_to_resize_equal_pillows(
 
 def test_wrong_sizes_name_their_flag(save: Save) -> None:
     path = save(smooth(64, 64))
-    assert "--W is 513, no multiple of 8: use 512 or 520" in refusal(Init(path, 513, 512, "fit"))
-    assert "--H is 0, no multiple of 8: use 8" in refusal(Init(path, None, 0, "fill"))
+    assert "--W is 513, not a multiple of 8; use 512 or 520" in refusal(Init(path, 513, 512, "fit"))
+    assert "--H is 0; give a multiple of 8, at least 8" in refusal(Init(path, None, 0, "fill"))
     assert "--H is -8" in refusal(Init(path, None, -8, "fill"))
     assert "--W 64 needs a way to resize" in refusal(Init(path, 64))
     assert "'crop'" in refusal(Init(path, 64, 64, "crop"))  # type: ignore[arg-type]

@@ -377,3 +377,15 @@ def test_long_prompts_are_left_out_but_not_the_settings(caplog: pytest.LogCaptur
 def test_compression_never_changes_pixels(level: int) -> None:
     with Image.open(io.BytesIO(encode_png(PICTURE, compress_level=level))) as image:
         np.testing.assert_array_equal(np.asarray(image), PICTURE)
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(monkeypatch):
+    """As below a folder that belongs to somebody else."""
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    monkeypatch.setattr(os, "stat", denied)
+    with pytest.raises(InputError, match="locked/x: Permission denied; choose another --outdir"):
+        RunFolder("locked/x")

@@ -4,6 +4,7 @@ from torch import nn
 
 from ldm.modules.diffusionmodules import openaimodel
 from ldm.modules.diffusionmodules.util import timestep_embedding
+from ldm.runtime import kernels
 from ldm.runtime.fast import FastUNet, PackedConv2d, PackedLinear, Packer, prepare
 from tests.golden_data import TOLERANCE, figure, figures, relative_error, sampled, tiny_model
 
@@ -154,6 +155,13 @@ def test_where_nothing_is_packed_parameters_are_half(monkeypatch):
         assert relative_error(decoded, figure("vae/decoded")) <= SLACK * BF16_BUDGET["decode"]
         encoded = model.encode_first_stage(figure("vae/image")).mean
         assert relative_error(encoded, figure("vae/mean")) <= TOLERANCE
+
+
+def test_bf16_needs_kernels_that_this_cpu_has(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert not kernels.can_pack(torch.bfloat16) and not kernels.fast_bf16()
+    assert kernels.can_pack(torch.float32)
+    assert prepared(torch.bfloat16)[1] is None
 
 
 def test_the_state_dict_stays_the_files():
