@@ -347,14 +347,15 @@ def test_no_file_takes_the_place_of_a_closed_stream():
     assert subprocess.run(command, shell=True, cwd=ROOT).returncode > 2
 
 
-def test_a_reader_of_stdout_that_leaves_changes_no_code(monkeypatch):
-    for code in (0, 1):
-        reader, writer = os.pipe()
-        os.close(reader)
-        with os.fdopen(writer, "w") as stdout:
-            monkeypatch.setattr(sys, "stdout", stdout)
-            assert outcome(lambda code=code: print("x") or code, debug=False) == code
-            monkeypatch.undo()
+@pytest.mark.parametrize(("length", "code"), [(1, 0), (1, 1), (20_000, 0)])
+def test_a_reader_of_stdout_that_leaves_is_no_fault(monkeypatch, length, code):
+    """A short text is written at the end, when the task's own code is known; a long one ends the task."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert outcome(lambda: print("x" * length) or (code if length == 1 else 1), debug=False) == code
+        monkeypatch.undo()
 
 
 def test_a_full_disk_below_stdout_is_one_line(monkeypatch, capsys):

@@ -495,6 +495,7 @@ def _machine() -> dict[str, Any]:
 
 def main() -> NoReturn:
     """Works until stdin ends."""
+    from ldm.cli.report import missing_package
     from ldm.util import InputError
 
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -506,6 +507,8 @@ def main() -> NoReturn:
             answer = getattr(worker, order.pop("order"))(**order)
         except InputError as error:
             answer = {"refused": str(error)}
+        except ImportError as error:
+            answer = {"refused": missing_package(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
     sys.exit(0)

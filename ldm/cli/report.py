@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -304,6 +305,16 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
         sys.stderr.write(said.getvalue())
 
 
+def _reader_left() -> bool:
+    """Whether stdout is a pipe whose other end is closed."""
+    try:
+        pipe = select.poll()
+        pipe.register(sys.stdout.fileno(), 0)
+        return bool(pipe.poll(0))
+    except (AttributeError, OSError, ValueError):  # Windows has no poll; a stdout need not be a file
+        return False
+
+
 def outcome(task: Callable[[], int], debug: bool) -> int:
     """The exit code of a task; any fault of it becomes one line."""
     code = 0
@@ -314,13 +325,14 @@ def outcome(task: Callable[[], int], debug: bool) -> int:
     except InputError as error:
         return _fail(f"error: {error}", 2, debug)
     except ImportError as error:
-        return _fail(f"error: {_missing(error)}", 2, debug)
+        return _fail(f"error: {missing_package(error)}", 2, debug)
     except KeyboardInterrupt:
         return _fail("error: interrupted", 130, False)
     except MemoryError:
         return _fail("error: out of memory; use a smaller --n_samples, --W or --H", 1, debug)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and not _flush_stdout():
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            _silence_stdout()
             return code  # whoever read stdout has seen enough
         where = f"{printable(error.filename)}: " if error.filename else ""
         return _fail(f"error: {where}{error.strerror or error}", 1, debug)
@@ -335,7 +347,7 @@ def outcome(task: Callable[[], int], debug: bool) -> int:
         return _fail(f"error: {what}; this is a bug, run with --debug to see where", 1, debug)
 
 
-def _missing(error: ImportError) -> str:
+def missing_package(error: ImportError) -> str:
     """What an import that fails means for the user."""
     name = (error.name or "").partition(".")[0]
     package = printable(_PACKAGES.get(name, name))
