@@ -1,10 +1,15 @@
-"""The one thing that flows through the toolkit: a picture that somebody asked for."""
+"""The one thing that flows through the toolkit: an image that somebody asked for."""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import itertools
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin")
 RESIZES = ("fit", "fill", "stretch", "pad", "none")
@@ -13,10 +18,43 @@ Sampler = Literal["ddim", "plms", "dpm_solver"]
 Spacing = Literal["uniform", "compvis", "quad"]
 
 
+class MemoryImage(str):
+    """An image in memory where a path is expected: `data` is a PNG file, the text a name made of its SHA-256."""
+
+    data: bytes
+
+    def __new__(cls, data: bytes) -> MemoryImage:
+        image = super().__new__(cls, f"memory-{hashlib.sha256(data).hexdigest()[:16]}.png")
+        image.data = data
+        return image
+
+    def __reduce__(self) -> tuple[type[MemoryImage], tuple[bytes]]:
+        return MemoryImage, (self.data,)
+
+    @classmethod
+    def of(cls, image: Any) -> MemoryImage:
+        """Encodes a PIL image, or a uint8 array [H, W], [H, W, 3] or [H, W, 4]. Raises TypeError for others."""
+        from PIL import Image
+
+        if not isinstance(image, Image.Image):
+            try:
+                image = Image.fromarray(image)
+            except (AttributeError, TypeError, ValueError):
+                raise TypeError(
+                    f"an image is a path, a PIL image or a uint8 array [H, W, 3], not {type(image).__name__}"
+                ) from None
+        file = io.BytesIO()
+        if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image.save(file, "PNG", compress_level=1, exif=image.getexif())
+        return cls(file.getvalue())
+
+
 @dataclass(frozen=True, slots=True)
 class Init:
-    """The picture that a job starts from: a file, and how it becomes the canvas.
+    """The image that a job starts from: a file, and how it becomes the canvas.
 
+    `image` and `mask` are paths; PIL images and uint8 arrays [H, W, 3] are accepted too and become `MemoryImage`.
     `width` and `height` in pixels (None: the picture's own, or what keeps its proportions) with `resize` say its
     size: "fit" inside them, "fill" them and crop, "stretch", "pad" with `background`, or "none". `outpaint` adds
     pixels at the left, top, right and bottom. `mask` is a picture whose white is repainted; with `alpha_mask`
@@ -35,15 +73,23 @@ class Init:
     invert_mask: bool = False
     mask_blur: float = 4.0
 
+    def __post_init__(self) -> None:
+        for name in ("image", "mask"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+            elif not isinstance(value, str):
+                object.__setattr__(self, name, MemoryImage.of(value))
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One image to make. Whatever asks for images makes jobs; everything after that sees only jobs.
 
-    Sizes are in pixels (multiples of 8), `steps` counts denoising steps, `scale` is the classifier-free
-    guidance scale (1 turns guidance off), `eta` the DDIM noise factor. With `seed_mode` "image" the job owns
-    the noise stream of `seed`; with "batch" it is entry `batch_index` of the run's one stream from `seed`,
-    drawn in the order of the original scripts.
+    Sizes are in pixels, multiples of 8 (0 leaves them to the pipeline), `steps` counts
+    denoising steps, `scale` is the classifier-free guidance scale (1 turns guidance off), `eta` the DDIM noise
+    factor. With `seed_mode` "image" the job owns the noise stream of `seed`; with "batch" it is entry
+    `batch_index` of the run's one stream from `seed`, drawn in the order of the original scripts.
 
     With `init` the job starts from that picture at `strength`, the share of the steps that run: 0 gives the
     picture back as the autoencoder keeps it, 1 starts from noise alone. `posterior` says whether its latent is a
@@ -89,6 +135,25 @@ class Job:
 def batch_key(job: Job) -> Job:
     """What the jobs of one batch have in common: everything but prompts, guidance scale and seed."""
     return replace(job, prompt="", negative_prompt="", scale=0.0, seed=0, batch_index=0)
+
+
+def batches_of(jobs: Sequence[Job], size: int) -> list[list[int]]:
+    """Indices of the jobs that are made together, up to `size` with one `batch_key`, in order of their first.
+
+    One stream of noise ("batch" as the first job's seed mode) is drawn in order, so there only neighbours share
+    a batch.
+    """
+    if jobs and jobs[0].seed_mode == "batch":
+        pieces = (range(i, min(i + size, len(jobs))) for i in range(0, len(jobs), size))
+        return [
+            list(alike)
+            for piece in pieces
+            for _, alike in itertools.groupby(piece, key=lambda i: batch_key(jobs[i]))
+        ]
+    groups: dict[Job, list[int]] = {}
+    for place, job in enumerate(jobs):
+        groups.setdefault(batch_key(job), []).append(place)
+    return sorted(group[i : i + size] for group in groups.values() for i in range(0, len(group), size))
 
 
 _NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ from ldm.checkpoints.lora import LoraStack
 from ldm.checkpoints.lora_files import lora_file
 from ldm.checkpoints.reader import Checkpoint, model_files, read_model
 from ldm.checkpoints.tensor_bytes import forget
+from ldm.fields import check_fields
 from ldm.images.canvas import Canvas, open_canvas
 from ldm.images.mask import fade, hide, paste, to_latent_mask
 from ldm.images.pixels import finite, from_uint8, to_uint8
 from ldm.images.resample import enlarge_latents, enlarge_pixels
-from ldm.job import Init, Job, batch_key
+from ldm.job import Init, Job, batch_key, batches_of
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -33,7 +34,7 @@ from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.noise import NoiseSource, RunNoise, StreamPlace, noise_source
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler
-from ldm.models.diffusion.schedule import steps_to_run
+from ldm.models.diffusion.schedule import check_sampling, steps_to_run
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.prompts.conditioning import count_chunks, encode_weighted
@@ -46,9 +47,15 @@ from ldm.runtime.tiling import (
     decode_in_tiles,
     encode_in_tiles,
 )
+from ldm.util import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
+OWN_SIZE: Mapping[str, Any] = {"width": 0, "height": 0}  # of a job whose size is the model's or the image's
+BATCH_SIZE = 8  # jobs that `Pipeline.make` makes at a time
 LOW_MEMORY = 300_000_000  # bytes of weights that stay in memory where little is wanted
 SAMPLERS: Mapping[str, type[Sampler]] = {
     "ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler,
@@ -107,13 +114,69 @@ def _from_cache(
 class Picture:
     """What became of a job: uint8 pixels [H, W, 3], or None if they were not finite, and notes for the record.
 
-    `kept`, bool [H, W], is True where the pixels are those of the picture that the job started from.
+    `kept`, bool [H, W], is True where the pixels are those of the image that the job started from; `latent`
+    [C, h, w] is what was decoded, scaled as the U-Net sees it.
     """
 
     job: Job
     pixels: np.ndarray | None
     notes: Mapping[str, str]
     kept: np.ndarray | None = None
+    latent: Tensor | None = None
+
+    @property
+    def image(self) -> Image.Image:
+        """The image for PIL. Raises ValueError if its pixels were not finite."""
+        from PIL import Image
+
+        if self.pixels is None:
+            raise ValueError(f"the model gave no finite image for seed {self.job.seed}; try float32")
+        return Image.fromarray(self.pixels)
+
+    def save(self, path: str | Path, watermark: bool = True, overwrite: bool = False) -> Path:
+        """Writes a PNG file as the scripts do: whole or not at all, with the settings that make it again.
+
+        Pixels are marked with the invisible watermark, except those that the user's own image keeps. Raises
+        FileExistsError if `path` exists and `overwrite` is off, ValueError if the pixels were not finite.
+        """
+        from ldm.images.metadata import infotext
+        from ldm.images.record import record
+        from ldm.images.watermark import Watermark
+        from ldm.images.writer import encode_png, publish
+
+        pixels = np.asarray(self.image)
+        if watermark:
+            marked = Watermark().mark(pixels)
+            if self.kept is not None:
+                marked[self.kept] = pixels[self.kept]
+            pixels = marked
+        notes = self.notes if watermark else {**self.notes, "Watermark": "off"}
+        data = encode_png(pixels, infotext(self.job, notes), record=record(self.job, notes))
+        publish(Path(path), data, overwrite)
+        return Path(path)
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """A finished denoising step, for a callback: number `index` of `total`, counted from 0.
+
+    `estimate` [N, C, h, w] are the clean latents as the model sees them now; `Pipeline.decode` shows them.
+    """
+
+    index: int
+    total: int
+    estimate: Tensor
+
+
+OnStep = Callable[[StepInfo], object]  # one that returns False stops there
+
+
+class _Stopped(Exception):
+    """A callback's wish to stop behind a step: what is denoised then is its estimate."""
+
+    def __init__(self, step: StepInfo) -> None:
+        super().__init__(step)
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -255,19 +318,77 @@ class Pipeline:
     def _latent_shape(self, job: Job) -> tuple[int, int, int]:
         return self.model.channels, job.height // self.factor, job.width // self.factor
 
+    def job(self, prompt: str, **fields: Any) -> Job:
+        """A checked job: the size is by default the model's own, or that of the image to start from."""
+        return self._checked(Job(prompt, **{**OWN_SIZE, **fields}))
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        images_per_prompt: int = 1,
+        on_step: OnStep | None = None,
+        batch_size: int = BATCH_SIZE,
+        **fields: Any,
+    ) -> list[Picture]:
+        """Images of prompts, with the other fields of `Job`; image i has seed `seed` + i.
+
+        Their size is by default the model's own, or that of the image to start from.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+        jobs = [Job(text, **{**OWN_SIZE, **fields}) for text in texts]
+        if jobs and jobs[0].seed_mode == "image":
+            jobs = [replace(job, seed=job.seed + i) for i, job in enumerate(jobs)]
+        else:
+            jobs = [replace(job, batch_index=i) for i, job in enumerate(jobs)]
+        return self.make(jobs, on_step=on_step, batch_size=batch_size)
+
     def make(
         self,
-        jobs: Sequence[Job],
+        jobs: str | Job | Sequence[str | Job],
         noise: NoiseSource | None = None,
         start_code: Tensor | None = None,
-        on_step: Callable[[int], object] | None = None,
+        on_step: OnStep | None = None,
+        latents: Tensor | None = None,
+        batch_size: int = BATCH_SIZE,
     ) -> list[Picture]:
-        """The pictures of jobs that differ at most in prompts, guidance scales and seeds, as one batch.
+        """The images of jobs, or of prompts, in their order: jobs that can share a batch do, up to `batch_size`.
 
-        `noise` is the batch's own by default, `start_code` is drawn from it; `on_step(i)` is called behind
-        each denoising step.
+        Each job is checked as the command line checks it, all before the first is made; `InputError` names what
+        is wrong. `on_step(StepInfo)` is called after each denoising step, and stops the batch by returning False:
+        its images are then those that the model saw coming. For jobs of one batch only: `noise` is the stream
+        that is drawn from, `start_code` [N, C, h, w] the noise to start with, `latents` [N, C, h, w] what to
+        start from at `strength` in place of an image.
         """
-        return self.finish(self.begin(jobs, noise, start_code, on_step))
+        jobs = [jobs] if isinstance(jobs, str | Job) else list(jobs)
+        checked = [self._checked(Job(job, **OWN_SIZE) if isinstance(job, str) else job) for job in jobs]
+        if any(given is not None for given in (noise, start_code, latents)):
+            return self.finish(self.begin(checked, noise, start_code, on_step, latents))
+        made: dict[int, Picture] = {}
+        for places in batches_of(checked, batch_size):
+            batch = [checked[i] for i in places]
+            if batch[0].seed_mode == "batch":
+                noise = noise or self.noise(batch)
+            made |= zip(places, self.finish(self.begin(batch, noise, on_step=on_step)), strict=True)
+        return [made[i] for i in range(len(checked))]
+
+    def _checked(self, job: Job) -> Job:
+        """The job as it is made: every field in range, and the size known."""
+        if job.init is not None:
+            own = self.canvas(job.init).pixels.shape[:2]
+        else:
+            own = 2 * (self.model.image_size * self.factor,)
+        job = replace(job, height=job.height or own[0], width=job.width or own[1])
+        if job.init is not None and (job.height, job.width) != own:
+            raise InputError(
+                f"the size is {job.width}x{job.height}, but the image to start from becomes {own[1]}x{own[0]}; "
+                "leave width and height of the job out, or give those of its Init with resize"
+            )
+        check_fields(job)
+        check_sampling(job.sampler, job.steps, job.timestep_spacing, job.eta)
+        if job.height % self.factor or job.width % self.factor:
+            raise InputError(f"{job.width}x{job.height} is not a multiple of {self.factor} pixels")
+        return job
 
     @torch.inference_mode()
     def begin(
@@ -275,12 +396,16 @@ class Pipeline:
         jobs: Sequence[Job],
         noise: NoiseSource | None = None,
         start_code: Tensor | None = None,
-        on_step: Callable[[int], object] | None = None,
+        on_step: OnStep | None = None,
+        latents: Tensor | None = None,
     ) -> list[Pending]:
-        """The first part of `make`: leaves all its work to the device, and waits for none of the pictures."""
-        job = jobs[0]
-        if len(set(map(batch_key, jobs))) > 1:
+        """The first part of `make`, for one batch: leaves its work to the device, and waits for none of the images.
+
+        The jobs differ at most in prompts, guidance scales and seeds, and are not checked.
+        """
+        if len(set(map(batch_key, jobs))) != 1:
             raise ValueError("the jobs of one batch may differ in prompts, guidance scales and seeds only")
+        job = jobs[0]
         if self.loras.apply(job.loras):
             self._encode_prompt.cache_clear()
             self._encode_negative.cache_clear()
@@ -298,7 +423,14 @@ class Pipeline:
             last = len(made) + len(places) == len(jobs)  # the steps are counted once
             made |= zip(
                 places,
-                self._begin_alike(alike, places, source, start, on_step if last else None),
+                self._begin_alike(
+                    alike,
+                    places,
+                    source,
+                    start,
+                    on_step if last else None,
+                    None if latents is None else Origin(latents[places].to(self.device)),
+                ),
                 strict=True,
             )
         return [made[i] for i in range(len(jobs))]
@@ -316,26 +448,52 @@ class Pipeline:
         rows: Sequence[int],
         noise: NoiseSource,
         code: Tensor,
-        on_step: Callable[[int], object] | None,
+        on_step: OnStep | None,
+        origin: Origin | None,
     ) -> list[Pending]:
         """`begin` for prompts of one length, which have these rows in the start noise of their batch."""
-        job = jobs[0]
-        places = _place_notes(rows, noise)
-        posterior = self._posterior_noise(jobs)
+        places, stopped = _place_notes(rows, noise), {}
+        try:
+            latents = self._denoise_passes(jobs, origin, code, noise, on_step)
+        except _Stopped as stop:
+            latents = stop.step.estimate
+            stopped = {"Stopped": f"after step {stop.step.index + 1} of {stop.step.total}"}
+        return [
+            Pending(job, latent[None], self._decode(latent[None]), self._notes(job) | place | stopped, frame)
+            for job, latent, place, frame in zip(
+                jobs, latents, places, [self._frame(job) for job in jobs], strict=True
+            )
+        ]
+
+    def _denoise_passes(
+        self,
+        jobs: Sequence[Job],
+        origin: Origin | None,
+        code: Tensor,
+        noise: NoiseSource,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        """The latents [N, C, h, w] of a batch after its first pass and, with `upscale`, its second."""
+        job, posterior = jobs[0], self._posterior_noise(jobs)
         hidden = self._hidden(jobs, job.init, (job.height, job.width), posterior)
-        origin = self._origin(jobs, posterior)
+        origin = self._origin(jobs, posterior) if origin is None else origin
         latents = self._denoise(jobs, origin, job.strength, code, hidden, noise, on_step)
         if job.upscale > 1:
             origin = self._enlarged(jobs, latents)
             code = noise.draw(origin.latents.shape)
             hidden = self._hidden(jobs, None, job.upscaled_size, posterior)
             latents = self._denoise(jobs, origin, job.upscale_strength, code, hidden, noise, on_step)
-        return [
-            Pending(job, latent[None], self._decode(latent[None]), {**self._notes(job), **place}, frame)
-            for job, latent, place, frame in zip(
-                jobs, latents, places, [self._frame(job) for job in jobs], strict=True
-            )
-        ]
+        return latents
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """uint8 images [N, H, W, 3] of scaled latents [N, C, h, w], such as a callback's estimate."""
+        return np.concatenate([to_uint8(self._rescue(z, self._decode(z))[0]) for z in latents.split(1)])
+
+    @torch.inference_mode()
+    def encode(self, image: Any) -> Tensor:
+        """The scaled latents [1, C, h, w] of an image as `Init` takes it: the mean of their distribution."""
+        return self.model.get_first_stage_encoding(self._distribution(Init(image), False).mode())
 
     @torch.inference_mode()
     def finish(self, pending: Iterable[Pending]) -> list[Picture]:
@@ -495,7 +653,7 @@ class Pipeline:
         code: Tensor,
         hidden: tuple[Tensor, Tensor] | None,
         noise: NoiseSource,
-        on_step: Callable[[int], object] | None,
+        on_step: OnStep | None,
     ) -> Tensor:
         """Latents [N, C, h, w] from the noise `code`, or from `origin` at `strength`."""
         job = jobs[0]
@@ -517,7 +675,7 @@ class Pipeline:
                 count,
                 unconditional_guidance_scale=self._scales(jobs),
                 unconditional_conditioning=uncond,
-                callback=on_step,
+                img_callback=None if on_step is None else partial(_report_step, on_step, count),
                 noise=noise,
                 mask=None if origin is None else origin.keep,
                 x0=None if origin is None else origin.latents,
@@ -545,13 +703,13 @@ class Pipeline:
         if overflowed:
             notes = {**notes, "Decoded in": "float32"}
         if not finite(decoded)[0]:
-            return Picture(job, None, notes)
+            return Picture(job, None, notes, latent=pending.latent[0])
         if frame is None:
-            return Picture(job, to_uint8(decoded)[0], notes)
+            return Picture(job, to_uint8(decoded)[0], notes, latent=pending.latent[0])
         pixels = to_uint8(paste(decoded.float(), frame.original, frame.weight))[0]
         kept = (frame.weight == 0)[0, 0].cpu().numpy()
         pixels[kept] = frame.pixels[kept]
-        return Picture(job, pixels, notes, kept)
+        return Picture(job, pixels, notes, kept, pending.latent[0])
 
     def _notes(self, job: Job) -> dict[str, str]:
         """What the record says beside the job."""
@@ -611,6 +769,12 @@ def _place_notes(rows: Sequence[int], noise: NoiseSource) -> list[dict[str, str]
     """What the records of a batch say of the place of each image in the stream of its run."""
     places = noise.places(rows) if isinstance(noise, RunNoise) else []
     return [{"Stream": str(place)} for place in places] or [{} for _ in rows]
+
+
+def _report_step(on_step: OnStep, total: int, estimate: Tensor, index: int) -> None:
+    step = StepInfo(index, total, estimate)
+    if on_step(step) is False:
+        raise _Stopped(step)
 
 
 def _stream_seeds(jobs: Sequence[Job]) -> list[int]:

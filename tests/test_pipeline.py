@@ -113,7 +113,7 @@ def test_prompts_of_different_lengths_share_a_call(pipeline):
 
 def test_a_batch_has_one_size_and_step_count(pipeline):
     with pytest.raises(ValueError, match="scales and seeds only"):
-        pipeline.make([JOB, dataclasses.replace(JOB, steps=4)])
+        pipeline.begin([JOB, dataclasses.replace(JOB, steps=4)])
 
 
 def test_negative_prompt_takes_the_place_of_the_empty_one(pipeline):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from ldm.cli.inputs import Start, check_memory, check_there, chosen_sampler, latent_factor, need
 from ldm.fields import MAX_SEED, override
-from ldm.job import Init, Job, batch_key, lora_name, split_loras
+from ldm.job import Init, Job, batch_key, batches_of, lora_name, split_loras
 from ldm.prompts.dialects import read_prompt_list
 from ldm.prompts.expand import Sweep, expand_lines, parse_sweep
 from ldm.prompts.files import Faults, source_name
@@ -140,25 +140,10 @@ class Plan(Sequence[Job]):
         return [
             [self._round_size * (start * self._opt.n_iter + i) + place for place in batch]
             for start in range(len(self._starts))
-            for batches in [self._batches_of(self._round(start))]
+            for batches in [batches_of(self._round(start), self._opt.n_samples)]
             for i in range(self._opt.n_iter)
             for batch in batches
         ]
-
-    def _batches_of(self, jobs: Sequence[Job]) -> list[list[int]]:
-        """The batches of a round; one stream of noise is drawn in order, so there only neighbours share one."""
-        size = self._opt.n_samples
-        if self._opt.seed_mode == "batch":
-            pieces = (range(i, min(i + size, len(jobs))) for i in range(0, len(jobs), size))
-            return [
-                list(alike)
-                for piece in pieces
-                for _, alike in itertools.groupby(piece, key=lambda i: batch_key(jobs[i]))
-            ]
-        groups: dict[Job, list[int]] = {}
-        for place, job in enumerate(jobs):
-            groups.setdefault(batch_key(job), []).append(place)
-        return sorted(group[i : i + size] for group in groups.values() for i in range(0, len(group), size))
 
     def kinds(self) -> Iterator[Job]:
         """The jobs of the run but for their seeds, each at least once."""
@@ -366,17 +351,9 @@ def _refusal(check: Callable[[Job], None], job: Job) -> str | None:
 
 def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Path]) -> None:
     """That a job can be made by a config's model, else an `InputError`."""
-    from ldm.models.diffusion.schedule import make_timesteps
+    from ldm.models.diffusion.schedule import check_sampling
 
-    if job.sampler != "ddim":
-        need(
-            job.eta == 0,
-            f"--{job.sampler} adds no noise; leave --ddim_eta {job.eta:g} out, or use --sampler ddim",
-        )
-    if job.sampler == "dpm_solver":
-        need(job.timestep_spacing == "uniform", "--dpm_solver has uniform --timestep_spacing only")
-    else:
-        make_timesteps(job.timestep_spacing, job.steps)
+    check_sampling(job.sampler, job.steps, job.timestep_spacing, job.eta)
     factor = latent_factor(model)
     for name, side in (("--W", job.width), ("--H", job.height)):
         need(side % factor == 0, f"{name} is {side}, not a multiple of {factor}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from ldm.job import MemoryImage
 from ldm.util import InputError, printable
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,8 @@ def read_bytes(path: str) -> bytes:
 
     Call it inside `reading`: its `InputError` does not name the file.
     """
+    if isinstance(path, MemoryImage):
+        return path.data
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise InputError("is a directory; give the picture inside it")

@@ -233,10 +233,11 @@ class Sampler:
         noise: NoiseSource | None = None,
         mask: Tensor | None = None,
         x0: Tensor | None = None,
+        img_callback: Callable[[Tensor, int], object] | None = None,
     ) -> Tensor:
         """Denoises latents through the last `t_start` steps of the schedule made by `make_schedule`.
 
-        `mask` is 1 where the latent `x0` is kept, as in `sample`.
+        `mask` is 1 where the latent `x0` is kept; `callback` and `img_callback` are those of `sample`.
         """
         walk = Walk(
             self.model,
@@ -248,7 +249,7 @@ class Sampler:
             original_steps=use_original_steps,
         )
         steps = list(self._table_for(use_original_steps).downwards(t_start))
-        return self._run(walk, x_latent, steps, callback)[0]
+        return self._run(walk, x_latent, steps, callback, img_callback)[0]
 
     def _stepper(self, walk: Walk) -> TakeStep:
         """How this method takes a step; called once per run, so that history belongs to the run."""

@@ -92,6 +92,16 @@ def make_timesteps(spacing: str, steps: int, total: int = 1000) -> NDArray[np.in
     raise InputError(f"unknown timestep spacing {spacing!r}; it is uniform, compvis or quad")
 
 
+def check_sampling(sampler: str, steps: int, spacing: str, eta: float) -> None:
+    """Raises `InputError` where a sampler cannot run so many steps, so spaced, with this eta."""
+    if sampler != "ddim" and eta:
+        raise InputError(f"--{sampler} adds no noise; leave --ddim_eta {eta:g} out, or use --sampler ddim")
+    if sampler == "dpm_solver" and spacing != "uniform":
+        raise InputError(f"--dpm_solver has uniform --timestep_spacing only, not {spacing}")
+    if sampler != "dpm_solver":
+        make_timesteps(spacing, steps)
+
+
 def steps_to_run(strength: float, steps: int, rows: int) -> int:
     """How many of a table's `rows` steps run at a strength in [0, 1], where `steps` were asked for.
 
