@@ -405,7 +405,7 @@ def test_loras_controls_and_clip_skip_are_noted() -> None:
             "lora_name": "a/b.safetensors", "strength_model": 0.8, "strength_clip": 1, "model": ["n33", 0],
             "clip": ["n4", 1]}},
         "n31": {"class_type": "ControlNetApplyAdvanced", "inputs": {"positive": ["n6", 0], "negative": ["n7", 0]}},
-        "n32": {"class_type": "CLIPSetLastLayer", "inputs": {"stop_at_clip_layer": -2, "clip": ["n4", 1]}},
+        "n32": {"class_type": "CLIPSetLastLayer", "inputs": {"stop_at_clip_layer": -2, "clip": ["n30", 1]}},
         "n33": {"class_type": "FreeU", "inputs": {"model": ["n4", 0]}},
     }  # fmt: skip
     recipe = comfy(nodes)

@@ -28,6 +28,7 @@ _READERS: tuple[tuple[str, Callable[[str, Origin], Recipe]], ...] = (
     ("invokeai_metadata", invokeai.read_metadata),
     ("sd-metadata", invokeai.read_sd_metadata),
     ("Dream", invokeai.read_dream),
+    ("workflow", comfyui.read),  # the editor's form, which is not read: it is named
 )
 _KNOWN = (RECORD_KEYWORD, *(keyword for keyword, _ in _READERS))
 
