@@ -157,14 +157,15 @@ def batches_of(jobs: Sequence[Job], size: int) -> list[list[int]]:
 
 
 _NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
-_LORA = re.compile(rf"<lora:([^<>:]+)(?::(?:te=)?({_NUMBER}))?(?::(?:unet=)?({_NUMBER}))?>")
+_LORA = re.compile(rf"<(?:lora|lyco):([^<>:]+)(?::(?:te=)?({_NUMBER}))?(?::(?:unet=)?({_NUMBER}))?>")
 
 
 def split_loras(text: str) -> tuple[str, tuple[tuple[str, float, float], ...]]:
     """A prompt without its `<lora:name:weight>` tags, and the LoRAs they ask for, as `Job.loras` has them.
 
-    As in AUTOMATIC1111's web UI, `<lora:name>` has weight 1, and of two weights `<lora:name:te:unet>` the first
-    is the text model's. The space before tags that end a prompt goes with them.
+    As in AUTOMATIC1111's web UI, `<lora:name>` has weight 1, `<lyco:` is another word for `<lora:`, and of two
+    weights `<lora:name:te:unet>` the first is the text encoder's. The space before tags that end a prompt goes
+    with them.
     """
     loras, end = [], -1
     for match in _LORA.finditer(text):

@@ -169,8 +169,13 @@ def test_too_many_images_are_refused():
         ),
         (
             ["--lora_dir", "."],
-            ["a <lora:none:1>", "b <lora:x:y>"],
-            ["line 1: there is no LoRA", "line 2: <lora:x:y>"],
+            ["a <lora:none:1>", "b <lora:x:y>", "c <lyco:none:1>", "d <hypernet:x:1>"],
+            [
+                "line 1: there is no LoRA",
+                "line 2: <lora:x:y>",
+                "line 3: there is no LoRA",
+                "line 4: <hypernet:x:1> asks for a kind of network that is not supported",
+            ],
         ),
         (["--sweep", "eta=0,1"], ["a --plms", "b --plms"], ["line 1: --plms adds", "line 2: --plms adds"]),
         (
@@ -195,6 +200,28 @@ def test_every_fault_of_a_list_is_told_before_the_model_is_loaded(
     assert len(told) == len(said)
     for line, expected in zip(told, said, strict=True):
         assert f"list.txt, {expected}" in line
+
+
+def test_what_is_text_here_and_not_elsewhere_is_named_by_its_place(write, caplog):
+    list_ = write("a {b|c}", '{"prompt": "x"}', "b", "c (d:1.2)", "e (f:2)")
+    plan_of(
+        "--from-file", list_, "--negative_prompt", "<ti:x>, (y:1.2)", "--lora_dir", ".", "--n_samples", "1"
+    )
+    assert [record.getMessage().partition(" is ")[0] for record in caplog.records] == [
+        "list.txt, line 1: {b|c}",
+        "list.txt, line 4: (d:1.2)",
+        "--negative_prompt: <ti:x> asks for a network, which a negative prompt cannot; it",
+        "--negative_prompt: (y:1.2)",
+    ]
+    caplog.clear()
+    plan_of("--prompt", "(a:2) cat", "--sweep", "prompt_syntax=plain,a1111")
+    plan_of("--prompt", "(a:2) {b|c}", "--prompt_syntax", "a1111", "--expand")
+    assert not caplog.records
+
+
+def test_a_prompt_has_a_longest():
+    with pytest.raises(InputError, match=r"^--prompt is longer than 10,000 characters; shorten it"):
+        plan_of("--prompt", "a" * 10_001)
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------

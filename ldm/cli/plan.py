@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -16,8 +17,9 @@ from ldm.fields import MAX_SEED, override
 from ldm.job import Init, Job, batch_key, batches_of, lora_name, split_loras
 from ldm.prompts.dialects import read_prompt_list
 from ldm.prompts.expand import Sweep, expand_lines, parse_sweep
-from ldm.prompts.files import Faults, source_name
+from ldm.prompts.files import MAX_LINE, Faults, source_name, too_long
 from ldm.prompts.lines import Line
+from ldm.prompts.notations import warn_of_notations
 from ldm.util import InputError, printable
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ logger = logging.getLogger("ldm")
 MAX_IMAGES = 1_000_000
 STRENGTH = 0.75  # of a picture that a line brings without saying how much of it changes
 OF_THE_RUN = ("seed_mode", "batch_index")  # no line can set these
+_OF_PROMPTS = ("prompt", "negative_prompt", "prompt_syntax")
 _MOST_FAULTS = 1_000
 
 
@@ -59,7 +62,8 @@ def read_wishes(opt: argparse.Namespace) -> Wishes:
 
 
 def _text(option: str, text: str) -> str:
-    """A command-line text as UTF-8 even where the locale is ASCII, else an `InputError`."""
+    """A command-line text as UTF-8 even where the locale is ASCII, and not too long, else an `InputError`."""
+    need(len(text) <= MAX_LINE, f"{option} is {too_long()}")
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError:
@@ -253,8 +257,37 @@ class Plan(Sequence[Job]):
         eta = max(job.eta for job in self._round(0))
         if eta > 1:
             logger.warning("an eta of %g is above 1: more noise than the method allows for", eta)
-        if self._opt.lora_dir is None and any(split_loras(line.prompt)[1] for line in self.wishes.lines):
-            logger.warning("without --lora_dir, <lora:...> in a prompt is text like any other")
+        self._warn_of_notations()
+
+    def _warn_of_notations(self) -> None:
+        """Warns of what the prompts hold that is text here and means something in other programs."""
+        opt, wishes = self._opt, self.wishes
+        swept = {name: {c[name] for c in self.combinations if name in c} for name in _OF_PROMPTS}
+        for weighted in (False, True):
+            lines = [
+                line
+                for line in wishes.lines
+                if weighted == (line.overrides.get("prompt_syntax", opt.prompt_syntax) == "a1111")
+                and not swept["prompt_syntax"]
+            ]
+            places = [
+                f"{wishes.faults.name}, line {line.number}" if wishes.faults.name else "--prompt"
+                for line in lines
+            ]
+            prompts = [(place, line.prompt) for place, line in zip(places, lines, strict=True)]
+            prompts += [("--sweep prompt", text) for text in sorted(swept["prompt"]) if lines]
+            negatives = [("--negative_prompt", opt.negative_prompt)] if lines else []
+            negatives += [
+                (place, line.overrides["negative_prompt"])
+                for place, line in zip(places, lines, strict=True)
+                if "negative_prompt" in line.overrides
+            ]
+            negatives += [
+                ("--sweep negative_prompt", text) for text in sorted(swept["negative_prompt"]) if lines
+            ]
+            warn_of_notations(
+                prompts, negatives, expanded=opt.expand, weighted=weighted, tagged=opt.lora_dir is not None
+            )
 
     def _faults(
         self, line: Line, combination: Mapping[str, Any], base: Job, refusal: Callable[[Job], str | None]
@@ -322,12 +355,15 @@ def _own_seeds(line: Line) -> Iterable[int | None]:
 
 def _split_tags(prompt: str) -> tuple[str, tuple[tuple[str, float, float], ...]]:
     text, loras = split_loras(prompt)
-    wrong = text.partition("<lora:")[1:]
-    need(
-        not any(wrong),
-        f"{printable(''.join(wrong)[:60])} in a prompt is no <lora:NAME:WEIGHT> or <lora:NAME:TEXT:WEIGHT>",
-    )
+    if wrong := _NETWORK.search(text):
+        shown = printable(wrong[0][:60])
+        if wrong[1].lower() not in ("lora", "lyco"):
+            raise InputError(f"{shown} asks for a kind of network that is not supported; leave it out")
+        raise InputError(f"{shown} in a prompt is not <lora:NAME:WEIGHT> or <lora:NAME:TEXT:WEIGHT>")
     return text, loras
+
+
+_NETWORK = re.compile(r"<(lora|lyco|hypernet|ti):[^<>]*>?", re.IGNORECASE)
 
 
 def check_syntax(job: Job) -> None:

@@ -7,6 +7,9 @@ invokeai    "a cat" -n4 -S1234 -C7.5                 InvokeAI 2's command line; 
 options     a cat --ddim_steps 20 --W 640            this tool's own options; the prompt can be --prompt, too
 jsonl       {"prompt": "a cat", "steps": 20}         a JSON object a line, with the fields of `Job`
 csv         prompt,steps                             a header with those names, a row a line
+json        ["a cat", {"prompt": "a dog"}]           an array of prompts or of such objects, on any number of lines
+toml        [[prompt.subset]]                        kohya's sample prompts
+yaml        - prompt: a cat                          a list of prompts or of such mappings
 
 Lines of options beginning with # are comments in kohya and invokeai (there // as well), and nowhere else.
 """
@@ -19,8 +22,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ldm.prompts.files import Faults, no_prompt, read_lines, source_name
+from ldm.prompts.documents import is_json, is_toml, is_valid_json, is_yaml, read_json, read_toml, read_yaml
+from ldm.prompts.files import MAX_LINE, Faults, no_prompt, read_lines, source_name, too_long
 from ldm.prompts.lines import Line, numbered
+from ldm.prompts.notations import warn_of_lines
 from ldm.prompts.options import DIALECTS, Dialect, option_names, warn_of_literal
 from ldm.prompts.tables import header_names, is_json_object, read_csv, read_jsonl, unknown_names
 from ldm.util import printable
@@ -34,8 +39,9 @@ def read_prompt_list(source: str | Path, format: str = "auto", faults: Faults | 
     """The lines of a prompt file, or of standard input for "-", blank ones left out, every value checked.
 
     "auto" decides by content:
-    1. JSON lines, if the first line that is not blank begins with {"name": and CSV, if that line is a header:
-       two or more names, all known, `prompt` among them.
+    1. JSON, TOML and YAML, if the first line that is not blank begins a list in it, JSON lines, if that begins with
+       {"name": and CSV, if that line is a header: two or more names, all known, one of them a prompt's. Otherwise
+       a file whose name ends in .json, .jsonl, .csv, .tsv, .toml or .yaml is read as that.
     2. Otherwise a line is evidence for a dialect of options if all of it reads as that dialect: it has a prompt,
        and its options are known, stand behind white space and have values of their types; one of them at least
        is a `--name`, or a letter with a number. Without evidence every line is a prompt, as it is.
@@ -55,12 +61,22 @@ def read_prompt_list(source: str | Path, format: str = "auto", faults: Faults | 
     found: list[Line] = []
     if any(text and not text.isspace() for text in lines):
         read = _detect(lines, noted.name) if format == "auto" else READERS[format]
+        if read not in _DOCUMENTS:
+            lines = [_no_longer(number, text, noted) for number, text in enumerate(lines, 1)]
         found = list(read(lines, noted))
     if faults is None or not found:
         noted.raise_any()
     if not found:
         raise no_prompt(noted.name)
     return found
+
+
+def _no_longer(number: int, text: str, faults: Faults) -> str:
+    """A line of a list; empty, with a fault, if only a document may have such a long one."""
+    if len(text) <= MAX_LINE:
+        return text
+    faults.add(number, too_long())
+    return ""
 
 
 Reader = Callable[[Sequence[str], Faults], Iterable[Line]]
@@ -74,21 +90,26 @@ READERS: Mapping[str, Reader] = {
     "plain": _plain,
     "jsonl": read_jsonl,
     "csv": read_csv,
+    "json": read_json,
+    "toml": read_toml,
+    "yaml": read_yaml,
     **{dialect.name: dialect.read for dialect in DIALECTS},
 }
 FORMATS = ("auto", *READERS)
+_DOCUMENTS = (read_json, read_jsonl)
+_BY_ENDING: Mapping[str, str] = {
+    ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".toml": "toml",
+    ".yaml": "yaml", ".yml": "yaml",
+}  # fmt: skip
 
 
 def _detect(lines: Sequence[str], source: str) -> Reader:
     """The reader for lines whose format nobody named; see `read_prompt_list` for the rule."""
     first = next(numbered(lines))[1]
-    if is_json_object(first):
-        logger.info("%s is read as JSON lines", source)
-        return read_jsonl
-    if names := header_names(first):
-        if not (unknown := unknown_names(names)):
-            logger.info("%s is read as CSV", source)
-            return read_csv
+    if format := _document(first, lines) or _BY_ENDING.get(Path(source).suffix.lower()):
+        logger.info("%s is read as %s", source, "JSON lines" if format == "jsonl" else format.upper())
+        return READERS[format]
+    if (names := header_names(first)) and (unknown := unknown_names(names)):
         logger.warning(
             "%s is not read as CSV, since there is no column %s", source, printable(unknown[0])[:80]
         )
@@ -105,6 +126,21 @@ def _detect(lines: Sequence[str], source: str) -> Reader:
     return dialect.read_mixed
 
 
+def _document(first: str, lines: Sequence[str]) -> str:
+    """Which format other than lines of text a list has by its content; empty if none."""
+    if is_json_object(first):
+        return "jsonl" if is_valid_json([first]) or not is_valid_json(lines) else "json"
+    if is_json(first):
+        return "json"
+    content = next((text for _, text in numbered(lines) if not text.startswith(("#", "---"))), "")
+    if is_toml(content, lines):
+        return "toml"
+    if is_yaml(content):
+        return "yaml"
+    names = header_names(first)
+    return "csv" if names and not unknown_names(names) else ""
+
+
 def _evidence(lines: Sequence[str]) -> Iterator[tuple[int, str, list[Dialect]]]:
     """Number, an option and the dialects of each line that reads as one or more of them."""
     for number, text in numbered(lines):
@@ -119,4 +155,5 @@ def _plain_but_warn(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
     warn_of_literal(
         faults.name, [(number, names[0]) for number, names in named if names and names[0].startswith("--")]
     )
+    warn_of_lines(faults.name, numbered(lines))
     return _plain(lines, faults)

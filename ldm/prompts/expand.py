@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
-from math import prod
+from math import factorial, prod
 from typing import Any
 
 from ldm.fields import Setting, find_setting
@@ -20,10 +20,29 @@ _MAX_DEPTH = 50
 
 # --- {a|b|c} ------------------------------------------------------------------------------------------------
 
-Options = list["Template"]  # what stands between the braces of a group
-Template = list["str | Options"]  # texts and groups, one after another
 
-_PIECE = re.compile(r"\\.|[{|}]|[^\\{|}]+|\\", re.DOTALL)
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A group's options, how many of them are taken at once, and what is put between them."""
+
+    options: list[Template]
+    low: int = 1
+    high: int = 1
+    separator: str = ","
+
+
+Template = list["str | _Group"]  # texts and groups, one after another
+
+_PIECE = re.compile(r"\\__|\\.|[{|}]|[^\\{|}]+|\\", re.DOTALL)
+_ESCAPES = ("\\{", "\\|", "\\}", "\\__")
+_COUNT = re.compile(
+    r"\s* (?: e | (?=[\d-]) (\d*) \s* (-?) \s* (\d*) ) \s* \$\$ (?: (.*?) \$\$ )?", re.DOTALL | re.VERBOSE
+)
+_WEIGHT = re.compile(r"\s*(?:[0-9]+\.?[0-9]*|\.[0-9]+)::")
+_SAMPLER = re.compile(r"([~@!])(?=.)", re.DOTALL)
+_VARIABLE = re.compile(r"(?<!\\)\$\{\s*[A-Za-z_]\w*\s*[=:}]")
+WILDCARD = re.compile(r"(?<!\\)__[~@!]?(?:[^\W_]|\*)[\w*/., ()=-]{0,99}?__")
+_MOST_AT_ONCE = 20  # 21 options have more orders than any cap
 
 
 def expand_lines(lines: Sequence[Line], faults: Faults, cap: int = MAX_JOBS) -> list[Line]:
@@ -46,9 +65,14 @@ def expand(prompt: str, cap: int = MAX_JOBS) -> list[str]:
     """Every combination of the options in braces, the first group changing slowest.
 
     Options can be empty and hold groups. Braces without a bar, and bars outside braces, are text; so is a
-    backslash with one of {|} behind it, without the backslash. `InputError` for braces that do not match, and
-    for more than `cap` combinations.
+    backslash before one of {|} or before two underscores, without the backslash. As the package dynamicprompts
+    reads it, `{2$$a|b|c}` takes two of the options in every order, `{1-2$$ and $$a|b}` one or two with " and "
+    between them, and a weight (`{0.5::a|b}`) does not matter where every option is written out.
+
+    `InputError` for braces that do not match, for more than `cap` combinations, and for what those prompts have
+    besides: wildcards (`__colour__`), variables (`${x=...}`) and random choices (`{~a|b}`).
     """
+    _refuse_unsupported(prompt)
     pieces = _PIECE.findall(prompt)
     parsed, rest = _parse(pieces, 0)
     if rest < len(pieces):
@@ -57,6 +81,19 @@ def expand(prompt: str, cap: int = MAX_JOBS) -> list[str]:
     if count > cap:
         raise _too_many("the prompt", count, cap)
     return list(_texts(parsed))
+
+
+def _refuse_unsupported(prompt: str) -> None:
+    if wildcard := WILDCARD.search(prompt):
+        shown = printable(wildcard[0])
+        raise InputError(
+            f"{shown} is a wildcard, whose file is not read; write its options as {{a|b}}, or \\{shown} for that text"
+        )
+    if variable := _VARIABLE.search(prompt):
+        raise InputError(
+            f"{printable(variable[0])[:80]} is a variable of dynamic prompts, which is not supported; write its "
+            "value (\\{ and \\} are literal braces)"
+        )
 
 
 def _too_many(what: str, count: int, cap: int) -> InputError:
@@ -75,36 +112,98 @@ def _parse(pieces: Sequence[str], at: int, depth: int = 0) -> tuple[Template, in
             group, at = _parse_group(pieces, at + 1, depth + 1)
             sequence += group
         else:
-            sequence.append(piece[1:] if piece in ("\\{", "\\|", "\\}") else piece)
+            sequence.append(piece[1:] if piece in _ESCAPES else piece)
         at += 1
     return sequence, at
 
 
 def _parse_group(pieces: Sequence[str], at: int, depth: int) -> tuple[Template, int]:
-    """A group from behind its opening brace to its closing one; without a bar its braces are text."""
+    """A group from after its opening brace to its closing one; without a bar, count or weight its braces are text."""
     if depth > _MAX_DEPTH:
         raise InputError(f"the prompt has more than {_MAX_DEPTH} braces in one another; use fewer")
-    options: Options = []
+    options: list[Template] = []
     while True:
         option, at = _parse(pieces, at, depth)
         options.append(option)
         if at >= len(pieces):
             raise InputError("a { is not closed in the prompt; write \\{ for a literal one")
         if pieces[at] == "}":
-            return ([options] if len(options) > 1 else ["{", *option, "}"]), at
+            return _group(options), at
         at += 1
 
 
+def _group(options: list[Template]) -> Template:
+    """What stands between braces, taken apart: its count and separator, and its options without their weights."""
+    text, rest = _leading_text(options[0])
+    counted = _COUNT.match(text)
+    if counted is None and len(options) > 1 and "$$" in text:
+        raise InputError(
+            f"{{{printable(text)[:80]} does not say how many of the options to take; "
+            "write {2$$a|b|c} or {1-2$$a|b}"
+        )
+    weighted = any(_WEIGHT.match(_leading_text(option)[0]) for option in options)
+    if counted is None and not weighted and len(options) == 1:
+        return ["{", *options[0], "}"]
+    if counted:
+        text = text[counted.end() :]
+    elif sampler := _SAMPLER.match(text):
+        if sampler[1] != "!":  # that one means every combination
+            raise InputError(
+                f"{{{printable(text)[:80]} chooses at random or in turn, which --expand does not do; "
+                f"leave the {sampler[1]} out"
+            )
+        text = text[1:]
+    options = [_without_weight(option) for option in ([text, *rest], *options[1:])]
+    return [_Group(options, *_bounds(counted, len(options)))]
+
+
+def _leading_text(option: Template) -> tuple[str, Template]:
+    """The text with which an option begins, and what comes after it."""
+    texts = list(itertools.takewhile(lambda part: isinstance(part, str), option))
+    return "".join(map(str, texts)), option[len(texts) :]
+
+
+def _without_weight(option: Template) -> Template:
+    text, rest = _leading_text(option)
+    return [_WEIGHT.sub("", text, count=1) if _WEIGHT.match(text) else text, *rest]
+
+
+def _bounds(counted: re.Match[str] | None, most: int) -> tuple[int, int, str]:
+    """The fewest and the most options at once, of `most`, and what is put between them."""
+    if counted is None:
+        return 1, 1, ","
+    low, to, high, separator = counted.groups()
+    if low is None:  # kohya's {e$$a|b}: each of them
+        return 1, 1, ","
+    ends = sorted(min(int(end[:9] or usual), most) for end, usual in ((low, 1), (high if to else low, most)))
+    return ends[0], ends[1], "," if separator is None else separator
+
+
 def _count(sequence: Template) -> int:
-    return prod(sum(map(_count, part)) for part in sequence if not isinstance(part, str))
+    return prod(_ways(part) for part in sequence if not isinstance(part, str))
+
+
+def _ways(group: _Group) -> int:
+    """How many texts a group gives: k! times the k-th elementary symmetric polynomial of its options' counts."""
+    most = min(group.high, _MOST_AT_ONCE)
+    sums = [1] + [0] * most
+    for ways in map(_count, group.options):
+        for k in range(most, 0, -1):
+            sums[k] += sums[k - 1] * ways
+    beyond = factorial(_MOST_AT_ONCE + 1) if group.high > most else 0
+    return sum(factorial(k) * sums[k] for k in range(group.low, most + 1)) + beyond
 
 
 def _texts(sequence: Template) -> Iterator[str]:
-    choices = [
-        [part] if isinstance(part, str) else [text for option in part for text in _texts(option)]
-        for part in sequence
-    ]
+    choices = [[part] if isinstance(part, str) else list(_group_texts(part)) for part in sequence]
     return map("".join, itertools.product(*choices))
+
+
+def _group_texts(group: _Group) -> Iterator[str]:
+    texts = [list(_texts(option)) for option in group.options]
+    for count in range(group.low, group.high + 1):
+        for taken in itertools.permutations(texts, count):
+            yield from map(group.separator.join, itertools.product(*taken))
 
 
 # --- sweeps -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 from ldm.util import InputError, printable
 
 MAX_LINE = 10_000
+MAX_DOCUMENT = 16_000_000  # of a line that begins with a bracket: JSON can be one line
 STDIN = "-"
 _SHOWN_FAULTS = 20
 _MOST_FAULTS = 1_000  # a file with more is no prompt file: the rest of it is not read
@@ -59,8 +60,9 @@ def read_lines(source: str | Path, faults: Faults) -> Iterator[str]:
     """Yields every line of a file, or of standard input for "-", holding one line at a time.
 
     Lines are UTF-8, with or without a byte order mark, and end in LF, CRLF or CR; every other separator
-    (form feed, U+2028, ...) is part of the text. A line of more than 10,000 characters or with bytes that are
-    not UTF-8 is noted in `faults` and comes out empty. `InputError` for a file that cannot be read.
+    (form feed, U+2028, ...) is part of the text. A line of more than 10,000 characters (16 million where the
+    first line begins with [ or {) or with bytes that are not UTF-8 is noted in `faults` and comes out empty.
+    `InputError` for a file that cannot be read.
     """
     try:
         with _open(source) as file:
@@ -86,8 +88,15 @@ def _open(source: str | Path) -> Iterator[io.TextIOWrapper]:
 
 
 def _checked_lines(file: io.TextIOWrapper, faults: Faults) -> Iterator[str]:
-    number, offset, after_cr = 0, 0, False
-    while raw := file.readline(MAX_LINE + len("\r\n")):
+    number, offset, after_cr, limit = 0, 0, False, 0
+    while raw := file.readline((limit or MAX_LINE) + len("\r\n")):
+        if not limit and raw.removeprefix("\ufeff").strip():
+            if encoding := _foreign_encoding(raw):
+                faults.add(number + 1, f"is not UTF-8 but {encoding}; save the file as UTF-8")
+                return
+            limit = MAX_DOCUMENT if raw.removeprefix("\ufeff").lstrip().startswith(("[", "{")) else MAX_LINE
+            if limit > MAX_LINE and not raw.endswith(("\n", "\r")):
+                raw += file.readline(limit + len("\r\n") - len(raw))
         size = _size(raw)
         if after_cr and raw == "\n":  # the second half of a CRLF that a limit of `readline` cut
             after_cr, offset = False, offset + size
@@ -95,8 +104,8 @@ def _checked_lines(file: io.TextIOWrapper, faults: Faults) -> Iterator[str]:
         number += 1
         text = raw.removesuffix("\n").removesuffix("\r").removeprefix("\ufeff" if number == 1 else "")
         fault = _foreign_byte(raw, offset)
-        if len(text) > MAX_LINE:
-            fault = fault or f"longer than {MAX_LINE:,} characters; shorten it"
+        if len(text) > (limit or MAX_LINE):
+            fault = fault or too_long(limit or MAX_LINE)
             while raw and not raw.endswith(("\n", "\r")):
                 raw = file.readline(1 << 16)
                 size += _size(raw)
@@ -104,6 +113,21 @@ def _checked_lines(file: io.TextIOWrapper, faults: Faults) -> Iterator[str]:
             faults.add(number, fault)
         after_cr, offset = raw.endswith("\r"), offset + size
         yield "" if fault else text
+
+
+def too_long(limit: int = MAX_LINE) -> str:
+    """What is wrong with a line or a prompt of more characters."""
+    return f"longer than {limit:,} characters; shorten it"
+
+
+def _foreign_encoding(first: str) -> str:
+    """What the first line of a file is written in if that is UTF-16 or UTF-32, told by its mark or its zeros."""
+    head = first[:64].encode("utf-8", "surrogateescape").rstrip(b"\r\n")
+    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    zeros = sorted(half.count(0) / len(half) for half in (head[::2], head[1::2]) if len(half) > 1)
+    marked = head.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return "UTF-16" if marked or (len(zeros) == 2 and zeros[0] == 0 and zeros[1] > 0.8) else ""
 
 
 def _size(raw: str) -> int:
@@ -117,5 +141,7 @@ def _foreign_byte(raw: str, offset: int) -> str:
     except UnicodeEncodeError as error:
         position = offset + len(raw[: error.start].encode())
         byte = ord(raw[error.start]) & 0xFF
-        return f"byte 0x{byte:02x} at offset {position} is not UTF-8; save the file as UTF-8"
+        windows = bytes([byte]).decode("cp1252", "replace")
+        hint = f" ({windows} in Windows-1252)" if windows.isalpha() or windows in "‘’“”–—…€°" else ""
+        return f"byte 0x{byte:02x} at offset {position} is not UTF-8{hint}; save the file as UTF-8"
     return ""

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from ldm.fields import SETTINGS, Setting
-from ldm.prompts.files import Faults
+from ldm.prompts.files import MAX_LINE, Faults, too_long
 from ldm.util import printable
 
 COUNT, SEEDS = "count", "seeds"  # beside the fields of a job: how many images, and several seeds
@@ -50,6 +50,12 @@ def check_field(field: str, value: Any) -> Any:
     if field == SEEDS:
         return tuple(map(SETTINGS["seed"].check, value))
     return _setting(field).check(value)
+
+
+def check_value(field: str, value: Any) -> Any:
+    """As `check_field`, where a text that names one of several choices may be spelt as in a line."""
+    spelt = isinstance(value, str) and field != SEEDS and _setting(field).choices
+    return check_field(field, parse_field(field, value) if spelt else value)
 
 
 def is_number(field: str) -> bool:
@@ -96,6 +102,9 @@ class Values:
         values, count = self._values, prod(self._counts.values())
         if count > MAX_COUNT:
             self.fault(f"{count} images of one line; give at most {MAX_COUNT}")
+        for name in ("prompt", "negative_prompt"):
+            if len(values.get(name) or "") > MAX_LINE:
+                self.fault(f"{name} is {too_long()}")
         if self._good and "prompt" not in values:
             self.fault("has no prompt; write one")
         if not self._good:

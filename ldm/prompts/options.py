@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ldm.fields import OWN_NAMES
 from ldm.prompts.files import Faults
 from ldm.prompts.lines import COUNT, SEEDS, Line, Values, is_number, numbered, parse_field
+from ldm.prompts.notations import warn_of_lines
 from ldm.util import printable
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class Dialect:
             elif line := self._line(number, text, faults):
                 yield line
         warn_of_literal(faults.name, literal)
+        if not self.brackets:  # there quotes are the dialect's own
+            warn_of_lines(faults.name, (line for line in self._used(lines) if not option_names(line[1])))
 
     def _used(self, lines: Sequence[str]) -> Iterator[tuple[int, str]]:
         return (

@@ -1,78 +1,145 @@
-"""Prompt lists as JSON lines and as CSV."""
+"""Prompt lists as JSON lines and as CSV, and the names that other programs give to the fields of a job."""
 
 from __future__ import annotations
 
 import csv
 import difflib
 import json
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ldm.fields import SETTINGS, find_setting
 from ldm.prompts.files import Faults
-from ldm.prompts.lines import COUNT, Line, Values, check_field, numbered
+from ldm.prompts.lines import COUNT, Line, Values, check_value, numbered
 from ldm.util import printable
 
+logger = logging.getLogger(__name__)
+
 _JSON_BEGINS = re.compile(r'\s*\{\s*"[^"]*"\s*:')
+
+# names in files of other programs: kohya's sample prompts, the web UI's API and styles, diffusers, data sets
+_FOREIGN: Mapping[str, str] = {
+    **dict.fromkeys(("prompts", "text", "caption", "positive", "positive_prompt"), "prompt"),
+    **dict.fromkeys(("negative", "neg_prompt", "negative_prompts"), "negative_prompt"),
+    **dict.fromkeys(("sample_steps", "num_inference_steps", "sampling_steps", "step"), "steps"),
+    **dict.fromkeys(("cfg_scale", "cfg", "guidance_scale"), "scale"),
+    **dict.fromkeys(("sampler_name", "sample_sampler"), "sampler"),
+    **dict.fromkeys(("denoising_strength", "denoise"), "strength"),
+    **dict.fromkeys(("batch_size", "num_images", "num_images_per_prompt"), COUNT),
+}
+# what only says which entry it is
+_LABELS = (
+    "",
+    "name",
+    "id",
+    "index",
+    "category",
+    "challenge",
+    "note",
+    "notes",
+    "file_name",
+    "filename",
+    "image_name",
+)
 
 
 def read_jsonl(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
     """A JSON object a line: names and values of the fields of `Job`, `init` as an object or the picture's path."""
-    return filter(None, (_json_line(number, text, faults) for number, text in numbered(lines)))
+    return (line for number, text in numbered(lines) for line in _json_line(number, text, faults))
 
 
-def _json_line(number: int, text: str, faults: Faults) -> Line | None:
-    values = Values(number, faults)
+def _json_line(number: int, text: str, faults: Faults) -> list[Line]:
     try:
-        entries = _json_object(text)
+        entry = parse_json(text)
+        if not isinstance(entry, Object):
+            raise ValueError('is not a JSON object; write one such as {"prompt": "a cat", "steps": 20}')
     except ValueError as error:
-        values.fault(str(error))
-        return values.line()
-    for name, value in entries:
-        _add_entry(values, name, value)
-    return values.line()
+        faults.add(number, str(error))
+        return []
+    return read_entry(number, entry, faults)
 
 
-def _json_object(text: str) -> list[tuple[str, Any]]:
-    """The entries of a JSON object, of `init` as `init.` and their names. Raises ValueError with what is wrong."""
+def parse_json(text: str) -> Any:
+    """The value that a JSON text stands for, its objects as `Object`. Raises ValueError with what is wrong."""
     try:
-        entries = json.loads(text, object_pairs_hook=_Object)
+        return json.loads(text, object_pairs_hook=Object)
     except json.JSONDecodeError as error:
-        raise ValueError(f"is no JSON object ({error.msg} at column {error.colno})") from None
+        raise ValueError(f"is not valid JSON ({error.msg} at column {error.colno})") from None
     except (ValueError, RecursionError):  # a number of thousands of digits; brackets in brackets in ...
-        raise ValueError("is no JSON object that can be read") from None
-    if not isinstance(entries, _Object):
-        raise ValueError('is no JSON object; write one such as {"prompt": "a cat", "steps": 20}')
-    return [pair for name, value in entries for pair in _flat(name, value)]
+        raise ValueError("is not JSON that can be read") from None
 
 
-class _Object(list[tuple[str, Any]]):
+class Object(list[tuple[str, Any]]):
     """A JSON object as pairs, so that a name given twice is seen."""
 
 
+def read_entry(number: int, entry: Any, faults: Faults, common: Sequence[tuple[str, Any]] = ()) -> list[Line]:
+    """The lines of one entry of a list: a prompt, or an object of a job's fields.
+
+    Its own names come before those in `common`. An object whose prompt is a list has a line for each entry of it,
+    to which all else that it says is common; so has kohya's, whose list is called `subset`.
+    """
+    if isinstance(entry, str):
+        entry = Object([("prompt", entry)])
+    values = Values(number, faults)
+    if not isinstance(entry, Object):
+        values.fault(f"{printable(repr(entry))[:80]} is not a prompt; write a text in quotes or an object")
+        return []
+    pairs = [pair for name, value in entry for pair in _flat(name, value)]
+    several = next((pair for pair in pairs if isinstance(pair[1], list) and pair[0] in _LISTS), None)
+    if several is not None:
+        pairs.remove(several)
+        of_each = several[1] if not isinstance(several[1], Object) else [several[1]]
+        shared = [*pairs, *_but(common, pairs)]
+        return [line for one in of_each for line in read_entry(number, one, faults, shared)]
+    for name, value in (*pairs, *_but(common, pairs)):
+        _add_entry(values, name, value)
+    line = values.line()
+    return [] if line is None else [line]
+
+
+_LISTS = ("prompts", "prompt", "subset", "subsets")
+
+
+def _but(common: Sequence[tuple[str, Any]], own: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """What is common to several entries, apart from what one of them says itself."""
+    said = {column(name) for name, _ in own}
+    return [(name, value) for name, value in common if column(name) not in said]
+
+
 def _flat(name: str, value: Any) -> list[tuple[str, Any]]:
+    """The pairs that an entry adds: those of `init` as `init.` and their names."""
     if name != "init" or value is None:
         return [(name, value)]
-    if isinstance(value, _Object):
+    if isinstance(value, Object):
         return [(f"init.{key}", entry) for key, entry in value]
     return [("init.image", value)]
 
 
 def _add_entry(values: Values, name: str, value: Any) -> None:
-    field = _column(name)
-    if field is None and not (name == "init" and value is None):
+    field = column(name)
+    if field is None and name == "init" and value is None:
+        values.add(name, name, lambda: None)
+    elif field is None:
         values.fault(_unknown(name))
-    else:
-        values.add(name, field or name, lambda: value if field is None else check_field(field, value))
+    elif field:
+        values.add(name, field, lambda: check_value(field, value))
 
 
-def _column(name: str) -> str | None:
-    """What a name in JSON lines or a CSV header stands for; None if it is unknown."""
+def column(name: str) -> str | None:
+    """What a name in JSON, a CSV header and the like stands for: "" for a label, None if it is unknown."""
     if name in ("n_iter", "n_samples", COUNT):
         return COUNT
     setting = find_setting(name)
-    return None if setting is None else setting.field
+    if setting is not None:
+        return setting.field
+    plain = "_".join(re.split(r"[\s_-]+", name.strip().lower()))
+    if plain in _LABELS:
+        return ""
+    setting = find_setting(plain)
+    return _FOREIGN.get(plain, None if setting is None else setting.field)
 
 
 def _unknown(name: str) -> str:
@@ -87,30 +154,34 @@ def read_csv(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
     rows = _csv_rows(lines, faults)
     number, header = next(rows, (1, []))
     names = [name.strip() for name in header]
-    columns = [_column(name) for name in names]
-    problems = [_unknown(name) for name, column in zip(names, columns, strict=True) if column is None]
-    twice = {column for column in columns if column and column != COUNT and columns.count(column) > 1}
-    problems += [f"{column} has more than one column; leave all but one out" for column in sorted(twice)]
-    if "prompt" not in columns:
+    fields = [column(name) for name in names]
+    problems = [_unknown(name) for name, field in zip(names, fields, strict=True) if field is None]
+    twice = {field for field in fields if field and field != COUNT and fields.count(field) > 1}
+    problems += [f"{field} has more than one column; leave all but one out" for field in sorted(twice)]
+    if "prompt" not in fields:
         problems.append("the header names no prompt; the first line must name the columns")
     for problem in problems:
         faults.add(number, problem)
     if not problems:
-        titles = [(name, column or "") for name, column in zip(names, columns, strict=True)]
+        if unused := [name for name, field in zip(names, fields, strict=True) if field == ""]:
+            logger.info("%s: not used: column %s", faults.name, printable(", ".join(unused))[:200])
+        titles = [(name, field or "") for name, field in zip(names, fields, strict=True)]
         yield from filter(None, (_csv_line(number, titles, row, faults) for number, row in rows))
 
 
 def _csv_line(
     number: int, titles: Sequence[tuple[str, str]], row: Sequence[str], faults: Faults
 ) -> Line | None:
-    """A row under names and their fields; an empty cell says nothing, but for an empty prompt."""
+    """A row below names and their fields; an empty cell says nothing, but for an empty prompt."""
     values = Values(number, faults)
     if len(row) != len(titles):
         values.fault(f"has {len(row)} cells, but the header {len(titles)}; quote a cell with a comma in it")
         return values.line()
-    for (name, column), cell in zip(titles, row, strict=True):
-        if cell or column == "prompt":
-            values.add_text(name, column, cell)
+    for (name, field), cell in zip(titles, row, strict=True):
+        if field == "prompt" and "{prompt}" in cell and ("name", "") in titles:
+            values.fault("is a style, whose {prompt} stands for the prompt; write the whole prompt")
+        elif field and (cell or field == "prompt"):
+            values.add_text(name, field, cell)
     return values.line()
 
 
@@ -125,7 +196,7 @@ def _csv_rows(lines: Sequence[str], faults: Faults) -> Iterator[tuple[int, list[
         try:
             row = next(rows, None)
         except csv.Error as error:
-            faults.add(number, f"is no row of CSV: {printable(error)}")
+            faults.add(number, f"is not a row of CSV: {printable(error)}")
             continue
         if row is None:
             return
@@ -140,15 +211,22 @@ def _delimiter(lines: Sequence[str]) -> str:
 
 
 def header_names(text: str) -> list[str]:
-    """The names of a line that looks like a CSV header: several words, `prompt` among them; else none."""
+    """The names of a line that looks like a CSV header, else none.
+
+    They are several words, `prompt` among them, or names that are all known, one of them a prompt's.
+    """
     names = [name.strip().strip('"') for name in text.split(_delimiter([text]))]
-    words = all(re.fullmatch(r"[\w.-]+", name) for name in names)
-    return names if len(names) > 1 and words and "prompt" in names else []
+    if len(names) < 2 or not all(re.fullmatch(r"[\w. -]+", name) for name in names):
+        return []
+    known = [column(name) for name in names]
+    all_known = "prompt" in known and None not in known
+    words = "prompt" in names and not any(" " in name for name in names)
+    return names if all_known or words else []
 
 
 def unknown_names(names: Sequence[str]) -> list[str]:
-    """Those that are no column's."""
-    return [name for name in names if _column(name) is None]
+    """Those that are not the names of columns."""
+    return [name for name in names if column(name) is None]
 
 
 def is_json_object(text: str) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import logging
+import re
 import sys
 import tracemalloc
 
@@ -317,8 +318,8 @@ def test_the_dialect_of_most_lines_wins(read, caplog):
         ("options", "a --outdir x", "--outdir is no option of this tool's options for a line"),
         ("options", "a --prompt b", "--prompt is given twice"),
         ("options", "a --n_iter 1000 --n_samples 1000", "1000000 images of one line; give at most 100000"),
-        ("jsonl", "a cat", "is no JSON object (Expecting value at column 1)"),
-        ("jsonl", '["a"]', "is no JSON object; write one such as"),
+        ("jsonl", "a cat", "is not valid JSON (Expecting value at column 1)"),
+        ("jsonl", '["a"]', "is not a JSON object; write one such as"),
         ("jsonl", '{"prompt": 5}', "prompt is 5; give valid text"),
         ("jsonl", '{"prompt": "\\ud800"}', "prompt is \\ud800; give valid text"),
         ("jsonl", '{"prompt": "a", "steps": "20"}', "steps is 20; give a whole number"),
@@ -327,19 +328,19 @@ def test_the_dialect_of_most_lines_wins(read, caplog):
         ("jsonl", '{"prompt": "a", "scale": NaN}', "scale is nan; give a finite number"),
         ("jsonl", '{"prompt": "a", "scale": 1e999}', "scale is inf; give a finite number"),
         ("jsonl", '{"prompt": "a", "scale": 1' + "0" * 400 + "}", "scale is 1000"),
-        ("jsonl", '{"prompt": "a", "seed": 1' + "0" * 5000 + "}", "is no JSON object that can be read"),
+        ("jsonl", '{"prompt": "a", "seed": 1' + "0" * 5000 + "}", "is not JSON that can be read"),
         ("jsonl", '{"prompt": "a", "foo\\u001b": 1}', "foo\\x1b is unknown; the names are prompt, "),
         ("jsonl", '{"prompt": "a", "prompt": "b"}', "prompt is given twice"),
         ("jsonl", '{"steps": 20}', "has no prompt"),
         ("jsonl", '{"prompt": "a", "init": {"image": 5}}', "init.image is 5; give valid text"),
-        ("jsonl", '{"prompt": ' + "[" * 9000, "is no JSON object"),
+        ("jsonl", '{"prompt": ' + "[" * 9000, "is not "),
         ("csv", "prompt,steps\na,20,30", "line 2: has 3 cells, but the header 2; quote a cell"),
         ("csv", "prompt,steps\na,x", "line 2: steps is x; give a whole number from 1 to 999"),
         ("csv", "prompt,stps\na,20", "stps is unknown; did you mean steps?"),
         ("csv", "steps,seed\n1,2", "the header names no prompt"),
         ("csv", "prompt,steps,ddim_steps\na,1,2", "steps has more than one column"),
-        ("csv", 'prompt,steps\n"a"b,1', "line 2: is no row of CSV:"),
-        ("csv", 'prompt,steps\n"a,1', "line 2: is no row of CSV:"),
+        ("csv", 'prompt,steps\n"a"b,1', "line 2: is not a row of CSV:"),
+        ("csv", 'prompt,steps\n"a,1', "line 2: is not a row of CSV:"),
     ],
 )  # fmt: skip
 def test_one_fault(refusal, format, text, fault):
@@ -349,7 +350,131 @@ def test_one_fault(refusal, format, text, fault):
 
 def test_a_fault_in_the_first_line_of_json(refusal):
     (told,) = refusal('{"prompt": "a",}\n{"prompt": "b"}')
-    assert told.startswith("line 1: is no JSON object (")
+    assert told.startswith("line 1: is not valid JSON (")
+
+
+# --- lists of other programs ------------------------------------------------------------------------------------
+
+KOHYA_TOML = """# sample prompts
+[prompt]
+width = 640
+sample_steps = 9
+[[prompt.subset]]
+prompt = "a cat"
+negative_prompt = "bad"
+seed = 5
+scale = 6
+[[prompt.subset]]
+prompt = "a dog"
+width = 512
+"""
+TWO = [("a cat", (), {"steps": 9}), ("a dog", (), {})]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('["a cat", "a dog"]', [("a cat", (), {}), ("a dog", (), {})]),
+        ('[\n  {"prompt": "a cat", "steps": 9},\n  "a dog"\n]\n', TWO),
+        ('{\n  "prompt": "a cat",\n  "steps": 9\n}\n{"prompt": "a dog"}', TWO),
+        ('{"prompts": [{"text": "a cat", "num_inference_steps": 9}, "a dog"]}', TWO),
+        ('{"prompt": ["a cat", "a dog"], "seed": 5}', [("a cat", (5,), {}), ("a dog", (5,), {})]),
+        ('{"file_name": "1.png", "text": "a cat"}', [("a cat", (), {})]),
+        (
+            '[{"prompt": "a cat", "sample_steps": 9, "sample_sampler": "DDIM", "cfg_scale": 6}]',
+            [("a cat", (), {"steps": 9, "sampler": "ddim", "scale": 6.0})],
+        ),
+        (
+            KOHYA_TOML,
+            [
+                ("a cat", (5,), {"negative_prompt": "bad", "scale": 6.0, "width": 640, "steps": 9}),
+                ("a dog", (), {"width": 512, "steps": 9}),
+            ],
+        ),
+        ("- prompt: a cat\n  steps: 9\n- a dog\n", TWO),
+        ("prompts:\n  - a cat\n  - 'a dog'\n", [("a cat", (), {}), ("a dog", (), {})]),
+        ("name,prompt,negative_prompt\nink,a cat,bad\n", [("a cat", (), {"negative_prompt": "bad"})]),
+        ("text,steps\na cat,9\na dog,\n", TWO),
+        ("Prompt\tCategory\ta\n".replace("\ta\n", "\n") + "a cat\tAnimals\n", [("a cat", (), {})]),
+        ("Prompt,CFG Scale,Seed\na cat,6,5\n", [("a cat", (5,), {"scale": 6.0})]),
+    ],
+)
+def test_lists_of_other_programs(read, content, expected):
+    lines = read(content)
+    assert [(line.prompt, line.seeds, dict(line.overrides)) for line in lines] == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ('["a cat", "a dog"', "line 1: is not valid JSON (Expecting ',' delimiter"),
+        (
+            '[\n "a cat",\n a dog\n]',
+            "line 3: is not valid JSON (Expecting value at column 2); --prompt_format plain",
+        ),
+        ("['a cat', 'a dog']", "line 1: is not valid JSON (Expecting value at column 2)"),
+        ('["a cat",\n 5]', "line 2: 5 is not a prompt; write a text in quotes or an object"),
+        ('[{"prompt": "a",\n "stps": 3}]', "line 1: stps is unknown; did you mean steps?"),
+        ('["a", ' + "1" * 5000 + "]", "line 1: is not followed by JSON that can be read"),
+        ('["' + "a" * 10_001 + '"]', "line 1: prompt is longer than 10,000 characters"),
+        ("[prompt]\nwidth = x\n", "line 1: is not valid TOML ("),
+        (
+            "- prompt: a\n  steps: &a 3\n- prompt: *a\n",
+            "line 1: is not valid YAML (aliases are not supported",
+        ),
+        (
+            'name,prompt,negative_prompt\nink,"{prompt}, ink",bad\n',
+            "line 2: is a style, whose {prompt} stands for",
+        ),
+    ],
+)
+def test_faults_of_lists_of_other_programs(refusal, content, fault):
+    assert refusal(content)[0].startswith(fault)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("list.json", "a cat", "is not valid JSON"),
+        ("list.csv", "text,stps\na cat,9", "stps is unknown; did you mean steps?"),
+        ("list.csv", "a cat\na dog", "the header names no prompt"),
+        ("list.TOML", "a cat", "is not valid TOML"),
+        ("list.yml", "a: [", "is not valid YAML"),
+    ],
+)
+def test_a_name_says_how_a_list_is_meant(tmp_path, name, content, fault):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=re.escape(fault)):
+        read_prompt_list(tmp_path / name)
+
+
+def test_a_long_array_in_one_line(read):
+    prompts = [f"{i} cats" for i in range(5000)]
+    assert [line.prompt for line in read(json.dumps(prompts))] == prompts
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("# a note", "line 2: # a note is drawn as a prompt, not a comment; delete it"),
+        ("// a note", "not a comment"),
+        ('"a dog",', "is drawn with its quotes; leave them out"),
+        ("- a dog", "is drawn with its bullet or number; leave it out"),
+        ("12. a dog", "is drawn with its bullet or number"),
+        ("Negative prompt: bad", "is drawn with its label"),
+        ("Steps: 20, Sampler: DDIM, CFG scale: 7", "is the settings of an image"),
+        ("img/1.png\ta dog", "is drawn with the name of a file"),
+        ("1.jpg|a dog", "is drawn with the name of a file"),
+    ],
+)
+def test_what_looks_like_no_prompt_is_drawn_with_a_warning(read, caplog, text, said):
+    assert read(f"a cat\n{text}\n{text}")[1].prompt == text
+    (record,) = caplog.records
+    assert said in record.getMessage()
+    assert record.getMessage().endswith("(2 such lines)")
+    caplog.clear()
+    read(f"a cat\n{text}", "plain")
+    assert not caplog.records
 
 
 def test_almost_a_header_is_told(read, caplog):
@@ -364,7 +489,7 @@ def test_all_faults_at_once_in_order(refusal):
         "line 1: --w is 500; give a multiple of 8 from 8 to 65536",
         "line 1: --s is 0; give a whole number from 1 to 999",
         "line 2: --x is no option of kohya's dialect, which has --n, --w, --h, --s, --d, --l, --t, --ss",
-        "line 5: byte 0xff at offset 27 is not UTF-8; save the file as UTF-8",
+        "line 5: byte 0xff at offset 27 is not UTF-8 (ÿ in Windows-1252); save the file as UTF-8",
     ]
     assert len(told) == 21
     assert told[-1] == "and 14 more"

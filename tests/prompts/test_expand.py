@@ -37,6 +37,51 @@ def test_every_combination(prompt, expected):
     assert expand(prompt) == expected
 
 
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [  # what dynamicprompts 0.31's CombinatorialPromptGenerator gives
+        ("a {2$$red|blue} cube", ["a red,blue cube", "a blue,red cube"]),
+        ("{2$$a|b|c}", ["a,b", "a,c", "b,a", "b,c", "c,a", "c,b"]),
+        ("{1-2$$ and $$a|b}", ["a", "b", "a and b", "b and a"]),
+        ("{-2$$a|b}", ["a", "b", "a,b", "b,a"]),
+        ("{2-$$ $$a|b}", ["a b", "b a"]),
+        ("{0-1$$a|b}", ["", "a", "b"]),
+        ("{3$$a|b}", ["a,b", "b,a"]),
+        ("{2$$a}", ["a"]),
+        ("{0.5::a|.5::b|1::{c|d}}", ["a", "b", "c", "d"]),
+        ("{a::b|c}", ["a::b", "c"]),
+        ("{!a|b}", ["a", "b"]),
+        ("{1-2$$x {a|b}|c}", ["x a", "x b", "c", "x a,c", "x b,c", "c,x a", "c,x b"]),
+        (r"\__a__ {b|c}", ["__a__ b", "__a__ c"]),
+        ("snake_case, a ____ b", ["snake_case, a ____ b"]),
+    ],
+)
+def test_counts_separators_and_weights_of_dynamic_prompts(prompt, expected):
+    assert expand(prompt) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fault"),
+    [
+        (
+            "a __colour__ {cube|cone}",
+            r"__colour__ is a wildcard, whose file is not read; write its options as {a|b}",
+        ),
+        ("{a|__dir/my *__}", "__dir/my *__ is a wildcard"),
+        ("${x={a|b}} ${x}", "${x= is a variable of dynamic prompts, which is not supported"),
+        ("a ${x}", "${x} is a variable"),
+        ("{~a|b}", "{~a chooses at random or in turn, which --expand does not do; leave the ~ out"),
+        ("{x$$a|b}", "{x$$a does not say how many of the options to take; write {2$$a|b|c}"),
+        ("{30$$" + "|".join(map(str, range(40))) + "}", "the prompt would give more than 10^15 prompts"),
+        ("{2$$" + "|".join(map(str, range(101))) + "}", "the prompt would give 10100 prompts"),
+    ],
+)
+def test_what_is_not_supported_of_dynamic_prompts_is_refused(prompt, fault):
+    with pytest.raises(InputError) as caught:
+        expand(prompt)
+    assert str(caught.value).startswith(fault)
+
+
 @given(st.lists(st.lists(st.text("ab ", max_size=2), min_size=2, max_size=3), max_size=4))
 def test_groups_are_a_product(groups):
     prompt = "-".join(f"{{{'|'.join(group)}}}" for group in groups)

@@ -87,7 +87,6 @@ def test_too_long_a_line(write, excess, end):
         ("é東🌃\n\n".encode() + b"ab\x80", 3, 0x80, 13),
         (b"\xef\xbb\xbfok\nx\xc3", 2, 0xC3, 7),
         (b"\xed\xa0\x80", 1, 0xED, 0),  # a surrogate
-        ("a prompt".encode("utf-16"), 1, 0xFF, 0),
         (b"x\n" * 9000 + b"\xe9", 9001, 0xE9, 18000),
     ],
 )
@@ -97,6 +96,20 @@ def test_not_utf8(write, content, line, byte, offset):
         content.decode()
     assert caught.value.start == offset
     assert f"line {line}: byte 0x{byte:02x} at offset {offset} is not UTF-8" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a prompt\nb".encode("utf-16"), "line 1: is not UTF-8 but UTF-16; save the file as UTF-8"),
+        ("a prompt\r\nb".encode("utf-16-le"), "line 1: is not UTF-8 but UTF-16;"),
+        ("a prompt".encode("utf-16-be"), "line 1: is not UTF-8 but UTF-16;"),
+        ("a prompt".encode("utf-32"), "line 1: is not UTF-8 but UTF-32;"),
+        ("ein Mädchen".encode("cp1252"), "is not UTF-8 (ä in Windows-1252); save the file as UTF-8"),
+    ],
+)
+def test_the_encodings_of_windows_are_named(write, content, said):
+    assert said in refusal(write(content))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b" \t\r\n\r\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])

@@ -1,0 +1,153 @@
+"""What lists and prompts say in the notations of other programs, where it is read as text: one warning for each."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ldm.prompts.expand import WILDCARD
+from ldm.prompts.files import MAX_LINE
+from ldm.util import printable
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 60  # characters of a prompt in a message
+
+
+@dataclass(frozen=True, slots=True)
+class Notation:
+    """A sign of a notation: what `find` sees, and what a message says of it after its place."""
+
+    find: Callable[[str], re.Match[str] | None]
+    message: str
+
+
+def _sign(pattern: str, message: str) -> Notation:
+    return Notation(re.compile(pattern, re.VERBOSE).search, message)
+
+
+def _in_capitals(pattern: str, message: str) -> Notation:
+    """A sign in capitals, which says nothing in a prompt of capitals only."""
+    search = re.compile(pattern).search
+    return Notation(lambda text: None if text.isupper() else search(text), message)
+
+
+# --- lines of a list -------------------------------------------------------------------------------------------
+
+_PICTURE = r"\S+\.(?:png|jpe?g|webp|bmp|tiff?|gif)"
+LINES = (
+    _sign(r"^\s*(?:\#|//)", "is drawn as a prompt, not a comment; delete it"),
+    _sign(r"""^\s*(?: "[^"]*" | '[^']*' | “[^”]*” ) ,? \s*$""", "is drawn with its quotes; leave them out"),
+    _sign(r"^\s*(?: [-*•] | \d{1,4}[.)] )\s+\S", "is drawn with its bullet or number; leave it out"),
+    _sign(r"^(?i:\s*(?:negative|positive)?\s*prompt\s*:)", "is drawn with its label; write only the prompt"),
+    _sign(
+        r"^\s*Steps:\ \d+,\ .*\bSampler:\ ",
+        "is drawn as a prompt, but is the settings of an image; replay.py repeats that image",
+    ),
+    _sign(rf"^\s*(?i:{_PICTURE})(?:\s|[,;:|\#])", "is drawn with the name of a file; write only its caption"),
+)
+
+
+def warn_of_lines(source: str, lines: Iterable[tuple[int, str]]) -> None:
+    """Warns of lines, by their numbers, that look like no prompt but are drawn as they are."""
+    _warn(LINES, ((f"line {number}", text) for number, text in lines), f"{source}, ")
+
+
+# --- prompts -----------------------------------------------------------------------------------------------------
+
+_NUMBER = r"[+-]?[.\d]+"
+CHOICES = (
+    _sign(r"(?<!\\)\{[^{}|]*\|[^{}]*\}", "is read as text; --expand writes out its options"),
+    _sign(r"(?<!\\)\$\{\s*[A-Za-z_]\w*\s*[=:}]", "is a variable of dynamic prompts and is read as text"),
+    Notation(WILDCARD.search, "is a wildcard, whose file is not read, and is read as text"),
+)
+WEIGHTS = (
+    _sign(
+        rf"(?<!\\)\([^()]*:\s*{_NUMBER}\s*\)", "is read as text; --prompt_syntax a1111 reads it as a weight"
+    ),
+    _sign(
+        rf"(?<!\\)\[[^\[\]|]*:\s*{_NUMBER}\s*\] | (?<!\\)\[[^\[\]|]*\|[^\[\]]*\]",
+        "changes a prompt during sampling in other programs; here it is read as text",
+    ),
+    _sign(
+        r"\(\([^()]+\)\) | \[\[[^\[\]]+\]\]", "is read as text; --prompt_syntax a1111 reads it as a weight"
+    ),
+    _in_capitals(r"\bBREAK\b", "is read as text; --prompt_syntax a1111 reads it as the end of a part"),
+    _in_capitals(r"\bAND(?:_[A-Z]+)?\b", "joins prompts in other programs; here it is read as text"),
+)
+ALWAYS = (
+    _sign(
+        r"""\)\ *\.\ *(?:blend|and|swap)\( | \w\.swap\(
+        | (?:\w|\))[+]{2,}(?=[\s,.)]|$) | \w-{2,}(?=[,)]|$) | \)-{2,}(?=[\s,.)]|$)
+        | \([^()]*\)(?:\d+\.\d+|\.\d+|\d+)(?=[\s,]|$)""",
+        "is InvokeAI's way of weighing words and is read as text; write (words:1.2) with --prompt_syntax a1111",
+    ),
+    _sign(
+        r"\bembedding:[^\s,()]+",
+        "is ComfyUI's name of an embedding and is read as text; write the name that --embedding gives it",
+    ),
+    _sign(r"/\*", "begins a comment in ComfyUI; here it is read as text"),
+    _sign(r"\bwith(?:Lora|Textual\w*)\([^()]*\)", "asks for a network and is read as text; use --lora"),
+)
+TAGS = (
+    _sign(
+        r"<(?i:lora|lyco|hypernet|ti)(?::[^<>]*)?>",
+        "asks for a network, and without --lora_dir is read as text; that option reads <lora:NAME:WEIGHT>",
+    ),
+)
+OTHER_TAGS = (
+    _sign(
+        r"<(?!https?:|(?i:lora|lyco|hypernet|ti):)[A-Za-z][\w-]*:[^<>]+>",
+        "is not a tag that is known here and is read as text",
+    ),
+)
+NEGATIVE_CHOICES = tuple(
+    Notation(sign.find, "is read as text in a negative prompt, with --expand, too") for sign in CHOICES
+)
+NEGATIVE_TAGS = (
+    _sign(
+        r"<(?i:lora|lyco|hypernet|ti):[^<>]*>",
+        "asks for a network, which a negative prompt cannot; it is read as text. Move it to the prompt",
+    ),
+)
+_SIGNS = re.compile(r"[<(\[{_$*/+:]|--|[A-Z]{3}")  # one of which all of them have
+
+
+def warn_of_notations(
+    prompts: Iterable[tuple[str, str]],
+    negatives: Iterable[tuple[str, str]],
+    *,
+    expanded: bool,
+    weighted: bool,
+    tagged: bool,
+) -> None:
+    """Warns of what prompts hold that means something elsewhere and is text here, once for each notation.
+
+    Prompts come with the place that a message names. `expanded`, `weighted` and `tagged` say whether --expand, the
+    weights of --prompt_syntax a1111 and the tags of --lora_dir are read.
+    """
+    signs = [*ALWAYS, *([] if weighted else WEIGHTS), *OTHER_TAGS]
+    own = [*([] if tagged else TAGS), *([] if expanded else CHOICES), *signs]
+    _warn(own, prompts)
+    _warn([*NEGATIVE_TAGS, *NEGATIVE_CHOICES, *signs], negatives)
+
+
+def _warn(signs: Sequence[Notation], texts: Iterable[tuple[str, str]], before: str = "") -> None:
+    """One line for each sign that is found: the first place, what is there, and how many there are."""
+    found: dict[int, list[str]] = {}
+    counts = [0] * len(signs)
+    for place, text in texts:
+        text = text[:MAX_LINE]
+        if before or _SIGNS.search(text):
+            for i, sign in enumerate(signs):
+                if match := sign.find(text):
+                    counts[i] += 1
+                    found.setdefault(i, [place, match[0].strip() if not before else text.strip()])
+                    if before:  # a line has one fault of these
+                        break
+    for i, (place, what) in sorted(found.items()):
+        shown = printable(what if len(what) <= _SHOWN else f"{what[: _SHOWN - 3]}...")
+        more = f" ({counts[i]} such {'lines' if before else 'prompts'})" if counts[i] > 1 else ""
+        logger.warning("%s%s: %s %s%s", before, place, shown, signs[i].message, more)
