@@ -32,6 +32,7 @@ setup(
         "torch>=2.10,<2.14",
         "numpy>=1.26,<3",
         "omegaconf>=2.3,<2.5",
+        "pyyaml>=6,<7",  # prompt lists
         "einops>=0.7,<0.9",
         "pillow>=12.2,<14",
         "tqdm>=4.66,<5",

@@ -308,12 +308,21 @@ def _picture_names(folder: str) -> list[str]:
     """The names of the pictures that are not hidden; img2 comes before img10."""
     try:
         with os.scandir(folder) as entries:
-            names = [
-                entry.name for entry in entries if entry.name.lower().endswith(EXTENSIONS) and entry.is_file()
-            ]
+            files = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
     except OSError as error:
         raise InputError(f"{printable(folder)}: cannot be read: {error.strerror}; give a folder") from error
-    return sorted((name for name in names if not name.startswith(".")), key=_natural)
+    names = sorted((name for name in files if name.lower().endswith(EXTENSIONS)), key=_natural)
+    if left_out := sorted(set(files) - set(names), key=_natural):
+        named = ", ".join(map(printable, left_out[:_MOST_NAMED]))
+        more = ", ..." if len(left_out) > _MOST_NAMED else ""
+        logger.info(
+            "%s: %d files are not images by name and are left out: %s%s",
+            printable(folder),
+            len(left_out),
+            named,
+            more,
+        )
+    return names
 
 
 def _natural(name: str) -> tuple[list[tuple[float, str]], str]:

@@ -22,7 +22,9 @@ from ldm.util import InputError, printable
 logger = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # of some forty parsers that Pillow would try
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+EXTENSIONS = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".webp", ".bmp", ".dib", ".tif", ".tiff",
+)  # fmt: skip
 MAX_PIXELS = 64_000_000
 _MAX_BYTES = 2**30
 _MAX_REASON = 300

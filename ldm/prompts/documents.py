@@ -141,7 +141,7 @@ def read_yaml(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         faults.add(1, f"is not valid YAML ({printable(' '.join(str(error).split()))[:200]})")
         return
-    if isinstance(document, list) and not isinstance(document, Object):
+    if isinstance(node, yaml.SequenceNode) and isinstance(document, list):
         for entry, of_node in zip(document, node.value, strict=True):
             yield from read_entry(of_node.start_mark.line + 1, entry, faults)
     else:

@@ -682,6 +682,15 @@ def test_a_folder_gives_its_pictures_in_natural_order(tmp_path: Path) -> None:
     assert names_of(find_images([str(tmp_path)])) == ["7.webp", "A.jpeg", "b2.PNG", "b10.png", "c.tif"]
 
 
+def test_every_ending_of_a_format_counts_and_the_rest_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, "a.png", "b.jfif", "c.JPE", "d.dib", "notes.txt", "e.heic")
+    with caplog.at_level(logging.INFO):
+        assert names_of(find_images([str(tmp_path)])) == ["a.png", "b.jfif", "c.JPE", "d.dib"]
+    assert "2 files are not images by name and are left out: e.heic, notes.txt" in caplog.text
+
+
 def test_files_are_taken_as_they_are(tmp_path: Path) -> None:
     touch(tmp_path, "odd.xyz", "a_mask.png")
     paths = [str(tmp_path / "odd.xyz"), str(tmp_path / "a_mask.png")]
