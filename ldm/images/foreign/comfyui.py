@@ -18,7 +18,7 @@ from ldm.images.metadata import file_name
 from ldm.job import Init
 from ldm.util import InputError
 
-_MAX_ENDS = 100
+_MAX_ENDS, _MAX_SIDE = 100, 2**20
 _TOWARDS_START = (
     "images", "image", "samples", "latent_image", "pixels", "samples1", "samples_to", "image1", "destination",
     "input_image", "inpainted_image",
@@ -119,7 +119,7 @@ def _size(graph: Graph, way: Sequence[Node], size: Size | None = None) -> Size |
         if empty := _empty(graph, node):
             size = empty
         elif node.kind in _RESIZERS:
-            size = size and _resized(graph, node, size)
+            size = _resized(graph, node, size) if size and max(size) < _MAX_SIDE else None
         elif node.kind not in _KEEP_SIZE and not graph.samples(node):
             size = None
     return size
@@ -130,7 +130,7 @@ def _empty(graph: Graph, node: Node) -> Size | None:
     if not (node.kind.startswith("Empty") or "empty_latent_width" in node.inputs):
         return None
     width, height = (graph.number(node, side, f"empty_latent_{side}") for side in ("width", "height"))
-    if width is None or height is None or not (0 < width < 2**20 and 0 < height < 2**20):
+    if width is None or height is None or not (0 < width < _MAX_SIDE and 0 < height < _MAX_SIDE):
         return None
     return int(width) // 8 * 8, int(height) // 8 * 8
 
@@ -142,7 +142,7 @@ def _resized(graph: Graph, node: Node, size: Size) -> Size | None:
         cell = 8 if node.kind.startswith("Latent") else 1
         return round(size[0] / cell * factor) * cell, round(size[1] / cell * factor) * cell
     width, height = (graph.number(node, side) for side in ("width", "height"))
-    if width is None or height is None or not (0 <= width < 2**20 and 0 <= height < 2**20):
+    if width is None or height is None or not (0 <= width < _MAX_SIDE and 0 <= height < _MAX_SIDE):
         return None
     if not (width and height):  # the side that is 0 follows from the other
         width = width or round(size[0] * height / size[1]) or size[0]

@@ -125,7 +125,7 @@ class Graph:
             for beside in itertools.islice(self.walk(self.linked(node, name), name), _MAX_BESIDE):
                 own = dict(beside.inputs)
                 if beside.kind == "BasicGuider":  # it has no negative prompt, so no guidance
-                    own |= {"cfg": 1.0, "positive": own.get("conditioning")}
+                    own |= {"cfg": 1.0, "positive": own.pop("conditioning", None)}
                 elif name == "sampler":
                     own.setdefault("sampler_name", beside.kind)
                 elif name == "sigmas" and "steps" in own:
