@@ -254,12 +254,18 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
     return getattr(module, name)
 
 
-def instantiate_from_config(config: Mapping[str, Any], **overrides: Any) -> Any:
+_NOTHING = ("__is_first_stage__", "__is_unconditional__")  # a config's words for "no model of its own"
+
+
+def instantiate_from_config(config: Mapping[str, Any] | str, **overrides: Any) -> Any:
     """Builds `config["target"]` with the keyword arguments in `config["params"]`.
 
     This function imports whatever the config names. For configs that somebody else wrote, check the targets
-    first (`ldm.config.read_config` does). An unknown parameter is an `InputError` that names it.
+    first (`ldm.config.read_config` does). An unknown parameter is an `InputError` that names it, unless the
+    target is another package's that takes any keyword. "__is_first_stage__" and "__is_unconditional__" give None.
     """
+    if config in _NOTHING:
+        return None
     if not isinstance(config, Mapping):
         raise InputError(f"a config entry is {config!r}; it must be a mapping with `target`")
     if "target" not in config:
@@ -282,7 +288,7 @@ def _check_parameters(target: str, cls: Any, params: Mapping[str, Any]) -> None:
     missing = [name for name, p in accepted.items() if p.default is p.empty and name not in params]
     if missing:
         raise InputError(f"{target} needs the parameter {', '.join(map(repr, missing))}")
-    if cls.__module__.partition(".")[0] == "ldm":
+    if _is_ours(cls):
         hints = {k: v for base in reversed(cls.__mro__) for k, v in get_type_hints(base.__init__).items()}
         for name, value in params.items():
             if not _fits(value, hints.get(name)):
@@ -292,19 +298,37 @@ def _check_parameters(target: str, cls: Any, params: Mapping[str, Any]) -> None:
 
 
 def _accepted(cls: Any) -> dict[str, inspect.Parameter] | None:
-    """The parameters that `cls` takes, those that it hands on to its bases included; None if that is not known."""
+    """The parameters that `cls` takes, those that it hands on to its bases included; None if that is not known.
+
+    What another package's class does with keywords that it does not name is not known.
+    """
     accepted: dict[str, inspect.Parameter] = {}
     for base in inspect.getmro(cls) if inspect.isclass(cls) else (cls,):
         try:
-            signature = inspect.signature(base)
+            signature = inspect.signature(base, follow_wrapped=False)
         except (TypeError, ValueError):  # builtins without a signature check their own arguments
             return None
         own = signature.parameters.values()
         named = {p.name: p for p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
         accepted = named | accepted
         if all(p.kind is not p.VAR_KEYWORD for p in own):
-            return accepted
+            return accepted if base is cls or _is_ours(base) else None
+        if not (_is_ours(base) and _is_ours(base.__init__)) or hasattr(base.__init__, "__wrapped__"):
+            return None
     return None
+
+
+def _is_ours(cls: Any) -> bool:
+    return str(getattr(cls, "__module__", "")).partition(".")[0] == "ldm"
+
+
+def only_with(owner: str, **given: tuple[object, object]) -> None:
+    """An `InputError` if a parameter of the original, as name=(value, neutral), has a value that would need a part
+    that this toolkit does not have.
+    """
+    for name, (value, neutral) in given.items():
+        if value != neutral:
+            raise InputError(f"{owner}: {name} is {value!r}, which is not supported; it must be {neutral!r}")
 
 
 _SCALARS: dict[Any, tuple[type, ...]] = {

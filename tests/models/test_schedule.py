@@ -64,6 +64,23 @@ def test_sampling_parameters_of_the_original(setting):
         assert relative_error(values, figure(f"ddim_schedule/{setting}/{name}")) <= TOLERANCE
 
 
+def test_the_originals_name_gives_the_originals_list():
+    for steps in (7, 30, 50, 60):
+        expected = [i + 1 for i in range(0, 1000, 1000 // steps)]
+        assert make_ddim_timesteps("uniform", steps, 1000).tolist() == expected
+
+
+def test_sampling_parameters_have_the_types_of_the_original():
+    """For a tensor: what an extension's `torch.sqrt` takes."""
+    table = torch.linspace(0.999, 0.005, 1000)
+    timesteps = make_ddim_timesteps("uniform", 20, 1000)
+    sigmas, alphas, before = make_ddim_sampling_parameters(table, timesteps, 0.7)
+    assert (sigmas.dtype, alphas.dtype, before.dtype) == (torch.float64, torch.float32, np.float64)
+    assert torch.equal(alphas, table[timesteps])
+    expected = make_ddim_sampling_parameters(table.numpy(), timesteps, 0.7)
+    assert np.array_equal(sigmas.numpy(), expected[0]) and np.array_equal(before, expected[2])
+
+
 def test_names_that_nobody_ever_had():
     from ldm.modules.diffusionmodules import util
 

@@ -16,8 +16,12 @@ from ldm.models.diffusion.schedule import Step
 class DDIMSampler(Sampler):
     """Feeds the update rule with the noise predicted at each step; `eta` between 0 (none) and 1 adds noise.
 
-    A `p_sample_ddim` that an extension puts in the place of this class's takes the steps of every run.
+    A `p_sample_ddim` or `ddim_sampling` that an extension puts in the place of this class's takes the steps of
+    every run.
     """
+
+    loop = "ddim_sampling"
+    ddim_sampling = Sampler.denoise
 
     @torch.no_grad()
     def p_sample_ddim(

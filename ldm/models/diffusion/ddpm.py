@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ldm.models.diffusion.schedule import diffusion_buffers, make_beta_schedule
 from ldm.modules.diffusionmodules.util import extract_into_tensor
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.util import InputError, instantiate_from_config, printable
+from ldm.util import InputError, instantiate_from_config, only_with, printable
 
 logger = logging.getLogger(__name__)
 
@@ -51,87 +52,108 @@ def _joined(contexts: Sequence[Tensor]) -> Tensor:
     return contexts[0] if len(contexts) == 1 else torch.cat(list(contexts), dim=1)
 
 
-class LatentDiffusion(nn.Module):
-    """Text to latents to pictures: a noise predictor over the latents of a frozen autoencoder.
+def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
+    """Takes the place of a frozen part's `train`, so that the mode of the model does not change its own."""
+    return self
+
+
+def _frozen(part: Any) -> Any:
+    """A part that is not trained: without gradients, and in evaluation mode whatever the model's is."""
+    if part is not None:
+        part.eval().requires_grad_(False)
+        part.train = partial(disabled_train, part)
+    return part
+
+
+class DDPM(nn.Module):
+    """A noise predictor and its schedule of noise levels (Ho et al. 2020).
 
     Parameters are those of the published configs. Sampling reads the schedule (`timesteps`, `linear_start`,
     `linear_end`, `beta_schedule`, `cosine_s`, `given_betas`, `v_posterior`), `parameterization` ("eps"),
-    `conditioning_key`, `scale_factor`, `channels`, `image_size` and the configs of the three networks;
-    `use_ema` keeps averaged weights under `model_ema`. The rest (`num_timesteps_cond`, `log_every_t`,
-    `first_stage_key`, `cond_stage_key`, `cond_stage_trainable`, `monitor`, `scheduler_config`) serves training.
-    `ckpt_path` is not read.
+    `conditioning_key`, `channels`, `image_size` and the config of the U-Net; `use_ema` keeps averaged weights under
+    `model_ema`. The rest serves training. `ckpt_path` is not read, nor what says how to read it.
     """
 
     def __init__(
         self,
         unet_config: Mapping[str, Any],
-        first_stage_config: Mapping[str, Any],
-        cond_stage_config: Mapping[str, Any],
         timesteps: int = 1000,
         beta_schedule: str = "linear",
+        loss_type: str = "l2",
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        load_only_unet: bool = False,
+        monitor: str = "val/loss",
+        use_ema: bool = True,
+        first_stage_key: str = "image",
+        image_size: int = 256,
+        channels: int = 3,
+        log_every_t: int = 100,
+        clip_denoised: bool = True,
         linear_start: float = 1e-4,
         linear_end: float = 2e-2,
         cosine_s: float = 8e-3,
         given_betas: Sequence[float] | None = None,
+        original_elbo_weight: float = 0.0,
         v_posterior: float = 0.0,
+        l_simple_weight: float = 1.0,
+        conditioning_key: str | None = None,
         parameterization: str = "eps",
-        conditioning_key: str | None = "crossattn",
-        scale_factor: float = 1.0,
-        image_size: int = 256,
-        channels: int = 3,
-        use_ema: bool = True,
-        ckpt_path: str | None = None,
-        num_timesteps_cond: int | None = None,
-        log_every_t: int = 100,
-        first_stage_key: str = "image",
-        cond_stage_key: str = "image",
-        cond_stage_trainable: bool = False,
-        monitor: str = "val/loss",
         scheduler_config: Mapping[str, Any] | None = None,
+        use_positional_encodings: bool = False,
+        learn_logvar: bool = False,
+        logvar_init: float = 0.0,
     ):
         super().__init__()
         if parameterization != "eps":
             raise InputError(f"parameterization {parameterization!r} is not supported; v1 models predict eps")
+        only_with(type(self).__name__, learn_logvar=(learn_logvar, False))  # a weight that v1 models lack
         if ckpt_path is not None:
             logger.warning("the config's ckpt_path %s is ignored", printable(ckpt_path))
         self.parameterization = parameterization
-        self.scale_factor = scale_factor
         self.image_size, self.channels = image_size, channels
-        self.num_timesteps_cond, self.log_every_t = num_timesteps_cond, log_every_t
-        self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
-        self.cond_stage_trainable, self.monitor = cond_stage_trainable, monitor
-        self.scheduler_config = scheduler_config
+        self.log_every_t, self.first_stage_key, self.monitor = log_every_t, first_stage_key, monitor
+        self.loss_type, self.l_simple_weight = loss_type, l_simple_weight
+        self.original_elbo_weight, self.v_posterior = original_elbo_weight, v_posterior
+        self.clip_denoised, self.use_positional_encodings = clip_denoised, use_positional_encodings
+        self.learn_logvar, self.logvar_init = learn_logvar, logvar_init
+        self.use_scheduler, self.scheduler_config = scheduler_config is not None, scheduler_config
         self.betas: Tensor
         self.alphas_cumprod: Tensor
         self.alphas_cumprod_prev: Tensor
         self.sqrt_alphas_cumprod: Tensor
         self.sqrt_one_minus_alphas_cumprod: Tensor
-        self._register_schedule(
-            beta_schedule, timesteps, linear_start, linear_end, cosine_s, given_betas, v_posterior
+        self.sqrt_recip_alphas_cumprod: Tensor
+        self.sqrt_recipm1_alphas_cumprod: Tensor
+        self.register_schedule(
+            given_betas=given_betas,
+            beta_schedule=beta_schedule,
+            timesteps=timesteps,
+            linear_start=linear_start,
+            linear_end=linear_end,
+            cosine_s=cosine_s,
         )
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.use_ema = use_ema
         if use_ema:
             self.model_ema = LitEma(self.model)
-        self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
-        self.cond_stage_model = instantiate_from_config(cond_stage_config)
 
-    def _register_schedule(
+    def register_schedule(
         self,
-        beta_schedule: str,
-        timesteps: int,
-        linear_start: float,
-        linear_end: float,
-        cosine_s: float,
-        given_betas: Sequence[float] | None,
-        v_posterior: float,
+        given_betas: Sequence[float] | None = None,
+        beta_schedule: str = "linear",
+        timesteps: int = 1000,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
     ) -> None:
+        """Computes the tables of the schedule, as buffers."""
         betas = (
             make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
             if given_betas is None
             else np.asarray(given_betas, dtype=np.float64)
         )
-        for name, values in diffusion_buffers(betas, v_posterior).items():
+        for name, values in diffusion_buffers(betas, self.v_posterior).items():
             # computed values, so they are never left on the meta device that a model may be built on
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32, device="cpu"))
         self.num_timesteps = len(betas)
@@ -162,23 +184,80 @@ class LatentDiffusion(nn.Module):
         signal, spread = (extract_into_tensor(table, t, x_start.shape) for table in tables)
         return signal * x_start + spread * noise
 
-    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The clean latents that `noise` in the latents x_t [N, ...] at timesteps t [N] points to."""
+        tables = (self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod)
+        scale, spread = (extract_into_tensor(table, t, x_t.shape) for table in tables)
+        return scale * x_t - spread * noise
+
+
+class LatentDiffusion(DDPM):
+    """Text to latents to images: a noise predictor over the latents of a frozen autoencoder.
+
+    Besides `DDPM`'s parameters sampling reads `scale_factor`, `cond_stage_forward` (the text encoder's method that is
+    used, by default `encode`) and the configs of autoencoder and text encoder; the latter may be "__is_first_stage__"
+    or "__is_unconditional__". Without `cond_stage_trainable` the text encoder is frozen as the autoencoder always is.
+    The rest (`num_timesteps_cond`, `cond_stage_key`, `concat_mode`) serves training.
+    """
+
+    def __init__(
+        self,
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any] | str,
+        num_timesteps_cond: int | None = None,
+        cond_stage_key: str = "image",
+        cond_stage_trainable: bool = False,
+        concat_mode: bool = True,
+        cond_stage_forward: str | None = None,
+        conditioning_key: str | None = "crossattn",
+        scale_factor: float = 1.0,
+        scale_by_std: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ):
+        # a scale that is measured in training would be a part of the state dict
+        only_with(type(self).__name__, scale_by_std=(scale_by_std, False))
+        super().__init__(*args, conditioning_key=conditioning_key, **kwargs)
+        self.scale_factor, self.scale_by_std = scale_factor, scale_by_std
+        self.num_timesteps_cond, self.concat_mode = num_timesteps_cond, concat_mode
+        self.cond_stage_key, self.cond_stage_trainable = cond_stage_key, cond_stage_trainable
+        self.cond_stage_forward = cond_stage_forward
+        self.first_stage_model: Any = _frozen(instantiate_from_config(first_stage_config))
+        text_encoder: Any = (
+            self.first_stage_model
+            if cond_stage_config == "__is_first_stage__"
+            else instantiate_from_config(cond_stage_config)
+        )
+        self.cond_stage_model = text_encoder if cond_stage_trainable else _frozen(text_encoder)
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning, return_ids: bool = False) -> Tensor:
         """The noise in latents [N, C, h, w] at timesteps t [N].
 
-        `cond` is a tensor, a list of tensors, or a dict with `c_crossattn` and `c_concat` lists.
+        `cond` is a tensor, a list of tensors, or a dict with `c_crossattn` and `c_concat` lists. `return_ids` is for
+        U-Nets with a codebook, which these are not.
         """
         if not isinstance(cond, dict):
             conds = list(cond) if isinstance(cond, list | tuple) else [cond]
             cond = {"c_concat" if self.model.conditioning_key == "concat" else "c_crossattn": conds}
         return self.model(x_noisy, t, **cond)
 
-    def get_learned_conditioning(self, c: Sequence[str]) -> Tensor:
-        """Prompts -> what the U-Net's cross-attention looks at [N, tokens, width]."""
-        return self.cond_stage_model.encode(c)
+    def get_learned_conditioning(self, c: str | Sequence[str]) -> Tensor:
+        """Prompts, or one -> what the U-Net's cross-attention looks at [N, tokens, width]."""
+        method = "encode" if hasattr(self.cond_stage_model, "encode") else "__call__"
+        found = getattr(self.cond_stage_model, self.cond_stage_forward or method)(c)
+        return found.mode() if isinstance(found, DiagonalGaussianDistribution) else found
 
-    def get_unconditional_conditioning(self, batch_size: int, null_label: str | None = None) -> Tensor:
-        """The conditioning of the empty prompt (or of `null_label`), `batch_size` times."""
-        return self.get_learned_conditioning([null_label or ""]).expand(batch_size, -1, -1)
+    def get_unconditional_conditioning(
+        self, batch_size: int, null_label: str | Sequence[str] | None = None
+    ) -> Tensor:
+        """The conditioning of the empty prompt or of `null_label`, `batch_size` times; or of so many labels."""
+        labels = [null_label or ""] if null_label is None or isinstance(null_label, str) else list(null_label)
+        if len(labels) not in (1, batch_size):
+            raise InputError(
+                f"{len(labels)} null labels for a batch of {batch_size}; give one, or one for each"
+            )
+        found = self.get_learned_conditioning(labels)
+        return found.expand(batch_size, *found.shape[1:])
 
     def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Pictures [N, 3, H, W] in [-1, 1] -> the distribution of their (unscaled) latents."""
@@ -192,9 +271,17 @@ class LatentDiffusion(nn.Module):
             encoder_posterior = encoder_posterior.sample(noise)
         return self.scale_factor * encoder_posterior
 
-    def decode_first_stage(self, z: Tensor) -> Tensor:
-        """Scaled latents [N, C, h, w] -> pictures [N, 3, f * h, f * w], meant to lie in [-1, 1]."""
+    def decode_first_stage(
+        self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False
+    ) -> Tensor:
+        """Scaled latents [N, C, h, w] -> images [N, 3, f * h, f * w], meant to lie in [-1, 1].
+
+        `force_not_quantize` changes nothing: a KL autoencoder has no codebook, nor indices to predict.
+        """
+        only_with("decode_first_stage", predict_cids=(predict_cids, False))
         return self.first_stage_model.decode(z / self.scale_factor)
+
+    differentiable_decode_first_stage = decode_first_stage
 
 
 class LatentInpaintDiffusion(LatentDiffusion):

@@ -24,10 +24,13 @@ WEIGHTS = {
 class PLMSSampler(Sampler):
     """Feeds the update rule with a mixture of the last four predictions; the first step predicts twice.
 
-    A `p_sample_plms` that an extension puts in the place of this class's takes the steps of every run.
+    A `p_sample_plms` or `plms_sampling` that an extension puts in the place of this class's takes the steps of
+    every run.
     """
 
     allows_eta = False
+    loop = "plms_sampling"
+    plms_sampling = Sampler.denoise
 
     @torch.no_grad()
     def p_sample_plms(

@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.models.diffusion.guidance import Conditioning, Guidance
 from ldm.models.diffusion.noise import NoiseSource, RepeatedNoise, TorchNoise
 from ldm.models.diffusion.schedule import Step, StepTable, make_timesteps
+from ldm.util import printable
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,28 @@ class Walk:
         }
 
 
+_STEPS = ("ddim_timesteps", "ddim_alphas", "ddim_alphas_prev", "ddim_sigmas")
+_MODEL_TABLES = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+)
+
+
+def _changes(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
+def _ignore(sampler: Sampler, kwargs: Mapping[str, Any]) -> None:
+    if kwargs:
+        logger.warning("%s ignores %s", type(sampler).__name__, ", ".join(map(printable, kwargs)))
+
+
 def times_of(x: Tensor, t: float) -> Tensor:
     """One timestep for each entry of the batch `x`: [N]."""
     return torch.full((x.shape[0],), t, device=x.device)
@@ -117,12 +140,31 @@ class Sampler:
     draws_always: ClassVar[bool] = True  # whether the original drew a step's noise also where its factor is 0
     # image to image noises to the level one step above its first, as the original did
     starts_above: ClassVar[bool] = True
+    loop: ClassVar[str] = "denoise"  # the original's name of the method that runs the steps
 
-    def __init__(self, model: Any, schedule: str = "linear"):
+    # an extension may replace what sets these
+    eta: float = 0.0
+    _source: NoiseSource | None = None  # of the last run
+    _made: tuple[StepTable, list[tuple[Any, int]]] | None = None
+
+    def __init__(self, model: Any, schedule: str = "linear", **kwargs: Any):
+        """`kwargs` are what extensions of the original give and this sampler does not know: a warning names them."""
+        _ignore(self, kwargs)
         self.model = model
         self.schedule = schedule
         self.ddpm_num_timesteps: int = model.num_timesteps
-        self._source: NoiseSource | None = None  # of the last run
+
+    def __getattr__(self, name: str) -> Any:
+        """The training schedule's tables, of which the original's samplers kept a copy."""
+        if name in _MODEL_TABLES:
+            return getattr(self.model, name)
+        if name == "ddim_sigmas_for_original_num_steps":
+            return torch.tensor(self._table_for(True).sigmas, device=self._device)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def register_buffer(self, name: str, attr: Any) -> None:
+        """Keeps `attr` as the attribute `name`, a tensor on the model's device. `make_schedule` calls it."""
+        setattr(self, name, attr.to(self._device) if isinstance(attr, Tensor) else attr)
 
     def make_schedule(
         self,
@@ -134,16 +176,35 @@ class Sampler:
         """Chooses the timesteps (`uniform`, `compvis` or `quad` spacing) and computes the steps' coefficients."""
         if ddim_eta != 0 and not self.allows_eta:
             raise ValueError(f"{type(self).__name__} needs eta 0, not {ddim_eta}")
-        self.table = self._choose_table(ddim_num_steps, ddim_discretize, ddim_eta)
+        table = self._choose_table(ddim_num_steps, ddim_discretize, ddim_eta)
         self.eta = ddim_eta
-        self.ddim_timesteps = self.table.timesteps
-        self.ddim_alphas_prev = self.table.alphas_prev
-        self.ddim_alphas, self.ddim_sigmas, self.ddim_sqrt_one_minus_alphas = (
-            torch.tensor(values, dtype=torch.float32, device=self._device)
-            for values in (self.table.alphas, self.table.sigmas, np.sqrt(1 - self.table.alphas))
-        )
+        self.ddim_timesteps = table.timesteps
+        tensors = {
+            "ddim_sigmas": table.sigmas,
+            "ddim_alphas": table.alphas,
+            "ddim_sqrt_one_minus_alphas": np.sqrt(1 - table.alphas),
+        }
+        for name, values in tensors.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32, device=self._device))
+        self.register_buffer("ddim_alphas_prev", table.alphas_prev)
+        self._made = table, self._steps_state()
         if verbose:
-            logger.info("%s: %d steps, eta %g", type(self).__name__, len(self.table), ddim_eta)
+            logger.info("%s: %d steps, eta %g", type(self).__name__, len(table), ddim_eta)
+
+    @property
+    def table(self) -> StepTable:
+        """The steps of `make_schedule`, or what an extension has put into its `ddim_` attributes since then."""
+        if self._made is not None:
+            table, before = self._made
+            if all(a is b and n == m for (a, n), (b, m) in zip(before, self._steps_state(), strict=True)):
+                return table
+        timesteps, *levels = (torch.as_tensor(getattr(self, name)).cpu() for name in _STEPS)
+        return StepTable(timesteps.numpy(), *(values[: len(timesteps)].double().numpy() for values in levels))
+
+    def _steps_state(self) -> list[tuple[Any, int]]:
+        """The attributes of the steps, and how often each was changed in place."""
+        values = [getattr(self, name) for name in _STEPS]
+        return [(value, _changes(value)) for value in values]
 
     @torch.no_grad()
     def sample(
@@ -170,6 +231,7 @@ class Sampler:
         unconditional_conditioning: Conditioning = None,
         ddim_discretize: str = "uniform",
         noise: NoiseSource | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Intermediates]:
         """`S` steps from noise to latents [batch_size, *shape]: the latents, and what lay on the way.
 
@@ -178,24 +240,81 @@ class Sampler:
         `x_inter` and `pred_x0` hold the start and every `log_every_t`-th step. `temperature` scales the fresh
         noise, `noise_dropout` is the share of it that is zeroed; `score_corrector.modify_score(model, eps, x, t,
         cond, **corrector_kwargs)` may alter the predicted noise; `quantize_x0` sends the predicted clean
-        latent through the first stage's quantizer. `normals_sequence` is accepted and has never had a use.
+        latent through the first stage's quantizer. `normals_sequence` is accepted and has never had a use; a
+        warning names `kwargs`, which are ignored. The steps are the rows of `ddim_timesteps` as they are after
+        `make_schedule`, which an extension may have replaced.
         """
-        self.make_schedule(S, ddim_discretize=ddim_discretize, ddim_eta=eta, verbose=verbose)
+        _ignore(self, kwargs)
+        # each by its name and only where it is needed: what replaces a method may know the original's keywords only
+        spacing = {} if ddim_discretize == "uniform" else {"ddim_discretize": ddim_discretize}
+        self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose, **spacing)
+        return getattr(self, self.loop)(
+            conditioning,
+            (batch_size, *shape),
+            callback=callback,
+            img_callback=img_callback,
+            quantize_denoised=quantize_x0,
+            mask=mask,
+            x0=x0,
+            ddim_use_original_steps=False,
+            noise_dropout=noise_dropout,
+            temperature=temperature,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+            x_T=x_T,
+            log_every_t=log_every_t,
+            unconditional_guidance_scale=unconditional_guidance_scale,
+            unconditional_conditioning=unconditional_conditioning,
+            **({} if noise is None else {"noise": noise}),
+        )
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        cond: Conditioning,
+        shape: Sequence[int],
+        x_T: Tensor | None = None,
+        ddim_use_original_steps: bool = False,
+        callback: Callable[[int], object] | None = None,
+        timesteps: int | None = None,
+        quantize_denoised: bool = False,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        img_callback: Callable[[Tensor, int], object] | None = None,
+        log_every_t: int = 100,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
+        unconditional_guidance_scale: float | Tensor = 1.0,
+        unconditional_conditioning: Conditioning = None,
+        noise: NoiseSource | None = None,
+    ) -> tuple[Tensor, Intermediates]:
+        """The steps of the schedule at hand, from noise to latents of `shape` [N, ...]; the rest as in `sample`.
+
+        `timesteps` runs fewer: so many of the whole training schedule, or one less than that of the chosen rows,
+        as in the original.
+        """
         walk = Walk(
             self.model,
             self._noise(noise),
-            Guidance(conditioning, unconditional_conditioning, unconditional_guidance_scale),
+            Guidance(cond, unconditional_conditioning, unconditional_guidance_scale),
             self.draws_always,
             mask,
             x0,
             temperature,
             noise_dropout,
-            quantize_x0,
+            quantize_denoised,
             score_corrector,
             corrector_kwargs,
+            ddim_use_original_steps,
         )
-        x = walk.noise.draw((batch_size, *shape)) if x_T is None else x_T
-        return self._run(walk, x, list(self.table.downwards()), callback, img_callback, log_every_t)
+        x = walk.noise.draw(shape) if x_T is None else x_T
+        table = self._table_for(ddim_use_original_steps)
+        count = timesteps
+        if timesteps is not None and not ddim_use_original_steps:
+            count = max(min(timesteps, len(table)) - 1, 0)
+        return self._run(walk, x, list(table.downwards(count)), callback, img_callback, log_every_t)
 
     @torch.no_grad()
     def stochastic_encode(

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ldm.util import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = NDArray[np.floating]  # float64 throughout
 
@@ -165,19 +169,27 @@ class StepTable:
 def make_ddim_timesteps(
     ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
 ) -> NDArray[np.int64]:
-    """`make_timesteps` under the name and with the parameters of the original, whose own list is "compvis" here.
+    """The timesteps that the original gives under this name: its "uniform" is `make_timesteps`'s "compvis".
 
-    Nothing is printed, whatever `verbose` says.
+    The list can hold more entries than asked for. Nothing is printed, whatever `verbose` says.
     """
-    return make_timesteps(ddim_discr_method, num_ddim_timesteps, num_ddpm_timesteps)
+    spacing = "compvis" if ddim_discr_method == "uniform" else ddim_discr_method
+    return make_timesteps(spacing, num_ddim_timesteps, num_ddpm_timesteps)
 
 
 def make_ddim_sampling_parameters(
-    alphacums: ArrayLike, ddim_timesteps: NDArray[np.int64], eta: float, verbose: bool = True
-) -> tuple[Array, Array, Array]:
-    """Sigmas, alphas and alphas_prev of a `StepTable`, in the order of the original.
+    alphacums: ArrayLike | Tensor, ddim_timesteps: NDArray[np.int64], eta: float, verbose: bool = True
+) -> tuple[Array | Tensor, Array | Tensor, Array]:
+    """Sigmas, alphas and alphas_prev of a `StepTable`, in the order and the types of the original.
 
-    Nothing is printed, whatever `verbose` says.
+    For a tensor sigmas are a float64 tensor and alphas one of its own dtype; the rest are float64 arrays. Nothing
+    is printed, whatever `verbose` says.
     """
-    table = StepTable.build(np.asarray(alphacums, dtype=np.float64), ddim_timesteps, eta)
-    return table.sigmas, table.alphas, table.alphas_prev
+    import torch  # not needed to count steps, which every run does first
+
+    if not isinstance(alphacums, torch.Tensor):
+        table = StepTable.build(np.asarray(alphacums, dtype=np.float64), ddim_timesteps, eta)
+        return table.sigmas, table.alphas, table.alphas_prev
+    table = StepTable.build(alphacums.detach().cpu().double().numpy(), ddim_timesteps, eta)
+    sigmas = torch.tensor(table.sigmas, device=alphacums.device)
+    return sigmas, torch.tensor(table.alphas).to(alphacums), table.alphas_prev

@@ -40,6 +40,10 @@ class AbstractEncoder(nn.Module):
         """The end of a prompt that the model does not see because the prompt is too long."""
         return ""
 
+    def listed(self, text: str | Sequence[str]) -> list[str]:
+        """Prompts as a list; a single text is one prompt, not its letters."""
+        return [text] if isinstance(text, str) else list(text)
+
     def warn_of_cuts(self, prompts: Sequence[str], limit: int) -> None:
         """Shows what prompts lose that are longer than `limit` tokens."""
         for cut in filter(None, map(self.cut_words, prompts)):
@@ -111,17 +115,18 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         """Evaluation mode, no gradients."""
         self.eval().requires_grad_(False)
 
-    def forward(self, text: Sequence[str]) -> Tensor:
+    def forward(self, text: str | Sequence[str]) -> Tensor:
+        text = self.listed(text)
         self.warn_of_cuts(text, self.max_length - 2)
         weight = self.transformer.text_model.embeddings.token_embedding.weight
-        ids = self.tokenizer(list(text), max_length=self.max_length)
+        ids = self.tokenizer(text, max_length=self.max_length)
         return self.transformer(torch.tensor(ids, device=weight.device))
 
     def cut_words(self, prompt: str) -> str:
         return self.tokenizer.cut_words(prompt, self.max_length)
 
-    def encode(self, text: Sequence[str]) -> Tensor:
-        """Prompts -> [B, max_length, width]; a prompt too long is cut, with a warning that shows what is lost."""
+    def encode(self, text: str | Sequence[str]) -> Tensor:
+        """Prompts, or one -> [B, max_length, width]; one too long is cut, with a warning that shows what is lost."""
         return self(text)
 
 
@@ -160,10 +165,11 @@ class BERTEmbedder(AbstractEncoder):
         _check_size(path, tokenizer.size, self.transformer.token_emb.num_embeddings)
         return tokenizer
 
-    def forward(self, text: Sequence[str] | Tensor) -> Tensor:
-        """Prompts, or their ids [B, L] -> [B, L, n_embed]."""
+    def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
+        """Prompts, or one, or their ids [B, L] -> [B, L, n_embed]."""
         if isinstance(text, Tensor):
             return self.transformer(text)
+        text = self.listed(text)
         self.warn_of_cuts(text, self.max_length - 2)
         weight = self.transformer.token_emb.weight
         return self.transformer(torch.tensor(self.tokenizer(text), device=weight.device))
@@ -171,6 +177,6 @@ class BERTEmbedder(AbstractEncoder):
     def cut_words(self, prompt: str) -> str:
         return self.tokenizer.cut_words(prompt)
 
-    def encode(self, text: Sequence[str] | Tensor) -> Tensor:
+    def encode(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """As `forward`; a prompt too long is cut, with a warning that shows what is lost."""
         return self(text)
