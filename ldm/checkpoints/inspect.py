@@ -17,6 +17,7 @@ from ldm.checkpoints.imports import imports_of
 from ldm.checkpoints.load import EMA_COUNTERS, EMA_PREFIX, build_model, check_fit, load_into
 from ldm.checkpoints.lora_files import lora_hash
 from ldm.checkpoints.pickle_reader import is_known
+from ldm.checkpoints.prediction import config_beside, foreign_prediction
 from ldm.checkpoints.published import PUBLISHED
 from ldm.checkpoints.reader import (
     find_damaged_records,
@@ -62,7 +63,8 @@ class Inspection:
 
     `refused` is why the reader does not take the file. `parameters` and `precisions` count numbers, by the part
     of the model and by type. `fits` says whether the model of a config takes the weights (None: nothing to
-    compare with), `problem` why not, `unexpected` which keys it has no place for. `imports` is what pickles ask
+    compare with), `problem` why not, `unexpected` which keys it has no place for. `prediction` is what else than the
+    noise a file says that it was trained to predict. `imports` is what pickles ask
     for, `foreign` the part of it that the reader refuses. `damaged` names records and weights. Text from the
     file is cut and escaped.
     """
@@ -80,6 +82,7 @@ class Inspection:
     fits: bool | None = None
     problem: str = ""
     unexpected: tuple[str, ...] = ()
+    prediction: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
     imports: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
@@ -90,8 +93,8 @@ class Inspection:
 
     @property
     def sound(self) -> bool:
-        """Whether the file is read, no damage was found, and its weights fit the model if there is one."""
-        return not self.refused and not self.damaged and self.fits is not False
+        """Whether the file is read and not damaged, predicts the noise, and fits the model if there is one."""
+        return not (self.refused or self.damaged or self.prediction) and self.fits is not False
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for `json.dumps`."""
@@ -140,7 +143,9 @@ def _inspect_file(
     except CheckpointError as error:
         found = replace(found, format=_format(path), refused=str(error))
     else:
-        found = _compare(_describe(found, content), path, config_for)
+        said = {**content.values, **config_beside(path)}
+        found = replace(_describe(found, content), prediction=foreign_prediction(content.tensors, said))
+        found = _compare(found, path, config_for)
         found = _check(found, path, content, say) if deep else found
     return _hash(found, path, say) if deep else _hash_quickly(found, path)
 
@@ -274,7 +279,9 @@ def _inspect_folder(path: Path, files: Sequence[Inspection], config_for: ConfigF
         checked=all(file.checked for file in files),
         damaged=tuple(f"{file.path}: {name}" for file in files for name in file.damaged),
     )
-    return found if found.refused else _compare(found, path, config_for)
+    if found.refused:
+        return found
+    return _compare(replace(found, prediction=read_model(path).prediction), path, config_for)
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
@@ -314,6 +321,8 @@ def _weights(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "EMA weights", "yes" if found.ema else "no"
     if found.global_step is not None:
         yield "training steps", f"{found.global_step:,}"
+    if found.prediction:
+        yield "predicts", f"not the noise: trained for {found.prediction}"
     if found.fits is not None:
         yield "loads", "yes" if found.fits else f"no: {found.problem}"
     if found.unexpected:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ldm.checkpoints.layouts import WORDS, component_configs, parts_in
+from ldm.checkpoints.prediction import check_prediction, check_schedule
 from ldm.checkpoints.reader import Checkpoint, read_json
 from ldm.checkpoints.recognise import V1, count_and_names, kind_of, looks_like
 from ldm.checkpoints.sniff import CheckpointError, reading
@@ -47,7 +48,6 @@ EMA_PREFIX = "model_ema."
 EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
 _HARMLESS_PREFIXES = (EMA_PREFIX, "first_stage_model.loss.")
 _REMARKS = {
-    "prediction_type": "; v1 models predict the noise",
     "num_hidden_layers": "; is CLIP skip built into it?",
 }
 
@@ -98,11 +98,14 @@ def build_model(config: Mapping[str, Any]) -> LatentDiffusion:
 
 
 def check_fit(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
-    """That a checkpoint has every part of a model, and agrees with it where it describes itself.
+    """That a checkpoint predicts the noise, has every part of a model, and agrees with it where it describes itself.
 
-    What a diffusers folder says (heads, groups, schedule, scale, what is predicted) cannot be told from the
-    shapes of its weights. Raises `CheckpointError`.
+    What a diffusers folder says (heads, groups, schedule, scale) cannot be told from the shapes of its weights.
+    Raises `CheckpointError`.
     """
+    with reading(checkpoint.path):
+        check_prediction(checkpoint.prediction, looks_like(checkpoint.state_dict))
+        check_schedule(model, checkpoint.state_dict)
     present = parts_in(checkpoint.state_dict)
     absent = [part for part in WORDS if part not in present]
     if present and absent and kind_of(checkpoint.state_dict).family in ("", V1):  # `load_into` names others

@@ -14,6 +14,7 @@ import torch
 from ldm.checkpoints.layouts import CLASSES, PREFIXES, WORDS, Component, parts_in, to_compvis
 from ldm.checkpoints.legacy import read_torch_legacy
 from ldm.checkpoints.pickle_reader import DTYPES
+from ldm.checkpoints.prediction import config_beside, foreign_prediction
 from ldm.checkpoints.recognise import kind_of, looks_like
 from ldm.checkpoints.safetensors_file import read_safetensors
 from ldm.checkpoints.sniff import CheckpointError, Kind, open_regular, reading, sniff
@@ -23,6 +24,7 @@ from ldm.util import read_side_file
 _WRAPPERS = ("state_dict", "model")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _MAX_NESTING = 3
+_DESCRIPTIONS = ("hyper_parameters", "metadata", "__metadata__")  # mappings beside the state dict
 
 Scalar = int | float | str | bool
 
@@ -33,7 +35,8 @@ class Checkpoint:
 
     `metadata` has the scalars that stand beside the state dict (`global_step`, `epoch`, ...) or the text
     metadata of a safetensors file. Of a diffusers folder `configs` has what its components say of themselves
-    (`unet/config.json` and so on) and `vocabulary` the folder of its tokenizer.
+    (`unet/config.json` and so on) and `vocabulary` the folder of its tokenizer. `prediction` says what else than
+    the noise a model predicts, if `read_model` found that it does.
     """
 
     path: Path
@@ -42,6 +45,7 @@ class Checkpoint:
     metadata: Mapping[str, Scalar] = field(default_factory=dict)
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     vocabulary: Path | None = None
+    prediction: str = ""
 
 
 def read_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Checkpoint:
@@ -100,7 +104,17 @@ def _read_tree(path: str | os.PathLike[str], mmap: bool) -> tuple[Any, Kind, dic
 def _scalars(tree: Any) -> dict[str, Scalar]:
     if not isinstance(tree, dict):
         return {}
-    return {str(key): value for key, value in tree.items() if isinstance(value, (int, float, str, bool))}
+    within = [(name, tree[name]) for name in _DESCRIPTIONS if isinstance(tree.get(name), dict)]
+    plain = {f"{name}: {key}": _plain(value) for name, inner in within for key, value in inner.items()}
+    plain.update((key, _plain(value)) for key, value in tree.items())
+    return {str(key): value for key, value in plain.items() if isinstance(value, (int, float, str, bool))}
+
+
+def _plain(value: Any) -> Any:
+    """A tensor of one number as that number; an empty one is a mark, so True."""
+    if not isinstance(value, torch.Tensor) or value.numel() > 1:
+        return value
+    return value.item() if value.numel() else True
 
 
 def _find_state_dict(tree: Any) -> dict[str, torch.Tensor]:
@@ -187,7 +201,10 @@ def _read_any(path: str | os.PathLike[str], mmap: bool, parts: list[Component]) 
     """The parts of a folder, or all that a file holds, under CompVis's names."""
     model = _read_folder(Path(path), mmap, parts) if os.path.isdir(path) else read_checkpoint(path, mmap)
     with reading(path):
-        return replace(model, state_dict=to_compvis(model.state_dict))
+        scheduler = model.configs.get("scheduler", {}).items()
+        said = {**model.metadata, **{f"scheduler: {k}": v for k, v in scheduler}, **config_beside(path)}
+        prediction = foreign_prediction(model.state_dict, said)
+        return replace(model, state_dict=to_compvis(model.state_dict), prediction=prediction)
 
 
 def _with_part(model: Checkpoint, part: Component, other: Checkpoint) -> Checkpoint:
@@ -212,8 +229,10 @@ def _read_folder(folder: Path, mmap: bool, parts: list[Component]) -> Checkpoint
         components = _components(folder, parts)
         files = [(part, file) for part, component in components.items() for file in _weights(component)]
         configs = {part or "": read_json(component / "config.json") for part, component in components.items()}
-        configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
+        whole = folder if None not in components else folder.parent
+        configs["scheduler"] = read_json(whole / "scheduler" / "scheduler_config.json")
     state_dict: dict[str, torch.Tensor] = {}
+    metadata: dict[str, Scalar] = {}
     kind: Kind = "safetensors"
     for part, file in files:
         read = read_checkpoint(file, mmap)
@@ -223,11 +242,12 @@ def _read_folder(folder: Path, mmap: bool, parts: list[Component]) -> Checkpoint
             if twice := state_dict.keys() & named.keys():
                 raise CheckpointError(f"repeats {min(twice)[:200]!r} of another file of its folder")
         state_dict.update(named)
+        metadata.update(read.metadata)
     if configs.get(""):  # a component alone: what it is, its weights tell
         word = kind_of(state_dict).part
         configs.update({part: configs[""] for part in PREFIXES if WORDS[part] == word})
     found = {name: config for name, config in configs.items() if name and config}
-    return Checkpoint(folder, kind, state_dict, {}, found, _vocabulary(folder))
+    return Checkpoint(folder, kind, state_dict, metadata, found, _vocabulary(folder))
 
 
 def _components(folder: Path, parts: list[Component]) -> dict[Component | None, Path]:

@@ -344,7 +344,7 @@ def test_what_cannot_take_the_place_of_a_part(written: Path, weights: State, tmp
     ("file", "changes", "reason"),
     [
         ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "v_prediction.*predict the noise"),
-        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True"),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr: True"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "beta_schedule linear"),
         ("text_encoder/config.json", {"num_hidden_layers": 1}, "num_hidden_layers 1.*CLIP skip"),
         ("text_encoder/config.json", {"hidden_act": "gelu"}, "hidden_act gelu"),
