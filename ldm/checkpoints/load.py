@@ -157,7 +157,8 @@ def load_into(
 ) -> LoadReport:
     """Gives `model`, built on the meta device, the tensors of `checkpoint` themselves, cast only if need be.
 
-    `dtype` is what floating-point weights are cast to; None keeps the file's types. Buffers that the model
+    `dtype` is what floating-point weights are cast to; None keeps the file's types, but for float8, in which torch
+    computes little: those become float16, which holds each of their values. Buffers that the model
     computed on the CPU (the noise schedule, position ids) keep their values. With `ema` "auto" the moving
     averages `model_ema.*` replace the U-Net's weights if the file has them; "on" demands them, "off" ignores
     them. A model with averages of its own, for a file without, gets its weights as averages (the same
@@ -172,11 +173,10 @@ def load_into(
     _check_keys(expected, chosen, checkpoint, weights)
     _check_shapes(expected, {**found, **chosen}, checkpoint)
 
-    cast_from = {tensor.dtype for tensor in chosen.values() if _needs_cast(tensor, dtype)}
+    types = {key: _held_in(tensor, dtype) for key, tensor in chosen.items()}
+    cast_from = {tensor.dtype for key, tensor in chosen.items() if types[key] != tensor.dtype}
     computed = tuple(key for key in expected if _keeps_own(key, expected[key]))
-    values = {
-        key: tensor.to(dtype) if _needs_cast(tensor, dtype) else tensor for key, tensor in chosen.items()
-    }
+    values = {key: tensor.to(types[key]) for key, tensor in chosen.items()}
     values.update((key, expected[key]) for key in computed)
     model.load_state_dict(values, strict=True, assign=True)
     model.requires_grad_(False)
@@ -240,8 +240,13 @@ def _is_harmless(key: str) -> bool:
     return _is_computed(key) or key == "lvlb_weights" or key.startswith(_HARMLESS_PREFIXES)
 
 
-def _needs_cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> bool:
-    return dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype
+def _held_in(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The type in which a model holds a tensor of a file."""
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    if dtype is None:
+        return torch.float16 if tensor.itemsize == 1 else tensor.dtype
+    return dtype
 
 
 def _check_keys(

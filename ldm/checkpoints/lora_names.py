@@ -35,6 +35,7 @@ _OTHER_KINDS = {
     ".on_input": "IA3",
     ".a1.weight": "GLoRA",
 }
+_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.(?!weight$)[^.]+(\.weight|)$")
 _TEXT_PROJECTION = re.compile(r"self_attn_(q|k|v|out)_proj$")
 _PREFIXES = (
     "base_model_model_",
@@ -58,7 +59,11 @@ class Key(NamedTuple):
 
 
 def split_key(key: str) -> Key | None:
-    """The layer and the part (`down`, `up`, `alpha`, `hada_w1_a`, ...) that a key means; None if it is unknown."""
+    """The layer and the part (`down`, `up`, `alpha`, `hada_w1_a`, ...) that a key means; None if it is unknown.
+
+    PEFT may name its adapter after the part, as in `lora_A.default.weight`.
+    """
+    key = _ADAPTER.sub(r"\1\2", key)
     for end, part in _PARTS:
         if key.endswith(end) and len(key) > len(end):
             return Key(key.removesuffix(end), part)

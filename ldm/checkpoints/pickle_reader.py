@@ -194,6 +194,10 @@ class _Machine:
 
     def _push_name(self, asked: str) -> None:
         name = _today(asked)
+        if name == "torch._utils._rebuild_tensor_v3":
+            raise CheckpointError(
+                "holds weights in a type that .ckpt files are not read with here (float8?); save it as .safetensors"
+            )
         if not is_known(name):
             raise CheckpointError(
                 f"asks to import {asked[:200]}; refused, nothing was run "

@@ -13,8 +13,9 @@ import torch
 from ldm.util import printable
 
 Part = Literal[
-    "", "model", "U-Net", "autoencoder", "text encoder", "ControlNet", "LoRA", "embedding", "safety checker"
-]
+    "", "model", "U-Net", "autoencoder", "text encoder", "ControlNet", "LoRA", "embedding", "safety checker",
+    "motion module", "T2I-Adapter", "IP-Adapter", "upscaler",
+]  # fmt: skip
 
 V1 = "Stable Diffusion v1"
 V2 = "Stable Diffusion v2"
@@ -39,6 +40,10 @@ _TEXT_WIDTHS = {768: V1, 1024: V2}
 
 # What a key says the file is; the first pattern that a key begins with (or holds, after `.*`) decides.
 _PARTS: tuple[tuple[str, Part, str], ...] = (
+    (r".*motion_modules\.", "motion module", ""),
+    (r"(image_proj|ip_adapter)(\.|$)", "IP-Adapter", ""),
+    (r"(adapter\.)?body\.\d+\.(resnets\.|block[12]\.|in_conv\.)", "T2I-Adapter", ""),
+    (r"model\.\d+\.sub\.\d+\.RDB\d|body\.\d+\.rdb\d", "upscaler", ""),
     (r"(lora|lycoris|oft)_(unet|te)|lycoris_|base_model\.model\.|.*(\.lora_(A|B|down|up)\b)", "LoRA", ""),
     (r".*(_lora\.(down|up)\.|\.lora\.(down|up)\.|lora_linear_layer|\.hada_w1|\.lokr_w)", "LoRA", ""),
     (r"control_model\.", "ControlNet", "CompVis"),
@@ -82,6 +87,10 @@ _NAMES: dict[Part, str] = {
     "LoRA": "a LoRA",
     "embedding": "a textual inversion embedding",
     "safety checker": "a safety checker",
+    "motion module": "a motion module (AnimateDiff)",
+    "T2I-Adapter": "a T2I-Adapter",
+    "IP-Adapter": "an IP-Adapter",
+    "upscaler": "an upscaler (ESRGAN)",
 }
 
 

@@ -102,7 +102,7 @@ class Progress:
         self._steps += count
         self._bar.total = self._steps
 
-    def step(self, _: int) -> None:
+    def step(self, _: object) -> None:
         self._bar.update()
         self.taken, now = self.taken + 1, time.monotonic()
         if now - self._told >= EVENT_SECONDS:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.checkpoints.load import SCHEDULE_BUFFERS, ema_key, load_into
+from ldm.checkpoints.load import SCHEDULE_BUFFERS, _held_in, ema_key, load_into
 from ldm.checkpoints.reader import Checkpoint, read_checkpoint
 from ldm.checkpoints.sniff import CheckpointError
 from tests.checkpoints.files import GOLDEN, save_like_lightning, tiny_state_dict
@@ -221,3 +221,11 @@ def test_another_model_is_named_in_the_refusal() -> None:
         CheckpointError, match=r"\[2, 9, 3, 3\], the model expects \[2, 4, 3, 3\].*inpainting config"
     ):
         load_into(model_of({**SMALL, conv: (2, 4, 3, 3)}), nine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz])
+def test_float8_is_loaded_as_the_same_values_in_float16(dtype):
+    weight = torch.linspace(-3, 3, 12).reshape(3, 4).to(dtype)
+    assert _held_in(weight, None) is torch.float16
+    assert torch.equal(weight.to(_held_in(weight, None)).double(), weight.double())
+    assert _held_in(weight.float(), None) is torch.float32

@@ -12,7 +12,7 @@ import torch
 from ldm.checkpoints.load import undrawn
 from ldm.checkpoints.lora import LoraStack, read_lora
 from ldm.checkpoints.lora_files import LoraFiles, lora_file, lora_hash
-from ldm.checkpoints.lora_names import TEXT, UNET, flat_name, layers_by_name
+from ldm.checkpoints.lora_names import TEXT, UNET, Key, flat_name, layers_by_name, split_key
 from ldm.checkpoints.sniff import CheckpointError
 from ldm.config import read_config
 from ldm.util import InputError, instantiate_from_config
@@ -517,3 +517,11 @@ def test_hash_is_the_web_uis(save, tmp_path):
     old = tmp_path / "old.pt"
     torch.save({"x.lora_up.weight": torch.zeros(2)}, old)
     assert lora_hash(old) == hashlib.sha256(old.read_bytes()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize("adapter", ["default", "default_0", "my-style"])
+@pytest.mark.parametrize(("name", "part"), [("A", "down"), ("B", "up"), ("magnitude_vector", "magnitude")])
+def test_peft_may_name_its_adapter(adapter, name, part):
+    layer = "base_model.model.x.attn2.to_k"
+    keys = [f"{layer}.lora_{name}.weight", f"{layer}.lora_{name}.{adapter}.weight"]
+    assert [split_key(key) for key in keys] == [Key(layer, part)] * 2

@@ -189,3 +189,19 @@ def test_keys_are_counted_and_a_few_named() -> None:
     assert count_and_names(["a\x1b"]) == r"1 key (a\x1b)"
     assert count_and_names(dict.fromkeys("abcdefg")) == "7 keys (a, b, c, d, e, ...)"
     assert count_and_names(["x" * 300]) == f"1 key ({'x' * 200})"
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight", "a motion module (AnimateDiff)"),
+        ("image_proj.proj.weight", "an IP-Adapter"),
+        ("ip_adapter.1.to_k_ip.weight", "an IP-Adapter"),
+        ("adapter.body.0.resnets.0.block1.weight", "a T2I-Adapter"),
+        ("body.0.block1.weight", "a T2I-Adapter"),
+        ("model.1.sub.0.RDB1.conv1.0.weight", "an upscaler (ESRGAN)"),
+        ("backbone.stem.weight", "an unknown state dict"),
+    ],
+)
+def test_files_beside_a_model_are_named_as_what_they_are(key, name):
+    assert kind_of({key: torch.zeros(320)}).name == name
