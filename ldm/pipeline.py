@@ -15,17 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm import __version__
 from ldm.checkpoints.cache import cached_file, read_cached, write_cached
+from ldm.checkpoints.configs import BUNDLED_CKPT, config_for
+from ldm.checkpoints.hashing import file_sha256
 from ldm.checkpoints.load import Ema, build_model, check_fit, load_into, use_vocabulary
 from ldm.checkpoints.lora import LoraStack
 from ldm.checkpoints.lora_files import lora_file
 from ldm.checkpoints.reader import Checkpoint, model_files, read_model
+from ldm.checkpoints.safety import find_safety_model, load_safety_model
 from ldm.checkpoints.tensor_bytes import forget
+from ldm.config import read_config
 from ldm.fields import check_fields
 from ldm.images.canvas import Canvas, open_canvas
 from ldm.images.mask import fade, hide, paste, to_latent_mask
 from ldm.images.pixels import finite, from_uint8, to_uint8
 from ldm.images.resample import enlarge_latents, enlarge_pixels
+from ldm.images.safety import Screen
 from ldm.job import Init, Job, batch_key, batches_of
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
@@ -38,7 +44,7 @@ from ldm.models.diffusion.schedule import check_sampling, steps_to_run
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.prompts.conditioning import count_chunks, encode_weighted
-from ldm.runtime.device import FULL, Precision, widened
+from ldm.runtime.device import FULL, Precision, resolve_device, resolve_precision, widened
 from ldm.runtime.fast import halved, prepare
 from ldm.runtime.tiling import (
     Tiling,
@@ -47,7 +53,7 @@ from ldm.runtime.tiling import (
     decode_in_tiles,
     encode_in_tiles,
 )
-from ldm.util import InputError
+from ldm.util import InputError, find
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -255,9 +261,47 @@ class Pipeline:
         self.precision = precision
         self.tiles: Tiling = tiles
         self._lowmem = lowmem
+        self.entries: Mapping[str, str] = {}  # what the files of `Picture.save` say besides the job
+        self.screen = Screen(None)
         self._one_thread = threading.Lock()  # for the autoencoder
         self._packer = prepare(model, precision.dtype, forget, LOW_MEMORY if lowmem else None, compiled)
         self._clear(lru_cache(maxsize=8)(open_canvas) if canvases is None else canvases, find_lora)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path = BUNDLED_CKPT,
+        config: str | Path | None = None,
+        device: str = "auto",
+        precision: str = "autocast",
+        ema: Ema = "auto",
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        safety: bool = True,
+    ) -> Pipeline:
+        """A pipeline of a checkpoint, a file or a folder of diffusers; without one, of the bundled model.
+
+        Its content chooses the config unless one is given. Nothing is downloaded. With `safety` the images of
+        `make` are checked if the safety checker's weights are on this machine. Raises `InputError` for what cannot
+        be loaded.
+        """
+        ckpt, here = find(path), resolve_device(device)
+        chosen = config or config_for(read_model(ckpt).state_dict)
+        held = resolve_precision(precision, here)
+        model = load_model(read_config(find(chosen)), ckpt, here, ema, True, vae, text_encoder, None)
+        pipeline = cls(model, held)
+        pipeline.entries = {
+            "Model hash": file_sha256(ckpt)[:10] if ckpt.is_file() else "",
+            "Model": ckpt.stem if ckpt.is_file() and ckpt.stem != "model" else ckpt.absolute().parent.name,
+            "Config": Path(chosen).stem,
+            "Precision": held.name,
+            "Version": f"ldm {__version__}",
+        }
+        checker = find_safety_model() if safety else None
+        if checker is not None:
+            flag = load_safety_model(checker, here)
+            pipeline.screen = Screen(flag, flag.side)
+        return pipeline
 
     def start_over(self, canvases: Callable[[Init], Canvas], find_lora: Callable[[str], Path]) -> None:
         """Makes the next jobs as if none had been before: no LoRA and no textual inversion stays on the model."""
@@ -363,14 +407,23 @@ class Pipeline:
         jobs = [jobs] if isinstance(jobs, str | Job) else list(jobs)
         checked = [self._checked(Job(job, **OWN_SIZE) if isinstance(job, str) else job) for job in jobs]
         if any(given is not None for given in (noise, start_code, latents)):
-            return self.finish(self.begin(checked, noise, start_code, on_step, latents))
+            return self._screened(self.begin(checked, noise, start_code, on_step, latents))
         made: dict[int, Picture] = {}
         for places in batches_of(checked, batch_size):
             batch = [checked[i] for i in places]
             if batch[0].seed_mode == "batch":
                 noise = noise or self.noise(batch)
-            made |= zip(places, self.finish(self.begin(batch, noise, on_step=on_step)), strict=True)
+            made |= zip(places, self._screened(self.begin(batch, noise, on_step=on_step)), strict=True)
         return [made[i] for i in range(len(checked))]
+
+    def _screened(self, pending: Sequence[Pending]) -> list[Picture]:
+        """Finished images: blank where the safety check flags them, and with what their files say of the model."""
+        pictures = self.finish(pending)
+        verdicts = self.screen.screen([picture.pixels for picture in pictures])
+        return [
+            replace(p, pixels=v.pixels, notes={**self.entries, **p.notes, "Safety": v.word})
+            for p, v in zip(pictures, verdicts, strict=True)
+        ]
 
     def _checked(self, job: Job) -> Job:
         """The job as it is made: every field in range, and the size known."""

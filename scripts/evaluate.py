@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ldm import cli  # this toolkit's own, whatever else is installed
+from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
 from ldm.cli.inputs import check_there, need
-from ldm.cli.options import BUNDLED_CKPT, BUNDLED_CONFIG
 from ldm.fields import MAX_SEED, SETTINGS
 from ldm.prompts.lines import MAX_COUNT
 from ldm.util import InputError, find, printable

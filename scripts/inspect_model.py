@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ldm import cli  # this toolkit's own, whatever else is installed
-from ldm.cli.options import INPAINTING_CONFIG, LAION_CONFIG, V1_CONFIG
+from ldm.checkpoints.configs import INPAINTING_CONFIG, LAION_CONFIG, V1_CONFIG
 
 sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 

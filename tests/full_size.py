@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ldm.checkpoints.configs import V1_CONFIG
 from ldm.cli.benchmark_weights import write_random_checkpoint
-from ldm.cli.options import V1_CONFIG
 from ldm.config import read_config
 
 

@@ -99,7 +99,7 @@ def test_precision_and_parts_are_written(tmp_path: Path, folder: Path) -> None:
         ([CKPT, "a", "--config", CONFIG, "--ema", "on"], "has no EMA weights"),
         ([CKPT, "no/such/a.ckpt"], "is no folder; make it first"),
         ([CKPT, "a", "--vae", "none.pt"], "give another --vae"),
-        ([CKPT, "a"], "keys (model.diffusion_model.input_blocks.1.1"),  # v1's config is taken
+        ([CKPT, "a", "--config", options.V1_CONFIG], "keys (model.diffusion_model.input_blocks.1.1"),
         ([CKPT, "a", "--to", "onnx"], "'onnx' is unknown; choose compvis, diffusers or ckpt"),
     ],
 )
@@ -137,6 +137,7 @@ def test_the_config_is_chosen_by_content(tmp_path: Path, folder: Path, channels:
 def test_a_folder_that_does_not_fit_the_config_is_named(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert txt2img.main([*FAST, "--ckpt", str(folder), "--outdir", str(tmp_path / "out")]) == 2
+    asked = ["--ckpt", str(folder), "--config", options.V1_CONFIG, "--outdir", str(tmp_path / "out")]
+    assert txt2img.main([*FAST, *asked]) == 2
     said = capsys.readouterr().err
     assert "its unet has block_out_channels [64, 128, 128]" in said and "[320, 640, 1280, 1280]" in said

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import scripts.txt2img as txt2img
+from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG, INPAINTING_CONFIG, V1_CONFIG
 from ldm.checkpoints.load import build_model
 from ldm.cli.estimate import (
     MOST_MAPS,
@@ -23,7 +24,6 @@ from ldm.cli.estimate import (
     run_seconds,
 )
 from ldm.cli.inputs import Start
-from ldm.cli.options import BUNDLED_CKPT, BUNDLED_CONFIG, INPAINTING_CONFIG, V1_CONFIG
 from ldm.cli.plan import Plan, read_wishes
 from ldm.cli.preview import tell_memory, tell_time
 from ldm.config import read_config

@@ -18,8 +18,9 @@ from PIL.PngImagePlugin import PngInfo
 
 import scripts.img2img as img2img
 import scripts.txt2img as txt2img
-from ldm.cli.inputs import Canvases, check_options, chosen_sampler
-from ldm.cli.options import BUNDLED_CKPT, BUNDLED_CONFIG, V1_CKPT, add_report_options, make_parser
+from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
+from ldm.cli.inputs import Canvases, _config_of, check_options, chosen_sampler
+from ldm.cli.options import V1_CKPT, add_report_options, make_parser
 from ldm.cli.report import main, outcome, set_up_messages
 from ldm.config import ConfigError, read_config
 from ldm.images.foreign import read_job
@@ -553,3 +554,9 @@ def test_the_steps_that_a_strength_runs_are_printed(tmp_path, capsys):
     ]
     assert img2img.main([*options, "--device", "cpu"]) == 0
     assert "strength 0.29: 28 of 100 steps" in capsys.readouterr().err
+
+
+def test_the_bundled_model_is_known_by_its_content(tmp_path):
+    copy = tmp_path / "any-name.ckpt"
+    copy.symlink_to(ROOT / BUNDLED_CKPT)
+    assert _config_of(copy) == BUNDLED_CONFIG

@@ -16,9 +16,9 @@ import ldm.pipeline
 import scripts.img2img
 import scripts.replay
 import scripts.txt2img
+from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
 from ldm.cli import run
 from ldm.cli.kept import KeptModel
-from ldm.cli.options import BUNDLED_CKPT, BUNDLED_CONFIG
 from ldm.data.scenes import image_at
 from ldm.util import ROOT
 

@@ -35,6 +35,7 @@ def draw(files, tmp_path, monkeypatch):
     """Runs the script, the tiny model's files in the standard places: exit code and samples by name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(inputs, "LAION_CONFIG", str(files / "config.yaml"))
+    monkeypatch.setattr("ldm.checkpoints.configs.LAION_CONFIG", str(files / "config.yaml"))
     monkeypatch.setattr(inputs, "LAION_CKPT", str(files / "model.ckpt"))
     monkeypatch.setattr(bert, "OWN_VOCABULARY", str(files / "vocab.txt"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -1,17 +1,20 @@
 """What Python code can do with a pipeline: images and latents in and out, a callback, checked jobs, files."""
 
 import dataclasses
+import hashlib
 import pickle
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm.images.canvas import open_canvas
 from ldm.images.metadata import job_from_infotext
+from ldm.images.safety import Screen
 from ldm.job import Init, Job, MemoryImage
 from ldm.pipeline import Pipeline
-from ldm.util import InputError
+from ldm.util import ROOT, InputError
 from tests.golden_data import tiny_model
 
 JOB = Job("a red cube", width=64, height=64, steps=3, seed=11)
@@ -147,3 +150,21 @@ def test_a_saved_picture_makes_itself_again(pipeline, tmp_path):
         assert same([picture], pipeline.make(job_from_infotext(image.info["parameters"])))
     with pytest.raises(FileExistsError):
         picture.save(path)
+
+
+def test_the_bundled_model_needs_no_names(tmp_path):
+    pipe = Pipeline.from_pretrained(device="cpu", precision="full")
+    (picture,) = pipe("a red cube", steps=2)
+    assert picture.pixels.shape == (128, 128, 3)
+    assert picture.notes["Config"] == "shapes-inference"
+    with Image.open(picture.save(tmp_path / "cube.png")) as image:
+        text = image.info["parameters"]
+    digest = hashlib.sha256((ROOT / "models/ldm/shapes/model.ckpt").read_bytes()).hexdigest()
+    assert f"Model hash: {digest[:10]}, Model: shapes" in text
+
+
+def test_what_the_safety_check_flags_is_blank(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline, "screen", Screen(lambda images: torch.ones(len(images), dtype=torch.bool)))
+    (picture,) = pipeline.make(JOB)
+    assert not picture.pixels.any()
+    assert picture.notes["Safety"] == "flagged"

@@ -23,9 +23,9 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from ldm import __version__
+from ldm.checkpoints.configs import V1_CONFIG
 from ldm.cli.benchmark_worker import Setting
 from ldm.cli.inputs import need
-from ldm.cli.options import V1_CONFIG
 from ldm.runtime.allocator import SWITCH
 from ldm.util import ROOT, InputError, cache_path, find, printable
 

@@ -16,16 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from ldm.cli.options import (
+from ldm.checkpoints.configs import (
     BUNDLED_CKPT,
     BUNDLED_CONFIG,
-    INPAINTING_CKPT,
     INPAINTING_CONFIG,
-    LAION_CKPT,
     LAION_CONFIG,
-    V1_CKPT,
     V1_CONFIG,
+    config_for,
 )
+from ldm.cli.options import INPAINTING_CKPT, LAION_CKPT, V1_CKPT
 from ldm.fields import OWN_NAMES, SETTINGS
 from ldm.job import Init, Job, Sampler
 from ldm.prompts.lines import MAX_COUNT
@@ -153,12 +152,8 @@ def _ckpt_of(opt: argparse.Namespace) -> Path:
 def _config_of(ckpt: Path) -> str:
     """The published config that a checkpoint needs, told by its content."""
     from ldm.checkpoints.reader import read_model
-    from ldm.checkpoints.recognise import is_inpainting_model, is_laion_model
 
-    state_dict = read_model(ckpt).state_dict
-    if is_laion_model(state_dict):
-        return LAION_CONFIG
-    return INPAINTING_CONFIG if is_inpainting_model(state_dict) else V1_CONFIG
+    return config_for(read_model(ckpt).state_dict)
 
 
 def _check_vocabulary() -> None:

@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from ldm import __version__
+from ldm.checkpoints.configs import BUNDLED_CKPT as BUNDLED_CKPT
+from ldm.checkpoints.configs import BUNDLED_CONFIG as BUNDLED_CONFIG
+from ldm.checkpoints.configs import INPAINTING_CONFIG as INPAINTING_CONFIG
+from ldm.checkpoints.configs import LAION_CONFIG as LAION_CONFIG
+from ldm.checkpoints.configs import V1_CONFIG as V1_CONFIG
 from ldm.cli.parser import Parser
 from ldm.fields import SETTINGS
 from ldm.job import RESIZES, Init
 from ldm.prompts.dialects import FORMATS
 
-V1_CONFIG = "configs/stable-diffusion/v1-inference.yaml"
 V1_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
-INPAINTING_CONFIG = "configs/stable-diffusion/v1-inpainting-inference.yaml"
 INPAINTING_CKPT = "models/ldm/stable-diffusion-v1-inpainting/model.ckpt"
-BUNDLED_CONFIG = "configs/shapes/shapes-inference.yaml"
-BUNDLED_CKPT = "models/ldm/shapes/model.ckpt"
-LAION_CONFIG = "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
 LAION_CKPT = "models/ldm/text2img-large/model.ckpt"
 LAION_OUTDIR = "outputs/txt2img-samples-laion400m"
 

@@ -1,0 +1,33 @@
+"""Which of this toolkit's configs a checkpoint needs, judged by its content."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+V1_CONFIG = "configs/stable-diffusion/v1-inference.yaml"
+INPAINTING_CONFIG = "configs/stable-diffusion/v1-inpainting-inference.yaml"
+LAION_CONFIG = "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
+BUNDLED_CONFIG = "configs/shapes/shapes-inference.yaml"
+BUNDLED_CKPT = "models/ldm/shapes/model.ckpt"
+
+# weights of the bundled model that no published model has in these shapes
+_BUNDLED = {
+    "model.diffusion_model.input_blocks.0.0.weight": (64, 4, 3, 3),
+    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (1000, 192),
+}
+
+
+def config_for(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """The config, below the toolkit's own folder, of a model in the original's layout; v1's if it is no other."""
+    from ldm.checkpoints.recognise import is_inpainting_model, is_laion_model
+
+    if is_laion_model(state_dict):
+        return LAION_CONFIG
+    if is_inpainting_model(state_dict):
+        return INPAINTING_CONFIG
+    bundled = all(key in state_dict and state_dict[key].shape == shape for key, shape in _BUNDLED.items())
+    return BUNDLED_CONFIG if bundled else V1_CONFIG
