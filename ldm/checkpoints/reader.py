@@ -112,7 +112,7 @@ def _scalars(tree: Any) -> dict[str, Scalar]:
 
 def _plain(value: Any) -> Any:
     """A tensor of one number as that number; an empty one is a mark, so True."""
-    if not isinstance(value, torch.Tensor) or value.numel() > 1:
+    if not isinstance(value, torch.Tensor) or value.numel() > 1 or value.device.type != "cpu":
         return value
     return value.item() if value.numel() else True
 
