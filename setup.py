@@ -9,8 +9,6 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
-LIGHTNING = ["pytorch-lightning>=2.5,<2.7"]
-
 setup(
     name="latent-diffusion-v1",
     version=VERSION,
@@ -41,20 +39,23 @@ setup(
         "ftfy>=6.1,<7",
         "regex>=2023.0",
         "tokenizers>=0.21,<0.24",
+        # the tokenizer under the calls of the original's
+        "transformers>=5.3,<5.24",
+        # several devices, and training
+        "pytorch-lightning>=2.5,<2.7",
         # the watermark of the original
         "invisible-watermark>=0.2,<0.3",
         # the blur of masks
         "kornia>=0.8,<0.10",
     ],
     extras_require={
-        "train": LIGHTNING,
-        "devices": LIGHTNING,
+        # the package itself has what these once added
+        "train": [],
+        "devices": [],
         "test": [
-            *LIGHTNING,
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",
             "diffusers>=0.36,<0.43",
-            "transformers>=5.3,<5.24",
             "safetensors>=0.5,<0.9",
             "sd-parsers>=0.5,<0.7",
             "ruff>=0.15,<0.18",

@@ -129,7 +129,7 @@ def test_a_vocabulary_of_another_model_is_one_line(draw, tmp_path, capsys, monke
     monkeypatch.setattr(bert, "OWN_VOCABULARY", str(tmp_path / "vocab.txt"))
     assert draw("--laion400m", "--quiet") == (2, [])
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{len(TOKENS) + 1} entries, the text model {len(TOKENS)}" in line
+    assert f"{len(TOKENS) + 1} entries, the text encoder {len(TOKENS)}" in line
 
 
 def test_a_checkpoint_of_another_model_is_one_line(draw, capsys):

@@ -25,9 +25,9 @@ def test_conda_says_what_pip_says(tmp_path):
     metadata = setup_metadata(tmp_path)
     environment = yaml.safe_load((ROOT / "environment.yaml").read_text())
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
-    assert sorted(pip) == sorted(
-        [*metadata["install_requires"], *metadata["extras_require"]["train"], "-e ."]
-    )
+    assert sorted(pip) == sorted([*metadata["install_requires"], "-e ."])
+    named = {requirement.partition(">=")[0] for requirement in pip}
+    assert {"transformers", "pytorch-lightning"} <= named and metadata["extras_require"]["train"] == []
 
 
 def test_every_range_has_both_ends(tmp_path):

@@ -95,11 +95,12 @@ def test_a_run_imports_no_more_than_it_uses(tmp_path):
     assert imported - set(sys.stdlib_module_names) <= RUN_NEEDS | THEY_NEED
 
 
-def test_every_module_imports_with_the_core_dependencies():
+def test_every_module_imports_without_what_few_runs_use():
+    """But for the one module that is transformers' tokenizer, which only other people's code asks for."""
     core = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for path in FILES
-        if room_of(path) not in SEPARATE and path.name != "__init__.py"
+        if room_of(path) not in SEPARATE and path.name not in ("__init__.py", "transformers_tokenizer.py")
     ]
     heavy = {"pytorch_lightning", "transformers", "diffusers", "cv2", "kornia", "matplotlib", "imwatermark"}
     assert not heavy & modules_after("\n".join(f"import {name}" for name in core))

@@ -282,7 +282,7 @@ def _model_index(model: LatentDiffusion) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path, embedder: FrozenCLIPEmbedder) -> None:
-    vocabulary, merges = embedder.tokenizer.table()
+    vocabulary, merges = embedder.reader.table()
     folder.mkdir()
     _write_json(folder / "vocab.json", vocabulary)
     lines = "".join(f"{left} {right}\n" for left, right in merges)

@@ -109,7 +109,7 @@ class Embeddings:
 
     def used_in(self, *prompts: str) -> list[Embedding]:
         """Those that the prompts use, each once."""
-        words = (word for prompt in prompts for word in self._encoder.tokenizer.placeholders_in(prompt))
+        words = (word for prompt in prompts for word in self._encoder.reader.placeholders_in(prompt))
         return list({self._by_word[word].path: self._by_word[word] for word in words}.values())
 
 

@@ -142,7 +142,7 @@ def use_vocabulary(model: LatentDiffusion, folder: Path | None) -> None:
         tokenizer = _read_tokenizer(folder / "tokenizer.json")
         if tokenizer.size != tokens:
             raise CheckpointError(f"has {tokenizer.size} entries, the text encoder {tokens}")
-        embedder.tokenizer = tokenizer
+        embedder.reader = tokenizer
 
 
 def _read_tokenizer(path: Path) -> CLIPTokenizer:

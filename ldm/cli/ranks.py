@@ -153,7 +153,7 @@ def check(opt: argparse.Namespace, device: torch.device) -> None:
     need(device.index is None, f"--devices counts from the first, so give --device cuda, not {device}")
     need(
         importlib.util.find_spec("lightning_fabric") is not None,
-        "several devices need pytorch-lightning; pip install -e '.[devices]'",
+        "several devices need the package pytorch-lightning, which is not installed: run pip install -e .",
     )
     if opt.from_file == "-" and _PARENT not in os.environ:
         need(not _started_by_another(), "only one process can read --from-file -; give a file")

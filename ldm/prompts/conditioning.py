@@ -42,14 +42,14 @@ def _clip(embedder: nn.Module) -> FrozenCLIPEmbedder:
 
 def _chunked(embedder: nn.Module, prompts: Sequence[str]) -> list[list[Chunk]]:
     clip = _clip(embedder)
-    return [chunk_prompt(prompt, clip.tokenizer, clip.max_length - 2) for prompt in prompts]
+    return [chunk_prompt(prompt, clip.reader, clip.max_length - 2) for prompt in prompts]
 
 
 def _encode(embedder: nn.Module, chunk: Chunk) -> Tensor:
     """One chunk [1, 77, width], by its weights."""
     transformer = _clip(embedder).transformer
-    device = transformer.text_model.embeddings.token_embedding.weight.device
-    hidden = transformer(torch.tensor([chunk.ids], device=device))
+    device = transformer.device
+    hidden = transformer(torch.tensor([chunk.ids], device=device)).last_hidden_state
     if all(weight == 1 for weight in chunk.weights):
         return hidden
     return weigh(hidden, torch.tensor(chunk.weights, device=device))

@@ -231,7 +231,7 @@ def _ensure_vocabulary(folder: Path, tokens: int, captions: int = 20000) -> None
 
 
 def _tokenizer(embedder: FrozenCLIPEmbedder) -> Callable[[Sequence[str]], Tensor]:
-    return lambda texts: torch.tensor(embedder.tokenizer(list(texts), max_length=embedder.max_length))
+    return lambda texts: torch.tensor(embedder.reader(list(texts), max_length=embedder.max_length))
 
 
 def write_latents(stage: Stage) -> None:

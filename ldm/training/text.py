@@ -72,7 +72,7 @@ class TextTraining(pl.LightningModule):
 
     def logits(self, ids: Tensor, places: Tensor) -> list[Tensor]:
         """Scores of each question at `places` [B, P]: one [B, P, classes] a question."""
-        states = self.transformer(ids)
+        states = self.transformer(ids).last_hidden_state
         picked = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
         return list(self.head(picked).float().split(list(QUESTIONS.values()), dim=-1))
 

@@ -346,3 +346,90 @@ def test_a_text_encoder_of_bert_takes_one_text(tmp_path):
         {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": params}
     )
     assert torch.equal(encoder("a cat"), encoder(["a cat"])) and encoder.encode("").shape == (1, 77, 8)
+
+
+# --- the text encoder -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def embedder(tiny):
+    return copy.deepcopy(tiny.cond_stage_model)
+
+
+PROMPT = "a photograph of an astronaut riding a horse"
+
+
+def test_the_originals_way_from_prompt_to_states(embedder):
+    """The body of its FrozenCLIPEmbedder.forward."""
+    expected = embedder.encode([PROMPT])
+    batch = embedder.tokenizer(
+        [PROMPT], truncation=True, max_length=embedder.max_length, return_length=True,
+        return_overflowing_tokens=False, padding="max_length", return_tensors="pt",
+    )  # fmt: skip
+    tokens = batch["input_ids"].to(embedder.device)
+    outputs = embedder.transformer(input_ids=tokens)
+    assert torch.equal(outputs.last_hidden_state, expected) and torch.equal(outputs[0], expected)
+    assert torch.equal(outputs["pooler_output"], expected[:, tokens[0].tolist().index(49407)])
+    assert torch.equal(embedder.transformer(tokens, return_dict=False)[1], outputs[1])
+    assert torch.equal(embedder.encode([PROMPT]), expected)
+    embedder.device = "cuda"  # as forks do; it moves nothing
+    assert embedder.device.type == "cpu"
+
+
+def test_clip_skip(embedder):
+    tokenizer, transformer = embedder.tokenizer, embedder.transformer
+    tokens = tokenizer([PROMPT], truncation=False, add_special_tokens=False)["input_ids"][0]
+    tokens = [tokenizer.bos_token_id, *tokens] + [tokenizer.eos_token_id] * (76 - len(tokens))
+    states = transformer(input_ids=torch.tensor([tokens]), output_hidden_states=True).hidden_states
+    norm = transformer.text_model.final_layer_norm
+    assert torch.equal(norm(states[-1]), embedder.encode(PROMPT))
+    first = transformer.text_model.encoder.layers[0](states[0])
+    assert len(states) == transformer.config.num_hidden_layers + 1 and torch.equal(first, states[-2])
+
+
+def test_a_learned_word(embedder):
+    """Textual inversion: a new token, a larger table, its row set."""
+    before = embedder.encode("a cat")
+    assert embedder.tokenizer.add_tokens("<new1>") == 1
+    index = embedder.tokenizer.convert_tokens_to_ids("<new1>")
+    embedder.transformer.resize_token_embeddings(len(embedder.tokenizer))
+    table = embedder.transformer.get_input_embeddings()
+    assert table is embedder.transformer.text_model.embeddings.token_embedding
+    assert (index, table.num_embeddings) == (49408, 49409)
+    cat = embedder.tokenizer.encode("cat")[1]
+    table.weight.data[index] = table.weight.data[cat]
+    assert torch.equal(embedder.encode("a <new1>"), embedder.encode("a cat"))
+    assert torch.equal(embedder.encode("a cat"), before)
+
+
+def test_another_tokenizer_in_its_place(embedder):
+    calls = []
+
+    def letters(texts, **kwargs):
+        calls.append(kwargs["max_length"])
+        return {"input_ids": torch.tensor([[ord(c) for c in text.ljust(77)] for text in texts])}
+
+    embedder.tokenizer = letters
+    ids = torch.tensor([[ord(c) for c in "abc".ljust(77)]])
+    assert torch.equal(embedder.encode("abc"), embedder.transformer(ids).last_hidden_state)
+    assert calls == [77]
+
+
+def test_vectors_in_place_of_ids(embedder):
+    ids = torch.tensor([embedder.tokenizer.encode(PROMPT)])
+    layer, vectors = (
+        embedder.transformer.text_model.embeddings,
+        embedder.transformer.get_input_embeddings()(ids),
+    )
+    places = torch.arange(ids.shape[1])[None]
+    assert torch.equal(layer(ids), layer(inputs_embeds=vectors, position_ids=places))
+
+
+def test_what_the_text_encoder_cannot_do_is_named(embedder):
+    ids = torch.tensor([[49406, 320, 49407]])
+    expected = embedder.transformer(ids)[0]
+    assert torch.equal(embedder.transformer(ids, attention_mask=torch.ones(1, 3))[0], expected)
+    with pytest.raises(InputError, match="attention_mask"):
+        embedder.transformer(ids, attention_mask=torch.tensor([[1, 1, 0]]))
+    with pytest.raises(InputError, match="output_attentions"):
+        embedder.transformer(ids, output_attentions=True)

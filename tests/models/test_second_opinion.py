@@ -71,5 +71,14 @@ def test_transformers_text_model():
     weights.setdefault("text_model.embeddings.position_ids", torch.arange(20)[None])
     ours.load_state_dict(weights)
     ids = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(0))
+    ids[:, 7], ids[1, 4] = 299, 299  # end tokens, the first of which is pooled
+    theirs.config.eos_token_id = getattr(theirs, "text_model", theirs).eos_token_id = 299
     with torch.no_grad():
-        assert relative_error(ours(ids), theirs(input_ids=ids).last_hidden_state) < 2e-5
+        found = ours(input_ids=ids, output_hidden_states=True)
+        expected = theirs(input_ids=ids, output_hidden_states=True)
+    for name in ("last_hidden_state", "pooler_output"):
+        assert relative_error(getattr(found, name), getattr(expected, name)) < 2e-5
+    for state, other in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert relative_error(state, other) < 2e-5
+    for i in range(2):
+        assert relative_error(found[i], expected[i]) < 2e-5

@@ -211,7 +211,7 @@ def test_another_vocabulary_that_is_nowhere(nowhere, version):
 
 def test_vocabulary_of_another_size(vocabulary):
     said = refusal(lambda: BERTEmbedder(16, 1, version=str(vocabulary)).encode(["a cat"]))
-    assert f"{len(TOKENS)} entries, the text model 30522" in said
+    assert f"{len(TOKENS)} entries, the text encoder 30522" in said
 
 
 @pytest.mark.parametrize(
@@ -236,8 +236,8 @@ def test_damaged_vocabulary(tmp_path, tokens, said):
 
 def test_unreadable_vocabulary(tmp_path):
     (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe[PAD]")
-    assert "no UTF-8" in refusal(lambda: BERTTokenizer.from_file(tmp_path / "vocab.txt", 77))
-    assert "No such file" in refusal(lambda: BERTTokenizer.from_file(tmp_path / "none\x1b", 77))
+    assert "not UTF-8" in refusal(lambda: BERTTokenizer.from_file(tmp_path / "vocab.txt", 77))
+    assert "does not exist" in refusal(lambda: BERTTokenizer.from_file(tmp_path / "none\x1b", 77))
 
 
 def test_line_ends_and_mark_of_other_systems(tmp_path, tokenizer):

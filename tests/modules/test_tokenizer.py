@@ -38,6 +38,14 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
+def theirs(tokenizer):
+    """transformers' class, as other people's code gets it."""
+    from ldm.modules.encoders.transformers_tokenizer import TransformersTokenizer
+
+    return TransformersTokenizer(tokenizer, 77)
+
+
+@pytest.fixture(scope="module")
 def openai_own():
     """OpenAI's tokenizer, loaded from its file so that the rest of its package stays out."""
     spec = importlib.util.spec_from_file_location(
@@ -77,15 +85,19 @@ def test_golden_ids(tokenizer, case):
     text=st.text(st.characters(codec="utf-8"), max_size=40)
     | st.text("aA'sS<|>&;#x39lt \t\r\n/éß…“ﬁÃ©İſ", max_size=30)
 )
-def test_equals_openai_on_any_text(tokenizer, openai_own, text):
-    assert tokenizer.encode(text) == [49406, *openai_own.encode(text), 49407]
+def test_equals_openai_on_any_text(tokenizer, theirs, openai_own, text):
+    expected = [49406, *openai_own.encode(text), 49407]
+    assert tokenizer.encode(text) == expected
+    assert theirs(text)["input_ids"] == expected
 
 
 @pytest.mark.parametrize(
     "text", [*PROMPTS, "<|STARTOFTEXT|>", "&amp;lt; &eacute;", "\x1b[31mred\x00", "a\u2028b\x85c"]
 )
-def test_equals_openai_on_prompts(tokenizer, openai_own, text):
-    assert tokenizer.encode(text) == [49406, *openai_own.encode(text), 49407]
+def test_equals_openai_on_prompts(tokenizer, theirs, openai_own, text):
+    expected = [49406, *openai_own.encode(text), 49407]
+    assert tokenizer.encode(text) == expected
+    assert theirs.encode(text) == expected
 
 
 def test_its_table_is_openais_and_builds_it_again(tokenizer, openai_own):
@@ -97,13 +109,63 @@ def test_its_table_is_openais_and_builds_it_again(tokenizer, openai_own):
 
 
 def test_equals_transformers(folder):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     theirs = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     prompts = [
         prompt for prompt in PROMPTS if "<|" not in prompt
     ]  # there theirs splits off control tokens first
     expected = theirs(prompts, padding="max_length", truncation=True, max_length=77)["input_ids"]
     assert CLIPTokenizer.from_folder(folder)(prompts) == expected
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["prompt"][:20])
+def test_golden_ids_by_the_call_of_the_original(theirs, case):
+    ids = theirs(
+        case["prompt"],
+        truncation=True,
+        max_length=77,
+        return_length=True,
+        return_overflowing_tokens=False,
+        padding="max_length",
+        return_tensors="pt",
+    )["input_ids"]
+    assert ids.tolist() == [case["ids"] + [49407] * (77 - len(case["ids"]))]
+
+
+def test_members_of_transformers_tokenizer(theirs):
+    import transformers
+
+    assert isinstance(theirs, transformers.CLIPTokenizer)
+    assert (len(theirs), theirs.model_max_length, theirs.vocab_size) == (49408, 77, 49408)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (49406, 49407, 49407)
+    assert theirs.get_vocab()["cat</w>"] == 2368 == theirs.convert_tokens_to_ids("cat</w>")
+    assert theirs._tokenize("A CAT!") == theirs.tokenize("A CAT!") == ["a</w>", "cat</w>", "!</w>"]
+    assert theirs("a cat", truncation=False, add_special_tokens=False)["input_ids"] == [320, 2368]
+    assert theirs(["a", "", "a cat"], padding=True)["input_ids"] == [
+        [49406, 320, 49407, 49407],
+        [49406, 49407, 49407, 49407],
+        [49406, 320, 2368, 49407],
+    ]
+    parts = theirs(
+        "cat " * 100, truncation=True, max_length=77, return_overflowing_tokens=True, return_length=True
+    )
+    assert [len(part) for part in parts["input_ids"]] == parts["length"] == [77, 27]
+
+
+def test_tokens_that_other_code_adds(folder):
+    from ldm.modules.encoders.transformers_tokenizer import TransformersTokenizer
+
+    reader = CLIPTokenizer.from_folder(folder)
+    theirs = TransformersTokenizer(reader, 77)
+    assert theirs.add_tokens(["<My Cat>", "<x>"]) == 2 and len(theirs) == 49410
+    assert theirs.convert_tokens_to_ids("<My Cat>") == 49408
+    dog = reader.encode("dog")[1]
+    assert theirs("A DOG<x><My Cat>")["input_ids"] == [49406, 320, dog, 49409, 49408, 49407]
+    reader.use_placeholders({"ink": [49410, 49411]})
+    assert theirs("INK <x> dog")["input_ids"] == [49406, 49410, 49411, 49409, dog, 49407]
+    reader.use_placeholders({"ink": [49408]})
+    assert "49408" in refusal(lambda: theirs("ink"))
 
 
 def test_folder_equals_table(tokenizer, folder):

@@ -5,6 +5,7 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ldm.modules.attention import CrossAttention, FeedForward
-from ldm.modules.encoders.tokenizer import checked
-from ldm.util import InputError, find, printable
+from ldm.modules.encoders.tokenizer import MAX_TABLE, checked
+from ldm.util import InputError, find, printable, read_side_file
 
 UNCASED = "bert-base-uncased"
 OWN_VOCABULARY = "models/ldm/text2img-large/vocab.txt"
@@ -133,10 +134,10 @@ def find_vocabulary(version: str = UNCASED) -> Path:
     if path is not None:
         return path
     raise InputError(
-        f"{OWN_VOCABULARY} does not exist; the text model needs BERT's vocabulary there: get it from "
+        f"{OWN_VOCABULARY} does not exist; the text encoder needs BERT's vocabulary there: get it from "
         f"https://huggingface.co/{_REPOSITORIES[0]}/resolve/main/{_FILE}"
         if version in _REPOSITORIES
-        else f"the text model's vocabulary {printable(version)} is neither a file nor a folder with {_FILE} "
+        else f"the text encoder's vocabulary {printable(version)} is neither a file nor a folder with {_FILE} "
         f"nor {UNCASED}; nothing is downloaded"
     )
 
@@ -159,16 +160,15 @@ def _cached() -> Iterator[Path]:
 
 def _read_vocabulary(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise InputError(f"cannot read the vocabulary {printable(path)}: {reason}") from None
+        text = io.StringIO(read_side_file(path, MAX_TABLE).decode("utf-8-sig"), newline=None).read()
+    except UnicodeDecodeError:
+        raise InputError(f"cannot read the vocabulary {printable(path)}: it is not UTF-8 text") from None
     return text.removesuffix("\n").split("\n")  # other signs that end a line are tokens
 
 
 def _check_vocabulary(vocabulary: Sequence[str], source: str) -> None:
     missing = [token for token in _SPECIAL if token not in vocabulary]
     if missing:
-        raise InputError(f"{source} is no vocabulary of BERT: it lacks {', '.join(missing)}")
+        raise InputError(f"{source} is not a vocabulary of BERT: it lacks {', '.join(missing)}")
     if len(set(vocabulary)) != len(vocabulary):
-        raise InputError(f"{source} is no vocabulary of BERT: a token stands in it twice")
+        raise InputError(f"{source} is not a vocabulary of BERT: it has a token twice")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ldm.util import InputError, only_with
 
 
 def _position_ids(count: int) -> Tensor:
@@ -29,8 +35,21 @@ class CLIPEmbeddings(nn.Module):
         self.register_buffer("position_ids", _position_ids(positions))
         self.register_buffer("added", None, persistent=False)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self._tokens(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """`inputs_embeds` [B, L, width] take the place of the ids' vectors; positions are 0, 1, ... by default."""
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise InputError("CLIP's embeddings need input_ids or inputs_embeds")
+            inputs_embeds = self._tokens(input_ids)
+        places = self.position_embedding.weight
+        return inputs_embeds + (
+            places[: inputs_embeds.shape[1]] if position_ids is None else places[position_ids]
+        )
 
     def _tokens(self, input_ids: Tensor) -> Tensor:
         if self.added is None:
@@ -115,27 +134,73 @@ class CLIPEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(CLIPEncoderLayer(width, heads, inner, causal) for _ in range(layers))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seen: list[Tensor] | None = None) -> Tensor:
+        """`seen` gets the states that each layer gives."""
         for layer in self.layers:
             x = layer(x)
+            if seen is not None:
+                seen.append(x)
         return x
 
 
+@dataclass
+class TextOutput:
+    """What transformers' text encoder gives, by the same names, and by number without those that are None."""
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+
+    def to_tuple(self) -> tuple[Tensor | tuple[Tensor, ...], ...]:
+        parts = (self.last_hidden_state, self.pooler_output, self.hidden_states)
+        return tuple(part for part in parts if part is not None)
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+
 class CLIPTextTransformer(nn.Module):
-    """Ids [B, L] -> hidden states [B, L, width] of the last layer, after the final layer norm."""
+    """Ids [B, L] -> hidden states of the layers; the last one also after the final layer norm."""
 
     def __init__(self, tokens: int, positions: int, width: int, layers: int, heads: int, inner: int):
         super().__init__()
         self.embeddings = CLIPEmbeddings(tokens, positions, width)
         self.encoder = CLIPEncoder(width, layers, heads, inner)
         self.final_layer_norm = nn.LayerNorm(width)
+        self.eos_token_id = tokens - 1
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> TextOutput | tuple[Any, ...]:
+        """Ids [B, L] -> `last_hidden_state` [B, L, width], after the final norm; `pooler_output` [B, width], its row
+        at the first end token; with `output_hidden_states` the embeddings and each layer's states before that norm.
+
+        With `return_dict` False a tuple. `InputError` for a mask that hides tokens, and for `output_attentions`.
+        """
+        only_with("CLIPTextModel", output_attentions=(bool(output_attentions), False))
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise InputError(
+                "CLIPTextModel: an attention_mask that hides tokens is not supported; leave it out"
+            )
+        states = [self.embeddings(input_ids, position_ids)]
+        last = self.final_layer_norm(self.encoder(states[0], states if output_hidden_states else None))
+        ends = (input_ids == self.eos_token_id).int().argmax(dim=1)
+        output = TextOutput(
+            last,
+            last[torch.arange(len(last), device=last.device), ends],
+            tuple(states) if output_hidden_states else None,
+        )
+        return output.to_tuple() if return_dict is False else output
 
 
 class CLIPTextModel(nn.Module):
-    """The text tower under the name `text_model`, the level that published checkpoints have."""
+    """CLIP's text encoder, called as transformers' class of this name, in the layout of published checkpoints."""
 
     def __init__(
         self,
@@ -147,11 +212,58 @@ class CLIPTextModel(nn.Module):
         inner: int | None = None,
     ):
         super().__init__()
-        self.text_model = CLIPTextTransformer(tokens, positions, width, layers, heads, inner or 4 * width)
+        inner = inner or 4 * width
+        self.text_model = CLIPTextTransformer(tokens, positions, width, layers, heads, inner)
+        self.config = SimpleNamespace(
+            vocab_size=tokens,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=positions,
+            bos_token_id=tokens - 2,
+            eos_token_id=tokens - 1,
+            pad_token_id=tokens - 1,
+        )
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Ids [B, L] -> hidden states [B, L, width]."""
-        return self.text_model(input_ids)
+    def forward(self, *args: Any, **kwargs: Any) -> TextOutput:
+        """See `CLIPTextTransformer.forward`."""
+        return self.text_model(*args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return self.get_input_embeddings().weight.dtype
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The table of the tokens' vectors."""
+        return self.text_model.embeddings.token_embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the table of the tokens' vectors."""
+        self.text_model.embeddings.token_embedding = value
+        self.config.vocab_size = value.num_embeddings
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None) -> nn.Embedding:
+        """A table of `new_num_tokens` rows: the present ones, as far as they go, and small random ones."""
+        old = self.get_input_embeddings()
+        if new_num_tokens is None or new_num_tokens == old.num_embeddings:
+            return old
+        table = nn.Embedding(
+            new_num_tokens, old.embedding_dim, device=old.weight.device, dtype=old.weight.dtype
+        )
+        kept = min(new_num_tokens, old.num_embeddings)
+        with torch.no_grad():
+            table.weight.normal_(std=0.02)
+            table.weight[:kept] = old.weight[:kept]
+        table.weight.requires_grad_(old.weight.requires_grad)
+        self.set_input_embeddings(table)
+        return table
 
 
 class CLIPVisionTransformer(nn.Module):

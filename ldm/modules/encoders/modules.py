@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,10 @@ OPENAI_VOCABULARIES = ("openai/clip-vit-large-patch14", "openai/clip-vit-base-pa
 
 
 def _check_size(vocabulary: str | Path, size: int, tokens: int) -> None:
-    """That a vocabulary has an entry for each of a text model's tokens, else an `InputError`."""
+    """That a vocabulary has an entry for each of a text encoder's tokens, else an `InputError`."""
     if size != tokens:
         raise InputError(
-            f"the vocabulary {printable(vocabulary)} has {size} entries, the text model {tokens}; "
+            f"the vocabulary {printable(vocabulary)} has {size} entries, the text encoder {tokens}; "
             "give the vocabulary that belongs to this checkpoint"
         )
 
@@ -51,12 +52,12 @@ class AbstractEncoder(nn.Module):
 
 
 class FrozenCLIPEmbedder(AbstractEncoder):
-    """Prompts -> hidden states of a CLIP text tower [B, max_length, width].
+    """Prompts -> hidden states of a CLIP text encoder [B, max_length, width].
 
-    The tower's weights are the checkpoint's; nothing is downloaded. `version` chooses the vocabulary: OpenAI's
-    (its models' names), or a folder with `vocab.json` and `merges.txt`. `device` is accepted and not used: the
-    tower lies where the rest of the model lies. The other parameters give the
-    tower's shape; they default to ViT-L/14's text tower, the one of Stable Diffusion v1.
+    Its weights are the checkpoint's; nothing is downloaded. `version` chooses the vocabulary: OpenAI's (its models'
+    names), or a folder with `vocab.json` and `merges.txt`. `device` is accepted and not used: the text encoder is
+    where the rest of the model is. The other parameters give its shape; they default to ViT-L/14's, the text encoder
+    of Stable Diffusion v1.
     """
 
     def __init__(
@@ -76,7 +77,17 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         self.freeze()
 
     @cached_property
-    def tokenizer(self) -> CLIPTokenizer:
+    def tokenizer(self) -> Any:
+        """transformers' CLIPTokenizer with this encoder's vocabulary, for code that calls its methods.
+
+        From then on, or once another one was put in its place, prompts are read by it.
+        """
+        from ldm.modules.encoders.transformers_tokenizer import TransformersTokenizer
+
+        return TransformersTokenizer(self.reader, self.max_length)
+
+    @cached_property
+    def reader(self) -> CLIPTokenizer:
         """The vocabulary named by `version`, read when it is first needed."""
         if Path(self.version).is_dir():
             tokenizer = CLIPTokenizer.from_folder(self.version)
@@ -84,12 +95,21 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             tokenizer = CLIPTokenizer.openai()
         else:
             raise InputError(
-                f"the text model's vocabulary {printable(self.version)} is neither a folder with vocab.json and "
+                f"the text encoder's vocabulary {printable(self.version)} is neither a folder with vocab.json and "
                 f"merges.txt nor one of {', '.join(OPENAI_VOCABULARIES)}; nothing is downloaded"
             )
         tokens = self.transformer.text_model.embeddings.token_embedding.num_embeddings
         _check_size(self.version, tokenizer.size, tokens)
         return tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the text encoder is. It can be set as the original's attribute, which moves nothing."""
+        return self.transformer.device
+
+    @device.setter
+    def device(self, value: object) -> None:
+        pass
 
     @property
     def width(self) -> int:
@@ -109,21 +129,35 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         device = tower.token_embedding.weight.device
         vectors = [vector.to(device, torch.float32) for vector in embeddings.values()]
         tower.added = torch.cat(vectors).detach() if vectors else None
-        self.tokenizer.use_placeholders(ids)
+        self.reader.use_placeholders(ids)
 
     def freeze(self) -> None:
         """Evaluation mode, no gradients."""
         self.eval().requires_grad_(False)
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
-        text = self.listed(text)
-        self.warn_of_cuts(text, self.max_length - 2)
-        weight = self.transformer.text_model.embeddings.token_embedding.weight
-        ids = self.tokenizer(text, max_length=self.max_length)
-        return self.transformer(torch.tensor(ids, device=weight.device))
+        ids = self._ids(self.listed(text)).to(self.transformer.device)
+        return self.transformer(input_ids=ids).last_hidden_state
+
+    def _ids(self, texts: list[str]) -> Tensor:
+        tokenizer = self.__dict__.get("tokenizer")
+        if tokenizer is None or getattr(tokenizer, "reader", None) is self.reader:
+            self.warn_of_cuts(texts, self.max_length - 2)
+        if tokenizer is None:
+            return torch.tensor(self.reader(texts, max_length=self.max_length))
+        found = tokenizer(
+            texts,
+            truncation=True,
+            max_length=self.max_length,
+            return_length=True,
+            return_overflowing_tokens=False,
+            padding="max_length",
+            return_tensors="pt",
+        )
+        return found["input_ids"]
 
     def cut_words(self, prompt: str) -> str:
-        return self.tokenizer.cut_words(prompt, self.max_length)
+        return self.reader.cut_words(prompt, self.max_length)
 
     def encode(self, text: str | Sequence[str]) -> Tensor:
         """Prompts, or one -> [B, max_length, width]; one too long is cut, with a warning that shows what is lost."""
@@ -159,7 +193,9 @@ class BERTEmbedder(AbstractEncoder):
     def tokenizer(self) -> BERTTokenizer:
         """The vocabulary named by `version`, read when it is first needed."""
         if not self.use_tokenizer:
-            raise InputError("the text model takes no prompts: the config's use_tokenizer is off; turn it on")
+            raise InputError(
+                "the text encoder takes no prompts: the config's use_tokenizer is off; turn it on"
+            )
         path = find_vocabulary(self.version)
         tokenizer = BERTTokenizer.from_file(path, self.max_length)
         _check_size(path, tokenizer.size, self.transformer.token_emb.num_embeddings)

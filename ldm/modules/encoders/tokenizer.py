@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import html
 import importlib.util
+import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,12 +17,13 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm.util import InputError, printable
+from ldm.util import InputError, printable, read_side_file
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 VOCABULARY_SIZE = 49408
 CONTEXT_LENGTH = 77
+MAX_TABLE = 2**24  # bytes of a vocabulary's file; CLIP's own has one million
 
 _TABLE = "bpe_simple_vocab_16e6.txt.gz"
 _WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -29,7 +31,7 @@ _KNOWN_TEXT = "a photograph of an astronaut riding a horse"
 _KNOWN_IDS = [49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558, 49407]
 
 
-class _Stretch(NamedTuple):
+class Stretch(NamedTuple):
     """A part of a cleaned text, where it begins, and its ids if it is a placeholder (else empty)."""
 
     start: int
@@ -114,27 +116,32 @@ class CLIPTokenizer:
 
     def placeholders_in(self, text: str) -> list[str]:
         """The placeholders that a text holds, in its order."""
-        return [stretch.text for stretch in self._stretches(clean(text)) if stretch.ids]
+        return [stretch.text for stretch in self.stretches(clean(text)) if stretch.ids]
 
-    def _stretches(self, cleaned: str) -> Iterator[_Stretch]:
+    def stretches(self, cleaned: str) -> Iterator[Stretch]:
+        """The parts of a text that `clean` made: plain ones and placeholders, in turn."""
         end = 0
         for match in self._triggers.finditer(cleaned) if self._triggers else ():
-            yield _Stretch(end, cleaned[end : match.start()], ())
-            yield _Stretch(match.start(), match.group(), self._placeholders[match.group()])
+            yield Stretch(end, cleaned[end : match.start()], ())
+            yield Stretch(match.start(), match.group(), self._placeholders[match.group()])
             end = match.end()
-        yield _Stretch(end, cleaned[end:], ())
+        yield Stretch(end, cleaned[end:], ())
 
     def encode(self, text: str) -> list[int]:
         """The ids of the whole text between the begin and the end token, however many.
 
         A text that UTF-8 cannot hold (lone surrogates) is an `InputError`.
         """
-        stretches = self._stretches(clean(text))
+        stretches = self.stretches(clean(text))
         ids = (id for stretch in stretches for id in stretch.ids or self._encode_words(stretch.text))
         return [self.begin_id, *ids, self.end_id]
 
+    def split(self, text: str) -> list[str]:
+        """The words of a cleaned text, as OpenAI's code splits it; each becomes tokens by itself."""
+        return self._words.findall(text)
+
     def _encode_words(self, text: str) -> list[int]:
-        return self._bpe.encode(self._words.findall(text), is_pretokenized=True).ids
+        return self._bpe.encode(self.split(text), is_pretokenized=True).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids in lower case, a space between words, without begin, end and padding."""
@@ -144,11 +151,11 @@ class CLIPTokenizer:
     def cut_words(self, text: str, max_length: int = CONTEXT_LENGTH) -> str:
         """The end of the cleaned text that does not fit into `max_length` tokens; empty if all fits."""
         cleaned = clean(text)
-        starts = [start for stretch in self._stretches(cleaned) for start in self._token_starts(stretch)]
+        starts = [start for stretch in self.stretches(cleaned) for start in self._token_starts(stretch)]
         kept = max_length - 2  # besides begin and end
         return cleaned[starts[kept] :] if len(starts) > kept else ""
 
-    def _token_starts(self, stretch: _Stretch) -> list[int]:
+    def _token_starts(self, stretch: Stretch) -> list[int]:
         """Where in the cleaned text each token of a stretch begins."""
         if stretch.ids:
             return [stretch.start] * len(stretch.ids)
@@ -230,10 +237,10 @@ def _read_openai_merges(table: Path) -> list[tuple[str, str]]:
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
-        with path.open(encoding="utf-8") as file:
-            return _parse_merges((line for line in file if not line.startswith("#version")), path)
-    except (OSError, UnicodeDecodeError) as error:
+        lines = io.StringIO(read_side_file(path, MAX_TABLE).decode(), newline=None)
+    except UnicodeDecodeError as error:
         raise _unreadable(path, error) from None
+    return _parse_merges((line for line in lines if not line.startswith("#version")), path)
 
 
 def _parse_merges(lines: Iterable[str], path: Path) -> list[tuple[str, str]]:
@@ -241,18 +248,20 @@ def _parse_merges(lines: Iterable[str], path: Path) -> list[tuple[str, str]]:
     for line in lines:
         left, _, right = line.rstrip("\n").partition(" ")
         if not left or not right:
-            raise InputError(f"{printable(path)} is no list of merges: {line[:80]!a} is not a pair")
+            raise InputError(f"{printable(path)} is not a list of merges: {line[:80]!a} is not a pair")
         merges.append((left, right))
     return merges
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
     try:
-        vocabulary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        vocabulary = json.loads(read_side_file(path, MAX_TABLE))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise _unreadable(path, error) from None
     if not isinstance(vocabulary, dict) or not all(type(index) is int for index in vocabulary.values()):
-        raise InputError(f"{printable(path)} is no vocabulary: it must map tokens to whole numbers")
+        raise InputError(f"{printable(path)} is not a vocabulary: it must map tokens to whole numbers")
     return vocabulary
 
 
@@ -260,10 +269,10 @@ def _check_table(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]
     size = len(vocabulary)
     if size < 2 * 256 + 2 or sorted(vocabulary.values()) != list(range(size)):
         raise InputError(
-            f"{source} is no token table: its {size} tokens lack the ids 0 to {size - 1}, or are fewer than 514"
+            f"{source} is not a token table: its {size} tokens lack the ids 0 to {size - 1}, or are fewer than 514"
         )
     if (vocabulary.get(BEGIN), vocabulary.get(END)) != (size - 2, size - 1):
-        raise InputError(f"{source} is no CLIP token table: its last two tokens are not {BEGIN} and {END}")
+        raise InputError(f"{source} is not a CLIP token table: its last two tokens are not {BEGIN} and {END}")
     for left, right in merges:
         if not (left in vocabulary and right in vocabulary and left + right in vocabulary):
             raise InputError(f"{source}: the merge {printable(f'{left} {right}')!r} is not in the vocabulary")
