@@ -147,7 +147,7 @@ def test_decoding_is_tried_again_in_float32(tiny, monkeypatch):
     (picture,) = Pipeline(tiny, FP16).make([JOB])
     assert tried == [torch.float16, torch.float32]
     assert picture.pixels is not None
-    assert picture.notes == {"Decoded in": "float32"}
+    assert picture.notes == {"Decoded in": "float32", "Safety": "unchecked"}
     assert torch.equal(decoder.conv_in.weight, weights)
 
 
