@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -23,7 +24,10 @@ from ldm.cli.inputs import Canvases, _config_of, check_options, chosen_sampler
 from ldm.cli.options import V1_CKPT, add_report_options, make_parser
 from ldm.cli.report import main, outcome, set_up_messages
 from ldm.config import ConfigError, read_config
+from ldm.data.captions import caption
+from ldm.data.scenes import scene_at
 from ldm.images.foreign import read_job
+from ldm.images.metadata import job_from_infotext
 from ldm.job import Init
 from ldm.pipeline import SAMPLERS, Pipeline
 from ldm.util import InputError, printable
@@ -560,3 +564,62 @@ def test_the_bundled_model_is_known_by_its_content(tmp_path):
     copy = tmp_path / "any-name.ckpt"
     copy.symlink_to(ROOT / BUNDLED_CKPT)
     assert _config_of(copy) == BUNDLED_CONFIG
+
+
+def test_what_a_model_does_not_do_well_is_noted(draw, capsys):
+    typed = ["--prompt", "an astronaut riding three spheres", "--plms", "--steps", "2", "--upscale", "2"]
+    assert draw(*typed, "--W", "128", "--H", "128", "--dry_run", "--debug")[0] == 0
+    said = capsys.readouterr().err
+    assert "trained at 128x128; at 256x256 objects may repeat" in said
+    assert "PLMS needs about 50 steps, not 2" in said
+    assert "does not know: astronaut, riding, three, spheres (" in said
+
+
+def test_what_a_model_does_well_is_not_noted(draw, capsys):
+    assert (
+        draw(
+            "--prompt",
+            "a red cube on top of a blue sphere",
+            "--plms",
+            "--steps",
+            "50",
+            "--dry_run",
+            "--debug",
+        )[0]
+        == 0
+    )
+    said = capsys.readouterr().err
+    assert "may repeat" not in said and "PLMS needs" not in said and "does not know" not in said
+
+
+def test_the_bundled_models_words_are_those_of_its_captions():
+    said = (caption(scene_at(i, "train"), np.random.default_rng(i)) for i in range(4000))
+    words = {word for text in said for word in re.findall("[a-z]+", text.lower())}
+    assert sorted(words) == (ROOT / "models/ldm/shapes/words.txt").read_text().split()
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--upscale_strength", "0.1"], "no effect without --upscale"),
+        (["--prompt_format", "kohya"], "no effect without --from-file"),
+        (["--n_rows", "-3"], "--n_rows -3 is below 0"),
+        (["--sweep", "seed=1,2", "--n_iter", "2"], "makes the same images 2 times"),
+    ],
+)
+def test_options_without_effect_are_warned_of(draw, capsys, typed, said):
+    assert draw("--prompt", "a cube", "--dry_run", *typed)[0] == 0
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["-1", "random"])
+def test_a_random_seed_is_printed_recorded_and_resumed(draw, capsys, tmp_path, word):
+    typed = ["--prompt", "a cube", "--seed", word, "--steps", "1", "--n_samples", "2", "--debug"]
+    assert draw(*typed)[0] == 0
+    seed = int(re.search(r"seed (\d+) \(random\)", capsys.readouterr().err)[1])
+    samples = sorted(tmp_path.glob("**/samples/*.png"))
+    assert [job_from_infotext(Image.open(p).info["parameters"]).seed for p in samples] == [seed, seed + 1]
+    whole = samples[1].read_bytes()
+    samples[1].unlink()
+    assert draw(*typed, "--resume")[0] == 0
+    assert samples[1].read_bytes() == whole

@@ -361,3 +361,11 @@ def test_lines_bring_and_resize_their_own_pictures(tmp_path, monkeypatch):
         ("b.png", "none"),
         ("a.png", "fill"),
     ]
+
+
+def test_images_of_each_prompt_of_a_list(write):
+    plan = plan_of("--from-file", write("a cube", "a cone"), "--images_per_prompt", "2", "--n_iter", "1")
+    assert [(job.prompt, job.seed) for job in plan] == [
+        ("a cube", 42), ("a cube", 43), ("a cone", 44), ("a cone", 45),
+    ]  # fmt: skip
+    assert len(plan_of("--images_per_prompt", "5", "--n_samples", "2", "--n_iter", "1")) == 5

@@ -9,9 +9,11 @@ import argparse
 import errno
 import functools
 import logging
+import math
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -28,13 +30,18 @@ from ldm.cli.options import INPAINTING_CKPT, LAION_CKPT, V1_CKPT
 from ldm.fields import OWN_NAMES, SETTINGS
 from ldm.job import Init, Job, Sampler
 from ldm.prompts.lines import MAX_COUNT
-from ldm.util import InputError, find, printable
+from ldm.util import InputError, find, printable, read_side_file
 
 if TYPE_CHECKING:
     from ldm.checkpoints.lora_files import LoraFiles
     from ldm.images.canvas import Canvas
 
 logger = logging.getLogger("ldm")
+
+BUNDLED_CARD = "models/ldm/shapes/README.md"
+RANDOM = -1  # the --seed that asks for any
+_PLMS_STEPS = 25  # below it PLMS, whose first steps are of lower order, draws much wrong
+_MOST_WORDS = 10
 
 # options that set a field of every job, by the field whose range holds for them
 _CHECKED = {name: OWN_NAMES.get(name, name) for name in (
@@ -52,12 +59,23 @@ def check_options(opt: argparse.Namespace) -> None:
             SETTINGS[field].check(getattr(opt, name))
         except ValueError as error:
             raise InputError(f"--{name} {error}") from None
-    for name in ("n_iter", "n_samples"):
-        need(1 <= getattr(opt, name) <= MAX_COUNT, f"--{name} is {getattr(opt, name)}; give 1 to {MAX_COUNT}")
+    for name in ("n_iter", "n_samples", "images_per_prompt"):
+        count = getattr(opt, name)
+        need(count is None or 1 <= count <= MAX_COUNT, f"--{name} is {count}; give 1 to {MAX_COUNT}")
     need(
         opt.safety != "off" or opt.safety_model is None,
         f"--safety off does not go with --safety_model {printable(opt.safety_model)}; leave one out",
     )
+    if opt.upscale == 1 and (opt.upscale_in, opt.upscale_strength) != ("pixels", 0.5):
+        logger.warning("--upscale_in and --upscale_strength have no effect without --upscale")
+    if opt.prompt_format != "auto" and opt.from_file is None:
+        logger.warning("--prompt_format has no effect without --from-file")
+    if opt.invert_mask and any(opt.outpaint) and not (opt.mask or opt.indir):
+        logger.warning("--invert_mask has no effect without a mask: what --outpaint adds is repainted")
+    if opt.n_rows < 0:
+        logger.warning("--n_rows %d is below 0; the default is used", opt.n_rows)
+    if opt.n_iter > 1 and any(axis.startswith("seed=") for axis in opt.sweep):
+        logger.warning("--sweep seed with --n_iter %d makes the same images %d times", opt.n_iter, opt.n_iter)
     if opt.skip_grid and opt.skip_save:
         logger.warning("--skip_grid and --skip_save together: nothing will be written")
     if opt.sweep and opt.skip_save:
@@ -271,7 +289,6 @@ def read_starts(
             logger.info("%s: %s", printable(init.image), note)
         height, width, _ = canvas.pixels.shape
         starts.append(Start(init, width, height))
-    _note_size(starts, own_side(model))
     return starts
 
 
@@ -300,14 +317,43 @@ def _inits(opt: argparse.Namespace) -> list[Init]:
     ]
 
 
-def _note_size(starts: Sequence[Start], side: int) -> None:
-    largest = max(starts, key=lambda start: start.width * start.height)
-    if largest.width * largest.height > 2 * side * side:
+def note_jobs(jobs: Iterable[Job], model: Mapping[str, Any]) -> None:
+    """Prints what a model will not do well of what is asked of it: sizes, few steps, words that it does not know."""
+    side, words = own_side(model), _known_words(model)
+    largest, few, unknown = (0, 0), None, dict[str, None]()
+    for job in jobs:
+        largest = max(largest, job.upscaled_size, key=math.prod)
+        few = job.steps if few is None and job.sampler == "plms" and job.steps < _PLMS_STEPS else few
+        if words is not None and len(unknown) <= _MOST_WORDS:
+            unknown |= dict.fromkeys(
+                w for w in re.findall(r"[^\W\d_]+", job.prompt.lower()) if w not in words
+            )
+    if math.prod(largest) > 2 * side * side:
         logger.info(
-            "%dx%d is far from the %dx%d that this model was trained on, so subjects may repeat; "
-            "--W and --H make a picture smaller",
-            largest.width, largest.height, side, side,
-        )  # fmt: skip
+            "this model was trained at %dx%d; at %dx%d objects may repeat", side, side, *reversed(largest)
+        )
+    if few is not None:
+        logger.info(
+            "PLMS needs about 50 steps, not %d; --dpm_solver gives good images in 10 to 20 steps, DDIM in 25",
+            few,
+        )
+    if unknown:
+        named = ", ".join(printable(word) for word in list(unknown)[:_MOST_WORDS])
+        more = ", ..." if len(unknown) > _MOST_WORDS else ""
+        logger.info(
+            "the bundled model does not know: %s%s (%s lists what it draws)", named, more, BUNDLED_CARD
+        )
+
+
+def _known_words(model: Mapping[str, Any]) -> frozenset[str] | None:
+    """The words that a model was taught, if its vocabulary's folder lists them; None for all others."""
+    from ldm.config import section
+
+    version = section(model, "cond_stage_config").get("version")
+    path = find(version) / "words.txt" if isinstance(version, str) else None
+    if path is None or not path.is_file():
+        return None
+    return frozenset(read_side_file(path, 1_000_000).decode("utf-8").split())
 
 
 def check_memory(job: Job, model: Mapping[str, Any]) -> None:

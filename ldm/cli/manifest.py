@@ -380,6 +380,16 @@ def _digest_of(value: object) -> object:
     return found[0] if found else value
 
 
+def last_seed(folder: Path) -> int | None:
+    """The seed of a folder's newest run; None where there is none. Nothing is written."""
+    known = [content for path in folder.glob("run-*.json") if (content := _read(path)) is not None]
+    if not known:
+        return None
+    seed = max(known, key=lambda run: run["first"])["made_from"].get("seed")
+    first = re.match("[0-9]+", str(seed))
+    return int(first[0]) if first else None
+
+
 def join_run(folder: RunFolder, first: int, made_from: Content) -> RunFile:
     """The run whose first image is number `first`, which another process shares with this one.
 

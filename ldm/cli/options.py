@@ -47,6 +47,7 @@ _DEFAULTS: dict[str, Any] = {
     "kept_input": None,  # the file that took the place of standard input
     "typed": None,  # what stands behind the interpreter on the command line, if that started the script
     "upscale": 1.0,
+    "images_per_prompt": None,
     "upscale_in": "pixels",
     "upscale_strength": 0.5,
 }
@@ -103,6 +104,13 @@ def add_prompt_options(parser: argparse.ArgumentParser, prompt: str) -> None:
     )
 
 
+def _seed(text: str) -> int:
+    try:
+        return -1 if text.strip().lower() == "random" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
 def add_sampling_options(parser: argparse.ArgumentParser, scale: float) -> None:
     """How it is drawn."""
     group = parser.add_argument_group("sampling")
@@ -126,7 +134,9 @@ def add_sampling_options(parser: argparse.ArgumentParser, scale: float) -> None:
         default="uniform",
         help="which timesteps are visited; compvis gives the original's list, which can be longer than asked",
     )
-    group.add_argument("--seed", metavar="N", type=int, default=42, help="seed of the first image")
+    group.add_argument(
+        "--seed", metavar="N", type=_seed, default=42, help="seed of the first image; random or -1: any"
+    )
     group.add_argument(
         "--seed_mode",
         choices=("image", "batch"),
@@ -259,7 +269,17 @@ def add_batch_options(parser: argparse.ArgumentParser, n_iter: int, n_samples: i
         "--n_iter", metavar="N", type=int, default=n_iter, help="how often to repeat everything"
     )
     group.add_argument(
-        "--n_samples", metavar="N", type=int, default=n_samples, help="images per prompt and batch size"
+        "--n_samples",
+        metavar="N",
+        type=int,
+        default=n_samples,
+        help="images per prompt and batch size; with --from-file the batch size only",
+    )
+    group.add_argument(
+        "--images_per_prompt",
+        metavar="N",
+        type=int,
+        help="images of each prompt, whatever the batch size (default: n_samples; with --from-file 1)",
     )
     group.add_argument(
         "--n_rows", metavar="N", type=int, default=0, help="images in a grid's row (0: n_samples)"

@@ -53,10 +53,15 @@ def read_wishes(opt: argparse.Namespace) -> Wishes:
     """The prompts of the options or their file, expanded. The plan tells what is wrong with them, all at once."""
     sweep = parse_sweep(opt.sweep) if opt.sweep else None
     if opt.from_file is None:
-        faults, lines = Faults(), [Line(1, _text("--prompt", opt.prompt), count=opt.n_samples)]
+        faults, lines = (
+            Faults(),
+            [Line(1, _text("--prompt", opt.prompt), count=opt.images_per_prompt or opt.n_samples)],
+        )
     else:
         faults = Faults(source_name(opt.from_file))
         lines = read_prompt_list(opt.from_file, opt.prompt_format, faults)
+        if opt.images_per_prompt is not None:
+            lines = [replace(line, count=line.count * opt.images_per_prompt) for line in lines]
     opt.negative_prompt = _text("--negative_prompt", opt.negative_prompt)
     return Wishes(faults, expand_lines(lines, faults) if opt.expand else lines, sweep)
 

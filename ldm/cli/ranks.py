@@ -141,6 +141,11 @@ def is_one_of_several(opt: argparse.Namespace) -> bool:
     return devices * nodes > 1
 
 
+def starts_all(opt: argparse.Namespace) -> bool:
+    """Whether this process is the one that starts all others of the run."""
+    return asked_for(opt)[1] == 1 and not _started_by_another()
+
+
 def check(opt: argparse.Namespace, device: torch.device) -> None:
     """That what is asked for goes together, else an `InputError`."""
     for name in ("devices", "num_nodes"):

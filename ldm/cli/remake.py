@@ -59,7 +59,7 @@ _FOR_RUNS = {
         name: f"--{name}"
         for name in (
             "prompt_format", "expand", "sweep", "indir", "n_iter", "n_rows", "resume", "gallery", "skip_grid",
-            "skip_save", "keep_going",
+            "skip_save", "keep_going", "images_per_prompt",
         )
     },
 }  # fmt: skip

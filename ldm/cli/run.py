@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import ranks
 from ldm.cli.claim import Claim, Source
 from ldm.cli.estimate import check_batches
 from ldm.cli.inputs import (
+    RANDOM,
     Canvases,
     check_additions,
     check_latents,
@@ -22,16 +25,19 @@ from ldm.cli.inputs import (
     choose_model,
     find_loras,
     need,
+    note_jobs,
     read_starts,
 )
 from ldm.cli.kept import KeptModel
 from ldm.cli.load import extras_of, load
+from ldm.cli.manifest import last_seed
 from ldm.cli.output import Output, Present, make_mark, make_screen
 from ldm.cli.plan import Plan, check_job, count_steps, read_wishes, schedule_length
 from ldm.cli.preview import show
 from ldm.cli.report import Events, Interrupts, Progress, name_process, outcome
 from ldm.cli.sampling import Halves, generate
 from ldm.cli.sheets import write_sheets
+from ldm.fields import MAX_SEED
 from ldm.job import Job
 from ldm.util import FULL_DISK, InputError, printable
 
@@ -48,7 +54,9 @@ def plan_options(opt: argparse.Namespace, config: Mapping[str, Any], find_lora: 
     """What the options and the files that they name ask of a config's model."""
     wishes, canvases = read_wishes(opt), Canvases(mask_needed=opt.inpaint)
     starts = read_starts(opt, config, canvases)
-    return Plan(opt, wishes, starts, canvases, lambda job: check_job(job, config, find_lora))
+    plan = Plan(opt, wishes, starts, canvases, lambda job: check_job(job, config, find_lora))
+    note_jobs(plan.kinds(), config)
+    return plan
 
 
 def run(
@@ -100,6 +108,8 @@ def _run(
     tally: Tally,
 ) -> int:
     ranks.hush(opt)
+    if opt.seed == RANDOM:
+        opt.seed = _random_seed(opt)
     check_options(opt)
     check_additions(opt)
     need(not opt.verify or opt.resume, "--verify checks the files of a run that continues; give --resume too")
@@ -159,6 +169,20 @@ def _run(
             printable(opt.outdir), tally.existing + tally.saved, len(plan), rest,
         )  # fmt: skip
         return 1
+
+
+def _random_seed(opt: argparse.Namespace) -> int:
+    """Any seed, or with --resume that of the folder's newest run; processes that this one starts get it too."""
+    need(
+        not ranks.is_one_of_several(opt) or ranks.starts_all(opt),
+        "--seed random would be another seed in each process; give a number",
+    )
+    last = last_seed(Path(opt.outdir)) if opt.resume else None
+    seed = secrets.randbelow(MAX_SEED + 1) if last is None else last
+    logger.info("seed %d (%s)", seed, "random" if last is None else "that of the run that continues")
+    if opt.typed is not None:
+        opt.typed = [*opt.typed, f"--seed={seed}"]
+    return seed
 
 
 def _make(
