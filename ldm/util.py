@@ -12,9 +12,10 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, BinaryIO, get_args, get_type_hints
@@ -245,6 +246,53 @@ def default(val: Any, d: Any) -> Any:
     return d() if inspect.isfunction(d) else d
 
 
+def ismap(x: Any) -> bool:
+    """Whether `x` is a batch of maps: a tensor [N, C, H, W] of more than three channels."""
+    return _is_batch(x) and x.shape[1] > 3
+
+
+def isimage(x: Any) -> bool:
+    """Whether `x` is a batch of images: a tensor [N, C, H, W] of one channel or three."""
+    return _is_batch(x) and x.shape[1] in (1, 3)
+
+
+def _is_batch(x: Any) -> bool:
+    torch = sys.modules.get("torch")  # without it there are no tensors
+    return torch is not None and isinstance(x, torch.Tensor) and x.dim() == 4
+
+
+def mean_flat(tensor: Any) -> Any:
+    """The mean of each entry of a batch [N, ...]: [N]."""
+    return tensor.flatten(1).mean(dim=1)
+
+
+def count_params(model: Any, verbose: bool = False) -> int:
+    """How many parameters a model has; with `verbose` also to the log, in millions."""
+    total = sum(p.numel() for p in model.parameters())
+    if verbose:
+        logger.info("%s has %.2f million parameters", type(model).__name__, total / 1e6)
+    return total
+
+
+def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Any:
+    """Texts drawn in black on white images of (width, height): a tensor [N, 3, height, width] in [-1, 1].
+
+    Lines break every 40 characters for a width of 256, in proportion for others; `size` is the font's.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, per_line = ImageFont.load_default(size), max(1, 40 * wh[0] // 256)
+    images = []
+    for text in xc:
+        image = Image.new("RGB", wh, "white")
+        lines = [text[start : start + per_line] for start in range(0, len(text), per_line)]
+        ImageDraw.Draw(image).text((0, 0), "\n".join(lines), fill="black", font=font)
+        images.append(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1)
+    return torch.from_numpy(np.stack(images))
+
+
 def get_obj_from_str(string: str, reload: bool = False) -> Any:
     """The object that a dotted name such as `ldm.models.autoencoder.AutoencoderKL` stands for."""
     module_name, _, name = string.rpartition(".")
@@ -320,6 +368,12 @@ def _accepted(cls: Any) -> dict[str, inspect.Parameter] | None:
 
 def _is_ours(cls: Any) -> bool:
     return str(getattr(cls, "__module__", "")).partition(".")[0] == "ldm"
+
+
+def warn_of_ignored(owner: str, names: Iterable[str]) -> None:
+    """A warning that names the keywords of other versions of the original that `owner` does not use, if any."""
+    if names := ", ".join(map(printable, names)):
+        logger.warning("%s ignores %s", owner, names)
 
 
 def only_with(owner: str, **given: tuple[object, object]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.model import CH_MULT, Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.util import instantiate_from_config, printable
+from ldm.util import InputError, instantiate_from_config, printable
 
 logger = logging.getLogger(__name__)
 
@@ -72,3 +72,36 @@ class AutoencoderKL(nn.Module):
         """The reconstruction and the latent distribution of `input`."""
         posterior = self.encode(input)
         return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
+
+
+class IdentityFirstStage(nn.Module):
+    """Diffusion on the images themselves: nothing is encoded. With `vq_interface` it quantizes like a codebook's."""
+
+    def __init__(self, *args: Any, vq_interface: bool = False, **kwargs: Any):
+        super().__init__()
+        self.vq_interface = vq_interface
+
+    def encode(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x
+
+    def decode(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x
+
+    def quantize(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return (x, None, [None, None, None]) if self.vq_interface else x
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x
+
+
+class VQModel(nn.Module):
+    """The original's autoencoder with a codebook, which no v1 model has: a name for `isinstance`."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        raise InputError(
+            f"{type(self).__name__} is not supported: this toolkit has no codebooks; use AutoencoderKL"
+        )
+
+
+class VQModelInterface(VQModel):
+    """The same, as latent diffusion uses it."""

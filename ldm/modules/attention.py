@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from ldm.modules.diffusionmodules.util import checkpoint as run_checkpointed
 from ldm.modules.diffusionmodules.util import zero_module
+from ldm.util import default as default
+from ldm.util import exists as exists
+from ldm.util import only_with
 
 
 class GEGLU(nn.Module):
@@ -53,8 +56,9 @@ class CrossAttention(nn.Module):
         self.heads = heads
         self.scale = dim_head**-0.5
         self.to_q = nn.Linear(query_dim, inner, bias=False)
-        self.to_k = nn.Linear(context_dim or query_dim, inner, bias=False)
-        self.to_v = nn.Linear(context_dim or query_dim, inner, bias=False)
+        context_dim = query_dim if context_dim is None else context_dim
+        self.to_k = nn.Linear(context_dim, inner, bias=False)
+        self.to_v = nn.Linear(context_dim, inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -82,8 +86,11 @@ class BasicTransformerBlock(nn.Module):
         context_dim: int | None = None,
         gated_ff: bool = True,
         checkpoint: bool = True,
+        disable_self_attn: bool = False,
     ):
         super().__init__()
+        only_with("BasicTransformerBlock", disable_self_attn=(disable_self_attn, False))
+        self.disable_self_attn = disable_self_attn
         self.attn1 = CrossAttention(dim, heads=n_heads, dim_head=d_head, dropout=dropout)
         self.ff = FeedForward(dim, dropout=dropout, glu=gated_ff)
         self.attn2 = CrossAttention(dim, context_dim, heads=n_heads, dim_head=d_head, dropout=dropout)
@@ -105,6 +112,7 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of an image: [B, C, H, W] -> [B, C, H, W], residual.
 
     `context` [B, M, context_dim] is what the cross-attention looks at; without it that too is self-attention.
+    `disable_self_attn` and `use_linear` are keywords of later versions of the original, off in all v1 models.
     """
 
     def __init__(
@@ -115,12 +123,17 @@ class SpatialTransformer(nn.Module):
         depth: int = 1,
         dropout: float = 0.0,
         context_dim: int | None = None,
+        disable_self_attn: bool = False,
+        use_linear: bool = False,
         use_checkpoint: bool = True,
         num_groups: int = 32,
     ):
         super().__init__()
+        only_with(
+            "SpatialTransformer", disable_self_attn=(disable_self_attn, False), use_linear=(use_linear, False)
+        )
         inner = n_heads * d_head
-        self.in_channels = in_channels
+        self.in_channels, self.use_linear = in_channels, use_linear
         self.norm = nn.GroupNorm(num_groups, in_channels, eps=1e-6)
         self.proj_in = nn.Conv2d(in_channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(

@@ -234,13 +234,15 @@ class FastUpsample(unet.Upsample):
 class FastUNet(unet.UNetModel):
     """Does once what is the same for both halves of a guided batch: all before the text is first looked at."""
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: None = None, **kwargs: Any
+    ) -> Tensor:
         if torch.equal(timesteps, timesteps[:1].expand_as(timesteps)):
             timesteps = timesteps[:1]
             half = len(x) // 2
             if self._looks_at(context, len(x)) and torch.equal(x[:half], x[half:]):
                 x = x[:half]
-        return super().forward(x, timesteps, context)
+        return super().forward(x, timesteps, context, y, **kwargs)
 
     def _looks_at(self, context: Tensor | None, samples: int) -> bool:
         if context is None or len(context) != samples or samples % 2:
@@ -254,7 +256,7 @@ class FastUNet(unet.UNetModel):
 class FastResnetBlock(autoencoder.ResnetBlock):
     """Norm and SiLU in one buffer; the residual is added inside the convolution."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: None = None) -> Tensor:
         h = self.conv1(_norm_silu(self.norm1, x))
         return self.conv2(_norm_silu(self.norm2, h), self.nin_shortcut(x))
 

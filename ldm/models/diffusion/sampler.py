@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.models.diffusion.guidance import Conditioning, Guidance
 from ldm.models.diffusion.noise import NoiseSource, RepeatedNoise, TorchNoise
 from ldm.models.diffusion.schedule import Step, StepTable, make_timesteps
-from ldm.util import printable
+from ldm.util import warn_of_ignored
 
 logger = logging.getLogger(__name__)
 
@@ -117,11 +117,6 @@ def _changes(value: Any) -> int:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
-def _ignore(sampler: Sampler, kwargs: Mapping[str, Any]) -> None:
-    if kwargs:
-        logger.warning("%s ignores %s", type(sampler).__name__, ", ".join(map(printable, kwargs)))
-
-
 def times_of(x: Tensor, t: float) -> Tensor:
     """One timestep for each entry of the batch `x`: [N]."""
     return torch.full((x.shape[0],), t, device=x.device)
@@ -149,7 +144,7 @@ class Sampler:
 
     def __init__(self, model: Any, schedule: str = "linear", **kwargs: Any):
         """`kwargs` are what extensions of the original give and this sampler does not know: a warning names them."""
-        _ignore(self, kwargs)
+        warn_of_ignored(type(self).__name__, kwargs)
         self.model = model
         self.schedule = schedule
         self.ddpm_num_timesteps: int = model.num_timesteps
@@ -244,7 +239,7 @@ class Sampler:
         warning names `kwargs`, which are ignored. The steps are the rows of `ddim_timesteps` as they are after
         `make_schedule`, which an extension may have replaced.
         """
-        _ignore(self, kwargs)
+        warn_of_ignored(type(self).__name__, kwargs)
         # each by its name and only where it is needed: what replaces a method may know the original's keywords only
         spacing = {} if ddim_discretize == "uniform" else {"ddim_discretize": ddim_discretize}
         self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose, **spacing)

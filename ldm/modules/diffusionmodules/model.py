@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.modules.attention import pixel_attention
+from ldm.util import only_with, warn_of_ignored
 
 CH_MULT = (1, 2, 4, 8)  # each level's width in units of `ch`, where a config does not say
+
+
+def nonlinearity(x: Tensor) -> Tensor:
+    """SiLU: x * sigmoid(x)."""
+    return F.silu(x)
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
@@ -23,6 +31,7 @@ class Upsample(nn.Module):
 
     def __init__(self, in_channels: int, with_conv: bool):
         super().__init__()
+        self.with_conv = with_conv
         self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1) if with_conv else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,13 +51,23 @@ class Downsample(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions around a residual connection."""
+    """Two convolutions around a residual connection. The original's time embedding `temb` has no use here."""
 
     def __init__(
-        self, *, in_channels: int, out_channels: int | None = None, dropout: float = 0.0, num_groups: int = 32
+        self,
+        *,
+        in_channels: int,
+        out_channels: int | None = None,
+        conv_shortcut: bool = False,
+        dropout: float = 0.0,
+        temb_channels: int = 0,
+        num_groups: int = 32,
     ):
         super().__init__()
+        only_with("ResnetBlock", conv_shortcut=(conv_shortcut, False), temb_channels=(temb_channels, 0))
         out_channels = out_channels or in_channels
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.use_conv_shortcut = conv_shortcut
         self.norm1 = Normalize(in_channels, num_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = Normalize(out_channels, num_groups)
@@ -59,9 +78,9 @@ class ResnetBlock(nn.Module):
         else:
             self.nin_shortcut = nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+    def forward(self, x: Tensor, temb: None = None) -> Tensor:
+        h = self.conv1(nonlinearity(self.norm1(x)))
+        h = self.conv2(self.dropout(nonlinearity(self.norm2(h))))
         return self.nin_shortcut(x) + h
 
 
@@ -157,8 +176,11 @@ class Encoder(nn.Module):
     """Pictures [B, in_channels, H, W] in [-1, 1] -> features [B, 2 * z_channels, H/f, W/f], f = 2^(levels - 1).
 
     `ddconfig` of the published configs describes encoder and decoder at once: `out_ch` is the decoder's.
-    `num_groups` is that of every group norm; with one channel a group, a norm wipes out the mean colour.
+    `num_groups` is that of every group norm; with one channel a group, a norm wipes out the mean colour. A warning
+    names what else a `ddconfig` holds.
     """
+
+    temb_ch = 0  # the original's width of a time embedding, which no autoencoder has
 
     def __init__(
         self,
@@ -175,8 +197,17 @@ class Encoder(nn.Module):
         resamp_with_conv: bool = True,
         double_z: bool = True,
         num_groups: int = 32,
+        use_linear_attn: bool = False,
+        attn_type: str = "vanilla",
+        give_pre_end: bool = False,
+        tanh_out: bool = False,
+        **ignore_kwargs: Any,
     ):
         super().__init__()
+        only_with("Encoder", use_linear_attn=(use_linear_attn, False), attn_type=(attn_type, "vanilla"))
+        warn_of_ignored("the autoencoder", ignore_kwargs)
+        self.ch, self.num_resolutions, self.num_res_blocks = ch, len(ch_mult), num_res_blocks
+        self.resolution, self.in_channels = resolution, in_channels
         widths = [ch * mult for mult in ch_mult]
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList(
@@ -198,15 +229,18 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(nonlinearity(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
     """Latents [B, z_channels, h, w] -> pictures [B, out_ch, f * h, f * w], meant to lie in [-1, 1].
 
     `up` is stored from the finest level to the coarsest and run the other way round, as published
-    checkpoints have it. `in_channels` and `double_z` of the shared `ddconfig` are the encoder's.
+    checkpoints have it. `in_channels` and `double_z` of the shared `ddconfig` are the encoder's. With
+    `give_pre_end` the features before the last norm are the result, with `tanh_out` it ends in a tanh.
     """
+
+    temb_ch = 0
 
     def __init__(
         self,
@@ -223,8 +257,17 @@ class Decoder(nn.Module):
         resamp_with_conv: bool = True,
         double_z: bool = True,
         num_groups: int = 32,
+        use_linear_attn: bool = False,
+        attn_type: str = "vanilla",
+        give_pre_end: bool = False,
+        tanh_out: bool = False,
+        **ignore_kwargs: Any,
     ):
         super().__init__()
+        only_with("Decoder", use_linear_attn=(use_linear_attn, False), attn_type=(attn_type, "vanilla"))
+        self.ch, self.num_resolutions, self.num_res_blocks = ch, len(ch_mult), num_res_blocks
+        self.resolution, self.in_channels = resolution, in_channels
+        self.give_pre_end, self.tanh_out = give_pre_end, tanh_out
         widths = [ch * mult for mult in ch_mult]
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], dropout, num_groups)
@@ -246,4 +289,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        if self.give_pre_end:
+            return h
+        h = self.conv_out(nonlinearity(self.norm_out(h)))
+        return torch.tanh(h) if self.tanh_out else h

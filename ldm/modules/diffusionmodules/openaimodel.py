@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -18,6 +19,10 @@ from ldm.modules.diffusionmodules.util import (
     timestep_embedding,
     zero_module,
 )
+from ldm.util import exists as exists
+from ldm.util import only_with, warn_of_ignored
+
+th = torch  # extensions import it from here
 
 
 class TimestepBlock(nn.Module):
@@ -57,11 +62,10 @@ class Upsample(nn.Module):
         self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
     ):
         super().__init__()
-        self.channels = channels
+        self.channels, self.out_channels = channels, out_channels or channels
+        self.use_conv, self.dims = use_conv, dims
         self.conv = (
-            conv_nd(dims, channels, out_channels or channels, 3, padding=padding)
-            if use_conv
-            else nn.Identity()
+            conv_nd(dims, channels, self.out_channels, 3, padding=padding) if use_conv else nn.Identity()
         )
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
@@ -76,9 +80,10 @@ class Downsample(nn.Module):
         self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
     ):
         super().__init__()
-        self.channels = channels
+        self.channels, self.out_channels = channels, out_channels or channels
+        self.use_conv, self.dims = use_conv, dims
         self.op = (
-            conv_nd(dims, channels, out_channels or channels, 3, stride=2, padding=padding)
+            conv_nd(dims, channels, self.out_channels, 3, stride=2, padding=padding)
             if use_conv
             else nn.AvgPool2d(2, ceil_mode=True)
         )
@@ -100,11 +105,15 @@ class ResBlock(TimestepBlock):
         use_scale_shift_norm: bool = False,
         dims: int = 2,
         use_checkpoint: bool = False,
+        up: bool = False,
+        down: bool = False,
         num_groups: int = 32,
     ):
         super().__init__()
+        only_with("ResBlock", up=(up, False), down=(down, False))
         out_channels = out_channels or channels
         self.channels, self.out_channels = channels, out_channels
+        self.emb_channels, self.dropout, self.use_conv, self.updown = emb_channels, dropout, use_conv, False
         self.use_checkpoint, self.use_scale_shift_norm = use_checkpoint, use_scale_shift_norm
         self.in_layers = nn.Sequential(
             normalization(channels, num_groups),
@@ -181,7 +190,9 @@ class UNetModel(nn.Module):
     in `attention_resolutions` get transformers with `num_heads` heads, or heads of `num_head_channels`.
     Every group norm has `num_groups` groups. H and W are any positive sizes: each upsampling grows to the size
     of the skip connection it meets.
-    `image_size` and `legacy` are part of the published configs and change nothing here.
+    `image_size`, `legacy`, `num_heads_upsample` and `use_new_attention_order` are part of published configs and
+    change nothing here. What would need another network is an `InputError` that names it, but for the value that
+    it has in v1 models.
     """
 
     def __init__(
@@ -196,17 +207,38 @@ class UNetModel(nn.Module):
         channel_mult: Sequence[int] = (1, 2, 4, 8),
         conv_resample: bool = True,
         dims: int = 2,
+        num_classes: int | None = None,
         use_checkpoint: bool = False,
+        use_fp16: bool = False,
         num_heads: int = -1,
         num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
         use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
         use_spatial_transformer: bool = False,
         transformer_depth: int = 1,
         context_dim: int | None = None,
+        n_embed: int | None = None,
         legacy: bool = True,
         num_groups: int = 32,
+        disable_self_attentions: Sequence[bool] | None = None,
+        disable_middle_self_attn: bool = False,
+        num_attention_blocks: Sequence[int] | None = None,
+        use_linear_in_transformer: bool = False,
     ):
         super().__init__()
+        only_with(
+            "UNetModel",
+            num_classes=(num_classes, None),
+            use_fp16=(use_fp16, False),
+            resblock_updown=(resblock_updown, False),
+            n_embed=(n_embed, None),
+            disable_self_attentions=(disable_self_attentions, None),
+            disable_middle_self_attn=(disable_middle_self_attn, False),
+            num_attention_blocks=(num_attention_blocks, None),
+            use_linear_in_transformer=(use_linear_in_transformer, False),
+        )
         if not use_spatial_transformer:
             raise ValueError(
                 "UNetModel needs use_spatial_transformer: true; attention without text is not built"
@@ -226,8 +258,10 @@ class UNetModel(nn.Module):
             num_head_channels,
             use_checkpoint,
         )
+        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
         # what a forward copied from the original asks for: no classes, no codebook
         self.num_classes, self.predict_codebook_ids = None, False
+        self._ignored: frozenset[str] = frozenset()  # keywords of forward that a warning has named
         time_width = 4 * model_channels
 
         def res_block(ch: int, out: int) -> ResBlock:
@@ -273,12 +307,14 @@ class UNetModel(nn.Module):
             if level < len(channel_mult) - 1:
                 self.input_blocks.append(TimestepEmbedSequential(Downsample(ch, conv_resample, dims=dims)))
                 skips.append(ch)
+        self._feature_size = sum(skips) + ch  # the widths of all blocks, as published models count them
         self.middle_block = TimestepEmbedSequential(res_block(ch, ch), transformer(ch), res_block(ch, ch))
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
                 layers = [res_block(ch + skips.pop(), mult * model_channels)]
                 ch = mult * model_channels
+                self._feature_size += ch
                 if 2**level in attention_resolutions:
                     layers.append(transformer(ch))
                 if level > 0 and i == num_res_blocks:
@@ -295,7 +331,19 @@ class UNetModel(nn.Module):
         """The dtype of the weights."""
         return next(self.out.parameters()).dtype
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        y: None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """There are no classes, so `y` must be None; a warning names `kwargs`, which are ignored, once."""
+        only_with("UNetModel.forward", y=(y, None))
+        if kwargs and not self._ignored.issuperset(kwargs):
+            self._ignored = self._ignored.union(kwargs)
+            warn_of_ignored("UNetModel.forward", kwargs)
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
         context = None if context is None else context.to(self.dtype)
         h = x.to(self.dtype)

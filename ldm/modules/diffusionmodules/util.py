@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ldm.util import get_obj_from_str
+from ldm.util import mean_flat as mean_flat
 
 # what the original kept here and this package keeps with the samplers; no module of this room asks for it
 _ELSEWHERE = {
@@ -55,30 +56,33 @@ def noise_like(shape: Sequence[int], device: torch.device | str, repeat: bool = 
     return torch.randn(tuple(shape), device=device)
 
 
-def conv_nd(
-    dims: int,
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int,
-    stride: int = 1,
-    padding: int = 0,
-    bias: bool = True,
-) -> nn.Module:
-    """A convolution over `dims` (1, 2 or 3) axes."""
-    kinds = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """A convolution over `dims` (1, 2 or 3) axes, with the arguments of torch's own."""
+    return _of_axes({1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}, dims)(*args, **kwargs)
+
+
+def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """Average pooling over `dims` (1, 2 or 3) axes, with the arguments of torch's own."""
+    return _of_axes({1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}, dims)(*args, **kwargs)
+
+
+def _of_axes(kinds: Mapping[int, Callable[..., nn.Module]], dims: int) -> Callable[..., nn.Module]:
     if dims not in kinds:
         raise ValueError(f"unsupported number of dimensions: {dims}; it is 1, 2 or 3")
-    return kinds[dims](in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias)
+    return kinds[dims]
 
 
-def linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
-    """A fully connected layer."""
-    return nn.Linear(in_features, out_features, bias=bias)
+def linear(*args: Any, **kwargs: Any) -> nn.Linear:
+    """A fully connected layer, with the arguments of torch's own."""
+    return nn.Linear(*args, **kwargs)
+
+
+GroupNorm32 = nn.GroupNorm  # whose kernels keep statistics in float32 for half-precision input
 
 
 def normalization(channels: int, num_groups: int = 32) -> nn.GroupNorm:
-    """The U-Net's norm, eps 1e-5. The kernels keep statistics in float32 for half-precision input."""
-    return nn.GroupNorm(num_groups, channels)
+    """The U-Net's norm, eps 1e-5."""
+    return GroupNorm32(num_groups, channels)
 
 
 def zero_module(module: nn.Module) -> nn.Module:

@@ -5,6 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldm.util import InputError
+
+
+def normal_kl(
+    mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float
+) -> Tensor:
+    """Divergence of one normal distribution from another, for each value; shapes broadcast. One must be a tensor."""
+    like = next((value for value in (mean1, logvar1, mean2, logvar2) if isinstance(value, Tensor)), None)
+    if like is None:
+        raise InputError("normal_kl needs a tensor among its arguments")
+    mean1, logvar1, mean2, logvar2 = (
+        torch.as_tensor(value).to(like) for value in (mean1, logvar1, mean2, logvar2)
+    )
+    ratio = logvar1 - logvar2
+    return 0.5 * (ratio.exp() - 1.0 - ratio + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
+
 
 class DiagonalGaussianDistribution:
     """A normal distribution per latent value, from `parameters` [B, 2C, h, w] = (mean, log variance).
