@@ -219,7 +219,7 @@ def test_prompt_file_with_a_short_last_batch(draw, tmp_path):
         (["--plms", "--ddim_eta", "0.5"], "--plms"),
         (["--dpm_solver", "--ddim_eta", "0.5"], "--dpm_solver"),
         (["--dpm_solver", "--timestep_spacing", "compvis"], "uniform"),
-        (["--seed", "-1"], "--seed is -1"),
+        (["--seed", "-2"], "--seed is -2"),
         (["--seed", "4294967296"], "--seed is 4294967296"),
         (["--n_samples", "0"], "--n_samples is 0"),
         (["--n_iter", "-2"], "--n_iter is -2"),
