@@ -15,7 +15,16 @@ from yaml import YAMLError
 
 from ldm.util import InputError, find, get_obj_from_str, printable
 
-_FREE_TARGETS = ("torch.nn.Identity",)
+_OUR_TARGETS = (
+    "ldm.models.diffusion.ddpm.LatentDiffusion",
+    "ldm.models.diffusion.ddpm.LatentInpaintDiffusion",
+    "ldm.models.autoencoder.AutoencoderKL",
+    "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+    "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+    "ldm.modules.encoders.modules.BERTEmbedder",
+    "ldm.lr_scheduler.LambdaLinearScheduler",
+    "torch.nn.Identity",
+)
 _MAX_BYTES = 2**20
 _MAX_SIZE = 2**20
 _MAX_DEPTH = 100
@@ -29,9 +38,9 @@ class ConfigError(InputError):
 
 
 def read_config(path: str | Path, allow_targets: Sequence[str] = ()) -> dict[str, Any]:
-    """The `model` entry of a YAML config, checked: only parts of this package, no interpolation.
+    """The `model` entry of a YAML config, checked: only the listed classes of this package, no interpolation.
 
-    `allow_targets` names further packages whose classes the config may use. Nothing foreign is imported
+    `allow_targets` names other packages, all of whose classes the config may use. Nothing foreign is imported
     before its name has been checked. Faults are a `ConfigError` of one line.
     """
     path = find(path)
@@ -50,7 +59,7 @@ def read_config(path: str | Path, allow_targets: Sequence[str] = ()) -> dict[str
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict) or "target" not in tree["model"]:
         raise ConfigError(f"the config {printable(path)} is no mapping with `model:` and its `target:`")
     model = tree["model"]
-    _check_tree(model, path, ("ldm", *allow_targets))
+    _check_tree(model, path, allow_targets)
     _check_sizes(model, path)
     for target in targets(model):
         _check_is_class(target, path)
@@ -108,9 +117,16 @@ def _check_sizes(node: Any, path: Path, name: str = "") -> None:
 
 def _check_target(target: Any, path: Path, packages: Sequence[str]) -> None:
     if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
-        raise ConfigError(f"{printable(path)}: target {printable(target)!r} is no dotted name of a class")
+        raise ConfigError(
+            f"{printable(path)}: target {printable(target)!r} is not the dotted name of a class"
+        )
     package = target.partition(".")[0]
-    if target not in _FREE_TARGETS and package not in packages:
+    if target in _OUR_TARGETS:
+        return
+    if package == "ldm":  # whoever trusts this package has not asked for its other classes
+        names = ", ".join(sorted(name.rpartition(".")[2] for name in _OUR_TARGETS))
+        raise ConfigError(f"{printable(path)}: a config cannot use {target}; its targets can be {names}")
+    if package not in packages:
         raise ConfigError(
             f"{printable(path)}: target {target} is not a part of this toolkit; "
             f"if you trust that package, add --allow_targets {package}"
@@ -136,7 +152,7 @@ def _check_is_class(target: str, path: Path) -> None:
         raise ConfigError(f"{printable(path)}: there is no {target}") from None
     package = target.partition(".")[0]
     if not inspect.isclass(found) or found.__module__.partition(".")[0] != package:
-        raise ConfigError(f"{printable(path)}: target {target} is no class of the package {package}")
+        raise ConfigError(f"{printable(path)}: target {target} is not a class of the package {package}")
 
 
 def section(tree: Mapping[str, Any], *names: str) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from ldm.cli.inputs import latent_factor
-from ldm.config import ConfigError, read_config
+from ldm.config import _OUR_TARGETS, ConfigError, read_config
 from ldm.pipeline import load_model
 from ldm.util import InputError
 from tests.golden_data import GOLDEN, tiny_config
@@ -78,10 +78,14 @@ def test_paths_that_are_no_configs(tmp_path, make, reason):
         ("model: {target: os.system}", "--allow_targets os"),
         ("model: {target: builtins.eval}", "--allow_targets builtins"),
         ("model: {target: ldmx.models.Thing}", "--allow_targets ldmx"),
-        ("model: {target: ldm.util.instantiate_from_config}", "no class"),
-        ("model: {target: ldm.models.diffusion.ddpm.torch}", "no class"),
-        ("model: {target: ldm.models.no_such_module.Thing}", "there is no"),
-        ("model: {target: 'ldm models'}", "no dotted name"),
+        ("model: {target: ldm.util.instantiate_from_config}", "cannot use ldm.util.instantiate_from_config"),
+        ("model: {target: ldm.models.diffusion.ddpm.torch}", "cannot use ldm.models.diffusion.ddpm.torch"),
+        ("model: {target: ldm.models.no_such_module.Thing}", "targets can be AutoencoderKL, BERTEmbedder"),
+        (
+            "model: {target: ldm.images.writer.RunFolder, params: {outdir: x}}",
+            "cannot use ldm.images.writer.RunFolder",
+        ),
+        ("model: {target: 'ldm models'}", "not the dotted name"),
     ],
 )
 def test_texts_that_name_no_model_of_this_toolkit(config_file, text, reason):
@@ -91,6 +95,32 @@ def test_texts_that_name_no_model_of_this_toolkit(config_file, text, reason):
 def test_a_named_package_is_allowed(config_file):
     path = config_file("model: {target: collections.OrderedDict}")
     assert read_config(path, allow_targets=["collections"])["target"] == "collections.OrderedDict"
+    for name, reason in (("namedtuple", "is not a class of"), ("Nothing", "there is no collections.Nothing")):
+        path = config_file(f"model: {{target: collections.{name}}}")
+        assert reason in refusal(path, allow_targets=["collections"])
+
+
+def test_trust_in_this_package_adds_none_of_its_classes(config_file):
+    path = config_file("model: {target: ldm.images.writer.RunFolder}")
+    assert "cannot use" in refusal(path, allow_targets=["ldm"])
+
+
+def test_every_target_of_this_package_can_be_used(config_file):
+    for target in _OUR_TARGETS:
+        assert read_config(config_file(f"model: {{target: {target}}}"))["target"] == target
+
+
+@pytest.mark.parametrize("target", [target for target in _OUR_TARGETS if target.startswith("ldm")])
+def test_a_target_in_the_wrong_place_is_named(config_file, tmp_path, target, tiny):
+    torch.save(tiny.state_dict(), tmp_path / "m.ckpt")
+    for name in ("", "unet_config", "first_stage_config", "cond_stage_config"):
+        config = tiny_config()
+        node = config["params"][name] if name else config
+        if node["target"] == target:
+            continue
+        node["target"] = target
+        with pytest.raises(InputError):
+            load_model(read_config(config_file(yaml.safe_dump({"model": config}))), tmp_path / "m.ckpt")
 
 
 def test_what_a_tag_would_run_is_refused_with_its_line(config_file, tmp_path):

@@ -290,7 +290,7 @@ def test_a_package_that_a_target_needs_is_no_missing_target(monkeypatch):
 
 def test_a_target_that_is_missing_is_named(tmp_path):
     (tmp_path / "c.yaml").write_text("model: {target: ldm.models.nothing.Here}")
-    with pytest.raises(ConfigError, match=r"there is no ldm\.models\.nothing\.Here"):
+    with pytest.raises(ConfigError, match=r"a config cannot use ldm\.models\.nothing\.Here"):
         read_config(tmp_path / "c.yaml")
 
 
