@@ -57,4 +57,4 @@ def _storages(
 
 
 def _tensor_maker(storages: dict[str, torch.Tensor]) -> Callable[[TensorSpec], torch.Tensor]:
-    return lambda spec: storages[spec.storage.key].as_strided(spec.size, spec.stride, spec.offset)
+    return lambda spec: spec.view(storages[spec.storage.key])

@@ -17,6 +17,7 @@ from ldm.checkpoints.prediction import check_prediction, check_schedule
 from ldm.checkpoints.reader import Checkpoint, read_json
 from ldm.checkpoints.recognise import V1, count_and_names, kind_of, looks_like
 from ldm.checkpoints.sniff import CheckpointError, reading
+from ldm.checkpoints.tensor_bytes import FLOAT8
 from ldm.config import ConfigError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
@@ -158,10 +159,10 @@ def load_into(
     """Gives `model`, built on the meta device, the tensors of `checkpoint` themselves, cast only if need be.
 
     `dtype` is what floating-point weights are cast to; None keeps the file's types, but for float8, in which torch
-    computes little: those become float16, which holds each of their values. Buffers that the model
-    computed on the CPU (the noise schedule, position ids) keep their values. With `ema` "auto" the moving
-    averages `model_ema.*` replace the U-Net's weights if the file has them; "on" demands them, "off" ignores
-    them. A model with averages of its own, for a file without, gets its weights as averages (the same
+    computes little: those become the smallest type that holds each of their values, as a rule float16. Buffers
+    that the model computed on the CPU (the noise schedule, position ids) keep their values. With `ema` "auto" the
+    moving averages `model_ema.*` replace the U-Net's weights if the file has them; "on" demands them, "off"
+    ignores them. A model with averages of its own, for a file without, gets its weights as averages (the same
     tensors). Parameters no longer require gradients. Missing keys, wrong shapes, missing EMA weights and two
     tensors for one key are a `CheckpointError`, raised before any tensor is read.
     """
@@ -245,7 +246,7 @@ def _held_in(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
     if not tensor.is_floating_point():
         return tensor.dtype
     if dtype is None:
-        return torch.float16 if tensor.itemsize == 1 else tensor.dtype
+        return FLOAT8.get(tensor.dtype, tensor.dtype)
     return dtype
 
 
@@ -291,7 +292,10 @@ def _log(report: LoadReport, checkpoint: Checkpoint, dtype: torch.dtype | None) 
     path = printable(checkpoint.path)
     logger.info("%s: using the %s weights", path, "EMA" if report.weights == "ema" else "plain")
     if report.cast_from:
-        logger.info("%s: weights cast from %s to %s", path, ", ".join(map(str, report.cast_from)), dtype)
+        held = sorted({str(dtype or FLOAT8[kind]) for kind in report.cast_from})
+        logger.info(
+            "%s: weights cast from %s to %s", path, ", ".join(map(str, report.cast_from)), ", ".join(held)
+        )
     if report.unknown:
         logger.warning("%s: ignored %s that the model does not have", path, count_and_names(report.unknown))
 

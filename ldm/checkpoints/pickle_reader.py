@@ -9,14 +9,15 @@ called, and `BUILD` sets no attribute. A name or instruction outside the tables 
 from __future__ import annotations
 
 import pickletools
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import torch
 
 from ldm.checkpoints.sniff import CheckpointError
-from ldm.checkpoints.tensor_bytes import Storage, TensorSpec
+from ldm.checkpoints.tensor_bytes import FLOAT8, Storage, TensorSpec
 
 MAX_PICKLE_BYTES = 64 * 2**20
 MAX_INSTRUCTIONS = 1_000_000  # a v1 training checkpoint with EMA and optimizer has about 200,000
@@ -33,7 +34,11 @@ DTYPES = {
     "torch.CharStorage": torch.int8,
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
+    "torch.storage.UntypedStorage": torch.uint8,  # bytes, which a tensor of a newer type is rebuilt from
 }
+_NEWER_TYPES = {str(dtype): dtype for dtype in FLOAT8}
+
+_OTHER_TYPE = re.compile(r"torch\.(bfloat|bits|complex|float|q?u?int)[0-9]\w*")
 
 # Leftovers of a training run, and protocol 2's way to write bytes: accepted by name, nothing is kept of them.
 _INERT = frozenset(
@@ -88,7 +93,16 @@ def _tensor(arguments: tuple[Any, ...]) -> TensorSpec:
         raise CheckpointError("is a lazily negated or conjugated view; save it again after .resolve_neg()")
     if type(storage) is not Storage or type(size) is not tuple or type(stride) is not tuple:
         raise CheckpointError("describes a tensor in an unknown way")
-    return TensorSpec(storage, offset, size, stride)
+    return TensorSpec(storage, offset, size, stride, storage.dtype)
+
+
+def _tensor_of_bytes(arguments: tuple[Any, ...]) -> TensorSpec:
+    """A tensor whose type is named behind the arguments that others have."""
+    dtype = arguments[6]
+    spec = _tensor((*arguments[:6], *arguments[7:]))
+    if type(dtype) is not _Name or dtype.name not in _NEWER_TYPES or spec.dtype is not torch.uint8:
+        raise CheckpointError("describes a tensor in an unknown way")
+    return replace(spec, dtype=_NEWER_TYPES[dtype.name])
 
 
 def _parameter(arguments: tuple[Any, ...]) -> TensorSpec:
@@ -102,6 +116,7 @@ _BUILDERS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "torch.nn.modules.container.ParameterDict": lambda arguments: _ParameterDict(),
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_of_bytes,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     **dict.fromkeys(_INERT, lambda arguments: _NOTHING),
@@ -194,9 +209,9 @@ class _Machine:
 
     def _push_name(self, asked: str) -> None:
         name = _today(asked)
-        if name == "torch._utils._rebuild_tensor_v3":
+        if _OTHER_TYPE.fullmatch(name) and not is_known(name):
             raise CheckpointError(
-                "holds weights in a type that .ckpt files are not read with here (float8?); save it as .safetensors"
+                f"asks for the type {name[:50]}, which is not read here; save the weights as float16 or float32"
             )
         if not is_known(name):
             raise CheckpointError(
@@ -237,7 +252,7 @@ def _today(name: str) -> str:
 
 def is_known(name: str) -> bool:
     """Whether a checkpoint may name this without being refused."""
-    return _today(name) in _BUILDERS or _today(name) in DTYPES
+    return any(_today(name) in table for table in (_BUILDERS, DTYPES, _NEWER_TYPES))
 
 
 def _storage(pid: Any) -> Storage:

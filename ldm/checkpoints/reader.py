@@ -18,11 +18,11 @@ from ldm.checkpoints.prediction import config_beside, foreign_prediction
 from ldm.checkpoints.recognise import kind_of, looks_like
 from ldm.checkpoints.safetensors_file import read_safetensors
 from ldm.checkpoints.sniff import CheckpointError, Kind, open_regular, reading, sniff
+from ldm.checkpoints.tensor_bytes import FLOAT8
 from ldm.checkpoints.torch_zip import damaged_records, read_torch_zip
 from ldm.util import read_side_file
 
 _WRAPPERS = ("state_dict", "model")
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _MAX_NESTING = 3
 _DESCRIPTIONS = ("hyper_parameters", "metadata", "__metadata__")  # mappings beside the state dict
 
@@ -85,7 +85,7 @@ def find_not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 def _is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point():
         return True
-    if tensor.dtype in _FLOAT8:
+    if tensor.dtype in FLOAT8:
         tensor = tensor.float()
     total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
     return bool(torch.isfinite(total) or torch.isfinite(tensor).all())  # sums are quick, but may overflow
@@ -143,7 +143,7 @@ def _type_name(value: object) -> str:
 
 def _check_tensors(state_dict: Mapping[str, torch.Tensor]) -> None:
     """For every format: only plain tensors of known types in CPU memory leave this module."""
-    known = {*DTYPES.values(), *_FLOAT8}
+    known = {*DTYPES.values(), *FLOAT8}
     for key, tensor in state_dict.items():
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.dtype not in known:
             raise CheckpointError(f"tensor {key[:200]!r} is no plain CPU tensor of a known type")

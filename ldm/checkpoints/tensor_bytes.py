@@ -15,6 +15,15 @@ from ldm.checkpoints.sniff import CheckpointError, file_size
 
 MAX_DIMENSIONS = 8
 
+# types of 8 bits, and for each the smallest type in which torch computes that holds all of its values
+FLOAT8 = {
+    torch.float8_e4m3fn: torch.float16,
+    torch.float8_e5m2: torch.float16,
+    torch.float8_e4m3fnuz: torch.float16,
+    torch.float8_e5m2fnuz: torch.float16,
+    torch.float8_e8m0fnu: torch.bfloat16,  # powers of two from 2^-127 to 2^127
+}
+
 
 _maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
@@ -87,12 +96,16 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A strided view of a storage, as the file describes it; offset and strides count elements."""
+    """A strided view of a storage, as the file describes it; offset and strides count elements.
+
+    `dtype` is the storage's own or, for a storage of bytes, a type of 8 bits.
+    """
 
     storage: Storage
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
+    dtype: torch.dtype
 
     def check(self) -> None:
         """Raises `CheckpointError` unless every element lies in the storage and none is counted for many."""
@@ -112,6 +125,10 @@ class TensorSpec:
                 f"of shape {list(size)} with strides {list(stride)} at {self.offset} "
                 f"does not fit its record of {count} elements"
             )
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """The tensor, of the flat elements of its storage."""
+        return flat.view(self.dtype).as_strided(self.size, self.stride, self.offset)
 
 
 def bounded_product(sizes: Sequence[int]) -> int:

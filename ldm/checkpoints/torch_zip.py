@@ -131,7 +131,7 @@ def _tensor_maker(
                 raise CheckpointError(f"needs {declared} bytes, but the file has {there}")
             start = starts[record.filename]
             storages[storage.key] = content.tensor(start, storage.count, storage.dtype)
-        return storages[storage.key].as_strided(spec.size, spec.stride, spec.offset)
+        return spec.view(storages[storage.key])
 
     return make
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,20 @@ import safetensors.torch
 import torch
 
 from ldm.checkpoints.reader import read_checkpoint, read_tree
+from ldm.checkpoints.tensor_bytes import FLOAT8
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
+WITH_FLOAT8 = (*DTYPES, *FLOAT8)
 
 
-def some_storage(rng: random.Random) -> torch.Tensor:
+def some_storage(rng: random.Random, dtypes: Sequence[torch.dtype] = DTYPES) -> torch.Tensor:
     """A tensor of up to three dimensions, some of them of size 0 or 1."""
     shape = [rng.choice([0, 1, 1, 2, 3, 5]) for _ in range(rng.randrange(4))]
     numbers = torch.tensor([rng.randrange(256) for _ in range(torch.Size(shape).numel())])
-    return numbers.reshape(shape).to(rng.choice(DTYPES))
+    return numbers.reshape(shape).to(rng.choice(dtypes))
 
 
 def some_view(base: torch.Tensor, rng: random.Random) -> torch.Tensor:
@@ -42,6 +45,8 @@ def some_view(base: torch.Tensor, rng: random.Random) -> torch.Tensor:
         return base.as_strided((2, 2), (1, base.numel() - 2), 0)
     if kind == 6 and base.ndim and base.numel():
         return base.narrow(-1, base.shape[-1] // 2, base.shape[-1] - base.shape[-1] // 2)
+    if kind == 7 and base.dtype in FLOAT8 and rng.random() < 0.5:  # bytes: the same storage under two types
+        return base.view(torch.uint8)
     if kind == 7 and base.is_floating_point():
         return torch.nn.Parameter(base.detach(), requires_grad=rng.random() < 0.5)
     return base
@@ -69,7 +74,9 @@ def assert_equal(found: Any, expected: Any, seen: dict[int, int]) -> None:
     if isinstance(expected, torch.Tensor):
         assert type(found) is torch.Tensor and (found.dtype, found.shape) == (expected.dtype, expected.shape)
         assert found.stride() == expected.stride() and found.storage_offset() == expected.storage_offset()
-        assert torch.equal(found, expected.detach())
+        assert torch.equal(
+            *(t.detach().view(torch.uint8) if t.dtype in FLOAT8 else t.detach() for t in (found, expected))
+        )
         if expected.untyped_storage().nbytes():
             storage = found.untyped_storage().data_ptr()
             assert seen.setdefault(expected.untyped_storage().data_ptr(), storage) == storage
@@ -97,7 +104,7 @@ def test_what_torch_saved_is_read_as_torch_reads_it(
     tensors = 0
     for seed in range(first, first + count):
         rng = random.Random(seed)
-        storages = [some_storage(rng) for _ in range(3)]
+        storages = [some_storage(rng, WITH_FLOAT8 if zip_format else DTYPES) for _ in range(3)]
         tree = {"state_dict": some_tree(rng, storages), "more": some_tree(rng, storages)}
         path.unlink(missing_ok=True)
         torch.save(tree, path, _use_new_zipfile_serialization=zip_format)
@@ -112,13 +119,13 @@ def test_what_the_safetensors_library_saved_is_read_as_it_reads_it(tmp_path: Pat
     path = tmp_path / "m.safetensors"
     for seed in range(100):
         rng = random.Random(seed)
-        saved = {f"{i}é": some_storage(rng) for i in range(rng.randrange(1, 6))}
+        saved = {f"{i}é": some_storage(rng, WITH_FLOAT8) for i in range(rng.randrange(1, 6))}
         path.unlink(missing_ok=True)
         safetensors.torch.save_file(saved, path)
         found, expected = read_checkpoint(path, mmap=mmap).state_dict, safetensors.torch.load_file(path)
         assert set(found) == set(expected)
         for key in expected:
-            assert found[key].dtype == expected[key].dtype and torch.equal(found[key], expected[key])
+            assert_equal(found[key], expected[key], {})
 
 
 @pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "legacy"])
@@ -136,8 +143,8 @@ def test_the_generator_makes_every_kind() -> None:
     kinds = collections.Counter()
     for seed in range(150):
         rng = random.Random(seed)
-        storages = [some_storage(rng) for _ in range(3)]
-        for _ in range(5):
+        storages = [some_storage(rng, WITH_FLOAT8) for _ in range(3)]
+        for _ in range(8):
             view = some_view(rng.choice(storages), rng)
             kinds[view.dtype] += 1
             kinds["parameter"] += isinstance(view, torch.nn.Parameter)
@@ -145,5 +152,5 @@ def test_the_generator_makes_every_kind() -> None:
             kinds["strided"] += not view.is_contiguous()
             kinds["empty"] += view.numel() == 0
             kinds["scalar"] += view.ndim == 0
-    wanted = itertools.chain(DTYPES, ["parameter", "offset", "strided", "empty", "scalar"])
+    wanted = itertools.chain(WITH_FLOAT8, ["parameter", "offset", "strided", "empty", "scalar"])
     assert all(kinds[name] >= 10 for name in wanted), kinds

@@ -8,13 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
+from ldm.checkpoints.inspect import inspect_path
 from ldm.checkpoints.load import SCHEDULE_BUFFERS, _held_in, ema_key, load_into
 from ldm.checkpoints.reader import Checkpoint, read_checkpoint
 from ldm.checkpoints.sniff import CheckpointError
+from ldm.checkpoints.tensor_bytes import FLOAT8
+from ldm.pipeline import load_model
 from tests.checkpoints.files import GOLDEN, save_like_lightning, tiny_state_dict
+from tests.golden_data import rebuilt_state_dict, tiny_config
 
 POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 NORM = "cond_stage_model.transformer.text_model.final_layer_norm.weight"
@@ -223,9 +228,53 @@ def test_another_model_is_named_in_the_refusal() -> None:
         load_into(model_of({**SMALL, conv: (2, 4, 3, 3)}), nine)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz])
-def test_float8_is_loaded_as_the_same_values_in_float16(dtype):
-    weight = torch.linspace(-3, 3, 12).reshape(3, 4).to(dtype)
-    assert _held_in(weight, None) is torch.float16
-    assert torch.equal(weight.to(_held_in(weight, None)).double(), weight.double())
-    assert _held_in(weight.float(), None) is torch.float32
+@pytest.mark.parametrize("dtype", FLOAT8, ids=str)
+def test_each_value_of_float8_is_held_exactly(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    """All 256 of them: the wider type is chosen by a table, and float64 holds everything."""
+    caplog.set_level(logging.INFO)
+    values = torch.arange(256, dtype=torch.uint8).view(dtype)
+    model = model_of({UNET: (256,)})
+    load_into(model, checkpoint_of({UNET: values}))
+    held = model.state_dict()[UNET]
+    assert held.dtype is (torch.bfloat16 if dtype is torch.float8_e8m0fnu else torch.float16)
+    assert torch.equal(held.double().nan_to_num(7e77), values.double().nan_to_num(7e77))
+    assert f"cast from {dtype} to {held.dtype}" in caplog.text
+    assert _held_in(values.float(), None) is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ending"),
+    [
+        (torch.float8_e4m3fn, "ckpt"),
+        (torch.float8_e5m2, "safetensors"),
+        (torch.float8_e4m3fnuz, "safetensors"),
+        (torch.float8_e5m2fnuz, "ckpt"),
+    ],
+    ids=str,
+)
+def test_a_whole_model_in_float8_has_the_values_that_torch_widens_it_to(
+    tmp_path: Path, tiny: nn.Module, dtype: torch.dtype, ending: str
+) -> None:
+    state = {
+        key: value.to(dtype) if value.is_floating_point() and value.dim() > 1 else value
+        for key, value in rebuilt_state_dict(tiny).items()
+    }
+    path = tmp_path / f"m.{ending}"
+    if ending == "ckpt":
+        torch.save({"state_dict": state}, path)
+        saved = torch.load(path, weights_only=True)["state_dict"]
+    else:
+        safetensors.torch.save_file({key: value.contiguous() for key, value in state.items()}, path)
+        saved = safetensors.torch.load_file(path)
+    (found,) = inspect_path(path, deep=False)
+    eighths = sum(value.numel() for value in saved.values() if value.dtype is dtype)
+    assert found.precisions[str(dtype).removeprefix("torch.")] == eighths > 1e6
+    loaded = load_model(tiny_config(), path, dtype=torch.float32).state_dict()
+    for key, value in saved.items():
+        if key not in SCHEDULE_BUFFERS and value.is_floating_point():
+            assert loaded[key].dtype is torch.float32 and torch.equal(loaded[key], value.to(torch.float32)), (
+                key
+            )
+    narrow = load_model(tiny_config(), path, dtype=None)
+    weight = narrow.get_parameter(UNET)
+    assert weight.dtype is _held_in(saved[UNET], None) and torch.equal(weight.double(), saved[UNET].double())

@@ -18,6 +18,7 @@ import torch
 
 from ldm.checkpoints.reader import find_damaged_records, find_not_finite, read_checkpoint, read_tree
 from ldm.checkpoints.sniff import CheckpointError
+from ldm.checkpoints.tensor_bytes import FLOAT8
 from tests.checkpoints.files import (
     LIGHTNING_CLASS,
     Tensor,
@@ -233,9 +234,10 @@ def test_large_numbers_are_no_damage_and_opposite_infinities_are(dtype: torch.dt
         "both": torch.tensor([most, float("inf"), float("-inf")], dtype=dtype),
         "none": torch.empty(0, dtype=dtype),
         "whole": torch.full((9,), 2**62),
-        "small": torch.ones(4).to(torch.float8_e4m3fn),
+        **{f"small {kind}": torch.ones(4).to(kind) for kind in FLOAT8},
+        **{f"no number {kind}": torch.tensor([1.0, float("nan")]).to(kind) for kind in FLOAT8},
     }
-    assert find_not_finite(tensors) == ["both"]
+    assert find_not_finite(tensors) == ["both", *(f"no number {kind}" for kind in FLOAT8)]
 
 
 @pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "legacy"])
@@ -244,6 +246,37 @@ def test_a_whole_pickled_model_is_refused_by_name(tmp_path: Path, zip_format: bo
     torch.save(torch.nn.Linear(2, 2), path, _use_new_zipfile_serialization=zip_format)
     with pytest.raises(CheckpointError, match=r"torch\.nn\.modules\.linear\.Linear|whole pickled model"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", FLOAT8, ids=str)
+def test_float8_is_read_from_the_old_format_which_torch_writes_and_cannot_read(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    whole = torch.arange(24).to(dtype).reshape(4, 6)
+    for name, zip_format in (("new", True), ("old", False)):
+        torch.save(
+            {"a": whole[1:, ::2], "b": whole.T}, tmp_path / name, _use_new_zipfile_serialization=zip_format
+        )
+    expected = torch.load(tmp_path / "new", weights_only=True)
+    found = read_tree(tmp_path / "old")
+    for key, tensor in expected.items():
+        assert found[key].dtype is dtype and found[key].stride() == tensor.stride()
+        assert torch.equal(found[key].double(), tensor.double())
+
+
+def test_a_type_that_is_not_read_is_named(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(3, dtype=torch.uint16)}, tmp_path / "m.ckpt")
+    with pytest.raises(CheckpointError, match=r"the type torch\.uint16, which is not read here"):
+        read_tree(tmp_path / "m.ckpt")
+
+
+@pytest.mark.parametrize("storage, dtype", [("FloatStorage", "float8_e5m2"), ("ByteStorage", "float32")])
+def test_bytes_are_seen_only_as_types_of_eight_bits(tmp_path: Path, storage: str, dtype: str) -> None:
+    pid = b"(" + text("storage") + named("torch", storage) + text("0") + text("cpu") + b"K\x04tQ"
+    rest = b"K\x00K\x02\x85K\x01\x85\x89}" + named("torch", dtype)
+    data = b"\x80\x02}" + text("a") + call("torch._utils", "_rebuild_tensor_v3", pid, rest) + b"s."
+    with pytest.raises(CheckpointError, match=r"unknown way|torch\.float32, which is not read"):
+        read_tree(write_zip(tmp_path / "m.ckpt", data))
 
 
 def test_an_ordered_dict_may_carry_state_and_it_is_dropped(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from ldm.checkpoints.reader import read_checkpoint
 from ldm.checkpoints.sniff import CheckpointError
+from ldm.checkpoints.tensor_bytes import FLOAT8
 from tests.checkpoints.files import safetensors_bytes
 
 
@@ -24,8 +25,7 @@ def test_every_type_equals_the_library(tmp_path: Path, mmap: bool) -> None:
         torch.float32,
         torch.float16,
         torch.bfloat16,
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
+        *FLOAT8,
     ]
     types += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
     saved = {f"{i}.{dtype}": (torch.arange(15) % 3).reshape(3, 5).to(dtype) for i, dtype in enumerate(types)}
