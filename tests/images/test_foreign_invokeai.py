@@ -74,3 +74,17 @@ def test_options_of_old_commands() -> None:
 
 def test_weighted_parts_of_a_prompt_are_noted() -> None:
     assert noted(invokeai.read_dream('"a cat:1 a dog:2" -s20 -S5'), "colon")
+
+
+def test_textual_inversions_in_angle_brackets_are_noted() -> None:
+    content = INVOKE | {"positive_prompt": "a cat, <midjourney-style>, 1 < 2", "negative_prompt": "<easyneg>"}
+    recipe = invokeai.read_metadata(json.dumps(content))
+    assert recipe.job.negative_prompt == "<easyneg>"
+    assert noted(recipe, "inversion easyneg") and noted(recipe, "inversion midjourney-style")
+    assert sum("inversion" in note for note in recipe.notes) == 2
+
+
+def test_options_of_old_commands_with_several_values() -> None:
+    recipe = invokeai.read_dream('"a cat" -s 20 -S 5 -U 2 0.75 -I my photo.png -f 0.4 -G 0.8')
+    assert (recipe.job.init, recipe.job.strength) == (Init("my photo.png"), 0.4)
+    assert noted(recipe, "-U 2 0.75") and noted(recipe, "-G 0.8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,12 @@ KOHYA = {
     "scale": "3",
 }
 
+SYGIL = {
+    "SD:prompt": "a cat ### ugly", "SD:seed": "5", "SD:width": "64", "SD:height": "96", "SD:steps": "12",
+    "SD:cfg_scale": "3.0", "SD:sampler": "ddim", "SD:normalize_prompt_weights": "True",
+    "SD:denoising_strength": "0.75",
+}  # fmt: skip
+
 
 def image(path: Path, texts: dict[str, str]) -> str:
     info = PngInfo()
@@ -98,6 +105,7 @@ def held(content: dict[str, Any], keyword: str = "parameters") -> dict[str, str]
     ("TensorArt", held(TENSOR, "generation_data"), CPU), ("Draw Things", held(DRAW), CPU),
     ("Stability Matrix", held(MATRIX, "parameters-json") | {"parameters": "x"}, CPU), ("Easy Diffusion", EASY, JOB),
     ("Easy Diffusion", held(EASY), JOB), ("Easy Diffusion", EASY_NAMED, JOB), ("sd-scripts of kohya", KOHYA, JOB),
+    ("Sygil", SYGIL, JOB),
     ("NovelAI", {"Software": "NovelAI", "Description": "a cat", "Comment": json.dumps(NOVEL)}, JOB),
 ])  # fmt: skip
 def test_programs_are_read(name: str, texts: dict[str, str], job: Job, tmp_path: Path) -> None:
@@ -149,6 +157,61 @@ def test_xmp_of_draw_things(with_json: bool, tmp_path: Path) -> None:
     assert recipe.job.loras == ((("ink", 0.8, 0.8),) if with_json else ())
 
 
+MOCHI = (
+    "Include in Image: a cat; Exclude from Image: ugly; Model: v1-5; Steps: 12; Guidance Scale: 3.0; Seed: 5; "
+    "Size: 64x96; Upscaler: ; Scheduler: DDIM; ML Compute Unit: CPU &amp; GPU; Generator: Mochi Diffusion 4.0"
+)
+
+
+def test_the_description_of_mochi_diffusion(tmp_path: Path) -> None:
+    packet = XMP.format(ELEMENT.format(MOCHI).replace("UserComment", "description"))
+    Image.new("RGB", (64, 96)).save(tmp_path / "x.jpg", xmp=packet.encode())
+    recipe = read_job(str(tmp_path / "x.jpg"))
+    assert (recipe.source, recipe.job, recipe.model) == ("Mochi Diffusion", JOB, "v1-5")
+    assert noted(recipe, "noise generator is not supported")
+
+
+def hide(image: Image.Image, channels: tuple[int, ...], data: bytes) -> Image.Image:
+    """Bits in the lowest bits of channels, one after another down each column."""
+    bits = iter(f"{int.from_bytes(data, 'big'):0{8 * len(data)}b}")
+    for x in range(image.width):
+        for y in range(image.height):
+            pixel = list(image.getpixel((x, y)))  # pyright: ignore[reportArgumentType]
+            for i in channels:
+                pixel[i] = pixel[i] & ~1 | int(next(bits, "0"))
+            image.putpixel((x, y), tuple(pixel))
+    return image
+
+
+WEB_UI = "a cat\nNegative prompt: ugly\nSteps: 12, Sampler: DDIM, CFG scale: 3, Seed: 5, Size: 64x96"
+NAI = json.dumps({"Software": "NovelAI", "Description": "a cat", "Comment": json.dumps(NOVEL)})
+
+
+@pytest.mark.parametrize(("mark", "mode"), [
+    (b"stealth_pnginfo", "RGBA"), (b"stealth_pngcomp", "RGBA"), (b"stealth_rgbinfo", "RGB"),
+    (b"stealth_rgbcomp", "RGBA"),
+])  # fmt: skip
+@pytest.mark.parametrize(("text", "source"), [(WEB_UI, "A1111"), (NAI, "NovelAI")])
+def test_a_text_hidden_in_the_pixels(mark: bytes, mode: str, text: str, source: str, tmp_path: Path) -> None:
+    content = gzip.compress(text.encode()) if mark.endswith(b"comp") else text.encode()
+    data = mark + (8 * len(content)).to_bytes(4, "big") + content
+    drawn = Image.new(mode, (64, 96), (90, 120, 150, 255)[: len(mode)])
+    hide(drawn, (3,) if b"png" in mark else (0, 1, 2), data).save(tmp_path / "x.png")
+    recipe = read_job(str(tmp_path / "x.png"))
+    plain = dataclasses.replace(recipe.job, prompt_syntax="plain", timestep_spacing="uniform")
+    assert (recipe.source, plain) == (source, JOB)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x1f\x8b damaged", gzip.compress(b"\xff\xfe"), gzip.compress(bytes(5_000_000))]
+)
+def test_a_hidden_text_that_is_damaged_or_inflates_says_nothing(content: bytes, tmp_path: Path) -> None:
+    data = b"stealth_pngcomp" + b"\xff\xff\xff\xff" + content
+    hide(Image.new("RGBA", (256, 256), (90, 120, 150, 255)), (3,), data).save(tmp_path / "x.png")
+    with pytest.raises(InputError, match="holds no generation settings"):
+        read_job(str(tmp_path / "x.png"))
+
+
 @pytest.mark.parametrize("content", [
     {"Software": "NovelAI", "Description": "a cat", "Comment": json.dumps(NOVEL)}, SWARM, FOOOCUS,
 ])  # fmt: skip
@@ -174,6 +237,7 @@ def test_a_graph_of_comfyui_in_webp(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("texts", "words"), [
     ({"Software": "Imaginairy / Stable Diffusion v1.4", "Comment": "{}"}, "made with imaginAIry"),
     ({"Description": "a cat --v 6 Job ID: 0123"}, "made with Midjourney"),
+    ({"Nmkdiffusion": '{"prompt": "a cat"}'}, "made with NMKD"),
     ({"Software": "NovelAI"}, "made with NovelAI"), ({"Software": "GIMP"}, "holds no generation settings"),
     ({"parameters": '{"foo": 1}'}, "JSON of a program that is not supported"),
 ])  # fmt: skip

@@ -399,6 +399,16 @@ def test_latin_1_that_is_not_utf_8_stays_what_it_is(tmp_path: Path) -> None:
     assert read_job(png_with(tmp_path / "x.png", b"tEXt", data)).job.prompt == "café"
 
 
+def test_quotes_and_dashes_of_windows_in_chunks_of_latin_1(tmp_path: Path) -> None:
+    data = b"parameters\0" + f"“a cat” – caf\xe9, it’s 5 €\n{SETTINGS}".encode("cp1252")
+    assert read_job(png_with(tmp_path / "x.png", b"tEXt", data)).job.prompt == "“a cat” – café, it’s 5 €"
+
+
+def test_entries_that_are_none_are_not_given() -> None:
+    job = webui.read(f"None\n{SETTINGS}, Denoising strength: None, Hires upscale: None, RNG: None").job
+    assert (job.prompt, job.strength, job.upscale, job.rng) == ("None", 1.0, 1.0, "philox")
+
+
 def test_a_record_is_never_taken_for_utf_8(tmp_path: Path) -> None:
     data = b"ldm\0" + record(Job("Ã©"), {}).encode("latin-1")
     assert read_job(png_with(tmp_path / "x.png", b"tEXt", data)).job.prompt == "Ã©"
@@ -416,7 +426,7 @@ def jpeg_with(path: Path, comment: bytes) -> str:
     b"UNICODE\0" + FOREIGN.encode("utf-16"), b"UNICODE\0\xfe\xff" + FOREIGN.encode("utf-16-be"),
     b"UNICODE\0" + FOREIGN.encode(), b"ASCII\0\0\0" + FOREIGN.encode(), bytes(8) + FOREIGN.encode("utf-8-sig"),
     FOREIGN.encode("utf-16"), FOREIGN.encode(), b"ASCII\0\0\0" + FOREIGN.encode("utf-16-le"),
-    b"JIS\0\0\0\0\0" + FOREIGN.encode(),
+    b"JIS\0\0\0\0\0" + FOREIGN.encode(), b"Unicode\0" + FOREIGN.encode("utf-16-le"),
 ])  # fmt: skip
 @pytest.mark.parametrize("ending", ["jpg", "webp", *(["avif"] if features.check("avif") else [])])
 def test_character_sets_of_exif_comments(data: bytes, ending: str, tmp_path: Path) -> None:

@@ -87,6 +87,9 @@ def named_entries(entries: Mapping[str, str]) -> dict[str, str]:
     for key in ("Seed", "Steps", "Size-1", "Size-2"):
         if re.fullmatch(r"-?[0-9]+\.0+", named.get(key, "")):
             named[key] = named[key].partition(".")[0]
+    for key in FOREIGN_KEYS - {"Prompt", "Negative prompt"}:
+        if named.get(key, "").lower() == "none":  # as programs write what is not set
+            del named[key]
     named["Prompt"] = named["Prompt"].strip()
     named["Negative prompt"] = re.sub(f"(?m)^{NEGATIVE} ?", "", named["Negative prompt"]).strip()
     return named

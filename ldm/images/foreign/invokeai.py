@@ -16,6 +16,7 @@ _CLOSING = re.compile(r'(?<!\\)"(?=\s*$|\s+--?[A-Za-z])')
 _FIRST_OPTION = re.compile(r"(?:^|\s)-s ?[0-9]{1,6}(?=\s|$)")  # every version wrote the steps first
 _ANY_OPTION = re.compile(r"(?:^|\s)--?[A-Za-z]")
 _WEIGHTED = re.compile(r"\S:-?[0-9.]+(?=\s|$)")  # versions 1.x: a cat:1 a dog:2
+_EMBEDDING = re.compile(r"<([\w.-][\w .-]{0,100})>")
 _MODES = ("txt2img", "img2img", "inpaint", "outpaint")
 _DREAM_NUMBERS = {"s": "steps", "S": "seed", "W": "width", "H": "height", "C": "cfg_scale", "f": "strength"}
 _TWO_LETTERS = ("ft", "cf", "tm")
@@ -105,8 +106,7 @@ def _options(text: str) -> list[tuple[str, str]]:
     found = []
     words = text.split()[:200]
     for i, word in enumerate(words):
-        following = words[i + 1] if i + 1 < len(words) else ""
-        value = "" if re.match("-[A-Za-z-]", following) else following
+        value = " ".join(itertools.takewhile(lambda w: not re.match("-[A-Za-z-]", w), words[i + 1 :]))
         name, _, joined = word[1:].partition("=")
         if name in _TWO_LETTERS or word.startswith("--"):
             found.append((_LONG.get(name, name), (joined or value).strip("\"'")))
@@ -116,6 +116,9 @@ def _options(text: str) -> list[tuple[str, str]]:
 
 
 def _settings(content: dict[str, Any], sampler: str, draft: Draft) -> None:
+    for prompt in (draft.values["prompt"], draft.values["negative_prompt"]):
+        for name in _EMBEDDING.findall(prompt):
+            draft.note(f"<{name}> in its prompts stands for the textual inversion {name}, if InvokeAI had it")
     for name in ("seed", "steps", "width", "height"):
         draft.whole(name, content.get(name))
     draft.number("scale", content.get("cfg_scale"))

@@ -15,8 +15,11 @@ Content = dict[str, Any]  # names in lower case without anything but letters and
 
 _OBJECTS = ("Comment", INFOTEXT_KEYWORD, "parameters-json", "generation_data")  # texts that may be JSON
 _NAMES = {
-    "prompt": ("fullprompt", "positiveprompt", "prompt", "c", "textprompts", "description"),
-    "negative_prompt": ("fullnegativeprompt", "negativeprompt", "uc", "negative", "negativeprompts"),
+    "prompt": ("fullprompt", "positiveprompt", "includeinimage", "prompt", "c", "textprompts", "description"),
+    "negative_prompt": (
+        *("fullnegativeprompt", "negativeprompt", "excludefromimage"),
+        *("uc", "negative", "negativeprompts"),
+    ),
     "seed": ("seed",),
     "steps": ("steps", "numinferencesteps"),
     "scale": ("cfgscale", "guidancescale", "cfg", "scale"),
@@ -37,6 +40,7 @@ _NOT_HERE = {
     "useembeddingsmodel": "embeddings", "embeddingmodels": "embeddings", "freeu": "FreeU", "variationseed":
     "variation seed", "refinerupscale": "upscaling", "upscaler": "upscaler", "controls": "controls", "sharpness":
     "sharpness", "adaptivecfg": "adaptive CFG", "v4prompt": "character prompts",
+    "denoisingstrength": "a strength, which counts only with an image to start from:",
     "perhapsstrength": "a strength, which counts only with an image to start from:",
 }  # fmt: skip
 _NONE = ("", "none", "false", "default", "automatic", "0")
@@ -72,6 +76,9 @@ _PROGRAMS = (
         "Easy Diffusion", lambda c: not {"usestablediffusionmodel", "stablediffusionmodel"}.isdisjoint(c)
     ),
     _Program("Fooocus", lambda c: "basemodel" in c and not {"performance", "sharpness"}.isdisjoint(c), True),
+    _Program("Mochi Diffusion", _has("includeinimage")),
+    _Program("Sygil", _has("prompt", "normalizepromptweights")),
+    _Program("NMKD", _has("nmkdiffusion"), is_read=False),
     _Program("Artroom", _has("textprompts", "cfgscale")),
     _Program("imaginAIry", _software("imaginairy"), is_read=False),
     _Program("Midjourney", lambda c: "Job ID:" in str(c.get("description", "")), is_read=False),
@@ -96,7 +103,12 @@ def read(texts: Mapping[str, str], origin: Origin) -> Recipe | None:
     draft = Draft(program.name)
     for name in ("prompt", "negative_prompt"):
         draft.values[name] = _prompt(_found(content, _NAMES[name]))
+    if program.name == "Sygil":
+        prompt, _, negative = draft.values["prompt"].partition("###")
+        draft.values |= {"prompt": prompt.strip(), "negative_prompt": negative.strip()}
     _choose_numbers(content, origin, draft)
+    if program.name == "Mochi Diffusion":
+        content["sampler"] = content.pop("scheduler", "")
     draft.sampler(_text(_found(content, _SAMPLERS)))
     schedule = _text(_found(content, ("comfyuischeduler", "scheduler", "noiseschedule")))
     if schedule.lower() not in (*_NONE, "normal", "ddim_uniform", "native"):
@@ -127,7 +139,7 @@ def read(texts: Mapping[str, str], origin: Origin) -> Recipe | None:
 
 def _content(texts: Mapping[str, str]) -> Content:
     """The texts, and the entries of those that are JSON, in one table."""
-    content = _folded(texts)
+    content = _folded({name.removeprefix("SD:"): text for name, text in texts.items()})  # Sygil's prefix
     for keyword in _OBJECTS:
         found = _object(texts.get(keyword, ""))
         for inner in ("sui_image_params", "meta", "reqBody"):
@@ -200,7 +212,7 @@ def _choose_noise(content: Content, program: _Program, draft: Draft) -> None:
     )
     if (program.on_the_cpu and not of_web_ui) or "torch cpu" in mode or mode == "1":
         draft.cpu_noise()
-    elif program.name == "Draw Things" and "nvidia" not in mode and mode != "3":
+    elif program.name in ("Draw Things", "Mochi Diffusion") and "nvidia" not in mode and mode != "3":
         draft.note("its noise generator is not supported; using an NVIDIA card's")
     else:
         draft.note("its noise is taken to be an NVIDIA card's; another GPU's would differ")

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 from PIL import Image
 from PIL.PngImagePlugin import iTXt
 
+from ldm.images.foreign.hidden import hidden_text
 from ldm.images.metadata import INFOTEXT_KEYWORD, has_settings
 from ldm.images.record import KEYWORD as RECORD_KEYWORD
 from ldm.images.source import FORMATS, open_image, read_bytes, reading
@@ -26,6 +27,7 @@ _DESCRIPTIONS = (0x010E, 0x010F, 0x0110, 0x9C9C)  # ImageDescription, Make and M
 _CODE_LENGTH = 8  # bytes that name the character set of a comment
 _CODES = (b"ASCII\0\0\0", b"UNICODE\0", b"JIS\0\0\0\0\0", bytes(_CODE_LENGTH))
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
+_LATIN_1_CONTROL = re.compile("[\x80-\x9f]")
 _LABEL = re.compile(
     r"([A-Za-z][\w-]{1,30})(?:\0|:\s*(?=\{))"
 )  # stable-diffusion.cpp's, and ComfyUI's in WebP
@@ -37,6 +39,11 @@ _HOLDS_TEXTS = {
     "Comment",
 }  # an object of texts does
 _FIELD = re.compile(r"\n([A-Z][A-Za-z ]{2,30}): ?")
+_MOCHI = "Include in Image: "  # how Mochi Diffusion's description begins, in which semicolons part the fields
+_MOCHI_FIELD = re.compile(
+    r"(?:^|; )(Include in Image|Exclude from Image|Model|Steps|Guidance Scale|Seed|Size|Scheduler|Upscaler|"
+    r"ML Compute Unit|Generator|Date): ?"
+)
 _DECLARED = re.compile(rb"<!(?:DOCTYPE|ENTITY)", re.IGNORECASE)  # entities may grow without end
 _IN_XMP = ("UserComment", "parameters", "description")  # the first says most, in Draw Things' files
 
@@ -46,7 +53,7 @@ def read_texts(path: str, known: Collection[str] = ()) -> tuple[dict[str, str], 
 
     A PNG's chunks have their keywords. What EXIF fields, XMP and a JPEG's comments hold gets the keyword that it
     carries itself, or `parameters`, where the web UI puts it, if it looks like settings. Chunks after the pixels
-    are read where none before them has a keyword of `known`.
+    are read, and texts hidden in the pixels, where none before them has a keyword of `known`.
 
     Raises InputError for a file that is not an image; text that is too long or cannot be decoded is left out.
     """
@@ -69,6 +76,8 @@ def read_texts(path: str, known: Collection[str] = ()) -> tuple[dict[str, str], 
                 # EXIF's comment comes first, also before a PNG's chunk, as in the web UI
                 if keyword != INFOTEXT_KEYWORD or part.startswith("{") or has_settings(part):
                     texts[keyword] = part if i == 0 else texts.get(keyword, part)
+        if texts.keys().isdisjoint(known) and image.format != "JPEG":
+            texts |= dict(_parts(hidden_text(image, MAX_TEXT)))
         for keyword, part in _parts(texts.get(INFOTEXT_KEYWORD, "")):
             texts.setdefault(keyword, part)
         for keyword, tag in (("Software", _SOFTWARE), ("fooocus_scheme", _MAKER_NOTE)):
@@ -142,6 +151,10 @@ def _parts(text: str) -> Iterator[tuple[str, str]]:
         key = label[1].lower() if label[1].lower() in ("prompt", "workflow", INFOTEXT_KEYWORD) else label[1]
         yield key, text[label.end() :].strip("\0")
         return
+    if text.startswith(_MOCHI):
+        _, *fields = _MOCHI_FIELD.split(text)
+        yield from zip(fields[::2], fields[1::2], strict=True)
+        return
     content = _object(text)
     if any(isinstance(node, dict) and "class_type" in node for node in content.values()):
         yield "prompt", text  # ComfyUI's graph
@@ -194,7 +207,7 @@ def _local(name: object) -> str:
 def _comment(value: object) -> str:
     """EXIF's UserComment, which begins with the name of its character set, or should."""
     data = value if isinstance(value, bytes) else str(value).encode("latin-1", "replace")
-    code, rest = data[:_CODE_LENGTH], data[_CODE_LENGTH:]
+    code, rest = data[:_CODE_LENGTH].upper(), data[_CODE_LENGTH:]
     if code == _CODES[2] and b"\x1b" in rest:
         return rest.decode("iso2022_jp", "replace")
     if code == _CODES[1] and b"\0" in rest and not rest.startswith(_UTF_16):
@@ -222,7 +235,12 @@ def _text(value: object) -> str:
     try:
         return value.decode("utf-8-sig").strip("\0")
     except UnicodeError:
-        return value.decode("latin-1").strip("\0")
+        return _LATIN_1_CONTROL.sub(_of_windows, value.decode("latin-1")).strip("\0")
+
+
+def _of_windows(control: re.Match[str]) -> str:
+    """What programs on Windows mean by a byte that Latin-1 has for a control: quotes, dashes, the euro sign."""
+    return control[0].encode("latin-1").decode("cp1252", "replace")
 
 
 def _utf_16(data: bytes) -> str:
