@@ -113,6 +113,25 @@ def read_side_file(path: str | os.PathLike[str], limit: int) -> bytes:
     return data
 
 
+def files_below(folder: str | os.PathLike[str], what: str) -> list[Path]:
+    """All files in a folder and in its folders, sorted; an `InputError` where `folder` itself cannot be listed.
+
+    `what` says in the message which folder it is ("the LoRA folder"). Folders in it that cannot be listed are
+    passed over.
+    """
+    try:
+        os.listdir(folder)
+    except FileNotFoundError:
+        raise InputError(f"{what} {printable(folder)} does not exist") from None
+    except NotADirectoryError:
+        raise InputError(
+            f"{what} {printable(folder)} is not a folder; give the one that holds the file"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{what} {printable(folder)} cannot be listed: {error.strerror or error}") from None
+    return [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+
+
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EMLINK}
 
 

@@ -92,14 +92,26 @@ def test_a_tag_in_the_prompt_is_the_option(draw, ink):
     (option,) = draw("--prompt", "a red cube", "--lora", f"{ink}:0.8:0.5")
     (tag,) = draw("--prompt", "a red cube <lora:ink:0.5:0.8>", "--lora_dir", str(ink.parent))
     (found,) = draw("--prompt", "a red cube", "--lora", "ink:0.8:0.5", "--lora_dir", str(ink.parent))
-    assert same(option, tag) and same(option, found)
-    for picture in (option, tag):
+    tag_of_file = "a red cube <lora:ink.safetensors:0.5:0.8>"
+    (with_ending,) = draw("--prompt", tag_of_file, "--lora_dir", str(ink.parent))
+    assert same(option, tag) and same(option, found) and same(option, with_ending)
+    for picture in (option, tag, with_ending):
         text = picture.text["parameters"]
         assert text.startswith("a red cube <lora:ink:0.5:0.8>\n")
         assert parse_infotext(text)["Lora hashes"] == f"ink: {lora_hash(ink)}"
         job = job_from_infotext(text)
         assert (job.prompt, job.loras) == ("a red cube", (("ink", 0.8, 0.5),))
         assert "loras/" not in json.dumps(picture.text)
+
+
+def test_a_tag_may_say_the_name_of_the_trainings_output(draw, tmp_path):
+    file = save(tmp_path / "loras/ink-000010.safetensors", factors(SHAPES), {"ss_output_name": "ink_v2"})
+    (by_file,) = draw("--prompt", "a red cube <lora:ink-000010:0.8>", "--lora_dir", str(file.parent))
+    (by_name,) = draw("--prompt", "a red cube <lora:ink_v2:0.8>", "--lora_dir", str(file.parent))
+    assert same(by_file, by_name)
+    text = by_name.text["parameters"]
+    assert text.startswith("a red cube <lora:ink_v2:0.8>\n")
+    assert parse_infotext(text)["Lora hashes"] == f"ink_v2: {lora_hash(file)}"
 
 
 def test_without_a_folder_a_tag_is_text(draw, capsys):
@@ -128,10 +140,12 @@ def test_prompts_with_different_loras_share_no_batch(draw, ink, tmp_path):
     [
         (["--lora", "none.safetensors:0.5"], "none.safetensors does not exist"),
         (["--lora_dir", "nowhere"], "nowhere does not exist"),
+        (["--lora_dir", __file__], "test_lora.py is not a folder"),
         (["--lora_dir", ".", "--prompt", "a <lora:none:1>"], "no LoRA named none below"),
         (["--lora_dir", ".", "--prompt", "a <lora:ink:strong>"], "<lora:NAME:WEIGHT>"),
         (["--embedding", "none.pt"], "none.pt does not exist"),
         (["--embedding_dir", "nowhere"], "nowhere does not exist"),
+        (["--embedding_dir", __file__], "test_lora.py is not a folder"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(draw, capsys, options, message):

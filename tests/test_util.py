@@ -12,6 +12,7 @@ from ldm.util import (
     cache_path,
     default,
     exists,
+    files_below,
     part_beside,
     read_side_file,
     temporary_folder,
@@ -139,3 +140,24 @@ def test_a_relative_cache_folder_counts_as_none(monkeypatch, tmp_path):
     assert cache_path("x") == tmp_path / ".cache/ldm-v1/x"
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
     assert cache_path("x") == Path("/elsewhere/ldm-v1/x")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(monkeypatch, tmp_path):
+    (tmp_path / "sub/deep").mkdir(parents=True)
+    for name in ("b", "sub/a", "sub/deep/c"):
+        (tmp_path / name).write_bytes(b"")
+    assert files_below(tmp_path, "the folder") == [tmp_path / name for name in ("b", "sub/a", "sub/deep/c")]
+    with pytest.raises(InputError, match=r"^the LoRA folder .*nowhere\\n does not exist$"):
+        files_below(tmp_path / "nowhere\n", "the LoRA folder")
+    with pytest.raises(InputError, match="b is not a folder"):
+        files_below(tmp_path / "b", "the LoRA folder")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match=r"loop cannot be listed: .*symbolic links"):
+        files_below(tmp_path / "loop", "the folder")
+
+    def forbidden(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("os.listdir", forbidden)  # root may read everything
+    with pytest.raises(InputError, match="cannot be listed: Permission denied"):
+        files_below(tmp_path, "the folder")

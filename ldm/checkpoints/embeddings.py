@@ -16,7 +16,7 @@ from ldm.checkpoints.sniff import CheckpointError
 from ldm.job import MODEL_ENDINGS
 from ldm.modules.encoders.modules import AbstractEncoder, FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import clean
-from ldm.util import InputError, printable
+from ldm.util import InputError, files_below, printable
 
 logger = logging.getLogger(__name__)
 
@@ -117,11 +117,9 @@ def _read_folder(folder: str | Path | None, width: int, longest: int) -> list[Em
     """What lies below a folder; a file that cannot be used is named and left out."""
     if folder is None:
         return []
-    if not Path(folder).is_dir():
-        raise InputError(f"the embedding folder {printable(folder)} does not exist")
     found = []
-    for path in sorted(Path(folder).rglob("*")):
-        if path.name.endswith(MODEL_ENDINGS) and path.is_file():
+    for path in files_below(folder, "the embedding folder"):
+        if path.name.endswith(MODEL_ENDINGS):
             try:
                 found.append(read_embedding(path, width, longest))
             except CheckpointError as error:

@@ -53,7 +53,10 @@ _PARTS = {
     "lora_unet_": "U-Net",
     "unet.": "U-Net",
     "lora_te": "text encoder",
-    "text_encoder.": "text encoder",
+    "te_": "text encoder",
+    "te1_": "text encoder",
+    "text_encoder": "text encoder",
+    "clip_l.": "text encoder",
 }
 
 

@@ -17,7 +17,7 @@ from ldm.checkpoints.lora_deltas import Parts, bias_change, weight_change
 from ldm.checkpoints.lora_files import PEFT_FILES, lora_file
 from ldm.checkpoints.lora_names import TEXT, flat_name, layers_by_name, other_kind, split_key
 from ldm.checkpoints.reader import Checkpoint, read_checkpoint
-from ldm.checkpoints.recognise import count_and_names
+from ldm.checkpoints.recognise import SDXL, count_and_names, family_by_key
 from ldm.checkpoints.sniff import CheckpointError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import InputError, printable
@@ -74,14 +74,13 @@ def read_lora(path: Path, names: Mapping[str, str], model: nn.Module) -> Lora:
 
 def _refuse_other_models(checkpoint: Checkpoint) -> None:
     notes, keys = checkpoint.metadata, checkpoint.state_dict
-    if any(key.startswith(("lora_te2_", "text_encoder_2.")) for key in keys) or str(
-        notes.get("ss_base_model_version")
-    ).startswith("sdxl"):
-        raise _error(checkpoint.path, "is a LoRA for SDXL, and this toolkit runs Stable Diffusion v1")
+    other = family_by_key(keys)
+    if str(notes.get("ss_base_model_version")).startswith("sdxl"):
+        other = other or SDXL
     if notes.get("ss_v2") == "True":
-        raise _error(
-            checkpoint.path, "is a LoRA for Stable Diffusion 2, and this toolkit runs Stable Diffusion v1"
-        )
+        other = other or "Stable Diffusion 2"
+    if other:
+        raise _error(checkpoint.path, f"is a LoRA for {other}, and this toolkit runs Stable Diffusion v1")
     kind = next(filter(None, map(other_kind, keys)), None)
     if kind is not None:
         raise _error(

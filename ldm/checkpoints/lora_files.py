@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from pathlib import Path
 
 from ldm.checkpoints.hashing import file_sha256
 from ldm.checkpoints.safetensors_file import read_header
-from ldm.checkpoints.sniff import open_regular, reading, sniff
+from ldm.checkpoints.sniff import CheckpointError, open_regular, reading, sniff
 from ldm.checkpoints.tensor_bytes import FileBytes
 from ldm.job import MODEL_ENDINGS, lora_name
-from ldm.util import InputError, printable
+from ldm.util import InputError, files_below, printable
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PEFT_SETTINGS = "adapter_config.json"
@@ -40,15 +40,16 @@ def settings_file(file: Path) -> Path | None:
 class LoraFiles:
     """Finds files by the names that prompts call them by: `files` that were given, then those below `folder`.
 
-    A name is a file's name without its ending. A given file that is not there may lie below the folder, and below
-    the folder the folders that a file lies in may stand before its name (`styles/ink`), which tells equal names
-    apart. No name leads to another file.
+    A name is a file's name without its ending, or else with it, or else the name of the training's output that
+    kohya's scripts note in the file, as in AUTOMATIC1111's web UI. A given file that is not there may lie below the
+    folder, and below the folder the folders that a file lies in may stand before its name (`styles/ink`), which
+    tells equal names apart. No name leads to another file.
     """
 
     def __init__(self, files: Sequence[str | Path] = (), folder: str | Path | None = None):
         self._folder = folder if folder is None else Path(folder)
-        if self._folder is not None and not self._folder.is_dir():
-            raise InputError(f"the LoRA folder {printable(folder)} does not exist")
+        below = files_below(self._folder, "the LoRA folder") if self._folder is not None else []
+        self._files = [file for file in below if file.name.endswith(MODEL_ENDINGS)]
         self._given: dict[str, Path] = {}
         for path in map(Path, files):
             name = lora_name(path.name)
@@ -57,30 +58,61 @@ class LoraFiles:
 
     def __call__(self, name: str) -> Path:
         """The file of a name; none, or several, are an `InputError`."""
-        given, found = self._given.get(name), self._below.get(name, [])
+        given = next((path for stem, path in self._given.items() if name in (stem, path.name)), None)
+        found = self._below.get(name) or self._with_endings.get(name) or []
         if given is not None and (given.exists() or not found):
             return lora_file(given)
+        found = found or self._trained_as.get(name, [])
         if len(found) == 1:
             return found[0]
         if not found:
             where = "" if self._folder is None else f" below {printable(self._folder)}"
             raise InputError(f"there is no LoRA named {printable(name)}{where}; give its file with --lora")
-        choice = ", ".join(printable(self._long_name(file)) for file in found[:_NAMED])
+        names = list(map(self._long_name, found))
+        if len(set(names)) < len(names):
+            names = list(map(self._path_below, found))
+        choice = ", ".join(map(printable, names[:_NAMED]))
         raise InputError(f"there are {len(found)} LoRA files named {printable(name)}; say one of {choice}")
 
     @cached_property
     def _below(self) -> dict[str, list[Path]]:
         """Every file below the folder, by its name and by its name with folders."""
-        by_name: dict[str, list[Path]] = {}
-        for file in sorted(self._folder.rglob("*")) if self._folder is not None else []:
-            if file.name.endswith(MODEL_ENDINGS) and file.is_file():
-                for name in {lora_name(file.name), self._long_name(file)}:
-                    by_name.setdefault(name, []).append(file)
-        return by_name
+        return _by_name((file, {lora_name(file.name), self._long_name(file)}) for file in self._files)
+
+    @cached_property
+    def _with_endings(self) -> dict[str, list[Path]]:
+        return _by_name((file, {file.name, self._path_below(file)}) for file in self._files)
+
+    @cached_property
+    def _trained_as(self) -> dict[str, list[Path]]:
+        return _by_name((file, {output_name(file)} - {""}) for file in self._files)
+
+    def _path_below(self, file: Path) -> str:
+        assert self._folder is not None
+        return file.relative_to(self._folder).as_posix()
 
     def _long_name(self, file: Path) -> str:
-        assert self._folder is not None
-        return lora_name(file.relative_to(self._folder).as_posix())
+        return lora_name(self._path_below(file))
+
+
+def _by_name(named: Iterable[tuple[Path, set[str]]]) -> dict[str, list[Path]]:
+    by_name: dict[str, list[Path]] = {}
+    for file, names in named:
+        for name in names:
+            by_name.setdefault(name, []).append(file)
+    return by_name
+
+
+def output_name(path: Path) -> str:
+    """The name of the training's output that kohya's scripts write into a file; empty without one."""
+    try:
+        with reading(path), open_regular(path) as file:
+            if sniff(file) != "safetensors":
+                return ""
+            header, _ = read_header(FileBytes(file, use_mmap=True))
+            return str(header.get("__metadata__", {}).get("ss_output_name", ""))
+    except CheckpointError:  # another file of the folder than the one that is looked for, perhaps
+        return ""
 
 
 @lru_cache(maxsize=64)

@@ -42,12 +42,18 @@ _PREFIXES = (
     "lora_unet_",
     "lora_te_",
     "lora_te1_",
+    "te_",
+    "te1_",
     "lycoris_",
     "unet_",
     "text_encoder_",
+    "text_encoders_",
+    "clip_l_",
+    "transformer_",
     "model_diffusion_model_",
     "diffusion_model_",
-    "cond_stage_model_transformer_",
+    "cond_stage_model_",
+    "module_",
 )
 
 
@@ -79,7 +85,7 @@ def other_kind(key: str) -> str | None:
 
 def flat_name(layer: str) -> str:
     """A layer's name with `_` for `.`, without the prefixes that programs put before it."""
-    name = layer.replace(".processor", "").replace(".", "_")
+    name = layer.replace(".processor", "").replace("_orig_mod.", "").replace(".", "_")
     while prefix := next((p for p in _PREFIXES if name.startswith(p)), None):
         name = name.removeprefix(prefix)
     return name

@@ -37,6 +37,16 @@ _VARIANTS = {
     INPAINTING_CHANNELS: INPAINTING,
 }
 _TEXT_WIDTHS = {768: V1, 1024: V2}
+# whose layer a key of an adapter names, in any program's spelling; the first that fits decides
+_ADAPTED = (
+    ("Stable Cascade", re.compile(r"lora_prior_(unet|te)_")),
+    ("Flux", re.compile(r".*[._](double|single|single_transformer)_blocks[._]\d")),
+    ("Stable Diffusion 3", re.compile(r".*[._](joint_blocks[._]\d|attn[._](add_[qkv]_proj|to_add_out))|lora_te3_")),
+    ("Wan", re.compile(r"(diffusion_model\.|lora_unet_)blocks[._]\d+[._](self|cross)_attn[._][qkvo]\b")),
+    ("a model with a T5 text encoder", re.compile(r"(text_encoders\.)?t5xxl\.|text_encoder_[23]\.encoder\.block\.")),
+    (SDXL, re.compile(r"(lora_)?te2_|text_encoder_2\.|(text_encoders\.)?clip_g\.|conditioner\.|.*[._]label_emb[._]")),
+    ("a diffusion transformer", re.compile(r"(lora_)?transformer[._](transformer_blocks|blocks|layers)[._]\d")),
+)  # fmt: skip
 
 # What a key says the file is; the first pattern that a key begins with (or holds, after `.*`) decides.
 _PARTS: tuple[tuple[str, Part, str], ...] = (
@@ -188,16 +198,21 @@ def _kind_of_one_tensor(shapes: Mapping[str, tuple[int, ...]]) -> ModelKind:
 
 
 def _flavour(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    if any(re.match(r"(lora|lycoris|oft)_", key) for key in shapes):
+    if any(re.match(r"(lora|lycoris|oft|te1?)_", key) for key in shapes):
         style = "kohya"
     else:
         style = "PEFT" if any(".lora_A." in key for key in shapes) else "diffusers"
     return " ".join([style, *(name for part, name in _METHODS if any(part in key for key in shapes))])
 
 
+def family_by_key(keys: Collection[str]) -> str:
+    """The model other than v1 that an adapter is for, told by layers that only that model has; empty without any."""
+    return next((name for name, pattern in _ADAPTED if any(map(pattern.match, keys))), "")
+
+
 def _family_of_adapter(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    if any(re.match(r"lora_te2_|text_encoder_2\.", key) for key in shapes):
-        return SDXL
+    if other := family_by_key(shapes):
+        return other
     down = r".*(down\.weight|lora_A\.weight|hada_w1_b)$"
     text = r"(lora_te|text_encoder|text_model).*q_proj" + down
     read = _size(shapes, r"attn2(_|\.|\.processor\.)to_k(_lora)?\b" + down, axis=1)

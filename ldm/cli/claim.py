@@ -16,7 +16,7 @@ from ldm.cli.kept import KeptModel
 from ldm.cli.manifest import Content, Page, RunFile, TileSides, describe, find_run, join_run, open_run
 from ldm.cli.plan import Plan
 from ldm.job import Init
-from ldm.util import InputError, find, printable
+from ldm.util import InputError, files_below, find, printable
 
 if TYPE_CHECKING:
     from ldm.checkpoints.lora_files import LoraFiles
@@ -112,8 +112,8 @@ def settings(opt: argparse.Namespace, plan: Plan, source: Source) -> dict[str, A
 
     inits = dict.fromkeys(job.init for job in plan.kinds() if job.init is not None)
     pictures = dict.fromkeys(path for init in inits for path in (init.image, init.mask) if path)
-    below = sorted(Path(opt.embedding_dir).rglob("*")) if opt.embedding_dir is not None else []
-    embeddings = [*(Path(path) for path, _ in opt.embedding), *(path for path in below if path.is_file())]
+    below = files_below(opt.embedding_dir, "the embedding folder") if opt.embedding_dir is not None else []
+    embeddings = [*(Path(path) for path, _ in opt.embedding), *below]
     loras = {name: source.find_lora(name) for name in plan.loras()}
     lora_settings = {name: file for name, path in loras.items() if (file := settings_file(path))}
     return {

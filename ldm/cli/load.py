@@ -14,7 +14,7 @@ from ldm import __version__
 from ldm.cli.claim import Source, files_by_part
 from ldm.cli.locate import model_name
 from ldm.cli.plan import Plan
-from ldm.job import Job
+from ldm.job import Job, lora_name
 from ldm.util import cache_path
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def extras_of(
         if job.init is not None:
             canvas = source.canvases(job.init)
             entries |= {"Init image hash": canvas.digest[:10], "Mask hash": canvas.mask_digest[:10]}
-        loras = {file_name(name): lora_hash(source.find_lora(name)) for name, *_ in job.loras}
+        loras = {lora_name(file_name(name)): lora_hash(source.find_lora(name)) for name, *_ in job.loras}
         used = embeddings.used_in(job.prompt, job.negative_prompt) if embeddings else []
         inversions = {e.name: file_sha256(e.path)[:12] for e in used}
         return {**entries, "Lora hashes": _listed(loras), "TI hashes": _listed(inversions)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.job import MODEL_ENDINGS, lora_name
-from ldm.util import ROOT, InputError, printable
+from ldm.util import ROOT, InputError, files_below, printable
 
 if TYPE_CHECKING:
     from ldm.images.foreign import Recipe
@@ -195,10 +195,8 @@ def _say(located: Located, what: str, name: str, path: Path | None, same: bool, 
 def _files_below(folder: object) -> list[tuple[str, Path]]:
     if not isinstance(folder, str):
         return []
-    if not Path(folder).is_dir():
-        raise InputError(f"the folder {printable(folder)} does not exist")
-    files = (path for path in sorted(Path(folder).rglob("*")) if path.name.endswith(MODEL_ENDINGS))
-    return [(lora_name(path.name), path) for path in files if path.is_file()]
+    files = files_below(folder, "the folder")
+    return [(lora_name(path.name), path) for path in files if path.name.endswith(MODEL_ENDINGS)]
 
 
 def _hashes(listed: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from ldm.checkpoints.load import undrawn
 from ldm.checkpoints.lora import LoraStack, read_lora
 from ldm.checkpoints.lora_files import LoraFiles, lora_file, lora_hash
 from ldm.checkpoints.lora_names import TEXT, UNET, Key, flat_name, layers_by_name, split_key
+from ldm.checkpoints.recognise import family_by_key, kind_of
 from ldm.checkpoints.sniff import CheckpointError
 from ldm.config import read_config
 from ldm.util import InputError, instantiate_from_config
@@ -276,6 +277,25 @@ def spellings():
             f"base_model.model.{unet}.to_q.lora_{{AB}}.weight",
             f"base_model.model.{text}.v_proj.lora_{{AB}}.weight",
         ),
+        "compiled": (
+            f"unet._orig_mod.{unet}.to_q.lora_{{AB}}.weight",
+            f"text_encoder._orig_mod.{text}.v_proj.lora_{{AB}}.weight",
+        ),
+        "parallel": (f"module.{unet}.to_q.lora_{{AB}}.weight", f"module.{text}.v_proj.lora_{{AB}}.weight"),
+        **{
+            prefix: (f"diffusion_model.{sgm}.lora_{{}}.weight", f"{prefix}{text}.v_proj.lora_{{}}.weight")
+            for prefix in (
+                "text_encoders.clip_l.transformer.", "text_encoders.clip_l.", "clip_l.transformer.", "clip_l.",
+                "cond_stage_model.transformer.", "cond_stage_model.",
+            )
+        },
+        **{
+            prefix: (
+                f"lora_unet_{sgm.replace('.', '_')}.lora_{{}}.weight",
+                f"{prefix}{text.replace('.', '_')}_v_proj.lora_{{}}.weight",
+            )
+            for prefix in ("te_", "te1_", "lycoris_text_encoder_", "lora_te1_")
+        },
     }  # fmt: skip
 
 
@@ -426,9 +446,49 @@ def test_other_models_are_named(model, save):
     keys = QUERY[0].replace("attn1_to_q", "attn2_to_k")
     for columns, other in ((1024, "Stable Diffusion 2"), (2048, "SDXL")):
         assert other in refusal(model, save(low_rank(keys, np.empty((32, columns)))))
-    assert "no layer" in refusal(
-        model, save(low_rank("lora_unet_double_blocks_0_img_attn", np.empty((4, 4))))
-    )
+    assert "no layer" in refusal(model, save(low_rank("lora_unet_layers_0_attention_qkv", np.empty((4, 4)))))
+
+
+FOREIGN = {
+    "lora_prior_unet_down_blocks_0_1_attention_to_q": "Stable Cascade",
+    "lora_prior_te_text_model_encoder_layers_1_self_attn_v_proj": "Stable Cascade",
+    "lora_unet_double_blocks_0_img_attn_qkv": "Flux",
+    "diffusion_model.single_blocks.7.linear1": "Flux",
+    "transformer.single_transformer_blocks.0.attn.to_q": "Flux",
+    "lora_unet_joint_blocks_0_x_block_attn_qkv": "Stable Diffusion 3",
+    "diffusion_model.joint_blocks.0.context_block.attn.qkv": "Stable Diffusion 3",
+    "transformer.transformer_blocks.0.attn.add_k_proj": "Stable Diffusion 3",
+    "lora_te3_encoder_block_0_layer_0_SelfAttention_q": "Stable Diffusion 3",
+    "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q": "a model with a T5 text encoder",
+    "diffusion_model.blocks.0.cross_attn.k": "Wan",
+    "lora_unet_blocks_0_self_attn_q": "Wan",
+    "transformer.transformer_blocks.0.attn1.to_q": "a diffusion transformer",
+    "te2_text_model_encoder_layers_0_mlp_fc1": "SDXL",
+    "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1": "SDXL",
+    "text_encoder_2.text_model.encoder.layers.0.mlp.fc1": "SDXL",
+    "lora_unet_label_emb_0_0": "SDXL",
+}
+
+
+@pytest.mark.parametrize("key, other", FOREIGN.items())
+def test_layers_of_other_models_tell_whose_they_are(model, save, key, other):
+    """Though some of the file would fit: text encoders are shared by several models."""
+    tensors = {**low_rank(*_named(model, WORDS)), f"{key}.lora_up.weight": draw(4, 2)}
+    assert f"is a LoRA for {other}, and" in refusal(model, save(tensors))
+    assert kind_of({key: torch.from_numpy(array) for key, array in tensors.items()}).family == other
+
+
+@pytest.mark.parametrize("style", spellings())
+def test_no_key_of_v1_is_taken_for_anothers(style):
+    keys = [key.format("down", AB="A") for key in spellings()[style]]
+    assert family_by_key(keys) == ""
+
+
+def test_no_layer_of_v1_is_taken_for_anothers(v1):
+    layers = layers_by_name(v1)
+    keys = [prefix + name for prefix in ("lora_unet_", "lora_te_", "") for name in layers]
+    keys += [prefix + path for prefix in ("", "transformer.") for path in layers.values()]
+    assert len(keys) > 2000 and family_by_key(keys) == ""
 
 
 def test_what_does_not_fit_is_named(model, save):
@@ -505,6 +565,39 @@ def test_names_find_files(tmp_path):
         LoraFiles([tmp_path / "a.pt", tmp_path / "b/a.safetensors"])
     with pytest.raises(InputError, match="does not exist"):
         lora_file(tmp_path / "nothing.safetensors")
+
+
+def test_a_name_may_have_its_ending(tmp_path):
+    for name in ("all/a/ink.safetensors", "all/a/ink.pt", "all/b/oil.ckpt", "all/b/oil.ckpt.pt", "given.bin"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    files = LoraFiles([tmp_path / "given.bin"], tmp_path / "all")
+    assert files("ink.pt") == files("a/ink.pt") == tmp_path / "all/a/ink.pt"
+    assert files("ink.safetensors") == tmp_path / "all/a/ink.safetensors"
+    assert files("given.bin") == tmp_path / "given.bin"
+    assert files("oil.ckpt") == tmp_path / "all/b/oil.ckpt.pt", "a name without its ending comes first"
+    with pytest.raises(InputError, match=r"2 LoRA files named ink; say one of a/ink\.pt, a/ink\.safetensors"):
+        files("ink")
+    for name in ("ink.ckpt", "given.pt", "oil.pt"):
+        with pytest.raises(InputError, match="no LoRA named"):
+            files(name)
+
+
+def test_a_name_may_be_that_of_the_trainings_output(save, tmp_path):
+    tensors = low_rank("x", np.empty((4, 4)))
+    for name, trained in (("a", "ink_v2"), ("b", "wash"), ("sub/c", "wash"), ("wash-final", "a"), ("d", "")):
+        save(tensors, {"ss_output_name": trained}, f"{name}.safetensors")
+    save(tensors, None, "e.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"{" * 100)
+    torch.save({"ss_output_name": "old"}, tmp_path / "f.pt")
+    files = LoraFiles([], tmp_path)
+    assert files("ink_v2") == tmp_path / "a.safetensors"
+    assert files("a") == tmp_path / "a.safetensors", "the file of that name comes first"
+    with pytest.raises(InputError, match="2 LoRA files named wash; say one of b, sub/c"):
+        files("wash")
+    for name in ("", "old", "None"):
+        with pytest.raises(InputError, match="no LoRA named"):
+            files(name)
 
 
 def test_hash_is_the_web_uis(save, tmp_path):
