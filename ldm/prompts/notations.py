@@ -39,9 +39,22 @@ def _in_capitals(pattern: str, message: str) -> Notation:
 _PICTURE = r"\S+\.(?:png|jpe?g|webp|bmp|tiff?|gif)"
 LINES = (
     _sign(r"^\s*(?:\#|//)", "is drawn as a prompt, not a comment; delete it"),
-    _sign(r"""^\s*(?: "[^"]*" | '[^']*' | “[^”]*” ) ,? \s*$""", "is drawn with its quotes; leave them out"),
-    _sign(r"^\s*(?: [-*•] | \d{1,4}[.)] )\s+\S", "is drawn with its bullet or number; leave it out"),
-    _sign(r"^(?i:\s*(?:negative|positive)?\s*prompt\s*:)", "is drawn with its label; write only the prompt"),
+    _sign(
+        r"""^\s*(?: "[^"]*"(?:\s*,\s*"[^"]*")* | '[^']*'(?:\s*,\s*'[^']*')* | “[^”]*” ) ,? \s*$""",
+        "is drawn with its quotes; leave them out",
+    ),
+    _sign(r"^\s*(?: [-*•] | \d{1,6}[.):] )\s+\S", "is drawn with its bullet or number; leave it out"),
+    _sign(
+        r"^(?i:\s*(?:/imagine\s+)?(?:(?:negative|positive)?\s*prompt|negative|positive)\s*:)",
+        "is drawn with its label; write only the prompt",
+    ),
+    _sign(
+        r"""^\s*\w+\s*=\s*[\[("'] .* [])"'],? \s*$""", "is drawn as a prompt, but looks like a program's line"
+    ),
+    _sign(
+        r"\S\s*\#{3}\s*\S",
+        "is drawn with ###, which begins a negative prompt elsewhere; use --negative_prompt",
+    ),
     _sign(
         r"^\s*Steps:\ \d+,\ .*\bSampler:\ ",
         "is drawn as a prompt, but is the settings of an image; replay.py repeats that image",
@@ -88,6 +101,11 @@ ALWAYS = (
         r"\bembedding:[^\s,()]+",
         "is ComfyUI's name of an embedding and is read as text; write the name that --embedding gives it",
     ),
+    _sign(
+        r"""(?<![\w<:])(?i:lora|lyco|hypernet)\s*[:：]\s*[\w./-]+ | <(?i:lora|lyco|hypernet|ti):[^<>]*$
+        | <(?i:lora|lyco|hypernet|ti)\s*[=：][^<>]*>?""",
+        "looks like a tag for a network and is read as text; with --lora_dir, write <lora:NAME:WEIGHT>",
+    ),
     _sign(r"/\*", "begins a comment in ComfyUI; here it is read as text"),
     _sign(r"\bwith(?:Lora|Textual\w*)\([^()]*\)", "asks for a network and is read as text; use --lora"),
 )
@@ -112,7 +130,7 @@ NEGATIVE_TAGS = (
         "asks for a network, which a negative prompt cannot; it is read as text. Move it to the prompt",
     ),
 )
-_SIGNS = re.compile(r"[<(\[{_$*/+:]|--|[A-Z]{3}")  # one of which all of them have
+_SIGNS = re.compile(r"[<(\[{_$*/+:：]|--|[A-Z]{3}")  # one of which all of them have
 
 
 def warn_of_notations(

@@ -122,7 +122,7 @@ def _add_entry(values: Values, name: str, value: Any) -> None:
     field = column(name)
     if field is None and name == "init" and value is None:
         values.add(name, name, lambda: None)
-    elif field is None:
+    elif field is None and value not in (None, False, []):  # what is off anyway, as in the web UI's API
         values.fault(_unknown(name))
     elif field:
         values.add(name, field, lambda: check_value(field, value))

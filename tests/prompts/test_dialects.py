@@ -461,7 +461,13 @@ def test_a_long_array_in_one_line(read):
         ('"a dog",', "is drawn with its quotes; leave them out"),
         ("- a dog", "is drawn with its bullet or number; leave it out"),
         ("12. a dog", "is drawn with its bullet or number"),
+        ("120: a dog", "is drawn with its bullet or number"),
+        ('"a dog", "a cat"', "is drawn with its quotes"),
+        ("prompts = ['a dog', 'a cat']", "looks like a program's line"),
+        ("a dog ### bad", "is drawn with ###, which begins a negative prompt"),
         ("Negative prompt: bad", "is drawn with its label"),
+        ("Negative: bad", "is drawn with its label"),
+        ("/imagine prompt: a dog", "is drawn with its label"),
         ("Steps: 20, Sampler: DDIM, CFG scale: 7", "is the settings of an image"),
         ("img/1.png\ta dog", "is drawn with the name of a file"),
         ("1.jpg|a dog", "is drawn with the name of a file"),
@@ -475,6 +481,15 @@ def test_what_looks_like_no_prompt_is_drawn_with_a_warning(read, caplog, text, s
     caplog.clear()
     read(f"a cat\n{text}", "plain")
     assert not caplog.records
+
+
+def test_what_is_off_anyway_in_json_needs_no_counterpart(read):
+    """As the web UI's API is sent it."""
+    off = {"restore_faces": False, "override_settings": {}, "styles": [], "script_name": None}
+    (line,) = read(json.dumps({"prompt": "a cat", "steps": 20, **off}))
+    assert (line.prompt, line.overrides) == ("a cat", {"steps": 20})
+    with pytest.raises(InputError, match="restore_faces is unknown"):
+        read(json.dumps({"prompt": "a cat", "restore_faces": True}))
 
 
 def test_almost_a_header_is_told(read, caplog):

@@ -41,6 +41,12 @@ def warnings(caplog):
         ("embedding:ink, a cat", "embedding:ink is ComfyUI's name of an embedding", None),
         ("a cat /* big */", "/* begins a comment in ComfyUI", None),
         ("withLora(ink, 0.8)", "withLora(ink, 0.8) asks for a network", None),
+        ("a cat, {lora:ink:1}", "lora:ink looks like a tag for a network", None),
+        ("a cat < lora:ink:1>", "lora:ink looks like a tag for a network", None),
+        ("a cat &lt;lora:ink:1&gt;", "lora:ink looks like a tag for a network", None),
+        ("a cat ＜lora：ink：1＞", "lora：ink looks like a tag for a network", None),
+        ("a cat <lora:ink:1", "<lora:ink:1 looks like a tag for a network", None),
+        ("a cat <lora=ink:1>", "<lora=ink:1> looks like a tag for a network", None),
     ],
 )
 def test_one_warning_for_each_notation(warnings, prompt, said, read_with):
@@ -69,7 +75,8 @@ def test_a_negative_prompt_asks_for_no_network(warnings):
 
 
 @pytest.mark.parametrize(
-    "unit", ["{", "{|", "(", "(:", "[|", "[:", "<a:", "/*", "__a", "${a", "a+", "a)", "AND"]
+    "unit",
+    ["{", "{|", "(", "(:", "[|", "[:", "<a:", "<lora:", "lora: ", "/*", "__a", "${a", "a+", "a)", "AND"],
 )
 def test_strange_long_prompts_are_looked_at_in_no_time(warnings, unit):
     start = time.process_time()
