@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ldm.util import InputError, find, get_obj_from_str, printable
+from ldm.util import InputError, find, get_obj_from_str, printable, read_side_file
 
 _OUR_TARGETS = (
     "ldm.models.diffusion.ddpm.LatentDiffusion",
@@ -49,8 +49,6 @@ def read_config(path: str | Path, allow_targets: Sequence[str] = ()) -> dict[str
         tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except ConfigError:
         raise
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {printable(path)}: {error.strerror}") from None
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
@@ -68,15 +66,10 @@ def read_config(path: str | Path, allow_targets: Sequence[str] = ()) -> dict[str
 
 
 def _read_text(path: Path) -> str:
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"the config {printable(path)} is a folder, pipe or device, not a file")
-    with path.open("rb") as file:
-        raw = file.read(_MAX_BYTES + 1)
-    if len(raw) > _MAX_BYTES:
-        raise ConfigError(
-            f"the config {printable(path)} is larger than {_MAX_BYTES // 2**20} MB; is it a config?"
-        )
-    return raw.decode("utf-8-sig")
+    try:
+        return read_side_file(path, _MAX_BYTES).decode("utf-8-sig")
+    except InputError as error:
+        raise ConfigError(f"the config {error}") from None
 
 
 def _check_tree(node: Any, path: Path, packages: Sequence[str]) -> None:

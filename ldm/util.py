@@ -93,22 +93,27 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def read_side_file(path: str | os.PathLike[str], limit: int) -> bytes:
+MAX_SIDE_FILE = 16 * 2**20  # bytes; the largest honest ones, CLIP's token tables, have one million
+
+
+def read_side_file(path: str | os.PathLike[str], limit: int = MAX_SIDE_FILE) -> bytes:
     """The bytes of a small file that describes something: a regular file of at most `limit` bytes.
 
-    Anything else, and what the system refuses, is an `InputError` that begins with the path.
+    Anything else, of which nothing is read, and what the system refuses, is an `InputError` that begins with the
+    path.
     """
     shown = printable(os.fspath(path))
     try:
         with open_regular(path) as file:
-            data = file.read(limit + 1)
+            too_large = os.fstat(file.fileno()).st_size > limit
+            data = b"" if too_large else file.read(limit + 1)
     except InputError as error:
         raise InputError(f"{shown} {error}") from None
     except FileNotFoundError:
         raise InputError(f"{shown} does not exist") from None
     except OSError as error:
         raise InputError(f"{shown} cannot be read: {error.strerror or printable(error)}") from None
-    if len(data) > limit:
+    if too_large or len(data) > limit:
         raise InputError(f"{shown} is larger than {limit / 2**20:g} MB; is it the right file?")
     return data
 

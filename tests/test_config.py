@@ -53,11 +53,11 @@ def refusal(path, **options):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda path: None, "cannot read the config .*No such file"),
-        (lambda path: path.mkdir(), "is a folder, pipe or device"),
-        (lambda path: os.mkfifo(path), "is a folder, pipe or device"),
+        (lambda path: None, "the config .* does not exist"),
+        (lambda path: path.mkdir(), "is a folder"),
+        (lambda path: os.mkfifo(path), "is a pipe"),
         (lambda path: path.symlink_to(path), "symbolic links"),
-        (lambda path: path.symlink_to("/dev/zero"), "is a folder, pipe or device"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a pipe, socket or device"),
         (lambda path: path.write_bytes(b" " * (2**20 + 1)), "larger than 1 MB"),
     ],
 )

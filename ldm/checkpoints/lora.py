@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.lora_deltas import Parts, bias_change, weight_change
-from ldm.checkpoints.lora_files import PEFT_FILES, lora_file
+from ldm.checkpoints.lora_files import lora_file, settings_file
 from ldm.checkpoints.lora_names import TEXT, flat_name, layers_by_name, other_kind, split_key
 from ldm.checkpoints.reader import Checkpoint, read_checkpoint
 from ldm.checkpoints.recognise import SDXL, count_and_names, family_by_key
-from ldm.checkpoints.sniff import CheckpointError
+from ldm.checkpoints.sniff import CheckpointError, reading
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import InputError, printable
+from ldm.util import InputError, printable, read_side_file
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +108,10 @@ def _check(path: Path, layer: str, parts: Parts, module: nn.Module) -> None:
 
 
 def _peft_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    path = checkpoint.path.with_name("adapter_config.json")
     text = checkpoint.metadata.get("lora_adapter_metadata")
-    if text is None and checkpoint.path.name in PEFT_FILES and path.is_file():
-        text = path.read_text(encoding="utf-8", errors="replace")
+    if text is None and (beside := settings_file(checkpoint.path)):
+        with reading(beside):
+            text = read_side_file(beside).decode("utf-8", "replace")
     try:
         settings = json.loads(str(text)) if text is not None else {}
     except (ValueError, RecursionError):

@@ -161,7 +161,6 @@ _WEIGHTS = (
 )
 _VARIANTS = ("", ".fp16")
 _HARMLESS_COMPONENTS = {"tokenizer", "scheduler", "safety_checker", "feature_extractor"}
-MAX_JSON = 16 * 2**20
 _VOCABULARIES = ("vocab.json", "tokenizer.json")
 
 
@@ -315,7 +314,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     with reading(path):
-        tree = json.loads(read_side_file(path, MAX_JSON))
+        tree = json.loads(read_side_file(path))
         if not isinstance(tree, dict):
             raise CheckpointError("is not a JSON mapping")
         return tree

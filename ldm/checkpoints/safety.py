@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from ldm.checkpoints.load import load_into, undrawn
-from ldm.checkpoints.reader import read_checkpoint
+from ldm.checkpoints.reader import read_checkpoint, read_json
 from ldm.checkpoints.sniff import CheckpointError, open_regular, reading, sniff
 from ldm.modules.encoders.safety import SafetyChecker
 from ldm.util import find, printable
@@ -102,8 +101,8 @@ def _sizes(config: Path) -> dict[str, int]:
     """The parameters of `SafetyChecker` that a config.json describes; none, for v1's, if there is no file."""
     if not os.path.lexists(config):
         return {}
-    with reading(config), open_regular(config) as file:
-        tree = _mapping(json.load(file), "the file")
+    with reading(config):
+        tree = read_json(config)
         vision = _mapping(tree.get("vision_config"), "vision_config")
         activation = vision.get(*_ACTIVATION)
         if activation != _ACTIVATION[1]:

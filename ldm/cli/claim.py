@@ -16,7 +16,7 @@ from ldm.cli.kept import KeptModel
 from ldm.cli.manifest import Content, Page, RunFile, TileSides, describe, find_run, join_run, open_run
 from ldm.cli.plan import Plan
 from ldm.job import Init
-from ldm.util import InputError, files_below, find, printable
+from ldm.util import InputError, files_below, find, printable, read_side_file
 
 if TYPE_CHECKING:
     from ldm.checkpoints.lora_files import LoraFiles
@@ -37,6 +37,7 @@ _OPTIONS = (
     "compile",
 )
 _TABLES = ("vocab.json", "merges.txt", "tokenizer.json", "vocab.txt")  # of tokenizers
+_SETTINGS = ("config.json", "adapter_config.json")  # of weights
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,6 @@ class Claim:
 
 def settings(opt: argparse.Namespace, plan: Plan, source: Source) -> dict[str, Any]:
     """What the pixels and the files depend on besides the jobs and the weights: options, and digests of files."""
-    from ldm.checkpoints.hashing import file_sha256
     from ldm.checkpoints.lora_files import settings_file
 
     inits = dict.fromkeys(job.init for job in plan.kinds() if job.init is not None)
@@ -128,8 +128,8 @@ def settings(opt: argparse.Namespace, plan: Plan, source: Source) -> dict[str, A
         "pictures": {
             printable(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in pictures
         },
-        "lora_files": {name: file_sha256(path) for name, path in loras.items()},
-        "lora_settings": {name: file_sha256(path) for name, path in lora_settings.items()},
+        "lora_files": {name: _digest(path) for name, path in loras.items()},
+        "lora_settings": {name: _digest(path) for name, path in lora_settings.items()},
         "embeddings": _digests(embeddings),
         "embedding_names": _names(opt.embedding),
     }
@@ -145,9 +145,15 @@ def _names(embeddings: Sequence[tuple[str, str | None]]) -> dict[str, str]:
 
 
 def _digests(files: list[Path]) -> dict[str, str]:
+    return {printable(path): _digest(path) for path in files}
+
+
+def _digest(path: Path) -> str:
+    """The SHA-256 of a file; one that describes others is refused unread if it is of a size that none has."""
     from ldm.checkpoints.hashing import file_sha256
 
-    return {printable(path): file_sha256(path) for path in files}
+    small = path.name in (*_TABLES, *_SETTINGS)
+    return hashlib.sha256(read_side_file(path)).hexdigest() if small else file_sha256(path)
 
 
 def _config_files(config: Mapping[str, Any]) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,13 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm.checkpoints import hashing
 from ldm.checkpoints.convert import convert, write_safetensors
 from ldm.checkpoints.layouts import PREFIXES, component_configs, parts_in, to_compvis, to_diffusers
 from ldm.checkpoints.load import build_model, check_fit
 from ldm.checkpoints.reader import model_files, read_model
 from ldm.checkpoints.sniff import CheckpointError
+from ldm.cli import claim
 from ldm.config import read_config
 from ldm.pipeline import load_model
+from ldm.util import InputError
 from tests.golden_data import GOLDEN, inpainting_config, rebuilt_state_dict, tiny_config
 
 State = Mapping[str, Tensor]
@@ -395,6 +399,37 @@ def test_missing_files_of_a_folder_are_named(folder: Path, tmp_path: Path) -> No
     (folder / "model_index.json").write_bytes(b" " * (16 * 2**20 + 1))
     with pytest.raises(CheckpointError, match="larger than 16 MB"):
         read_model(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_index.json",
+        "unet/config.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "tokenizer/tokenizer.json",
+        "vae/diffusion_pytorch_model.safetensors.index.json",
+    ],
+)
+def test_a_side_file_of_20_gb_is_refused_by_its_size(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what loads it, and by what takes its checksum for the run's file before that."""
+    if name.endswith(".index.json"):
+        (folder / name.replace(".index.json", "")).unlink()
+    if name == "tokenizer/tokenizer.json":
+        (folder / "tokenizer/vocab.json").unlink()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).touch()
+    os.truncate(folder / name, 20 * 2**30)
+    monkeypatch.setattr(hashing, "_digest", lambda path: pytest.fail(f"{path} is read as a whole"))
+    with pytest.raises(InputError, match=rf"{name}.* is larger than 16 MB"):
+        load_model(tiny_config(), folder).get_learned_conditioning(["a"])
+    if name.startswith("tokenizer"):
+        with pytest.raises(InputError, match=rf"{name} is larger than 16 MB"):
+            claim._digests(claim._vocabulary(folder, None))
 
 
 def test_a_single_file_of_another_model_is_named_not_advised(tmp_path: Path) -> None:

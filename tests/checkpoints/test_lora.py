@@ -4,17 +4,20 @@ import copy
 import hashlib
 import json
 import logging
+import os
 
 import numpy as np
 import pytest
 import torch
 
+from ldm.checkpoints import hashing
 from ldm.checkpoints.load import undrawn
 from ldm.checkpoints.lora import LoraStack, read_lora
 from ldm.checkpoints.lora_files import LoraFiles, lora_file, lora_hash
 from ldm.checkpoints.lora_names import TEXT, UNET, Key, flat_name, layers_by_name, split_key
 from ldm.checkpoints.recognise import family_by_key, kind_of
 from ldm.checkpoints.sniff import CheckpointError
+from ldm.cli import claim
 from ldm.config import read_config
 from ldm.util import InputError, instantiate_from_config
 from tests.golden_data import inpainting_config, tiny_model
@@ -371,6 +374,26 @@ def test_settings_of_peft_give_alpha(model, save):
         file.with_name("adapter_config.json").write_text(json.dumps(settings))
         with pytest.raises(CheckpointError):
             change_of(model, file, layer)
+
+
+def test_settings_of_20_gb_are_refused_by_their_size(model, save, monkeypatch):
+    layer = QUERY[1]
+    factors = low_rank("x", weight_of(model, layer))
+    path = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    file = save(
+        {
+            f"{path}.lora_A.weight": factors["x.lora_down.weight"],
+            f"{path}.lora_B.weight": factors["x.lora_up.weight"],
+        },
+        name="mine/adapter_model.safetensors",
+    )
+    settings = file.with_name("adapter_config.json")
+    settings.touch()
+    os.truncate(settings, 20 * 2**30)
+    monkeypatch.setattr(hashing, "_digest", lambda path: pytest.fail(f"{path} is read as a whole"))
+    for use in (lambda: change_of(model, file.parent, layer), lambda: claim._digest(settings)):
+        with pytest.raises(InputError, match=r"adapter_config\.json is larger than 16 MB"):
+            use()
 
 
 # --- on and off -----------------------------------------------------------------------------------------------------

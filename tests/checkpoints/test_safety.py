@@ -154,7 +154,7 @@ def test_weights_that_do_not_fit_are_one_line(
     [
         ("{", "damaged"),
         ("[" * 100_000, "RecursionError"),
-        ([], "the file is no mapping"),
+        ([], "is not a JSON mapping"),
         ({"projection_dim": 8}, "vision_config is no mapping"),
         ({**CONFIG, "projection_dim": "8"}, "projection_dim is '8'"),
         ({**CONFIG, "projection_dim": True}, "projection_dim is True"),

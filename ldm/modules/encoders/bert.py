@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ldm.modules.attention import CrossAttention, FeedForward
-from ldm.modules.encoders.tokenizer import MAX_TABLE, checked
+from ldm.modules.encoders.tokenizer import checked
 from ldm.util import InputError, find, printable, read_side_file
 
 UNCASED = "bert-base-uncased"
@@ -160,7 +160,7 @@ def _cached() -> Iterator[Path]:
 
 def _read_vocabulary(path: Path) -> list[str]:
     try:
-        text = io.StringIO(read_side_file(path, MAX_TABLE).decode("utf-8-sig"), newline=None).read()
+        text = io.StringIO(read_side_file(path).decode("utf-8-sig"), newline=None).read()
     except UnicodeDecodeError:
         raise InputError(f"cannot read the vocabulary {printable(path)}: it is not UTF-8 text") from None
     return text.removesuffix("\n").split("\n")  # other signs that end a line are tokens

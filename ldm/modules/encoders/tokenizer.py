@@ -23,7 +23,6 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 VOCABULARY_SIZE = 49408
 CONTEXT_LENGTH = 77
-MAX_TABLE = 2**24  # bytes of a vocabulary's file; CLIP's own has one million
 
 _TABLE = "bpe_simple_vocab_16e6.txt.gz"
 _WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -237,7 +236,7 @@ def _read_openai_merges(table: Path) -> list[tuple[str, str]]:
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
-        lines = io.StringIO(read_side_file(path, MAX_TABLE).decode(), newline=None)
+        lines = io.StringIO(read_side_file(path).decode(), newline=None)
     except UnicodeDecodeError as error:
         raise _unreadable(path, error) from None
     return _parse_merges((line for line in lines if not line.startswith("#version")), path)
@@ -255,7 +254,7 @@ def _parse_merges(lines: Iterable[str], path: Path) -> list[tuple[str, str]]:
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
     try:
-        vocabulary = json.loads(read_side_file(path, MAX_TABLE))
+        vocabulary = json.loads(read_side_file(path))
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
