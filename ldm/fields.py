@@ -14,7 +14,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from ldm.job import Init, Job
 from ldm.util import InputError, printable
 
-MAX_SEED = 2**32 - 1
+# The highest seed of each noise generator. torch's take longer ones, of which that of the CPU uses the lower 32 bits.
+MAX_SEEDS: Mapping[str, int] = {
+    "philox": 2**64 - 1,
+    "cpu": 2**32 - 1,
+    "device": 2**32 - 1,
+    "numpy": 2**32 - 1,
+}
 MAX_TEXT = 65_536  # characters
 MAX_LORAS = 100
 _MAX_SIDE = 65_536
@@ -122,7 +128,8 @@ class Setting:
             number = f"a multiple of {self.multiple}"
         if math.isinf(self.high):
             return "a finite number" if math.isinf(self.low) else f"{number} of {self.low:g} or more"
-        return f"{number} from {self.low:.10g} to {self.high:.10g}"
+        low, high = (str(end) if isinstance(end, int) else f"{end:.10g}" for end in (self.low, self.high))
+        return f"{number} from {low} to {high}"
 
 
 def shown(value: Any) -> str:
@@ -157,7 +164,7 @@ def _is_finite(value: float) -> bool:
 _RANGES: Mapping[str, Mapping[str, Any]] = {
     "prompt": {"high": MAX_TEXT},
     "negative_prompt": {"high": MAX_TEXT},
-    "seed": {"low": 0, "high": MAX_SEED},
+    "seed": {"low": 0, "high": max(MAX_SEEDS.values())},
     "width": {"low": 8, "high": _MAX_SIDE, "multiple": 8},
     "height": {"low": 8, "high": _MAX_SIDE, "multiple": 8},
     "steps": {"low": 1, "high": 999},
@@ -236,7 +243,6 @@ def override(job: Job, values: Mapping[str, Any]) -> Job:
 
 # what files hold is read exactly, even where a run refuses it
 _HELD = {name: replace(setting, strict=False) for name, setting in SETTINGS.items()}
-_HELD["seed"] = replace(_HELD["seed"], high=2**64 - 1)
 
 
 def values_of(job: Job) -> dict[str, Any]:
@@ -264,3 +270,18 @@ def check_fields(job: Job) -> None:
             SETTINGS[field].check(value)
         except ValueError as error:
             raise InputError(f"{field} {error}") from None
+    check_seed(job.seed, job.rng)
+
+
+def check_seed(seed: int, rng: str) -> None:
+    """That a noise generator takes a seed, else an InputError; both are values that their fields can have."""
+    if seed > MAX_SEEDS[rng]:
+        raise InputError(
+            f"seed is {seed}, but the noise generator {rng} takes seeds of {MAX_SEEDS[rng].bit_length()} bits; "
+            f"use --rng philox, or a seed from 0 to {MAX_SEEDS[rng]}"
+        )
+
+
+def count_up(seed: int, n: int, rng: str) -> int:
+    """The seed that comes `n` images after (below 0: before) `seed`; 0 follows the generator's highest."""
+    return (seed + n) % (MAX_SEEDS[rng] + 1)

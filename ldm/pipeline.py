@@ -26,7 +26,7 @@ from ldm.checkpoints.reader import Checkpoint, model_files, read_model
 from ldm.checkpoints.safety import find_safety_model, load_safety_model
 from ldm.checkpoints.tensor_bytes import forget
 from ldm.config import read_config
-from ldm.fields import check_fields
+from ldm.fields import check_fields, count_up
 from ldm.images.canvas import Canvas, open_canvas
 from ldm.images.mask import fade, hide, paste, to_latent_mask
 from ldm.images.pixels import finite, from_uint8, to_uint8
@@ -374,15 +374,15 @@ class Pipeline:
         batch_size: int = BATCH_SIZE,
         **fields: Any,
     ) -> list[Picture]:
-        """Images of prompts, with the other fields of `Job`; image i has seed `seed` + i.
+        """Images of prompts, with the other fields of `Job`; image i has seed `seed` + i, see `count_up`.
 
         Their size is by default the model's own, or that of the image to start from.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         texts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-        jobs = [Job(text, **{**OWN_SIZE, **fields}) for text in texts]
+        jobs = [self.job(text, **fields) for text in texts]
         if jobs and jobs[0].seed_mode == "image":
-            jobs = [replace(job, seed=job.seed + i) for i, job in enumerate(jobs)]
+            jobs = [replace(job, seed=count_up(job.seed, i, job.rng)) for i, job in enumerate(jobs)]
         else:
             jobs = [replace(job, batch_index=i) for i, job in enumerate(jobs)]
         return self.make(jobs, on_step=on_step, batch_size=batch_size)

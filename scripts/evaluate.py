@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ldm import cli  # this toolkit's own, whatever else is installed
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
 from ldm.cli.inputs import check_there, need
-from ldm.fields import MAX_SEED, SETTINGS
+from ldm.fields import SETTINGS, count_up
 from ldm.prompts.lines import MAX_COUNT
 from ldm.util import InputError, find, printable
 
@@ -115,8 +115,8 @@ def evaluate(opt: argparse.Namespace) -> int:
     rng = np.random.default_rng(opt.seed)
     prompts = [plain_caption(scene) if opt.plain else caption(scene, rng) for scene in scenes]
     jobs = [
-        Job(prompt, seed=(opt.seed + i) % (MAX_SEED + 1), width=opt.size, height=opt.size, steps=opt.steps,
-            sampler=opt.sampler, scale=opt.scale)
+        Job(prompt, seed=count_up(opt.seed, i, "philox"), width=opt.size, height=opt.size, steps=opt.steps,
+            sampler=opt.sampler, scale=opt.scale, rng="philox")
         for i, prompt in enumerate(prompts)
     ]  # fmt: skip
     pipeline = Pipeline(model, resolve_precision("autocast", device))

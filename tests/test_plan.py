@@ -87,14 +87,97 @@ def test_fixed_code_repeats_seeds_and_one_stream_has_one_seed():
     assert [(job.seed, job.batch_index) for job in plan] == [(42, i) for i in range(4)]
 
 
-def test_seeds_wrap():
-    assert [job.seed for job in plan_of("--seed", "4294967295", "--n_iter", "1")] == [4294967295, 0, 1]
+@pytest.mark.parametrize("rng", ["philox", "cpu", "device", "numpy"])
+def test_seeds_wrap_where_the_generator_ends(rng, write):
+    last = 18446744073709551615 if rng == "philox" else 4294967295
+    run = ["--rng", rng, "--seed", str(last), "--n_iter", "2", "--n_samples", "2"]
+    assert [job.seed for job in plan_of(*run)] == [last, 0, 1, 2]
+    assert [job.seed for job in plan_of(*run, "--fixed_code")] == [last, 0, last, 0]
+    own = plan_of("--from-file", write(f"a --rng {rng} --seed {last} --n_iter 2"), "--n_iter", "1")
+    assert [job.seed for job in own] == [last, 0]
+
+
+def test_each_image_counts_up_as_its_own_generator_does(write):
+    typed = ["--seed", "4294967295", "--n_iter", "1", "--n_samples", "1"]
+    listed = plan_of("--from-file", write("a", "b --rng cpu", "c", "d --rng numpy"), *typed)
+    assert [job.seed for job in listed] == [4294967295, 0, 4294967297, 2]
+    swept = plan_of(*typed[:-1], "2", "--sweep", "rng=philox,cpu")
+    assert [job.seed for job in swept] == [4294967295, 4294967295, 4294967296, 0]
+
+
+LONG = 9223372036854775808
+LISTS = {
+    "jsonl": '{{"prompt": "a", "seed": {0}, "rng": "{1}"}}',
+    "csv": "prompt,seed,rng\na,{0},{1}",
+    "options": "a --seed {0} --rng {1}",
+    "kohya": "a --d {0}",
+}
+
+
+@pytest.mark.parametrize("format", LISTS)
+def test_seeds_of_64_bits_in_prompt_lists(format, write):
+    for seed in (LONG, 2**64 - 1):
+        file = write(LISTS[format].format(seed, "philox"))
+        assert [job.seed for job in plan_of("--from-file", file, "--n_iter", "1")] == [seed]
+    for seed in (2**64, 2**70, -3, -1):
+        file = write(LISTS[format].format(seed, "philox"))
+        with pytest.raises(
+            InputError, match=f"is {seed}; give a whole number from 0 to 18446744073709551615"
+        ):
+            plan_of("--from-file", file)
+
+
+def test_seeds_of_64_bits_in_a_sweep():
+    swept = plan_of("--sweep", f"seed={LONG},0,18446744073709551613..18446744073709551615", "--n_iter", "1")
+    assert [job.seed for job in swept][:5] == [LONG, 0, 2**64 - 3, 2**64 - 2, 2**64 - 1]
+    for seed in (2**64, 2**70, -3, -1):
+        with pytest.raises(
+            InputError, match=f"seed is {seed}; give a whole number from 0 to 18446744073709551615"
+        ):
+            plan_of("--sweep", f"seed=1,{seed}")
+
+
+@pytest.mark.parametrize("rng", ["cpu", "device", "numpy"])
+def test_a_long_seed_is_refused_where_the_finished_job_has_a_generator_of_32_bits(rng, write):
+    long, short = ["--seed", str(LONG)], ["--rng", rng]
+    said = (
+        f"seed is {LONG}, but the noise generator {rng} takes seeds of 32 bits; use --rng philox, or a seed"
+    )
+    lines = write("a", f"b --rng {rng}")
+    for typed in (
+        [*long, *short],
+        [*long, *short, "--seed_mode", "batch"],
+        [*long, *short, "--fixed_code"],
+        [*long, "--sweep", f"rng=philox,{rng}"],
+        [*short, "--sweep", f"seed=1,{LONG}"],
+        ["--sweep", f"seed=1,{LONG}", "--sweep", f"rng=philox,{rng}"],
+        [*long, "--from-file", lines],
+        ["--sweep", f"seed=1,{LONG}", "--from-file", lines],
+    ):
+        with pytest.raises(InputError, match=said) as caught:
+            plan_of(*typed)
+        assert str(caught.value).count("\n") == 0, typed
+        assert ("line 2: " in str(caught.value)) == ("--from-file" in typed)
+
+
+def test_a_long_seed_is_judged_by_the_generator_of_its_image(write):
+    """The run's own generator or seed does not count where a line or the sweep says another."""
+    one = ["--n_iter", "1", "--n_samples", "1"]
+    seed = ["--seed", str(LONG)]
+    own = plan_of("--rng", "cpu", *seed, *one, "--from-file", write("a --rng philox"))
+    assert [(job.rng, job.seed) for job in own] == [("philox", LONG)]
+    assert [job.seed for job in plan_of("--rng", "cpu", *seed, *one, "--from-file", write("a --seed 5"))] == [
+        5
+    ]
+    assert [job.seed for job in plan_of("--rng", "cpu", *seed, *one, "--sweep", "seed=6,7")] == [6, 7]
+    swept = plan_of("--rng", "cpu", *one, "--from-file", write(f"a --seed {LONG}"), "--sweep", "seed=6")
+    assert [job.seed for job in swept] == [6]
 
 
 def test_a_line_may_have_seeds_and_counts_of_its_own(write):
     file = write("a --n_iter 2", "b --seed 7", "c", "d --seed 4294967295 --n_iter 2")
     plan = plan_of("--from-file", file, "--n_iter", "1")
-    jobs = [("a", 42), ("a", 43), ("b", 7), ("c", 45), ("d", 4294967295), ("d", 0)]
+    jobs = [("a", 42), ("a", 43), ("b", 7), ("c", 45), ("d", 4294967295), ("d", 4294967296)]
     assert [(job.prompt, job.seed) for job in plan] == jobs
     kohya = plan_of("--from-file", write("a --d 5,9"), "--n_iter", "1")
     assert [job.seed for job in kohya] == [5, 9]

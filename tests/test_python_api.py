@@ -93,6 +93,16 @@ def test_prompts_are_enough(pipeline):
     assert picture.pixels.shape == (side, side, 3) == (picture.job.height, picture.job.width, 3)
 
 
+@pytest.mark.parametrize(("rng", "last"), [("philox", 2**64 - 1), ("cpu", 2**32 - 1), ("numpy", 2**32 - 1)])
+def test_seeds_count_up_to_the_generators_last(pipeline, rng, last):
+    fields = {"rng": rng, "steps": 1, "height": 64, "width": 64}
+    pictures = pipeline("a cube", images_per_prompt=2, seed=last, **fields)
+    assert [picture.job.seed for picture in pictures] == [last, 0]
+    assert np.array_equal(pictures[1].pixels, pipeline("a cube", seed=0, **fields)[0].pixels)
+    with pytest.raises(InputError, match=f"seed is {last + 1}"):
+        pipeline("a cube", seed=last + 1, **fields)
+
+
 def test_a_start_image_gives_the_size(pipeline):
     (picture,) = pipeline("a cube", init=Init(gradient(size=(96, 64))), strength=0.5, steps=2)
     assert picture.pixels.shape == (64, 96, 3)

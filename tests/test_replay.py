@@ -83,6 +83,7 @@ TEXT_JOBS = [
     ),
     Job("a cat", loras=(("b", 0.8, 0.5), ("c d:1", -1.0, -1.0))),
     Job("a cat", scale=-1.5),
+    Job("a cat", seed=2**64 - 1),
     Job("a (cat:1.2)", prompt_syntax="a1111"),
 ]
 
@@ -390,6 +391,41 @@ def test_what_a_newer_version_wrote_is_said(tmp_path: Path, monkeypatch, capsys)
     assert "warning: a.png: a newer version wrote job.novelty" in capsys.readouterr().err
 
 
+def test_seeds_of_64_bits_come_back(made: Callable[..., list[Path]], capsys) -> None:
+    lines = [{"seed": 2**63}, {"seed": 0}, {"seed": 2**64 - 1, "count": 2}]
+    Path("list.jsonl").write_text("\n".join(json.dumps({"prompt": "a red cube", **line}) for line in lines))
+    typed = ["--from-file", "list.jsonl", "--n_samples", "1", "--n_iter", "1", "--W", "64", "--H", "64"]
+    samples = made(scripts.txt2img, *typed, "--precision", "full", "--no_watermark")
+    texts = [Image.open(sample).text["parameters"] for sample in samples]  # pyright: ignore[reportAttributeAccessIssue]
+    for text, seed in zip(texts, ("9223372036854775808", "0", "18446744073709551615", "0"), strict=True):
+        assert f", Seed: {seed}, " in text
+    # all 64 bits count: their lower 32 alone would make the first two the same
+    assert same(samples[1], samples[3]) and not same(samples[0], samples[1])
+    assert not same(samples[2], samples[1])
+    assert scripts.replay.main([*map(str, samples), "--verify", "--quiet", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count("identical") == 4
+    whole = samples[2].read_bytes()
+    samples[2].unlink()
+    made(scripts.txt2img, *typed, "--precision", "full", "--no_watermark", "--resume")
+    assert samples[2].read_bytes() == whole
+
+
+@pytest.mark.parametrize("script", [scripts.img2img, scripts.inpaint])
+def test_seeds_of_64_bits_come_back_where_an_image_is_changed(
+    script: ModuleType, made: Callable[..., list[Path]], capsys
+) -> None:
+    Image.fromarray(image_at(0, "fresh")[:64, :64]).save("scene.png")
+    Image.fromarray(np.tile(np.array([0, 255], np.uint8).repeat(32), (64, 1))).save("mask.png")
+    given = ["--init-img", "scene.png", *(["--mask", "mask.png"] if script is scripts.inpaint else [])]
+    samples = made(script, *given, "--n_samples", "2", "--n_iter", "1", "--seed", str(2**64 - 1))
+    assert [read_job(str(sample)).job.seed for sample in samples] == [2**64 - 1, 0]
+    assert not same(*samples)
+    capsys.readouterr()
+    again = [*map(str, samples), "--verify", "--quiet", "--device", "cpu", *given]
+    assert scripts.replay.main(again) == 0
+    assert capsys.readouterr().out.count("identical") == 2
+
+
 @pytest.mark.parametrize(("field", "value"), [("prompt", "a \ud800"), ("seed", 2**64 - 1)])
 def test_what_can_be_read_but_not_run_is_refused_in_one_line(
     field: str, value: object, tmp_path: Path, monkeypatch, capsys
@@ -469,7 +505,12 @@ def test_foreign_files_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_seed_of_the_picture_is_changed_not_of_its_batch() -> None:
     recipe = Recipe(Job("x", seed=1), "ldm", extras={"Batch size": "3", "Batch pos": "2"})
-    assert (place(recipe), typed(command(recipe)).seed) == (2, 2**32 - 1)  # seeds wrap around
+    assert (place(recipe), typed(command(recipe)).seed) == (2, 2**64 - 1)  # seeds wrap around
+    assert typed(command(recipe, {"rng": "cpu"})).seed == 2**32 - 1
+    short = dataclasses.replace(recipe, job=Job("x", seed=1, rng="numpy"))
+    assert typed(command(short)).seed == 2**32 - 1
+    assert typed(command(short, {"rng": "philox", "seed": str(2**63)})).seed == 2**63 - 2
+    assert remade(recipe) == recipe.job and remade(short) == short.job
     assert typed(command(recipe, {"seed": "9"})).seed == 7
     assert typed(command(recipe, {"seed": "9", "n_samples": "1"})).seed == 9
     assert place(recipe, {"n_samples": "1"}) == 0
@@ -520,7 +561,7 @@ def forged(path: str, extras: dict[str, str] | None = None, **fields: object) ->
 FORGED = [
     ("sampler", "help"), ("sampler", "version"), ("sampler", "plms=3"), ("sampler", "from-file=secret.txt"),
     ("sampler", "cache_weights=owned"), ("timestep_spacing", "weird"), ("rng", "--help"), ("steps", 0), ("seed", -1),
-    ("upscale_in", "x"),
+    ("upscale_in", "x"), ("seed", 2**64), ("seed", 2**70), ("seed", -3),
 ]  # fmt: skip
 
 

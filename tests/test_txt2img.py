@@ -220,7 +220,14 @@ def test_prompt_file_with_a_short_last_batch(draw, tmp_path):
         (["--dpm_solver", "--ddim_eta", "0.5"], "--dpm_solver"),
         (["--dpm_solver", "--timestep_spacing", "compvis"], "uniform"),
         (["--seed", "-2"], "--seed is -2"),
-        (["--seed", "4294967296"], "--seed is 4294967296"),
+        (
+            ["--seed", "18446744073709551616"],
+            "--seed is 18446744073709551616; give .* to 18446744073709551615",
+        ),
+        (
+            ["--seed", "4294967296", "--rng", "cpu"],
+            "seed is 4294967296, but .* 32 bits; use --rng philox, or a seed",
+        ),
         (["--n_samples", "0"], "--n_samples is 0"),
         (["--n_iter", "-2"], "--n_iter is -2"),
         (["--C", "3"], "has 4 latent channels"),

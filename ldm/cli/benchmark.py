@@ -26,6 +26,7 @@ from ldm import __version__
 from ldm.checkpoints.configs import V1_CONFIG
 from ldm.cli.benchmark_worker import Setting
 from ldm.cli.inputs import need
+from ldm.fields import SETTINGS, shown
 from ldm.runtime.allocator import SWITCH
 from ldm.util import ROOT, InputError, cache_path, find, printable
 
@@ -244,6 +245,7 @@ def _check(opt: argparse.Namespace, sizes: Sequence[int], parts: Sequence[str]) 
     for name, least in (("batch", 1), ("steps", 2), ("rounds", 1), ("threads", 0)):
         value = getattr(opt, name)
         need(value >= least, f"--{name} is {value}; give {least} or more")
+    need(SETTINGS["seed"].fits(opt.seed), f"--seed is {shown(opt.seed)}; give {SETTINGS['seed'].wanted()}")
     need(0 < opt.strength <= 1, f"--strength is {opt.strength}; give more than 0, to 1")
     for size in sizes:
         need(size > 0 and size % 8 == 0, f"--sizes: {size} is not a multiple of 8")

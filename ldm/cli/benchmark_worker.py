@@ -197,6 +197,7 @@ class Ours:
         return {"runs in": self.pipeline.precision.name}
 
     def make(self, work: Work, noise: Tensor) -> list[Any]:
+        from ldm.fields import count_up
         from ldm.job import Init, Job
 
         start = self.setting.mode == "img2img"
@@ -205,7 +206,7 @@ class Ours:
             Job(
                 prompt=PROMPT.format(work.number),
                 negative_prompt=f"{work.number}",
-                seed=self.setting.seed + i,
+                seed=count_up(self.setting.seed, i, "philox"),
                 width=work.size,
                 height=work.size,
                 steps=work.steps,

@@ -135,7 +135,11 @@ def add_sampling_options(parser: argparse.ArgumentParser, scale: float) -> None:
         help="which timesteps are visited; compvis gives the original's list, which can be longer than asked",
     )
     group.add_argument(
-        "--seed", metavar="N", type=_seed, default=42, help="seed of the first image; random or -1: any"
+        "--seed",
+        metavar="N",
+        type=_seed,
+        default=42,
+        help="seed of the first image, of up to 64 bits for --rng philox and 32 for the others; random or -1: any",
     )
     group.add_argument(
         "--seed_mode",

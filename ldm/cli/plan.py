@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from ldm.cli.inputs import Start, check_memory, check_there, chosen_sampler, latent_factor, need
-from ldm.fields import MAX_SEED, override
+from ldm.fields import check_seed, count_up, override
 from ldm.job import Init, Job, batch_key, batches_of, lora_name, split_loras
 from ldm.prompts.dialects import read_prompt_list
 from ldm.prompts.expand import Sweep, expand_lines, parse_sweep
@@ -104,7 +104,7 @@ class Plan(Sequence[Job]):
         )
         count = per_round * opt.n_iter * len(starts)
         need(count <= MAX_IMAGES, f"this would be {count} images; ask for at most {MAX_IMAGES} in a run")
-        self._seeds = [seed for line in wishes.lines for seed in _own_seeds(line)]
+        self._seeds = [own for line in wishes.lines for own in _own_seeds(line)]
         self._round_size, self._rounds = per_round, opt.n_iter * len(starts)
         self._round = lru_cache(maxsize=1)(self._make_round)
         self._check(check)
@@ -122,19 +122,21 @@ class Plan(Sequence[Job]):
         index = range(len(self))[index]
         number, place = divmod(index, self._round_size)
         job = self._round(number // self._opt.n_iter)[place]
-        seed = self._seed(number, place // len(self.combinations), job.seed)
+        seed = self._seed(number, place // len(self.combinations), job)
         return replace(job, seed=seed, batch_index=index if self._opt.seed_mode == "batch" else 0)
 
-    def _seed(self, number: int, image: int, of_job: int) -> int:
-        """The seed of an image of a round, both counted from 0."""
+    def _seed(self, number: int, image: int, job: Job) -> int:
+        """The seed of an image of a round, both counted from 0; `job` is the image's but for the seed."""
         own, first = self._seeds[image], self._opt.seed
         if "seed" in self.combinations[0]:
-            return of_job
-        if own is not None or self._opt.seed_mode == "batch":
-            return first if own is None else own
+            return job.seed
+        if own is not None:
+            return count_up(*own, job.rng)
+        if self._opt.seed_mode == "batch":
+            return first
         if self._opt.fixed_code:
-            return (first + image % self._opt.n_samples) % (MAX_SEED + 1)
-        return (first + number * len(self._seeds) + image) % (MAX_SEED + 1)
+            return count_up(first, image % self._opt.n_samples, job.rng)
+        return count_up(first, number * len(self._seeds) + image, job.rng)
 
     def batches(self) -> list[list[int]]:
         """The images that are made together, up to n_samples that differ in prompts, seeds and scales at most."""
@@ -307,6 +309,8 @@ class Plan(Sequence[Job]):
             job = self._job(line, combination, base)
             if job.prompt_syntax == "a1111":
                 check_syntax(job)
+            for first in (job.seed,) if "seed" in combination else line.seeds or (job.seed,):
+                check_seed(first, job.rng)
         except ValueError as error:
             yield str(error)
             return
@@ -351,11 +355,14 @@ class GivenJobs(Plan):
         yield from dict.fromkeys(self._jobs)
 
 
-def _own_seeds(line: Line) -> Iterable[int | None]:
-    """The seeds that a line gives its images, None where it leaves them to the run."""
+def _own_seeds(line: Line) -> Iterable[tuple[int, int] | None]:
+    """The seeds that a line gives its images, as the one that it names and how far after that an image is.
+
+    None where it leaves them to the run.
+    """
     if not line.seeds:
         return itertools.repeat(None, line.count)
-    return [(first + i) % (MAX_SEED + 1) for first in line.seeds for i in range(line.count)]
+    return itertools.product(line.seeds, range(line.count))
 
 
 def _split_tags(prompt: str) -> tuple[str, tuple[tuple[str, float, float], ...]]:

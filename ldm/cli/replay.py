@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.plan import STRENGTH
-from ldm.fields import MAX_SEED, OWN_NAMES, SETTINGS, override
+from ldm.fields import MAX_SEEDS, OWN_NAMES, SETTINGS, count_up, override
 from ldm.job import Init, Job, lora_tag
 from ldm.util import InputError, printable
 
@@ -130,9 +130,10 @@ def recorded_batch(recipe: Recipe) -> int:
 
 def _first_seed(recipe: Recipe, seed: str, changes: Changes) -> str:
     """The seed of a command's first picture where the picture at its place has `seed`; seeds count up."""
-    if recipe.job.seed_mode == "batch" or not re.fullmatch("[0-9]{1,20}", seed) or int(seed) > MAX_SEED:
+    rng = str(changes.get("rng", recipe.job.rng))
+    if recipe.job.seed_mode == "batch" or not re.fullmatch("[0-9]{1,20}", seed) or int(seed) > MAX_SEEDS[rng]:
         return seed
-    return str((int(seed) - place(recipe, changes)) % (MAX_SEED + 1))
+    return str(count_up(int(seed), -place(recipe, changes), rng))
 
 
 def command(recipe: Recipe, changes: Changes | None = None, drop: Sequence[str] = ()) -> str:

@@ -37,7 +37,6 @@ from ldm.cli.preview import show
 from ldm.cli.report import Events, Interrupts, Progress, name_process, outcome
 from ldm.cli.sampling import Halves, generate
 from ldm.cli.sheets import write_sheets
-from ldm.fields import MAX_SEED
 from ldm.job import Job
 from ldm.util import FULL_DISK, InputError, printable
 
@@ -178,7 +177,7 @@ def _random_seed(opt: argparse.Namespace) -> int:
         "--seed random would be another seed in each process; give a number",
     )
     last = last_seed(Path(opt.outdir)) if opt.resume else None
-    seed = secrets.randbelow(MAX_SEED + 1) if last is None else last
+    seed = secrets.randbits(32) if last is None else last  # every generator takes 32 bits
     logger.info("seed %d (%s)", seed, "random" if last is None else "that of the run that continues")
     if opt.typed is not None:
         opt.typed = [*opt.typed, f"--seed={seed}"]

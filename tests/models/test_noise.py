@@ -99,6 +99,21 @@ def test_large_draws_follow_the_kernel(seed, count):
     np.testing.assert_allclose(numbers, scalar_randn(seed, 3, count, threads), atol=3e-6, rtol=0)
 
 
+def test_all_64_bits_of_a_seed_count():
+    seeds = [2**63, 2**64 - 1, 0]
+    numbers = noise_source("philox", "image", seeds, "cpu").draw((3, 5)).numpy()
+    for row, seed in zip(numbers, seeds, strict=True):
+        np.testing.assert_allclose(row, scalar_randn(seed, 0, 5, 5), atol=3e-6, rtol=0)
+    assert len({row.tobytes() for row in numbers}) == 3
+
+
+@pytest.mark.parametrize("seed", [2**32 + 5, 156680208700286, 2**63, 2**64 - 1])
+def test_torch_uses_the_lower_32_bits_of_a_seed_on_the_cpu(seed):
+    """So the seeds of other programs that draw there can be told in 32 bits."""
+    whole, short = (torch.Generator().manual_seed(s) for s in (seed, seed % 2**32))
+    assert torch.equal(torch.randn(4, 64, 64, generator=whole), torch.randn(4, 64, 64, generator=short))
+
+
 def test_offset_beyond_32_bits():
     offset = 2**32 - 1
     numbers = philox_normal(7, offset, 48, threads=4)

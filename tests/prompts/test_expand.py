@@ -140,6 +140,7 @@ def test_lines_keep_what_else_they_say():
         ("prompt=1..3", "prompt", ("1..3",)),
         ("init.mask_blur=0,4", "init.mask_blur", (0.0, 4.0)),
         ("seed=4294967295", "seed", (4294967295,)),
+        ("seed=18446744073709551615..0:9223372036854775808", "seed", (2**64 - 1, 2**63 - 1)),
     ],
 )
 def test_values_of_an_axis(text, field, values):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ldm.fields import override, read_held, shown, values_of
+from ldm.fields import MAX_SEEDS, SETTINGS, override, read_held, shown, values_of
 from ldm.images.metadata import file_name
 from ldm.images.record import without_folders
 from ldm.job import Init, Job, lora_name
@@ -150,12 +150,14 @@ class Draft:
             self.note(f"its timesteps for {steps} steps are not supported; using evenly spaced ones")
 
     def cpu_noise(self) -> None:
-        """Noise of torch's generator on the CPU, which uses the lower 32 bits of a seed."""
+        """Noise of torch's generator on the CPU. Of a longer seed it uses the lower 32 bits, so they are kept."""
         self.values["rng"] = "cpu"
         seed = self.values.get("seed", 0)
-        if 2**32 <= seed < 2**64:
-            self.values["seed"] = seed % 2**32
-            self.note(f"seed {seed} is {seed % 2**32} to the noise generator, which uses 32 bits")
+        if MAX_SEEDS["cpu"] < seed <= SETTINGS["seed"].high:
+            short = self.values["seed"] = seed & MAX_SEEDS["cpu"]
+            self.note(
+                f"seed {seed} gives the noise of seed {short}: torch's generator on the CPU uses 32 bits of it"
+            )
 
     def lora(self, name: object, weight: object, text_weight: object) -> None:
         """A LoRA by the name of its file, with its weights on the U-Net and on the text model."""
