@@ -396,7 +396,7 @@ def test_seeds_of_64_bits_come_back(made: Callable[..., list[Path]], capsys) -> 
     Path("list.jsonl").write_text("\n".join(json.dumps({"prompt": "a red cube", **line}) for line in lines))
     typed = ["--from-file", "list.jsonl", "--n_samples", "1", "--n_iter", "1", "--W", "64", "--H", "64"]
     samples = made(scripts.txt2img, *typed, "--precision", "full", "--no_watermark")
-    texts = [Image.open(sample).text["parameters"] for sample in samples]  # pyright: ignore[reportAttributeAccessIssue]
+    texts = [Image.open(sample).text["parameters"] for sample in samples]
     for text, seed in zip(texts, ("9223372036854775808", "0", "18446744073709551615", "0"), strict=True):
         assert f", Seed: {seed}, " in text
     # all 64 bits count: their lower 32 alone would make the first two the same

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.images.foreign import Recipe, comfyui, invokeai, read_job, webui
+from ldm.fields import check_fields
+from ldm.images.foreign import Recipe, comfyui, invokeai, programs, read_job, webui
+from ldm.images.foreign.recipe import UNKNOWN
 from ldm.images.metadata import infotext
 from ldm.images.record import read_record, record, without_folders
 from ldm.images.writer import encode_png
@@ -155,6 +157,39 @@ def test_an_own_infotext_cannot_go_beyond_the_range_of_a_field() -> None:
     text = infotext(Job("x", sampler=cast(Any, "help")), {"Version": "ldm 1.0"})
     with pytest.raises(InputError, match=r"job\.sampler cannot be help; give ddim"):
         webui.read(text)
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64 - 1, 156680208700286, 2**32 - 1])
+def test_seeds_of_64_bits_of_other_programs_give_their_noise(seed: int) -> None:
+    """A GPU's generator takes all of a seed, torch's on the CPU the lower 32 bits; both can be run."""
+    text = WEB_UI.replace("965400086", str(seed))
+    cpp = text.replace("v1.10.1", "stable-diffusion.cpp").replace("CPU", "{0}")
+    invoke = {**INVOKE, "seed": seed}
+    flat = {"prompt": "a cat", "seed": seed, "num_inference_steps": 12, "guidance_scale": 3}
+    swarm = {"sui_image_params": {"prompt": "a cat", "seed": seed, "steps": 12}}
+    on_gpu = [
+        webui.read(text.replace("RNG: CPU", "RNG: NV")), webui.read(text.replace("RNG: CPU", "RNG: GPU")),
+        webui.read(text.replace("RNG: CPU, ", "")), webui.read(cpp.format("cuda")),
+        invokeai.read_metadata(json.dumps(invoke | {"rand_device": "cuda"})), programs.read(
+            {"parameters": json.dumps(flat)}, UNKNOWN
+        ),
+    ]  # fmt: skip
+    on_cpu = [
+        webui.read(text), webui.read(cpp.format("cpu")),
+        invokeai.read_metadata(json.dumps(invoke | {"rand_device": "cpu"})), comfy(graph(n3={"seed": seed})),
+        programs.read({"parameters": json.dumps(swarm)}, UNKNOWN),
+    ]  # fmt: skip
+    theirs = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+    for recipe in on_gpu:
+        assert recipe is not None and (recipe.job.rng, recipe.job.seed) == ("philox", seed), recipe
+        assert not noted(recipe, "32 bits")
+        check_fields(recipe.job)
+    for recipe in on_cpu:
+        assert recipe is not None and recipe.job.rng == "cpu"
+        ours = noise_source("cpu", "batch", [recipe.job.seed], "cpu").draw((4, 8))
+        assert torch.equal(ours, theirs)
+        assert noted(recipe, f"seed {seed} ", f"seed {recipe.job.seed}:", "32 bits") == (seed >= 2**32)
+        check_fields(recipe.job)
 
 
 def test_values_of_other_programs_beyond_their_range_are_noted() -> None:

@@ -463,6 +463,41 @@ def test_an_unknown_sampler_is_named() -> None:
         read({"1": {"class_type": "easy kSampler", "inputs": {"pipe": ["2", 0]}}})
 
 
+LONG = 2**63 + 5
+
+
+@pytest.mark.parametrize(("mode", "rng", "seed"), [("GPU(=A1111)", "philox", LONG), ("CPU", "cpu", 5)])
+def test_the_inspire_pack_says_where_its_noise_is_drawn(mode: str, rng: str, seed: int) -> None:
+    noise = {"noise_mode": mode, "batch_seed_mode": "incremental"}
+    graph = nodes(_3=noise | {"seed": LONG})
+    graph["3"]["class_type"] = "KSampler //Inspire"
+    beside = custom(noise=("RandomNoise //Inspire", noise | {"noise_seed": LONG}))
+    for recipe in (read(graph), read(beside)):
+        assert (recipe.job.rng, recipe.job.seed, recipe.job.seed_mode) == (rng, seed, "image")
+        assert noted(recipe, "NVIDIA") == (rng == "philox")
+        assert noted(recipe, str(LONG), "32 bits") == (rng == "cpu")
+
+
+def test_the_inspire_pack_can_count_seeds_up_in_a_batch() -> None:
+    noise = {"noise_mode": "GPU(=A1111)", "seed": LONG}
+    pick = {"20": ("ImageFromBatch", {"image": ["8", 0], "batch_index": 2, "length": 1})}
+    for seed_mode, known in (
+        ("incremental", {"seed": LONG + 2}),
+        ("comfy", {"seed": LONG, "seed_mode": "batch", "batch_index": 2}),
+    ):
+        of_all = nodes(_3=noise | {"batch_seed_mode": seed_mode}, _5={"batch_size": 4})
+        recipe = read(of_all)
+        first = {"seed": LONG, "rng": "philox", "seed_mode": known.get("seed_mode", "image")}
+        assert recipe.job == dataclasses.replace(PLAIN, **first) and noted(recipe, "batch of 4", "first")
+        of_one = nodes(
+            pick, _3=noise | {"batch_seed_mode": seed_mode}, _5={"batch_size": 4}, _9={"images": ["20", 0]}
+        )
+        recipe = read(of_one)
+        assert recipe.job == dataclasses.replace(PLAIN, rng="philox", **known) and not noted(
+            recipe, "batch of 4"
+        )
+
+
 def test_settings_in_a_pipe() -> None:
     pipe = {"model": ["4", 0], "clip": ["4", 1], "vae": ["4", 2], "positive": ["6", 0], "negative": ["7", 0]}
     graph = nodes({"80": ("ToBasicPipe", pipe)})

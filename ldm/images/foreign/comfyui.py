@@ -493,20 +493,31 @@ class _Reader:
             draft.note("its first pass adds no noise; here it does")
 
     def _noise(self, batch: int) -> None:
-        """One stream for the whole batch; a node that takes one entry of a batch says which."""
-        draft = self.draft
-        draft.cpu_noise()
+        """One stream for the whole batch; a node that takes one entry of a batch says which.
+
+        Nodes of the Inspire Pack can draw on the GPU, and with a seed for each image, which counts up.
+        """
+        draft, graph = self.draft, self.graph
         entry = None
         for node in self.way:
-            if node.kind in ("LatentFromBatch", "ImageFromBatch") and self.graph.number(node, "length") == 1:
-                entry = self.graph.number(node, "batch_index")
-        if entry is not None and 0 <= entry < batch:
+            if node.kind in ("LatentFromBatch", "ImageFromBatch") and graph.number(node, "length") == 1:
+                entry = graph.number(node, "batch_index")
+        if graph.text(self.sampler, "batch_seed_mode") == "incremental":
+            if entry is not None and 0 <= entry < batch and "seed" in draft.values:
+                draft.values["seed"] += int(entry)
+            elif batch > 1:
+                draft.note(f"it is one of a batch of {batch}; the file does not say which, the first is used")
+        elif entry is not None and 0 <= entry < batch:
             draft.values |= {"seed_mode": "batch", "batch_index": int(entry)}
         elif batch > 1:
             draft.values["seed_mode"] = "batch"
             draft.note(
                 f"it is one of a batch of {batch} from one seed; the file does not say which, the first is used"
             )
+        if (graph.text(self.sampler, "noise_mode") or "").startswith("GPU"):
+            draft.gpu_noise()
+        else:
+            draft.cpu_noise()
 
     # --- what comes after the first pass
 

@@ -76,7 +76,7 @@ def read_sd_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
         _text(content.get("model_weights") or content.get("model_id") or content.get("model"))
     )
     draft.model_hash = _text(content.get("model_hash"))
-    draft.note("its noise is taken to be an NVIDIA card's; another GPU's would differ")
+    draft.gpu_noise()
     return draft.finish()
 
 
@@ -97,7 +97,7 @@ def read_dream(text: str, _: Origin = UNKNOWN) -> Recipe:
     _split_prompt(prompt.strip(), draft)
     content |= {"init_image": content.get("I", ""), "type": "inpaint" if content.get("M") else ""}
     _settings(content, content.get("A", "k_lms"), draft)
-    draft.note("its noise is taken to be an NVIDIA card's; another GPU's would differ")
+    draft.gpu_noise()
     return draft.finish()
 
 

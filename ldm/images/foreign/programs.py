@@ -215,7 +215,7 @@ def _choose_noise(content: Content, program: _Program, draft: Draft) -> None:
     elif program.name in ("Draw Things", "Mochi Diffusion") and "nvidia" not in mode and mode != "3":
         draft.note("its noise generator is not supported; using an NVIDIA card's")
     else:
-        draft.note("its noise is taken to be an NVIDIA card's; another GPU's would differ")
+        draft.gpu_noise()
 
 
 def _choose_start(content: Content, program: _Program, draft: Draft) -> None:

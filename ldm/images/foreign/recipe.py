@@ -159,6 +159,10 @@ class Draft:
                 f"seed {seed} gives the noise of seed {short}: torch's generator on the CPU uses 32 bits of it"
             )
 
+    def gpu_noise(self) -> None:
+        """Noise of torch's generator on a GPU, which uses all 64 bits of a seed; an NVIDIA card's is taken for it."""
+        self.note("its noise is taken to be an NVIDIA card's; another GPU's would differ")
+
     def lora(self, name: object, weight: object, text_weight: object) -> None:
         """A LoRA by the name of its file, with its weights on the U-Net and on the text model."""
         if isinstance(name, str) and name:

@@ -103,7 +103,7 @@ def _choose_noise(entries: dict[str, str], draft: Draft) -> None:
     elif rng not in ("", "GPU", "NV"):
         draft.note(f"noise generator {rng[:50]} is not supported; using an NVIDIA card's")
     elif rng != "NV":
-        draft.note("its noise is taken to be an NVIDIA card's; another GPU's would differ")
+        draft.gpu_noise()
 
 
 def _choose_timesteps(entries: dict[str, str], draft: Draft) -> None:
