@@ -123,6 +123,32 @@ def test_a_target_in_the_wrong_place_is_named(config_file, tmp_path, target, tin
             load_model(read_config(config_file(yaml.safe_dump({"model": config}))), tmp_path / "m.ckpt")
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        (
+            "unet_config",
+            {"model_chanels": 32},
+            r"UNetModel takes no parameter 'model_chanels'; .*model_channels",
+        ),
+        (
+            "first_stage_config",
+            {"embed_dimm": 4},
+            r"AutoencoderKL takes no parameter 'embed_dimm'; .*embed_dim",
+        ),
+        ("unet_config", {"model_channels": None}, "UNetModel needs the parameter 'model_channels'"),
+        ("first_stage_config", {"embed_dim": None}, "AutoencoderKL needs the parameter 'embed_dim'"),
+    ],
+)
+def test_a_parameter_that_is_unknown_or_missing_is_named(config_file, tmp_path, tiny, part, change, said):
+    torch.save(tiny.state_dict(), tmp_path / "m.ckpt")
+    config = tiny_config()
+    params = {**config["params"][part]["params"], **change}
+    config["params"][part]["params"] = {name: value for name, value in params.items() if value is not None}
+    with pytest.raises(InputError, match=said):
+        load_model(read_config(config_file(yaml.safe_dump({"model": config}))), tmp_path / "m.ckpt")
+
+
 def test_what_a_tag_would_run_is_refused_with_its_line(config_file, tmp_path):
     canary = tmp_path / "canary"
     text = MODEL + f"other: !!python/object/apply:os.system ['touch {canary}']"

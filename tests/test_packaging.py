@@ -38,6 +38,14 @@ def test_every_range_has_both_ends(tmp_path):
     assert not open_ended
 
 
+def test_no_version_with_a_published_hole_is_allowed(tmp_path):
+    """CVE-2026-24747 (torch), CVE-2026-5241 (transformers) and CVE-2026-40192 (Pillow) end with these versions."""
+    requirements = setup_metadata(tmp_path)["install_requires"]
+    lowest = {name: version for r in requirements for name, version in re.findall(r"^([\w-]+)>=([\d.]+)", r)}
+    for name, first_good in (("torch", (2, 10)), ("transformers", (5, 3)), ("pillow", (12, 2))):
+        assert tuple(map(int, lowest[name].split("."))) >= first_good, name
+
+
 def test_every_folder_of_the_package_is_installed(tmp_path):
     packages = set(setup_metadata(tmp_path)["packages"])
     folders = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "ldm").rglob("*.py")}
