@@ -86,10 +86,11 @@ class Init:
 class Job:
     """One image to make. Whatever asks for images makes jobs; everything after that sees only jobs.
 
-    Sizes are in pixels, multiples of 8 (0 leaves them to the pipeline), `steps` counts
-    denoising steps, `scale` is the classifier-free guidance scale (1 turns guidance off), `eta` the DDIM noise
-    factor. With `seed_mode` "image" the job owns the noise stream of `seed`; with "batch" it is entry
-    `batch_index` of the run's one stream from `seed`, drawn in the order of the original scripts.
+    Sizes are in pixels, multiples of 8; 0, the default, is the model's own size or that of the image to start
+    from, and a finished job has the size it was made in. `steps` counts denoising steps, `scale` is the
+    classifier-free guidance scale (1 turns guidance off), `eta` the DDIM noise factor. With `seed_mode` "image"
+    the job owns the noise stream of `seed`; with "batch" it is entry `batch_index` of the run's one stream from
+    `seed`, drawn in the order of the original scripts.
 
     With `init` the job starts from that picture at `strength`, the share of the steps that run: 0 gives the
     picture back as the autoencoder keeps it, 1 starts from noise alone. `posterior` says whether its latent is a
@@ -106,8 +107,8 @@ class Job:
     prompt: str
     negative_prompt: str = ""
     seed: int = 42
-    width: int = 512
-    height: int = 512
+    width: int = 0
+    height: int = 0
     steps: int = 50
     sampler: Sampler = "ddim"
     scale: float = 7.5
@@ -130,6 +131,9 @@ class Job:
     def upscaled_size(self) -> tuple[int, int]:
         """Height and width of the finished picture, multiples of 8."""
         return round(self.height * self.upscale / 8) * 8, round(self.width * self.upscale / 8) * 8
+
+
+V1_DEFAULTS = Job("", width=512, height=512)  # of what the text of a file does not state
 
 
 def batch_key(job: Job) -> Job:

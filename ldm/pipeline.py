@@ -60,7 +60,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OWN_SIZE: Mapping[str, Any] = {"width": 0, "height": 0}  # of a job whose size is the model's or the image's
 BATCH_SIZE = 8  # jobs that `Pipeline.make` makes at a time
 LOW_MEMORY = 300_000_000  # bytes of weights that stay in memory where little is wanted
 SAMPLERS: Mapping[str, type[Sampler]] = {
@@ -360,11 +359,12 @@ class Pipeline:
         return noise, noise.enter(place, self._latent_shape(job)).expand(place.size, -1, -1, -1)
 
     def _latent_shape(self, job: Job) -> tuple[int, int, int]:
+        job = self._sized(job)
         return self.model.channels, job.height // self.factor, job.width // self.factor
 
     def job(self, prompt: str, **fields: Any) -> Job:
-        """A checked job: the size is by default the model's own, or that of the image to start from."""
-        return self._checked(Job(prompt, **{**OWN_SIZE, **fields}))
+        """A job as it would be made: checked, and with its size in pixels."""
+        return self._checked(Job(prompt, **fields))
 
     def __call__(
         self,
@@ -405,7 +405,7 @@ class Pipeline:
         start from at `strength` in place of an image.
         """
         jobs = [jobs] if isinstance(jobs, str | Job) else list(jobs)
-        checked = [self._checked(Job(job, **OWN_SIZE) if isinstance(job, str) else job) for job in jobs]
+        checked = [self._checked(Job(job) if isinstance(job, str) else job) for job in jobs]
         if any(given is not None for given in (noise, start_code, latents)):
             return self._screened(self.begin(checked, noise, start_code, on_step, latents))
         made: dict[int, Picture] = {}
@@ -427,12 +427,8 @@ class Pipeline:
 
     def _checked(self, job: Job) -> Job:
         """The job as it is made: every field in range, and the size known."""
-        if job.init is not None:
-            own = self.canvas(job.init).pixels.shape[:2]
-        else:
-            own = 2 * (self.model.image_size * self.factor,)
-        job = replace(job, height=job.height or own[0], width=job.width or own[1])
-        if job.init is not None and (job.height, job.width) != own:
+        job = self._sized(job)
+        if job.init is not None and (job.height, job.width) != (own := self._own_size(job)):
             raise InputError(
                 f"the size is {job.width}x{job.height}, but the image to start from becomes {own[1]}x{own[0]}; "
                 "leave width and height of the job out, or give those of its Init with resize"
@@ -442,6 +438,21 @@ class Pipeline:
         if job.height % self.factor or job.width % self.factor:
             raise InputError(f"{job.width}x{job.height} is not a multiple of {self.factor} pixels")
         return job
+
+    def _own_size(self, job: Job) -> tuple[int, int]:
+        """Height and width of the image that a job starts from, or else those that the model was trained at."""
+        if job.init is None:
+            side = self.model.image_size * self.factor
+            return side, side
+        height, width, _ = self.canvas(job.init).pixels.shape
+        return height, width
+
+    def _sized(self, job: Job) -> Job:
+        """The job with a size in pixels: its own where a side is 0."""
+        if job.height and job.width:
+            return job
+        height, width = self._own_size(job)
+        return replace(job, height=job.height or height, width=job.width or width)
 
     @torch.inference_mode()
     def begin(
@@ -458,6 +469,7 @@ class Pipeline:
         """
         if len(set(map(batch_key, jobs))) != 1:
             raise ValueError("the jobs of one batch may differ in prompts, guidance scales and seeds only")
+        jobs = [self._sized(job) for job in jobs]
         job = jobs[0]
         if self.loras.apply(job.loras):
             self._encode_prompt.cache_clear()
@@ -556,7 +568,7 @@ class Pipeline:
     @torch.inference_mode()
     def skip(self, jobs: Sequence[Job], noise: NoiseSource) -> None:
         """Leaves `noise` as `make` with the same arguments would leave it, and makes nothing."""
-        job, passed = jobs[0], _Passed(noise)
+        job, passed = self._sized(jobs[0]), _Passed(noise)
         shape = (len(jobs), *self._latent_shape(job))
         if isinstance(noise, RunNoise):
             noise.skip_start(shape)

@@ -225,7 +225,7 @@ def test_encoding_and_starting_noise_are_independent(draw):
     from ldm.models.diffusion.noise import noise_source
     from ldm.pipeline import Pipeline
 
-    jobs = [Job("", seed=seed, rng="cpu") for seed in (1, 2)]
+    jobs = [Job("", seed=seed, rng="cpu", width=512, height=512) for seed in (1, 2)]
     posterior = Pipeline(tiny_model())._posterior_noise(jobs).draw((2, 4, 32, 32))
     start = noise_source("cpu", "image", [1, 2], "cpu").draw((2, 4, 32, 32))
     together = torch.corrcoef(torch.cat([posterior, start]).flatten(1))

@@ -71,12 +71,12 @@ def found(located: Located, option: str) -> object:
 
 
 def with_lora(digest: str) -> Recipe:
-    job = Job("x", loras=(("ink", 0.8, 0.5),))
+    job = Job("x", loras=(("ink", 0.8, 0.5),), width=512, height=512)
     return Recipe(job, "ldm", extras={"Lora hashes": f"ink: {digest[:12]}"} if digest else {})
 
 
 def with_word(digest: str) -> Recipe:
-    return Recipe(Job("a foil"), "ldm", extras={"TI hashes": f"foil: {digest[:12]}"})
+    return Recipe(Job("a foil", width=512, height=512), "ldm", extras={"TI hashes": f"foil: {digest[:12]}"})
 
 
 def test_a_lora_is_known_by_its_hash_under_any_name() -> None:
@@ -92,7 +92,7 @@ def test_the_hash_of_a_loras_whole_file_counts_as_well() -> None:
     written("loras/ink.pt", b"another file of that name")
     safetensors.save_file({"x": torch.zeros(1)}, "loras/whole.safetensors")
     digest = hashlib.sha256(Path("loras/whole.safetensors").read_bytes()).hexdigest()
-    job = Job("x", loras=(("ink", 0.8, 0.5),))
+    job = Job("x", loras=(("ink", 0.8, 0.5),), width=512, height=512)
     recipe = Recipe(job, "Fooocus", extras={"Lora hashes": f"Ink: {digest[:10].upper()}"})
     located = locate(recipe, HERE, {"lora_dir": "loras"})
     assert found(located, "lora") == [("loras/whole.safetensors", 0.8, 0.5)]
@@ -100,7 +100,9 @@ def test_the_hash_of_a_loras_whole_file_counts_as_well() -> None:
 
 def test_a_name_is_known_in_either_case_where_no_hash_is() -> None:
     written("words/EasyNeg.pt", b"any")
-    recipe = Recipe(Job("easyneg"), "SD.Next", extras={"TI hashes": "easyneg: , other: 12"})
+    recipe = Recipe(
+        Job("easyneg", width=512, height=512), "SD.Next", extras={"TI hashes": "easyneg: , other: 12"}
+    )
     located = locate(recipe, HERE, {"embedding_dir": "words"})
     assert located.changes["embedding"] == [("words/EasyNeg.pt", "easyneg")] and not located.notes
     assert located.missing == ["it needs the textual inversion other; give its folder with --embedding_dir"]
@@ -193,7 +195,7 @@ def only_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def made_with(model: str, digest: str = "") -> Recipe:
-    return Recipe(Job("x"), "ldm", model, digest[:10])
+    return Recipe(Job("x", width=512, height=512), "ldm", model, digest[:10])
 
 
 @pytest.mark.usefixtures("only_here")
@@ -253,7 +255,7 @@ def test_a_given_checkpoint_is_taken_and_compared() -> None:
 
 @pytest.mark.usefixtures("only_here")
 def test_a_picture_that_names_no_model_says_nothing_of_it() -> None:
-    assert locate(Recipe(Job("x"), "ldm"), HERE, {}) == Located()
+    assert locate(Recipe(Job("x", width=512, height=512), "ldm"), HERE, {}) == Located()
 
 
 @pytest.mark.parametrize("path", ["shapes/model.ckpt", "other/shapes.safetensors", "shapes"])
@@ -298,7 +300,11 @@ def test_another_model_is_told_once(
 
 def begun(image: str, mask: str = "") -> Recipe:
     extras = {"Init image hash": image[:10]} | ({"Mask hash": mask[:10]} if mask else {})
-    return Recipe(Job("x", init=Init("scene.png", mask="mask.png" if mask else "")), "ldm", extras=extras)
+    return Recipe(
+        Job("x", init=Init("scene.png", mask="mask.png" if mask else ""), width=512, height=512),
+        "ldm",
+        extras=extras,
+    )
 
 
 @pytest.mark.parametrize("as_list", [False, True])

@@ -252,7 +252,7 @@ def test_tags(text, prompt, loras):
 )
 @pytest.mark.parametrize("name", ["x", "styles, v2", "a:b", "<", "film.v2"])
 def test_any_job_comes_back_from_its_text(prompt, name):
-    job = Job(prompt, loras=((name, 0.1 + 0.2, -1.0), ("other", 1.0, 1.0)))
+    job = Job(prompt, loras=((name, 0.1 + 0.2, -1.0), ("other", 1.0, 1.0)), width=512, height=512)
     assert job_from_infotext(infotext(job, {})) == job
 
 
@@ -260,7 +260,7 @@ def test_any_job_comes_back_from_its_text(prompt, name):
     "loras", ['[["x", 1]]', '{"x": 1}', '[["x", [], 1]]', f'[["x", 1{"0" * 400}, 1]]', "x"]
 )
 def test_a_forged_entry_is_refused(loras):
-    text = infotext(Job("a", loras=(("x:y", 1.0, 1.0),)), {})
+    text = infotext(Job("a", loras=(("x:y", 1.0, 1.0),), width=512, height=512), {})
     assert "Loras: " in text
     forged = re.sub(r'Loras: ".*?[^\\]"', lambda _: f"Loras: {json.dumps(loras)}", text)
     with pytest.raises(InputError, match="Loras"):
@@ -268,7 +268,12 @@ def test_a_forged_entry_is_refused(loras):
 
 
 def test_folders_of_loras_stay_private():
-    job = Job("a", loras=(("/home/me/secret/x.safetensors", 1.0, 1.0), ("C:\\secret\\y.pt", 1.0, 1.0)))
+    job = Job(
+        "a",
+        loras=(("/home/me/secret/x.safetensors", 1.0, 1.0), ("C:\\secret\\y.pt", 1.0, 1.0)),
+        width=512,
+        height=512,
+    )
     text = infotext(job, {})
     assert "secret" not in text
     assert [name for name, *_ in job_from_infotext(text).loras] == ["x", "y"]

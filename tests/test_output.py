@@ -458,9 +458,12 @@ def test_differences_name_field_and_both_values():
 
 
 def test_values_that_differ_among_the_jobs_are_shown_by_the_first():
-    old, new = (describe([Job("x", seed=seed + i) for i in range(2)], [[0, 1]], {}) for seed in (42, 7))
+    old, new = (
+        describe([Job("x", seed=seed + i, width=512, height=512) for i in range(2)], [[0, 1]], {})
+        for seed in (42, 7)
+    )
     assert differences(old, new) == ["seed (42 and others there, 7 and others now)"]
-    middle = describe([Job("x", seed=seed) for seed in (42, 44)], [[0, 1]], {})
+    middle = describe([Job("x", seed=seed, width=512, height=512) for seed in (42, 44)], [[0, 1]], {})
     (found,) = differences(old, middle)
     assert re.fullmatch(
         r"seed \(42 and others, digest \w{16} there, 42 and others, digest \w{16} now\)", found

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ldm.images.canvas import open_canvas
-from ldm.images.metadata import job_from_infotext
+from ldm.images.metadata import infotext, job_from_infotext
 from ldm.images.safety import Screen
 from ldm.job import Init, Job, MemoryImage
 from ldm.pipeline import Pipeline
@@ -101,6 +101,21 @@ def test_seeds_count_up_to_the_generators_last(pipeline, rng, last):
     assert np.array_equal(pictures[1].pixels, pipeline("a cube", seed=0, **fields)[0].pixels)
     with pytest.raises(InputError, match=f"seed is {last + 1}"):
         pipeline("a cube", seed=last + 1, **fields)
+
+
+def test_a_job_without_a_size_has_the_models_own(pipeline):
+    side = pipeline.model.image_size * pipeline.factor
+    job = Job("a cube", steps=1)
+    (picture,) = pipeline.make(job)
+    assert (picture.job.width, picture.job.height) == picture.pixels.shape[:2] == (side, side)
+    assert job_from_infotext(infotext(picture.job, {})) == picture.job
+    (begun,) = pipeline.finish(pipeline.begin([job]))
+    assert same([begun], [picture])
+    assert (
+        pipeline.start_code(job, 2, pipeline.noise([job, job])).shape[-2:] == (side // pipeline.factor,) * 2
+    )
+    (half,) = pipeline.make(dataclasses.replace(job, height=side // 2))
+    assert half.pixels.shape == (side // 2, side, 3)
 
 
 def test_a_start_image_gives_the_size(pipeline):

@@ -75,16 +75,23 @@ def remade(recipe: Recipe) -> Job:
 
 
 TEXT_JOBS = [
-    Job("a cat"),
+    Job("a cat", width=512, height=512),
     Job("a cat", "dog", seed=2**32 - 1, width=640, height=448, steps=30, scale=0.1 + 0.2, sampler="plms"),
-    Job("-a cat", "--prompt", eta=1e-7, timestep_spacing="compvis", rng="numpy"),
+    Job("-a cat", "--prompt", eta=1e-7, timestep_spacing="compvis", rng="numpy", width=512, height=512),
     Job(
-        "a cat", sampler="dpm_solver", upscale=1.5, upscale_in="latents", upscale_strength=1 / 3, rng="device"
+        "a cat",
+        sampler="dpm_solver",
+        upscale=1.5,
+        upscale_in="latents",
+        upscale_strength=1 / 3,
+        rng="device",
+        width=512,
+        height=512,
     ),
-    Job("a cat", loras=(("b", 0.8, 0.5), ("c d:1", -1.0, -1.0))),
-    Job("a cat", scale=-1.5),
-    Job("a cat", seed=2**64 - 1),
-    Job("a (cat:1.2)", prompt_syntax="a1111"),
+    Job("a cat", loras=(("b", 0.8, 0.5), ("c d:1", -1.0, -1.0)), width=512, height=512),
+    Job("a cat", scale=-1.5, width=512, height=512),
+    Job("a cat", seed=2**64 - 1, width=512, height=512),
+    Job("a (cat:1.2)", prompt_syntax="a1111", width=512, height=512),
 ]
 
 
@@ -93,9 +100,17 @@ def test_a_command_gives_the_job_back(job: Job) -> None:
     assert remade(Recipe(job, "ldm")) == job
 
 
-BATCH_JOB = Job("a cat", seed_mode="batch", batch_index=7, rng="cpu")
+BATCH_JOB = Job("a cat", seed_mode="batch", batch_index=7, rng="cpu", width=512, height=512)
 PICTURE_JOBS = [
-    Job("x", init=init, strength=0.3, posterior="mean", paste=not (init.mask or init.alpha_mask))
+    Job(
+        "x",
+        init=init,
+        strength=0.3,
+        posterior="mean",
+        paste=not (init.mask or init.alpha_mask),
+        width=512,
+        height=512,
+    )
     for init in (
         Init("-a b.png"),
         Init("-a b.png", width=64, height=None, resize="fit", background="#102030"),
@@ -123,7 +138,9 @@ def test_pictures_to_start_from(job: Job, tmp_path: Path, monkeypatch: pytest.Mo
 def test_every_field_of_a_job_is_tried() -> None:
     jobs = [*TEXT_JOBS, BATCH_JOB, *PICTURE_JOBS]
     for field in dataclasses.fields(Job):
-        assert any(getattr(job, field.name) != getattr(Job(""), field.name) for job in jobs), field.name
+        assert any(
+            getattr(job, field.name) != getattr(Job("", width=512, height=512), field.name) for job in jobs
+        ), field.name
     for field in dataclasses.fields(Init):
         inits = [job.init for job in PICTURE_JOBS]
         assert any(getattr(init, field.name) != getattr(Init(""), field.name) for init in inits), field.name
@@ -131,9 +148,9 @@ def test_every_field_of_a_job_is_tried() -> None:
 
 def test_the_script_fits_the_job() -> None:
     scripts_of = {
-        "txt2img": Job("x"),
-        "img2img": Job("x", strength=0.5),  # its picture is not known
-        "inpaint": Job("x", init=Init("a.png", mask="m.png")),
+        "txt2img": Job("x", width=512, height=512),
+        "img2img": Job("x", strength=0.5, width=512, height=512),  # its picture is not known
+        "inpaint": Job("x", init=Init("a.png", mask="m.png"), width=512, height=512),
     }
     assert {name: options(Recipe(job, "A1111"), {})[0] for name, job in scripts_of.items()} == {
         n: n for n in scripts_of
@@ -141,7 +158,9 @@ def test_the_script_fits_the_job() -> None:
 
 
 def test_what_a_run_noted_and_what_is_changed() -> None:
-    recipe = Recipe(Job("x"), "ldm", extras={"Precision": "full", "EMA": "off", "Fixed code": "on"})
+    recipe = Recipe(
+        Job("x", width=512, height=512), "ldm", extras={"Precision": "full", "EMA": "off", "Fixed code": "on"}
+    )
     opt = typed(
         command(recipe, {"ckpt": "my model.ckpt", "seed": "7", "skip_save": None}, drop=["skip_grid"])
     )
@@ -206,7 +225,7 @@ def test_bash_reads_any_argument_back(prompts: list[str]) -> None:
 
 @pytest.mark.parametrize("prompt", HOSTILE)
 def test_commands_are_one_line_without_controls(prompt: str) -> None:
-    job = Job(prompt, prompt, init=Init(prompt), loras=((prompt, 1.0, 1.0),))
+    job = Job(prompt, prompt, init=Init(prompt), loras=((prompt, 1.0, 1.0),), width=512, height=512)
     assert command(Recipe(job, "A1111")).isprintable()
 
 
@@ -504,10 +523,12 @@ def test_foreign_files_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_seed_of_the_picture_is_changed_not_of_its_batch() -> None:
-    recipe = Recipe(Job("x", seed=1), "ldm", extras={"Batch size": "3", "Batch pos": "2"})
+    recipe = Recipe(
+        Job("x", seed=1, width=512, height=512), "ldm", extras={"Batch size": "3", "Batch pos": "2"}
+    )
     assert (place(recipe), typed(command(recipe)).seed) == (2, 2**64 - 1)  # seeds wrap around
     assert typed(command(recipe, {"rng": "cpu"})).seed == 2**32 - 1
-    short = dataclasses.replace(recipe, job=Job("x", seed=1, rng="numpy"))
+    short = dataclasses.replace(recipe, job=Job("x", seed=1, rng="numpy", width=512, height=512))
     assert typed(command(short)).seed == 2**32 - 1
     assert typed(command(short, {"rng": "philox", "seed": str(2**63)})).seed == 2**63 - 2
     assert remade(recipe) == recipe.job and remade(short) == short.job
@@ -517,7 +538,9 @@ def test_the_seed_of_the_picture_is_changed_not_of_its_batch() -> None:
 
 
 def test_how_many_pictures_a_command_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    by_image = Recipe(Job("x", seed=1), "ldm", extras={"Batch size": "3", "Batch pos": "2"})
+    by_image = Recipe(
+        Job("x", seed=1, width=512, height=512), "ldm", extras={"Batch size": "3", "Batch pos": "2"}
+    )
     of_a_run = Recipe(BATCH_JOB, "ldm", extras={"Batch size": "3"})
     changed = {"n_samples": "2"}
     for recipe, changes in ((by_image, {}), (by_image, changed), (of_a_run, {}), (of_a_run, changed)):
@@ -539,12 +562,14 @@ def test_how_many_pictures_a_command_makes(tmp_path: Path, monkeypatch: pytest.M
 
 def test_from_the_command_line_it_says_the_same(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    path.write_bytes(encode_png(np.zeros((8, 8, 3), np.uint8), record=record(Job("a cat"), {})))
+    path.write_bytes(
+        encode_png(np.zeros((8, 8, 3), np.uint8), record=record(Job("a cat", width=512, height=512), {}))
+    )
     script = str(ROOT / "scripts/replay.py")
     run = subprocess.run(
         [sys.executable, script, str(path), "--show"], capture_output=True, text=True, check=True
     )
-    assert run.stdout.splitlines()[1].strip() == command(Recipe(Job("a cat"), "ldm"))
+    assert run.stdout.splitlines()[1].strip() == command(Recipe(Job("a cat", width=512, height=512), "ldm"))
 
 
 # --- what a file cannot do ---------------------------------------------------------------------------------------
@@ -626,7 +651,9 @@ def test_typed_options_change_the_job() -> None:
     assert again.init == Init(
         "a.png", width=64, height=32, resize="fill", outpaint=(8, 0, 0, 0), alpha_mask=True
     )
-    unknown = Job("x", strength=0.5)  # of another program, whose starting picture is not known
+    unknown = Job(
+        "x", strength=0.5, width=512, height=512
+    )  # of another program, whose starting picture is not known
     assert changed(unknown, {"init_img": ["a.png"], "W": 32}).init == Init("a.png", width=32, resize="fit")
 
 
@@ -641,7 +668,7 @@ def test_typed_options_change_the_job() -> None:
 )
 def test_typed_options_that_need_another_are_refused(typed: dict[str, object], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        changed(Job("x"), typed)
+        changed(Job("x", width=512, height=512), typed)
 
 
 def test_a_batch_of_any_size_that_a_file_claims_is_not_made(tmp_path: Path, monkeypatch, capsys) -> None:

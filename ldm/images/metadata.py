@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from ldm.job import Init, Job, lora_name, lora_tag, split_loras
+from ldm.job import V1_DEFAULTS, Init, Job, lora_name, lora_tag, split_loras
 from ldm.util import InputError, printable
 
 INFOTEXT_KEYWORD = "parameters"  # of the PNG's text chunk
@@ -188,7 +188,7 @@ def has_settings(text: str) -> bool:
 
 
 def job_from_infotext(text: str) -> Job:
-    """The job that an infotext describes; what it does not say is the default of `Job`.
+    """The job that an infotext describes; what it does not say is as in `V1_DEFAULTS`.
 
     Raises InputError for a text without settings or with a value that is none.
     """
@@ -219,7 +219,8 @@ def job_from_entries(entries: Mapping[str, str]) -> Job:
     init = {name.removeprefix("init."): values.pop(name) for name in list(values) if name.startswith("init.")}
     if "image" in init:
         values["init"] = Init(**init)
-    return Job(prompt=entries["Prompt"], negative_prompt=entries["Negative prompt"], **values)
+    prompts = {"prompt": entries["Prompt"], "negative_prompt": entries["Negative prompt"]}
+    return replace(V1_DEFAULTS, **prompts, **values)
 
 
 def _field(job: Job, name: str) -> Any:

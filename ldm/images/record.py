@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ldm.fields import MAX_TEXT, SETTINGS, override, read_held, shown
 from ldm.images.metadata import file_name, to_json
-from ldm.job import Job, lora_name
+from ldm.job import V1_DEFAULTS, Job, lora_name
 from ldm.util import InputError, printable
 
 KEYWORD = "ldm"  # of the PNG's text chunk
@@ -43,7 +43,7 @@ def record(job: Job, extras: Mapping[str, str]) -> str:
 
 
 def read_record(text: str) -> Record:
-    """What a record says, exactly; fields that it lacks have the defaults of `Job`.
+    """What a record says, exactly; fields that it lacks have those of `V1_DEFAULTS`.
 
     Raises InputError for a text that is no record, and `FieldError` for a value that its field cannot have.
     """
@@ -87,4 +87,4 @@ def _decoded(content: Mapping[str, Any], unknown: list[str]) -> Job:
     held = {name: value for name, value in content.items() if name != "init"}
     held |= {f"init.{name}": value for name, value in (init or {}).items()}
     unknown += [f"job.{name}" for name in held if name not in SETTINGS]
-    return override(Job(""), {name: read_held(name, v) for name, v in held.items() if name in SETTINGS})
+    return override(V1_DEFAULTS, {name: read_held(name, v) for name, v in held.items() if name in SETTINGS})

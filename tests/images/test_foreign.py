@@ -65,7 +65,7 @@ def test_a_record_is_exact() -> None:
 
 @pytest.mark.parametrize("prompt", HOSTILE)
 def test_hostile_prompts_survive_in_a_record(prompt: str, tmp_path: Path) -> None:
-    job = Job(prompt=prompt, negative_prompt=prompt[::-1])
+    job = Job(prompt=prompt, negative_prompt=prompt[::-1], width=512, height=512)
     text = record(job, {})
     assert read_record(text).job == job
     assert not set(text) & {"\x00", "\x1b", "\x9b", "\r", "\n", "\x7f"}
@@ -83,7 +83,7 @@ def test_hostile_prompts_survive_in_a_record(prompt: str, tmp_path: Path) -> Non
 def test_any_job_survives_in_a_record(
     prompt: str, seed: int, scale: float, borders: tuple[int, int, int, int]
 ) -> None:
-    job = Job(prompt, seed=seed, scale=scale, init=Init("a.png", outpaint=borders))
+    job = Job(prompt, seed=seed, scale=scale, init=Init("a.png", outpaint=borders), width=512, height=512)
     assert read_record(record(job, {"Note": prompt})).job == job
 
 
@@ -101,8 +101,12 @@ def test_a_file_cannot_choose_a_folder_to_read_from(tmp_path: Path) -> None:
 
 
 def test_the_record_is_preferred_and_a_damaged_one_does_no_harm(tmp_path: Path) -> None:
-    job = Job("a cat", seed=7)
-    path = png(tmp_path / "a.png", parameters=infotext(Job("other"), EXTRAS), ldm=record(job, EXTRAS))
+    job = Job("a cat", seed=7, width=512, height=512)
+    path = png(
+        tmp_path / "a.png",
+        parameters=infotext(Job("other", width=512, height=512), EXTRAS),
+        ldm=record(job, EXTRAS),
+    )
     assert read_job(path) == Recipe(job, "ldm", EXTRAS["Model"], EXTRAS["Model hash"], EXTRAS)
     path = png(tmp_path / "b.png", parameters=infotext(job, {"Version": "ldm 1.0"}), ldm='{"job": 3}')
     recipe = read_job(path)
@@ -147,14 +151,18 @@ def test_values_that_a_field_cannot_have_are_refused(name: str, value: object) -
 )  # fmt: skip
 def test_a_record_cannot_go_beyond_the_range_of_a_field(name: str, value: object, tmp_path: Path) -> None:
     text = json.dumps({"version": 1, "job": {"prompt": "x", name: value}})
-    path = png(tmp_path / "x.png", ldm=text, parameters=infotext(Job("x"), {"Version": "ldm 1.0"}))
+    path = png(
+        tmp_path / "x.png",
+        ldm=text,
+        parameters=infotext(Job("x", width=512, height=512), {"Version": "ldm 1.0"}),
+    )
     with pytest.raises(InputError, match=rf"job\.{name}.* cannot be .*; give") as caught:
         read_job(path)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 400
 
 
 def test_an_own_infotext_cannot_go_beyond_the_range_of_a_field() -> None:
-    text = infotext(Job("x", sampler=cast(Any, "help")), {"Version": "ldm 1.0"})
+    text = infotext(Job("x", sampler=cast(Any, "help"), width=512, height=512), {"Version": "ldm 1.0"})
     with pytest.raises(InputError, match=r"job\.sampler cannot be help; give ddim"):
         webui.read(text)
 
@@ -212,7 +220,9 @@ def test_what_is_no_record_is_refused(text: str) -> None:
 
 def test_an_independent_reader_finds_the_infotext_beside_a_record() -> None:
     sd_parsers = pytest.importorskip("sd_parsers")
-    job = Job(prompt="a cat", negative_prompt="dog", seed=1234, steps=30, sampler="plms")
+    job = Job(
+        prompt="a cat", negative_prompt="dog", seed=1234, steps=30, sampler="plms", width=512, height=512
+    )
     text, held = infotext(job, {"Model": "v1-5"}), record(job, {"Model": "v1-5"})
     info = sd_parsers.ParserManager().parse(io.BytesIO(encode_png(PIXELS, text, record=held)))
     assert info is not None
@@ -233,16 +243,16 @@ def chunks(png: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def test_the_record_lies_uncompressed_in_a_chunk_of_its_own() -> None:
-    held = record(Job("a cat"), EXTRAS)
+    held = record(Job("a cat", width=512, height=512), EXTRAS)
     found = [content for kind, content in chunks(encode_png(PIXELS, record=held)) if kind == b"tEXt"]
     assert found == [b"ldm\0" + held.encode("latin-1")]
-    held = record(Job("кошка"), EXTRAS)
+    held = record(Job("кошка", width=512, height=512), EXTRAS)
     (content,) = (content for kind, content in chunks(encode_png(PIXELS, record=held)) if kind == b"iTXt")
     assert content == b"ldm\0\0\0\0\0" + held.encode()
 
 
 def test_a_record_that_is_too_long_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    png = encode_png(PIXELS, "x\nSteps: 1", record=record(Job("x" * 70_000), {}))
+    png = encode_png(PIXELS, "x\nSteps: 1", record=record(Job("x" * 70_000, width=512, height=512), {}))
     assert [content[:11] for kind, content in chunks(png) if kind == b"tEXt"] == [b"parameters\0"]
     assert "left out" in caplog.text
 
@@ -272,7 +282,7 @@ def test_plain_ddim_of_the_web_ui_differs_in_little() -> None:
         "a cat\nSteps: 50, Sampler: DDIM, CFG scale: 7.5, Seed: 42, Size: 512x512, RNG: NV, Version: v1.5.2"
     )
     recipe = webui.read(text)
-    assert (recipe.job, recipe.notes) == (Job("a cat", prompt_syntax="a1111"), ())
+    assert (recipe.job, recipe.notes) == (Job("a cat", prompt_syntax="a1111", width=512, height=512), ())
     (note,) = webui.read(text.replace("1.5.2", "1.10.1-12-gabc")).notes
     assert "last step" in note
     assert webui.read(text.replace("Steps: 50", "Steps: 30")).job.timestep_spacing == "compvis"
@@ -590,7 +600,9 @@ INVOKE = {
 
 def test_json_of_invokeai() -> None:
     recipe = invokeai.read_metadata(json.dumps(INVOKE))
-    assert recipe.job == Job("a cat", "dog", seed=7, height=640, rng="cpu", loras=(("b", 0.75, 0.75),))
+    assert recipe.job == Job(
+        "a cat", "dog", seed=7, height=640, rng="cpu", loras=(("b", 0.75, 0.75),), width=512
+    )
     assert (recipe.source, recipe.model, recipe.model_hash) == ("InvokeAI", "v1-5", "blake3:abc")
     assert recipe.notes == ("it needs the LoRA b",)
     assert invokeai.read_metadata(json.dumps(INVOKE | {"rand_device": "cuda"})).job.rng == "philox"
@@ -613,7 +625,7 @@ def test_json_of_invokeai_2() -> None:
         },
     }  # fmt: skip
     recipe = invokeai.read_sd_metadata(json.dumps(content))
-    assert recipe.job == Job("a cat on a mat", "dog, cow", seed=9, width=640, eta=1.0)
+    assert recipe.job == Job("a cat on a mat", "dog, cow", seed=9, width=640, eta=1.0, height=512)
     assert (recipe.model, recipe.model_hash) == ("stable-diffusion-1.4", "fe4efff1")
 
 
@@ -626,7 +638,9 @@ def test_json_of_invokeai_2() -> None:
 )
 def test_commands_of_invokeai(text: str) -> None:
     recipe = invokeai.read_dream(text)
-    assert dataclasses.replace(recipe.job, prompt="") == Job("", seed=9, width=640, sampler="plms")
+    assert dataclasses.replace(recipe.job, prompt="") == Job(
+        "", seed=9, width=640, sampler="plms", height=512
+    )
     assert recipe.job.prompt.replace("\\", "") == 'a "cat"'
     assert noted(recipe, "-G 0.8")
 

@@ -410,7 +410,7 @@ def test_entries_that_are_none_are_not_given() -> None:
 
 
 def test_a_record_is_never_taken_for_utf_8(tmp_path: Path) -> None:
-    data = b"ldm\0" + record(Job("Ã©"), {}).encode("latin-1")
+    data = b"ldm\0" + record(Job("Ã©", width=512, height=512), {}).encode("latin-1")
     assert read_job(png_with(tmp_path / "x.png", b"tEXt", data)).job.prompt == "Ã©"
 
 

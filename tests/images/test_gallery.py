@@ -91,9 +91,12 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder whose prompts and file names are attacks."""
     folder = tmp_path_factory.mktemp("run")
     for i, prompt in enumerate(ATTACKS):
-        picture(folder / f"samples/{i:05d}.png", Job(prompt, negative_prompt=prompt, seed=i))
+        picture(
+            folder / f"samples/{i:05d}.png",
+            Job(prompt, negative_prompt=prompt, seed=i, width=512, height=512),
+        )
     for name in NAMES:
-        picture(folder / "samples" / name, Job(name))
+        picture(folder / "samples" / name, Job(name, width=512, height=512))
     (folder / "samples/broken.png").write_bytes(b"<script>")
     picture(folder / "samples/silent.png", None)
     return folder
@@ -142,7 +145,7 @@ def test_the_policy_allows_the_page_s_own_script_and_style_only(attacked: Path) 
 
 def test_pictures_stand_by_number(tmp_path: Path) -> None:
     for name in ("100000.png", "99999.png", "00002.png"):
-        picture(tmp_path / "samples" / name, Job("x"))
+        picture(tmp_path / "samples" / name, Job("x", width=512, height=512))
     (tmp_path / "samples/notes.txt").write_text("no picture")
     sources = [attributes["src"] for attributes in Page(gallery(tmp_path, command)).all("img")]
     assert sources == ["samples/00002.png", "samples/99999.png", "samples/100000.png"]
@@ -213,7 +216,7 @@ def test_a_browser_runs_the_page_s_script_and_no_other(attacked: Path, tmp_path:
 
 @in_a_browser
 def test_a_browser_shows_the_pictures(tmp_path: Path) -> None:
-    picture(tmp_path / "samples/a b#%41.png", Job("x"), colour=(255, 0, 128))
+    picture(tmp_path / "samples/a b#%41.png", Job("x", width=512, height=512), colour=(255, 0, 128))
     path = tmp_path / "gallery.html"
     path.write_text(gallery(tmp_path, command), encoding="utf-8")
     shot = tmp_path / "shot.png"
@@ -224,7 +227,7 @@ def test_a_browser_shows_the_pictures(tmp_path: Path) -> None:
 
 
 def test_a_recipe_of_another_program_is_shown(tmp_path: Path) -> None:
-    picture(tmp_path / "samples/0.png", Job("ours"))
+    picture(tmp_path / "samples/0.png", Job("ours", width=512, height=512))
     text = "theirs\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x64, Model: v1-5"
     (tmp_path / "samples/1.png").write_bytes(encode_png(np.zeros((8, 8, 3), np.uint8), text))
     page = Page(gallery(tmp_path, lambda recipe: recipe.source))

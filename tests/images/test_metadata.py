@@ -100,11 +100,11 @@ def test_numbers_and_defaults_are_written_plainly() -> None:
         "Paste: off, Hires upscale: 2, Hires upscaler: Latent, Upscale strength: 0.3333333333333333, "
         "Prompt syntax: a1111"
     )
-    assert "RNG: CPU" in infotext(Job(prompt="x", rng="cpu"), {})
+    assert "RNG: CPU" in infotext(Job(prompt="x", rng="cpu", width=512, height=512), {})
 
 
 def test_every_field_of_a_job_survives() -> None:
-    defaults = Job(prompt="")
+    defaults = Job(prompt="", width=512, height=512)
     for field in dataclasses.fields(Job):
         assert getattr(FULL, field.name) != getattr(defaults, field.name), f"FULL should vary {field.name}"
     assert FULL.init is not None
@@ -122,14 +122,14 @@ def test_folders_of_files_stay_private() -> None:
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
 @pytest.mark.parametrize("rng", ["philox", "cpu", "device", "numpy"])
 def test_names_survive(sampler: str, rng: str) -> None:
-    job = Job(prompt="x", sampler=sampler, rng=rng)
+    job = Job(prompt="x", sampler=sampler, rng=rng, width=512, height=512)
     assert job_from_infotext(infotext(job, {})) == job
 
 
 @pytest.mark.parametrize("prompt", HOSTILE)
 @pytest.mark.parametrize("negative", ["", "5x5", *HOSTILE[3:8], "a\x00"])
 def test_hostile_prompts_survive_as_text_and_in_a_file(prompt: str, negative: str) -> None:
-    job = Job(prompt=prompt, negative_prompt=negative)
+    job = Job(prompt=prompt, negative_prompt=negative, width=512, height=512)
     text = infotext(job, EXTRAS)
     assert job_from_infotext(text) == job
     assert parse_infotext(text)["Model"] == EXTRAS["Model"]
@@ -141,7 +141,7 @@ def test_hostile_prompts_survive_as_text_and_in_a_file(prompt: str, negative: st
 
 @given(prompt=st.text(), negative=st.text(alphabet='Negative prompt:\n\r", x5\\\x00é\ud800'), extra=st.text())
 def test_any_text_survives(prompt: str, negative: str, extra: str) -> None:
-    job = Job(prompt=prompt, negative_prompt=negative)
+    job = Job(prompt=prompt, negative_prompt=negative, width=512, height=512)
     text = infotext(job, {"Note": extra, "Version": "1"})
     text.encode("utf-8")
     assert job_from_infotext(text) == job
@@ -150,13 +150,13 @@ def test_any_text_survives(prompt: str, negative: str, extra: str) -> None:
 
 @given(scale=st.floats(allow_nan=False), eta=st.floats(allow_nan=False), seed=st.integers())
 def test_numbers_survive_exactly(scale: float, eta: float, seed: int) -> None:
-    job = Job(prompt="x", scale=scale, eta=eta, seed=seed)
+    job = Job(prompt="x", scale=scale, eta=eta, seed=seed, width=512, height=512)
     assert job_from_infotext(infotext(job, {})) == job
 
 
 def test_ordinary_prompts_need_no_exact_form() -> None:
     for prompt in ("", "a cat", "two\nlines", 'commas, colons: "quotes"', "日本語 👩‍🚀", "  spaces  "):
-        assert "Exact" not in infotext(Job(prompt=prompt, negative_prompt=prompt), {})
+        assert "Exact" not in infotext(Job(prompt=prompt, negative_prompt=prompt, width=512, height=512), {})
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_ordinary_prompts_need_no_exact_form() -> None:
 )
 def test_extras_cannot_pose_as_something_else(key: str) -> None:
     with pytest.raises(ValueError, match="extra entry"):
-        infotext(Job(prompt="x"), {key: "1"})
+        infotext(Job(prompt="x", width=512, height=512), {key: "1"})
 
 
 @pytest.mark.parametrize("value", ["512x512", "0x0", '"512x512"', '"', '"a"', "a\\", " x"])
@@ -177,7 +177,7 @@ def test_extras_that_look_like_something_else_survive(value: str) -> None:
 
 
 def test_empty_extras_are_left_out() -> None:
-    assert "Model" not in infotext(Job(prompt="x"), {"Model": ""})
+    assert "Model" not in infotext(Job(prompt="x", width=512, height=512), {"Model": ""})
 
 
 def test_a_text_of_the_web_ui_is_read() -> None:
@@ -231,7 +231,16 @@ def test_reading_long_lines_takes_linear_time() -> None:
 )
 def test_an_independent_reader_agrees(prompt: str) -> None:
     sd_parsers = pytest.importorskip("sd_parsers")
-    job = Job(prompt=prompt, negative_prompt="dog", seed=1234, steps=30, sampler="plms", eta=0.5)
+    job = Job(
+        prompt=prompt,
+        negative_prompt="dog",
+        seed=1234,
+        steps=30,
+        sampler="plms",
+        eta=0.5,
+        width=512,
+        height=512,
+    )
     text = infotext(job, {"Model": "v1-5", "Model hash": "6ce0161689"})
     png = encode_png(np.zeros((8, 8, 3), np.uint8), text)
     info = sd_parsers.ParserManager().parse(io.BytesIO(png))

@@ -248,7 +248,7 @@ def test_any_line_is_read_or_refused(monkeypatch_stdin, text, format):
     except InputError as error:
         assert all(part.isprintable() for part in str(error).split("\n"))
     else:
-        assert all(isinstance(changed(line, Job("")), Job) for line in lines)
+        assert all(isinstance(changed(line, Job("", width=512, height=512)), Job) for line in lines)
 
 
 def test_a_warning_names_the_dialect_once(read, caplog):
@@ -570,18 +570,22 @@ def test_controls_and_separators_stay_in_prompts(read):
 
 
 def test_a_line_changes_what_it_says():
-    defaults = Job("x", negative_prompt="n", seed=9, steps=7, init=Init("a.png", resize="fill"))
+    defaults = Job(
+        "x", negative_prompt="n", seed=9, steps=7, init=Init("a.png", resize="fill"), width=512, height=512
+    )
     line = Line(1, "a", overrides={"steps": 3, "init.mask": "m.png"})
     init = Init("a.png", resize="fill", mask="m.png")
-    assert changed(line, defaults) == Job("a", "n", seed=9, steps=3, init=init)
+    assert changed(line, defaults) == Job("a", "n", seed=9, steps=3, init=init, width=512, height=512)
     assert changed(Line(1, "a", overrides={"init": None}), defaults).init is None
-    assert changed(Line(1, "a", overrides={"init.image": "b.png"}), Job("")).init == Init("b.png")
+    assert changed(
+        Line(1, "a", overrides={"init.image": "b.png"}), Job("", width=512, height=512)
+    ).init == Init("b.png")
     assert changed(Line(1, "a"), defaults) == dataclasses.replace(defaults, prompt="a")
 
 
 def test_a_line_needs_a_picture_to_change():
     with pytest.raises(ValueError, match=r"^mask of a picture to start from, but there is none"):
-        changed(Line(4, "a", overrides={"init.mask": "m.png"}), Job(""))
+        changed(Line(4, "a", overrides={"init.mask": "m.png"}), Job("", width=512, height=512))
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ldm.fields import MAX_SEEDS, SETTINGS, override, read_held, shown, values_of
 from ldm.images.metadata import file_name
 from ldm.images.record import without_folders
-from ldm.job import Init, Job, lora_name
+from ldm.job import V1_DEFAULTS, Init, Job, lora_name
 from ldm.util import InputError, printable
 
 _MAX_NOTES, _MAX_NOTE = 40, 300
@@ -111,7 +111,7 @@ class Draft:
 
     def _refuse(self, name: str, value: object) -> None:
         said = "is not stated" if value is None else f"cannot be {shown(value)}"
-        self.note(f"{name} {said}; using {getattr(Job(''), name)}")
+        self.note(f"{name} {said}; using {getattr(V1_DEFAULTS, name)}")
 
     def _check(self) -> None:
         """Takes out, and notes, every value that its field cannot have; InputError for a number that is none."""
@@ -140,7 +140,7 @@ class Draft:
 
     def spacing_of_compvis(self) -> None:
         """DDIM or PLMS on the original's timesteps, where those can be had for this count of steps."""
-        steps, sampler = self.values.get("steps", Job("").steps), self.values["sampler"]
+        steps, sampler = self.values.get("steps", V1_DEFAULTS.steps), self.values["sampler"]
         if sampler == "dpm_solver" or not 1 <= steps <= 999 or 1000 % steps == 0:
             return
         stride = 1000 // steps
@@ -199,5 +199,5 @@ class Draft:
         self.values["loras"] = tuple(self.loras)
         self._check()
         self.values.setdefault("prompt", "")
-        job = checked(Job(**self.values))
+        job = checked(replace(V1_DEFAULTS, **self.values))
         return Recipe(job, self.source, self.model, self.model_hash, self.extras, tuple(self.notes))
