@@ -227,6 +227,10 @@ def test_clip_skip_of_either_side_is_noted(side: str) -> None:
         ("ConditioningSetTimestepRange", {"conditioning": ["6", 0], "start": 0.2}),
         ("unCLIPConditioning", {"conditioning": ["6", 0], "strength": 1.0}),
         ("ControlNetApply", {"conditioning": ["6", 0], "control_net": ["x", 0]}),
+        (
+            "GLIGENTextBoxApply",
+            {"conditioning_to": ["6", 0], "clip": ["4", 1], "text": "a ball", "width": 64},
+        ),
     ],
 )
 @pytest.mark.parametrize("role", ["positive", "negative"])

@@ -88,3 +88,16 @@ def test_options_of_old_commands_with_several_values() -> None:
     recipe = invokeai.read_dream('"a cat" -s 20 -S 5 -U 2 0.75 -I my photo.png -f 0.4 -G 0.8')
     assert (recipe.job.init, recipe.job.strength) == (Init("my photo.png"), 0.4)
     assert noted(recipe, "-U 2 0.75") and noted(recipe, "-G 0.8")
+
+
+@pytest.mark.parametrize("kind", ["controlLayers", "regionalGuidance", "referenceImages"])
+@pytest.mark.parametrize(
+    ("entities", "is_noted"),
+    [
+        ([{"id": "a"}], True), ([{"isEnabled": False}, {"isEnabled": True}], True), ([{"isEnabled": False}], False),
+        ([], False), (None, False), ("x", False), ([None], False),
+    ],
+)  # fmt: skip
+def test_what_guides_an_image_on_a_canvas_is_noted(kind: str, entities: object, is_noted: bool) -> None:
+    content = INVOKE | {"canvas_v2_metadata": {"rasterLayers": [{"id": "b"}], kind: entities}}
+    assert noted(invokeai.read_metadata(json.dumps(content)), kind) == is_noted

@@ -254,7 +254,8 @@ class _Reader:
             if node.kind == "ConditioningZeroOut":
                 self.draft.note("ConditioningZeroOut is not here; the empty prompt is used")
                 return node
-            if self._text(node, role) is not None or "clip" in node.inputs:
+            adds_to_another = self.graph.linked(node, *_TOWARDS_TEXT) is not None
+            if not adds_to_another and (self._text(node, role) is not None or "clip" in node.inputs):
                 return node
 
     @staticmethod

@@ -30,6 +30,7 @@ _NOT_HERE = (
     "postprocessing", "hires_fix", "regions", "ref_images", "control_layers", "positive_style_prompt",
     "negative_style_prompt", "hrf_strength", "facetool_strength",
 )  # fmt: skip
+_ON_CANVAS = ("controlLayers", "regionalGuidance", "referenceImages")  # what guides an image of version 5
 
 
 def read_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
@@ -139,6 +140,11 @@ def _settings(content: dict[str, Any], sampler: str, draft: Draft) -> None:
         draft.note(f"the part of the image that {kind} repaints is not in the file; give it with --mask")
     for name in _NOT_HERE:
         draft.leave_out(name, content.get(name))
+    canvas = content.get("canvas_v2_metadata")
+    for name, entities in canvas.items() if isinstance(canvas, dict) else ():
+        listed = entities if name in _ON_CANVAS and isinstance(entities, list) else []
+        is_used = any(entity.get("isEnabled", True) for entity in listed if isinstance(entity, dict))
+        draft.leave_out(name, is_used and "of its canvas")
 
 
 def _split_command(text: str) -> tuple[str, str]:
