@@ -18,6 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import scripts.img2img as img2img
+import scripts.inpaint as inpaint
 import scripts.txt2img as txt2img
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
 from ldm.cli.inputs import Canvases, _config_of, check_options, chosen_sampler
@@ -610,6 +611,31 @@ def test_the_bundled_models_words_are_those_of_its_captions():
 def test_options_without_effect_are_warned_of(draw, capsys, typed, said):
     assert draw("--prompt", "a cube", "--dry_run", *typed)[0] == 0
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "typed", "said"),
+    [
+        (
+            txt2img,
+            ["--negative_prompt", "fog", "--scale", "1"],
+            "--negative_prompt has no effect at --scale 1",
+        ),
+        (txt2img, ["--skip_grid", "--n_rows", "2"], "--n_rows has no effect with --skip_grid"),
+        (img2img, ["--init-img", "a.png", "--resize", "fit"], "--resize has no effect without --W or --H"),
+        (inpaint, ["--mask_blur", "9", "--no_paste"], "--mask_blur has no effect with --no_paste"),
+    ],
+)
+def test_each_half_of_a_pair_without_effect_is_silent_alone(caplog, script, typed, said):
+    """The pair is warned of; with the disabling option given its other value, nothing is."""
+    parser = script.parser()
+    check_options(parser.parse_args(typed))
+    assert said in caplog.text
+    caplog.clear()
+    cure = {"fog": ["--scale", "2"], "fit": ["--W", "64"]}
+    cured = [*typed, *(more for word in typed for more in cure.get(word, []))]
+    check_options(parser.parse_args([word for word in cured if word not in ("--skip_grid", "--no_paste")]))
+    assert "no effect" not in caplog.text
 
 
 @pytest.mark.parametrize("word", ["-1", "random"])

@@ -26,6 +26,7 @@ from ldm.checkpoints.configs import (
     V1_CONFIG,
     config_for,
 )
+from ldm.cli.effects import warn_of_options_without_effect
 from ldm.cli.options import INPAINTING_CKPT, LAION_CKPT, V1_CKPT
 from ldm.fields import OWN_NAMES, SETTINGS
 from ldm.job import Init, Job, Sampler
@@ -66,12 +67,7 @@ def check_options(opt: argparse.Namespace) -> None:
         opt.safety != "off" or opt.safety_model is None,
         f"--safety off does not go with --safety_model {printable(opt.safety_model)}; leave one out",
     )
-    if opt.upscale == 1 and (opt.upscale_in, opt.upscale_strength) != ("pixels", 0.5):
-        logger.warning("--upscale_in and --upscale_strength have no effect without --upscale")
-    if opt.prompt_format != "auto" and opt.from_file is None:
-        logger.warning("--prompt_format has no effect without --from-file")
-    if opt.invert_mask and any(opt.outpaint) and not (opt.mask or opt.indir):
-        logger.warning("--invert_mask has no effect without a mask: what --outpaint adds is repainted")
+    warn_of_options_without_effect(opt)
     if opt.n_rows < 0:
         logger.warning("--n_rows %d is below 0; the default is used", opt.n_rows)
     if opt.n_iter > 1 and any(axis.startswith("seed=") for axis in opt.sweep):

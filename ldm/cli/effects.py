@@ -1,0 +1,54 @@
+"""Options that another one, or the lack of it, leaves without effect."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+
+from ldm.job import Init
+
+logger = logging.getLogger("ldm")
+
+_OPTIONS_WITHOUT_EFFECT: tuple[tuple[str, Callable[[argparse.Namespace], bool]], ...] = (
+    (
+        "--upscale_in and --upscale_strength have no effect without --upscale",
+        lambda opt: opt.upscale == 1 and (opt.upscale_in, opt.upscale_strength) != ("pixels", 0.5),
+    ),
+    (
+        "--prompt_format has no effect without --from-file",
+        lambda opt: opt.prompt_format != "auto" and opt.from_file is None,
+    ),
+    (
+        "--invert_mask has no effect without a mask: what --outpaint adds is repainted",
+        lambda opt: opt.invert_mask and any(opt.outpaint) and not (opt.mask or opt.indir),
+    ),
+    (
+        "--mask_blur has no effect with --no_paste, which blends nothing",
+        lambda opt: opt.no_paste and opt.mask_blur != Init("").mask_blur,
+    ),
+    (
+        "--resize has no effect without --W or --H",
+        lambda opt: (
+            opt.resize not in (None, "none")
+            and opt.W is opt.H is None
+            and opt.from_file is None
+            and not opt.sweep
+        ),
+    ),
+    (
+        "--n_rows has no effect with --skip_grid",
+        lambda opt: opt.skip_grid and opt.n_rows > 0,
+    ),
+    (
+        "--negative_prompt has no effect at --scale 1, which turns guidance off",
+        lambda opt: opt.scale == 1 and bool(opt.negative_prompt) and opt.from_file is None and not opt.sweep,
+    ),
+)
+
+
+def warn_of_options_without_effect(opt: argparse.Namespace) -> None:
+    """A warning for each pair of options of which one disables the other; a list or a sweep may set the rest."""
+    for message, applies in _OPTIONS_WITHOUT_EFFECT:
+        if applies(opt):
+            logger.warning("%s", message)
