@@ -17,14 +17,15 @@ logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 2**20
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
+def file_sha256(path: str | os.PathLike[str], again: bool = False) -> str:
     """The SHA-256 of a file as 64 hex digits; computed again only if its size, time or inode has changed.
 
+    Damage can leave all three as they were: with `again` the file is read in any case.
     Raises `OSError` if the file cannot be read. A cache that cannot be read or written is only logged.
     """
     resolved = Path(path).resolve()
     state = _state(resolved)
-    cached = _read_cache().get(str(resolved))
+    cached = None if again else _read_cache().get(str(resolved))
     if isinstance(cached, dict) and cached.get("state") == state and isinstance(cached.get("sha256"), str):
         return cached["sha256"]
     digest = _digest(resolved)

@@ -240,7 +240,7 @@ def _hash_quickly(found: Inspection, path: Path) -> Inspection:
 
 def _hash(found: Inspection, path: Path, say: Callable[[str], None]) -> Inspection:
     say(f"computing the checksum of {found.path} ({amount(found.size)})")
-    digest = file_sha256(path)
+    digest = file_sha256(path, again=True)
     hashes = {"SHA-256": digest, "AutoV2": digest[:10], **_hash_quickly(found, path).hashes}
     if found.kind.part == "LoRA":
         hashes["A1111, LoRA"] = lora_hash(path)

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from ldm.checkpoints import inspect
+from ldm.checkpoints import hashing, inspect
 from ldm.checkpoints.imports import imports_of
 from ldm.checkpoints.inspect import Inspection, amount, inspect_path, lines
 from ldm.checkpoints.recognise import V1, ModelKind
@@ -79,6 +79,19 @@ def test_hashes_are_those_that_people_quote(tmp_path: Path) -> None:
     )
 
 
+def test_a_checksum_is_that_of_the_bytes_even_if_nothing_else_tells_that_they_changed(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(9)}, path)
+    first, before = inspected(path).hashes["SHA-256"], path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x40")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    found = inspected(path).hashes["SHA-256"]
+    assert found == hashlib.sha256(path.read_bytes()).hexdigest() != first
+    assert hashing.file_sha256(path) == found, "what others are told from now on"
+
+
 def test_a_lora_has_the_hash_of_its_weights_and_its_own_note(tmp_path: Path) -> None:
     path = tmp_path / "style.safetensors"
     tensors = {DOWN: torch.ones(4, 768)}
@@ -99,7 +112,7 @@ def test_a_file_of_a_known_checksum_is_called_by_its_published_name(
     v1_4 = "fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556"
     torch.save({"a": torch.ones(1)}, tmp_path / "m.ckpt")
     assert inspected(tmp_path / "m.ckpt").published == ""
-    monkeypatch.setattr(inspect, "file_sha256", lambda path: v1_4)
+    monkeypatch.setattr(inspect, "file_sha256", lambda path, again: v1_4)
     assert inspected(tmp_path / "m.ckpt").published == "sd-v1-4.ckpt"
     assert all(len(digest) == 64 and set(digest) <= set("0123456789abcdef") for digest in inspect.PUBLISHED)
 
