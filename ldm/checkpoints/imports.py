@@ -68,7 +68,7 @@ def _zipped(file: BinaryIO) -> Iterator[BinaryIO]:
 
 def _names(stream: BinaryIO) -> Iterator[str]:
     """The names that one pickle asks for; the stream is left behind the pickle."""
-    memo: dict[int, str] = {}
+    memo: dict[str, str] = {}  # by text, whose hashes a file cannot make equal
     texts: list[str] = []  # the last two that were pushed
     last = "?"  # what the instruction before pushed, if it was text
     try:
@@ -83,11 +83,11 @@ def _names(stream: BinaryIO) -> Iterator[str]:
             elif opcode.name.startswith("EXT"):
                 yield f"?.extension {argument}"
             elif opcode.name == "MEMOIZE":
-                memo[len(memo)] = pushed = last
+                memo[str(len(memo))] = pushed = last
             elif opcode.name in _PUTS:
-                memo[argument or 0] = pushed = last
+                memo[str(argument or 0)] = pushed = last
             elif opcode.name in _GETS:
-                pushed = memo.get(argument or 0, "?")
+                pushed = memo.get(str(argument or 0), "?")
                 texts = [*texts[-1:], pushed]
             elif isinstance(argument, str):
                 pushed = argument

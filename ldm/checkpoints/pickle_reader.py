@@ -17,11 +17,11 @@ from typing import Any, BinaryIO
 import torch
 
 from ldm.checkpoints.sniff import CheckpointError
-from ldm.checkpoints.tensor_bytes import FLOAT8, Storage, TensorSpec
+from ldm.checkpoints.tensor_bytes import FLOAT8, MAX_TENSORS, Storage, TensorSpec
 
 MAX_PICKLE_BYTES = 64 * 2**20
 MAX_INSTRUCTIONS = 1_000_000  # a v1 training checkpoint with EMA and optimizer has about 200,000
-_MAX_TENSORS = 65_536
+_MAX_NUMBERS_AS_KEYS = 8192  # each costs up to the number of those before it; optimizers have one a weight
 
 DTYPES = {
     "torch.DoubleStorage": torch.float64,
@@ -130,8 +130,9 @@ class _Machine:
         self.declared = declared
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: dict[str, Any] = {}  # by text, whose hashes a file cannot make equal
         self.tensors = 0
+        self.numbers_as_keys = 0
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -153,13 +154,13 @@ class _Machine:
         return values
 
     def put(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
+        self.memo[str(index)] = self.stack[-1]
 
     def memoize(self, _: Any) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
+        self.put(len(self.memo))
 
     def get(self, index: int) -> None:
-        self.stack.append(self.memo[index])
+        self.stack.append(self.memo[str(index)])
 
     def tuple_since_mark(self, _: Any) -> None:
         self.stack.append(tuple(self._since_mark()))
@@ -194,6 +195,9 @@ class _Machine:
             raise CheckpointError("sets items of something that is no mapping")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             if type(key) in (str, int, float, bool, type(None)):
+                self.numbers_as_keys += type(key) is not str
+                if self.numbers_as_keys > _MAX_NUMBERS_AS_KEYS:
+                    raise CheckpointError(f"has more than {_MAX_NUMBERS_AS_KEYS} numbers as mapping keys")
                 target[key] = value
             elif type(key) not in (_Name, _Inert):  # Lightning keyed its callbacks by class: dropped
                 raise CheckpointError(f"has a mapping key of type {type(key).__name__}")
@@ -226,8 +230,8 @@ class _Machine:
             raise CheckpointError("calls something that cannot be called; refused, nothing was run")
         result = _BUILDERS[function.name](arguments)
         self.tensors += type(result) is TensorSpec
-        if self.tensors > _MAX_TENSORS:
-            raise CheckpointError(f"describes more than {_MAX_TENSORS} tensors")
+        if self.tensors > MAX_TENSORS:
+            raise CheckpointError(f"describes more than {MAX_TENSORS} tensors")
         self.stack.append(result)
 
     def build(self, _: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ldm.checkpoints.sniff import MAX_SAFETENSORS_HEADER, CheckpointError
-from ldm.checkpoints.tensor_bytes import MAX_DIMENSIONS, FileBytes, bounded_product
+from ldm.checkpoints.tensor_bytes import MAX_DIMENSIONS, MAX_TENSORS, FileBytes, bounded_product
 
 _MAX_HEADER_PARTS = 2_000_000  # of JSON; a tensor takes about 8, and a LoRA's list of tags one each
 
@@ -41,6 +41,8 @@ def read_safetensors(file: BinaryIO, use_mmap: bool) -> tuple[dict[str, torch.Te
         raise CheckpointError("has a __metadata__ that is no mapping from text to text")
     if not header:
         raise CheckpointError("holds no tensors")
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(f"describes more than {MAX_TENSORS} tensors")
     entries = {key: _checked_entry(key, entry) for key, entry in header.items()}
     _check_layout(entries, content.size - data_start)
     tensors = {

@@ -14,6 +14,8 @@ import torch
 from ldm.checkpoints.sniff import CheckpointError, file_size
 
 MAX_DIMENSIONS = 8
+MAX_TENSORS = 65_536  # of a file; a v1 training checkpoint with EMA and optimizer has about 3,500
+_MAX_ELEMENTS = 2**48  # more than any disk holds
 
 # types of 8 bits, and for each the smallest type in which torch computes that holds all of its values
 FLOAT8 = {
@@ -132,10 +134,13 @@ class TensorSpec:
 
 
 def bounded_product(sizes: Sequence[int]) -> int:
-    """The number of elements of a shape; `CheckpointError` where it, or any one size, overflows 63 bits."""
+    """The number of elements of a shape; `CheckpointError` if it is 2^48 or more, not counting sizes of 0.
+
+    So a tensor without elements cannot have sizes that a tensor with elements could not have.
+    """
     total = 1
     for n in sizes:
-        total *= n
-        if max(total, n) >= 2**63:
+        total *= n or 1
+        if total >= _MAX_ELEMENTS:
             raise CheckpointError(f"has a shape with too many elements: {list(sizes)}")
-    return total
+    return 0 if 0 in sizes else total

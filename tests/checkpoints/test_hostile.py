@@ -507,6 +507,25 @@ def _bombs(folder: Path) -> Iterator[tuple[Path, str]]:
     yield pickled("mappings", b"](" + levels + b"e"), "found list"
     tree = b"}(" + text("levels") + b"](" + levels + b"e" + text("top") + b"h\x09u"
     yield pickled("tree", tree), "'levels' is no tensor"
+    yield (
+        pickled("keys", b"}(" + b"".join(_equal_hashes(60_000)) + b"u"),
+        "more than 8192 numbers as mapping keys",
+    )
+    few = b"}(" + b"".join(_equal_hashes(4_000)) + b"u"
+    yield pickled("allowed keys", few), "is no tensor"
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    many, wide = folder / "many tensors", folder / "wide"
+    many.write_bytes(safetensors_bytes({f"layer.{i}.weight": empty for i in range(66_000)}))
+    yield many, "more than 65536 tensors"
+    wide.write_bytes(safetensors_bytes({"a": {**empty, "shape": [0, 2**62]}}))
+    yield wide, "too many elements"
+
+
+def _equal_hashes(count: int) -> Iterator[bytes]:
+    """Whole numbers as keys whose hashes are all 0: multiples of 2^61 - 1."""
+    for n in range(1, count + 1):
+        number = (n * (2**61 - 1)).to_bytes(10, "little")
+        yield b"\x8a\x0a" + number + b"N"
 
 
 def test_bombs_are_refused_quickly_and_in_little_memory(tmp_path: Path) -> None:
@@ -524,4 +543,7 @@ def test_bombs_are_refused_quickly_and_in_little_memory(tmp_path: Path) -> None:
     for (path, message), (reason, grown_mb, seconds) in zip(bombs, reports, strict=True):
         assert message in reason, (path.name, reason)
         assert seconds < 5, (path.name, seconds)
-        assert grown_mb < (200 if path.name == "many" else 50), (path.name, grown_mb)
+        assert grown_mb < (200 if path.name in ("many", "many tensors") else 50), (
+            path.name,
+            grown_mb,
+        )
