@@ -300,6 +300,12 @@ def test_a_target_that_is_missing_is_named(tmp_path):
     [
         (["--ckpt", "link.ckpt"], "link.ckpt is a broken link to /no/such.ckpt"),
         (["--dry_run"], f"{V1_CKPT} is a broken link to /no/such.ckpt; link a checkpoint there"),
+        (["--ckpt", "CompVis/stable-diffusion-v1-4"], "v1-4 does not exist; nothing is downloaded by name"),
+        (["--ckpt", "runwayml/v1-5.ckpt"], "v1-5.ckpt does not exist; give another with --ckpt"),
+        (
+            ["--ckpt", str(Path(MODEL).parent)],
+            "not in the layout of diffusers; give a file in it: judge.pt, model.ckpt",
+        ),
         (["--vae", "link.ckpt"], "link.ckpt is a broken link to /no/such.ckpt; give another --vae"),
         (["--embedding", "link.ckpt"], "link.ckpt is a broken link"),
         (["--lora", "link.ckpt"], "link.ckpt is a broken link"),

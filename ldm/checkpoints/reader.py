@@ -20,10 +20,12 @@ from ldm.checkpoints.safetensors_file import read_safetensors
 from ldm.checkpoints.sniff import CheckpointError, Kind, open_regular, reading, sniff
 from ldm.checkpoints.tensor_bytes import FLOAT8
 from ldm.checkpoints.torch_zip import damaged_records, read_torch_zip
+from ldm.job import MODEL_ENDINGS
 from ldm.util import read_side_file
 
 _WRAPPERS = ("state_dict", "model")
 _MAX_NESTING = 3
+_MAX_NAMED = 5  # files in a message
 _DESCRIPTIONS = ("hyper_parameters", "metadata", "__metadata__")  # mappings beside the state dict
 
 Scalar = int | float | str | bool
@@ -279,6 +281,13 @@ def _weights(folder: Path) -> list[Path]:
                 return [whole]
             if (index := folder / f"{stem}.{extension}.index{variant}.json").is_file():
                 return list(_shards(index))
+    inside = sorted(path.name for path in folder.glob("*") if path.name.endswith(MODEL_ENDINGS))
+    if inside:
+        more = ", ..." if len(inside) > _MAX_NAMED else ""
+        raise CheckpointError(
+            f"is a folder, but not in the layout of diffusers; give a file in it: "
+            f"{', '.join(inside[:_MAX_NAMED])}{more}"
+        )
     names = " nor ".join(f"{stem}.{extension}" for stem, extension in _WEIGHTS)
     raise CheckpointError(f"holds no weights: neither {names} is in {folder.name or 'it'}")
 

@@ -29,7 +29,7 @@ from ldm.checkpoints.configs import (
 from ldm.cli.effects import warn_of_options_without_effect
 from ldm.cli.options import INPAINTING_CKPT, LAION_CKPT, V1_CKPT
 from ldm.fields import OWN_NAMES, SETTINGS
-from ldm.job import Init, Job, Sampler
+from ldm.job import MODEL_ENDINGS, Init, Job, Sampler
 from ldm.prompts.lines import MAX_COUNT
 from ldm.util import InputError, find, printable, read_side_file
 
@@ -43,6 +43,10 @@ BUNDLED_CARD = "models/ldm/shapes/README.md"
 RANDOM = -1  # the --seed that asks for any
 _PLMS_STEPS = 25  # below it PLMS, whose first steps are of lower order, draws much wrong
 _MOST_WORDS = 10
+_NOT_DOWNLOADED = (
+    "nothing is downloaded by name: download its .ckpt or .safetensors file, or its folder, and give that "
+    f"with --ckpt, or link the file at {V1_CKPT}"
+)
 
 # options that set a field of every job, by the field whose range holds for them
 _CHECKED = {name: OWN_NAMES.get(name, name) for name in (
@@ -123,7 +127,7 @@ def choose_model(opt: argparse.Namespace) -> tuple[Path, Path]:
     if opt.config is not None:
         check_there(find(opt.config), "give another with --config")
     ckpt = find(opt.ckpt) if opt.ckpt is not None else _ckpt_of(opt)
-    check_there(ckpt, "give another with --ckpt")
+    check_there(ckpt, _NOT_DOWNLOADED if _is_hub_name(opt.ckpt) else "give another with --ckpt")
     config = opt.config or _config_of(ckpt)
     need(
         not opt.laion400m or opt.config or config == LAION_CONFIG,
@@ -132,6 +136,13 @@ def choose_model(opt: argparse.Namespace) -> tuple[Path, Path]:
     if config == LAION_CONFIG:
         _check_vocabulary()
     return find(config), ckpt
+
+
+def _is_hub_name(ckpt: str | None) -> bool:
+    """Whether a checkpoint that is not there is named as on Hugging Face, such as CompVis/stable-diffusion-v1-4."""
+    if ckpt is None or ckpt.endswith(MODEL_ENDINGS) or not re.fullmatch(r"[\w-]+/[\w.-]+", ckpt):
+        return False
+    return not find(ckpt.partition("/")[0]).is_dir()
 
 
 def _usual_model(inpaint: bool) -> tuple[str, str]:
