@@ -102,16 +102,15 @@ def _from_cache(
     path: Path, model: LatentDiffusion, checkpoint: Checkpoint, ema: Ema, mmap: bool
 ) -> tuple[Checkpoint, Ema]:
     """What to load in place of `checkpoint`: the cached weights at `path`, which are made if they are missing."""
-    cached = read_cached(path, checkpoint, mmap)
+    own = {key: value.shape for key, value in model.state_dict().items() if not key.startswith("model_ema.")}
+    cached = read_cached(path, checkpoint, own, mmap)
     if cached is None:
         load_into(model, checkpoint, None, ema)
-        weights = {
-            key: value for key, value in model.state_dict().items() if not key.startswith("model_ema.")
-        }
+        weights = {key: value for key, value in model.state_dict().items() if key in own}
         halves = halved(model)
         types = {key: torch.bfloat16 if key in halves else value.dtype for key, value in weights.items()}
         write_cached(path, weights, types)
-        cached = read_cached(path, checkpoint, mmap)
+        cached = read_cached(path, checkpoint, own, mmap)
     return (checkpoint, ema) if cached is None else (cached, "off")
 
 

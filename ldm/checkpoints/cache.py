@@ -47,12 +47,20 @@ def _identity(path: Path) -> tuple[str, int, int, int]:
         return str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino
 
 
-def read_cached(path: Path, checkpoint: Checkpoint, mmap: bool) -> Checkpoint | None:
-    """`checkpoint` with the cached weights instead of its own, or None if there are none that can be read."""
+def read_cached(
+    path: Path, checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], mmap: bool
+) -> Checkpoint | None:
+    """`checkpoint` with the cached weights instead of its own, or None if there are none that can be read.
+
+    They must be exactly the tensors of `shapes`; a file with others is removed as one that is damaged.
+    """
     if not path.exists():
         return None
     try:
-        return replace(checkpoint, state_dict=read_checkpoint(path, mmap).state_dict)
+        cached = read_checkpoint(path, mmap).state_dict
+        if {key: tensor.shape for key, tensor in cached.items()} != shapes:
+            raise CheckpointError(f"{printable(path)}: holds other weights than this model has")
+        return replace(checkpoint, state_dict=cached)
     except (CheckpointError, OSError) as error:
         logger.warning("the cached weights cannot be used and are made anew: %s", printable(error))
         path.unlink(missing_ok=True)

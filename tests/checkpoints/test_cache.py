@@ -4,9 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from ldm.checkpoints import cache
+from ldm.checkpoints.reader import read_checkpoint
 from ldm.pipeline import load_model
 from ldm.runtime.fast import halved, prepare
 from tests.golden_data import figure, rebuilt_state_dict, tiny_config
@@ -78,6 +80,22 @@ def test_a_damaged_cache_is_made_again(checkpoint, cached, tmp_path, damage, cap
     assert "made anew" in caplog.text
     assert file.read_bytes() == whole.read_bytes()
     assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+@pytest.mark.parametrize("change", ["missing", "more", "reshaped"])
+def test_a_cache_of_other_weights_is_made_again(checkpoint, cached, tmp_path, change, caplog):
+    whole, _ = cached
+    state = dict(read_checkpoint(whole).state_dict)
+    key = next(key for key in state if key.startswith("first_stage_model.") and key.endswith("bias"))
+    if change == "missing":
+        del state[key]
+    else:
+        state.update({"extra": torch.ones(1)} if change == "more" else {key: state[key][:1].clone()})
+    file = tmp_path / whole.name
+    safetensors.torch.save_file(state, file)
+    load(checkpoint, tmp_path)
+    assert "holds other weights" in caplog.text
+    assert file.read_bytes() == whole.read_bytes()
 
 
 def test_a_full_disk_costs_the_cache_only(checkpoint, tiny, tmp_path, monkeypatch, caplog):
