@@ -8,12 +8,13 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ldm import cli  # this toolkit's own, whatever else is installed
-from ldm.checkpoints.configs import INPAINTING_CONFIG, LAION_CONFIG, V1_CONFIG
+from ldm.checkpoints.configs import BUNDLED_CONFIG, INPAINTING_CONFIG, LAION_CONFIG, V1_CONFIG, config_for
 
 sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 
@@ -51,9 +52,13 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def published_config(kind: ModelKind) -> str | None:
-    """The config of a whole model of a kind that this toolkit runs."""
+def own_config(kind: ModelKind, path: Path) -> str | None:
+    """This toolkit's config of a whole model at `path`, of a kind that it runs; its bundled model is of no family."""
+    from ldm.checkpoints.reader import read_model
     from ldm.checkpoints.recognise import INPAINTING, LAION, V1
+
+    if (kind.part, kind.family) == ("model", ""):
+        return BUNDLED_CONFIG if config_for(read_model(path).state_dict) == BUNDLED_CONFIG else None
 
     configs = {(V1, ""): V1_CONFIG, (V1, INPAINTING): INPAINTING_CONFIG, (LAION, ""): LAION_CONFIG}
     return configs.get((kind.family, kind.variant)) if kind.part == "model" else None
@@ -66,14 +71,14 @@ def run(opt: argparse.Namespace) -> int:
 
     logger = logging.getLogger("ldm")
 
-    def config_for(kind: ModelKind) -> dict[str, Any] | None:
-        path = opt.config or published_config(kind)
-        return read_config(path, opt.allow_targets) if path else None
+    def config_of(path: Path, kind: ModelKind) -> dict[str, Any] | None:
+        config = opt.config or own_config(kind, path)
+        return read_config(config, opt.allow_targets) if config else None
 
     worst = 0
     for path in opt.paths:
         try:
-            found = inspect_path(find(path), not opt.no_hash, config_for, logger.info)
+            found = inspect_path(find(path), not opt.no_hash, partial(config_of, find(path)), logger.info)
         except InputError as error:
             logger.error("error: %s", error)
             worst = 2

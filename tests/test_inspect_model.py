@@ -24,6 +24,11 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+def test_the_bundled_model_needs_no_config(capsys):
+    assert inspect_model.main([str(ROOT / BUNDLED_CKPT), "--no_hash"]) == 0
+    assert re.search(r"^ *loads +yes$", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_the_bundled_model_loads(capsys):
     code = inspect_model.main([BUNDLED_CKPT, "--config", BUNDLED_CONFIG])
     shown = capsys.readouterr()
@@ -69,9 +74,9 @@ def test_exit_codes(tmp_path, capsys, quick):
 )
 def test_a_published_kind_is_compared_with_its_own_config(name, config):
     state_dict = {key: torch.empty(shape, device="meta") for key, shape in keys(name).items()}
-    assert inspect_model.published_config(kind_of(state_dict)) == config
+    assert inspect_model.own_config(kind_of(state_dict), Path("not-read.ckpt")) == config
     unet = {key: tensor for key, tensor in state_dict.items() if key.startswith("model.")}
-    assert inspect_model.published_config(kind_of(unet)) is None
+    assert inspect_model.own_config(kind_of(unet), Path("not-read.ckpt")) is None
 
 
 def test_another_models_config_is_a_misfit(capsys):
