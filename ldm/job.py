@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin")
+EMBEDDING_ENDINGS = (*MODEL_ENDINGS, ".png")
 RESIZES = ("fit", "fill", "stretch", "pad", "none")
 
 Sampler = Literal["ddim", "plms", "dpm_solver"]

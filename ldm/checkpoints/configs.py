@@ -23,11 +23,12 @@ _BUNDLED = {
 
 def config_for(state_dict: Mapping[str, torch.Tensor]) -> str:
     """The config, below the toolkit's own folder, of a model in the original's layout; v1's if it is no other."""
-    from ldm.checkpoints.recognise import is_inpainting_model, is_laion_model
+    from ldm.checkpoints.recognise import ema_key, is_inpainting_model, is_laion_model
 
     if is_laion_model(state_dict):
         return LAION_CONFIG
     if is_inpainting_model(state_dict):
         return INPAINTING_CONFIG
-    bundled = all(key in state_dict and state_dict[key].shape == shape for key, shape in _BUNDLED.items())
+    found = {key: state_dict.get(key, state_dict.get(ema_key(key))) for key in _BUNDLED}
+    bundled = all(weight is not None and weight.shape == _BUNDLED[key] for key, weight in found.items())
     return BUNDLED_CONFIG if bundled else V1_CONFIG

@@ -18,7 +18,6 @@ from torch import Tensor
 from ldm.checkpoints.layouts import CLASSES, Component, component_configs, to_diffusers
 from ldm.checkpoints.load import (
     EMA_COUNTERS,
-    EMA_PREFIX,
     SCHEDULE_BUFFERS,
     Ema,
     build_model,
@@ -27,7 +26,7 @@ from ldm.checkpoints.load import (
     use_vocabulary,
 )
 from ldm.checkpoints.reader import MODEL_INDEX, Checkpoint
-from ldm.checkpoints.recognise import INPAINTING_CHANNELS
+from ldm.checkpoints.recognise import EMA_PREFIX, INPAINTING_CHANNELS
 from ldm.checkpoints.safetensors_file import DTYPES
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder

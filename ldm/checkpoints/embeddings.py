@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.checkpoints.embedding_image import holds_embedding, is_png
 from ldm.checkpoints.reader import read_tree
-from ldm.checkpoints.sniff import CheckpointError
-from ldm.job import MODEL_ENDINGS
+from ldm.checkpoints.sniff import CheckpointError, open_regular, reading
+from ldm.job import EMBEDDING_ENDINGS
 from ldm.modules.encoders.modules import AbstractEncoder, FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import clean
 from ldm.util import InputError, files_below, printable
@@ -119,12 +120,19 @@ def _read_folder(folder: str | Path | None, width: int, longest: int) -> list[Em
         return []
     found = []
     for path in files_below(folder, "the embedding folder"):
-        if path.name.endswith(MODEL_ENDINGS):
+        if path.name.endswith(EMBEDDING_ENDINGS):
             try:
-                found.append(read_embedding(path, width, longest))
+                if not _is_other_image(path):
+                    found.append(read_embedding(path, width, longest))
             except CheckpointError as error:
                 logger.warning("left out: %s", error)
     return found
+
+
+def _is_other_image(path: Path) -> bool:
+    """Whether a file is a PNG image without an embedding, such as a preview of one."""
+    with reading(path), open_regular(path) as file:
+        return is_png(file) and not holds_embedding(file)
 
 
 def _words(embeddings: Iterable[Embedding]) -> dict[str, Embedding]:

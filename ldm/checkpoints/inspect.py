@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from ldm.checkpoints.embedding_image import is_png
 from ldm.checkpoints.hashing import file_sha256
 from ldm.checkpoints.imports import imports_of
-from ldm.checkpoints.load import EMA_COUNTERS, EMA_PREFIX, build_model, check_fit, load_into
+from ldm.checkpoints.load import build_model, check_fit, has_averages, load_into, only_averages
 from ldm.checkpoints.lora_files import lora_hash
 from ldm.checkpoints.pickle_reader import is_known
 from ldm.checkpoints.prediction import config_beside, foreign_prediction
@@ -27,7 +28,7 @@ from ldm.checkpoints.reader import (
     read_model,
     read_tree,
 )
-from ldm.checkpoints.recognise import ModelKind, kind_of, tensors_in
+from ldm.checkpoints.recognise import EMA_PREFIX, ModelKind, kind_of, tensors_in
 from ldm.checkpoints.safetensors_file import read_header
 from ldm.checkpoints.sniff import CheckpointError, file_size, open_regular, reading, sniff
 from ldm.checkpoints.tensor_bytes import FileBytes
@@ -81,6 +82,7 @@ class Inspection:
     parameters: Mapping[str, int] = field(default_factory=dict)
     precisions: Mapping[str, int] = field(default_factory=dict)
     ema: bool = False
+    only_ema: bool = False
     global_step: int | None = None
     fits: bool | None = None
     problem: str = ""
@@ -170,7 +172,7 @@ def _read(path: Path) -> _Content:
 def _format(path: Path) -> str:
     try:
         with reading(path), open_regular(path) as file:
-            return sniff(file)
+            return "PNG" if is_png(file) else sniff(file)
     except CheckpointError:
         return ""
 
@@ -190,7 +192,8 @@ def _describe(found: Inspection, content: _Content) -> Inspection:
         tensors=len(content.tensors),
         parameters=dict(parameters.most_common()),
         precisions=dict(precisions.most_common()),
-        ema=any(key.startswith(EMA_PREFIX) and key not in EMA_COUNTERS for key in content.tensors),
+        ema=has_averages(content.tensors),
+        only_ema=only_averages(content.tensors),
         global_step=step if type(step) is int else None,
         metadata=_metadata(content.values),
     )
@@ -321,7 +324,8 @@ def _weights(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "weights", f"{sum(found.parameters.values()):,} in {found.tensors:,} tensors"
     yield from ((f"  {part}", f"{count:,}") for part, count in found.parameters.items())
     yield "precision", ", ".join(f"{name} ({count:,})" for name, count in found.precisions.items())
-    yield "EMA weights", "yes" if found.ema else "no"
+    only = ", and no others of the U-Net: they are used" if found.only_ema else ""
+    yield "EMA weights", f"yes{only}" if found.ema else "no"
     if found.global_step is not None:
         yield "training steps", f"{found.global_step:,}"
     if found.prediction:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from ldm.checkpoints.recognise import COMPVIS_PREFIXES, Part, kind_of
+from ldm.checkpoints.recognise import COMPVIS_PREFIXES, Part, compvis_parts, kind_of
 from ldm.checkpoints.sniff import CheckpointError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -123,9 +123,9 @@ def to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[Component, dict[str, 
 
 
 def parts_in(state_dict: Iterable[str]) -> set[Component]:
-    """The parts that a state dict in CompVis's layout has weights of."""
-    keys = list(state_dict)
-    return {part for part, prefix in PREFIXES.items() if any(key.startswith(prefix) for key in keys)}
+    """The parts that a state dict in CompVis's layout has weights of, or moving averages."""
+    words = compvis_parts(list(state_dict))
+    return {part for part, word in WORDS.items() if word in words}
 
 
 Names = list[tuple[str, str]]  # the name within a part, and the key it stands under

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ldm.checkpoints.layouts import WORDS, component_configs, parts_in
+from ldm.checkpoints.layouts import PREFIXES, WORDS, component_configs, parts_in
 from ldm.checkpoints.prediction import check_prediction, check_schedule
 from ldm.checkpoints.reader import Checkpoint, read_json
-from ldm.checkpoints.recognise import V1, count_and_names, kind_of, looks_like
+from ldm.checkpoints.recognise import EMA_PREFIX, V1, Part, count_and_names, ema_key, kind_of, looks_like
 from ldm.checkpoints.sniff import CheckpointError, reading
 from ldm.checkpoints.tensor_bytes import FLOAT8
 from ldm.config import ConfigError
@@ -45,9 +45,14 @@ SCHEDULE_BUFFERS = frozenset(
         "posterior_mean_coef2",
     }
 )
-EMA_PREFIX = "model_ema."
 EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
 _HARMLESS_PREFIXES = (EMA_PREFIX, "first_stage_model.loss.")
+_POSITIONS = f"{PREFIXES['text_encoder']}transformer.text_model.embeddings.position_embedding.weight"
+_USES: Mapping[Part, str] = {
+    "LoRA": "give it with --lora, and a model with --ckpt",
+    "embedding": "give it with --embedding, and a model with --ckpt",
+}
+_NO_USE = "this toolkit has no use for it: give a Stable Diffusion v1 model"
 _REMARKS = {
     "num_hidden_layers": "; is CLIP skip built into it?",
 }
@@ -108,8 +113,12 @@ def check_fit(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
         check_prediction(checkpoint.prediction, looks_like(checkpoint.state_dict))
         check_schedule(model, checkpoint.state_dict)
     present = parts_in(checkpoint.state_dict)
+    kind = kind_of(checkpoint.state_dict)
+    if not present and kind.part not in ("", "model", *WORDS.values()):
+        raise _error(checkpoint, f"is {kind.name}, not a model; {_USES.get(kind.part, _NO_USE)}")
+    _check_positions(model, checkpoint)
     absent = [part for part in WORDS if part not in present]
-    if present and absent and kind_of(checkpoint.state_dict).family in ("", V1):  # `load_into` names others
+    if present and absent and kind.family in ("", V1):  # `load_into` names others
         options = " and ".join(f"--{part}" for part in absent if part != "unet")
         advice = "give a whole model" if "unet" in absent else f"give a whole model, or add {options}"
         raise _error(checkpoint, f"has the {_words(present)}, but no {_words(absent)}; {advice}")
@@ -124,6 +133,21 @@ def check_fit(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
                     f"its {component} has {name} {printable(said[name])[:100]}, and this config's model "
                     f"{printable(value)}{_REMARKS.get(name, '')}{looks_like(checkpoint.state_dict)}",
                 )
+
+
+def _check_positions(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
+    """That a text encoder reads prompts of the model's length: a LongCLIP has more rows, with other numbers."""
+    theirs = checkpoint.state_dict.get(_POSITIONS)
+    embedder = model.cond_stage_model
+    if theirs is None or theirs.dim() != 2 or not isinstance(embedder, FrozenCLIPEmbedder):
+        return
+    own = embedder.transformer.text_model.embeddings.position_embedding.num_embeddings
+    if len(theirs) != own:
+        raise _error(
+            checkpoint,
+            f"its text encoder has {len(theirs)} positions of tokens, as LongCLIP has 248, and this config's "
+            f"model {own}; give a text encoder with {own}: --text_encoder",
+        )
 
 
 def _words(parts: Iterable[str]) -> str:
@@ -192,22 +216,29 @@ def load_into(
         tuple(key for key in leftover if not _is_harmless(key)),
         tuple(sorted(cast_from, key=str)),
     )
-    _log(report, checkpoint, dtype)
+    _log(report, checkpoint, dtype, only_averages(found))
     return report
 
 
 def _choose_weights(
     found: Mapping[str, torch.Tensor], checkpoint: Checkpoint, ema: Ema
 ) -> Literal["ema", "plain"]:
-    has_ema = any(key.startswith(EMA_PREFIX) and key not in EMA_COUNTERS for key in found)
+    has_ema = has_averages(found)
     if ema == "on" and not has_ema:
         raise _error(checkpoint, "has no EMA weights (model_ema.*); load it with ema off")
+    if ema == "off" and only_averages(found):
+        raise _error(checkpoint, "has only EMA weights (model_ema.*) of its U-Net; load it with ema auto")
     return "ema" if has_ema and ema != "off" else "plain"
 
 
-def ema_key(key: str) -> str:
-    """The key of the moving average of the weight `key`: the name after `model.` with all dots removed."""
-    return EMA_PREFIX + key.removeprefix("model.").replace(".", "")
+def has_averages(keys: Iterable[str]) -> bool:
+    """Whether a file has moving averages of the U-Net's weights."""
+    return any(key.startswith(EMA_PREFIX) and key not in EMA_COUNTERS for key in keys)
+
+
+def only_averages(keys: Collection[str]) -> bool:
+    """Whether a file has moving averages of the U-Net's weights, and not the weights themselves."""
+    return has_averages(keys) and not any(key.startswith(PREFIXES["unet"]) for key in keys)
 
 
 def _match(
@@ -263,7 +294,8 @@ def _check_keys(
             if weights == "ema"
             else missing
         )
-        hint = "; load it with ema off" if weights == "ema" else looks_like(checkpoint.state_dict)
+        may_go_without = weights == "ema" and not only_averages(checkpoint.state_dict)
+        hint = "; load it with ema off" if may_go_without else looks_like(checkpoint.state_dict)
         raise _error(checkpoint, f"lacks {count_and_names(names)} that the model needs{hint}")
 
 
@@ -288,9 +320,10 @@ def _all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _log(report: LoadReport, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
+def _log(report: LoadReport, checkpoint: Checkpoint, dtype: torch.dtype | None, only: bool) -> None:
     path = printable(checkpoint.path)
-    logger.info("%s: using the %s weights", path, "EMA" if report.weights == "ema" else "plain")
+    which = "EMA" if report.weights == "ema" else "plain"
+    logger.info("%s: using the %s weights%s", path, which, ", it has no others" if only else "")
     if report.cast_from:
         held = sorted({str(dtype or FLOAT8[kind]) for kind in report.cast_from})
         logger.info(

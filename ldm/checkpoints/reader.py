@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ldm.checkpoints.embedding_image import is_png, read_png_embedding
 from ldm.checkpoints.layouts import CLASSES, PREFIXES, WORDS, Component, parts_in, to_compvis
 from ldm.checkpoints.legacy import read_torch_legacy
 from ldm.checkpoints.pickle_reader import DTYPES
@@ -65,8 +66,14 @@ def read_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Checkpoi
 
 
 def read_tree(path: str | os.PathLike[str], mmap: bool = True) -> Any:
-    """Everything a file holds, for files that are no models: dicts, lists, scalars, text and CPU tensors."""
+    """Everything a file holds, for files that are no models: dicts, lists, scalars, text and CPU tensors.
+
+    Of a PNG image that is the textual inversion in its texts.
+    """
     with reading(path):
+        with open_regular(path) as file:
+            if is_png(file):
+                return read_png_embedding(file)
         return _read_tree(path, mmap)[0]
 
 
@@ -76,7 +83,7 @@ def find_damaged_records(path: str | os.PathLike[str]) -> list[str]:
     Reads the whole file.
     """
     with reading(path), open_regular(path) as file:
-        return damaged_records(file) if sniff(file) == "torch zip" else []
+        return damaged_records(file) if not is_png(file) and sniff(file) == "torch zip" else []
 
 
 def find_not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:

@@ -14,7 +14,7 @@ from ldm.util import printable
 
 Part = Literal[
     "", "model", "U-Net", "autoencoder", "text encoder", "ControlNet", "LoRA", "embedding", "safety checker",
-    "motion module", "T2I-Adapter", "IP-Adapter", "upscaler",
+    "motion module", "T2I-Adapter", "IP-Adapter", "upscaler", "hypernetwork", "CLIP", "LongCLIP", "image encoder",
 ]  # fmt: skip
 
 V1 = "Stable Diffusion v1"
@@ -25,6 +25,7 @@ INPAINTING = "inpainting"
 
 _LAION_KEY = "cond_stage_model.transformer.token_emb.weight"
 INPAINTING_CHANNELS = 9
+_LONG_POSITIONS = 248  # of tokens in a prompt, where CLIP has 77
 _MOST_LEAVES = 100_000
 _NAMED = 5
 # columns of the matrices by which a U-Net, or what changes one, reads the text
@@ -51,18 +52,25 @@ _ADAPTED = (
 # What a key says the file is; the first pattern that a key begins with (or holds, after `.*`) decides.
 _PARTS: tuple[tuple[str, Part, str], ...] = (
     (r".*motion_modules\.", "motion module", ""),
-    (r"(image_proj|ip_adapter)(\.|$)", "IP-Adapter", ""),
+    (r"(image_proj|ip_adapter)(\.|$)|.*\bto_[kv]_ip\.", "IP-Adapter", ""),
     (r"(adapter\.)?body\.\d+\.(resnets\.|block[12]\.|in_conv\.)", "T2I-Adapter", ""),
     (r"model\.\d+\.sub\.\d+\.RDB\d|body\.\d+\.rdb\d", "upscaler", ""),
     (r"(lora|lycoris|oft)_(unet|te)|lycoris_|base_model\.model\.|.*(\.lora_(A|B|down|up)\b)", "LoRA", ""),
     (r".*(_lora\.(down|up)\.|\.lora\.(down|up)\.|lora_linear_layer|\.hada_w1|\.lokr_w)", "LoRA", ""),
-    (r"control_model\.", "ControlNet", "CompVis"),
+    (r"control_model\.|input_hint_block\.|zero_convs\.|lora_controlnet$", "ControlNet", "CompVis"),
     (r"controlnet_(cond_embedding|down_blocks|mid_block)", "ControlNet", "diffusers"),
+    (r"positional_embedding_res$", "LongCLIP", ""),
+    (r"positional_embedding$", "CLIP", ""),
+    (r"(layer_structure|activation_func)$", "hypernetwork", ""),
     (r"string_to_param", "embedding", "A1111"),
     (r"emb_params$", "embedding", "kohya"),
     (r"concept_embeds", "safety checker", "diffusers"),
-    (r"(conditioner|model\.diffusion_model|first_stage_model|cond_stage_model)\.", "model", "CompVis"),
-    (r"(unet\.)?(down_blocks|mid_block|up_blocks)\.", "U-Net", "diffusers"),
+    (
+        r"((conditioner|model\.diffusion_model|first_stage_model|cond_stage_model)\.|model_ema\.diffusion_model)",
+        "model",
+        "CompVis",
+    ),
+    (r"(unet\.)?(down_blocks|mid_block|up_blocks)\.(\d+\.)?(resnets|attentions)\.", "U-Net", "diffusers"),
     (r"(diffusion_model\.)?(input_blocks|middle_block|output_blocks)\.", "U-Net", "CompVis"),
     (r"(vae\.)?(encoder\.down|decoder\.up)\.", "autoencoder", "CompVis"),
     (r"(vae\.)?(encoder\.down_blocks|decoder\.up_blocks)\.", "autoencoder", "diffusers"),
@@ -71,6 +79,7 @@ _PARTS: tuple[tuple[str, Part, str], ...] = (
         "text encoder",
         "diffusers",
     ),
+    (r"(vision_model|visual_projection|visual)\.", "image encoder", ""),
 )
 # Where CompVis keeps each part of a model.
 COMPVIS_PREFIXES: Mapping[Part, str] = {
@@ -78,6 +87,7 @@ COMPVIS_PREFIXES: Mapping[Part, str] = {
     "autoencoder": "first_stage_model.",
     "text encoder": "cond_stage_model.",
 }
+EMA_PREFIX = "model_ema."
 # How an adapter changes a weight, other than by the product of two matrices.
 _METHODS = (
     (".hada_w1_a", "LoHa"),
@@ -101,6 +111,10 @@ _NAMES: dict[Part, str] = {
     "T2I-Adapter": "a T2I-Adapter",
     "IP-Adapter": "an IP-Adapter",
     "upscaler": "an upscaler (ESRGAN)",
+    "hypernetwork": "a hypernetwork",
+    "CLIP": "a CLIP under OpenAI's names",
+    "LongCLIP": "a LongCLIP (248 positions, where v1 has 77) under OpenAI's names",
+    "image encoder": "an image encoder (of CLIP) alone",
 }
 
 
@@ -140,9 +154,13 @@ def kind_of(state_dict: Mapping[str, Any]) -> ModelKind:
         return ModelKind(part, _TEXT_WIDTHS.get(_size(shapes, ""), ""), "", layout)
     if part == "":
         return _kind_of_one_tensor(shapes)
-    first_convolution = r"(^|\.)(input_blocks\.0\.0|conv_in)\.weight$"
+    first_convolution = (
+        r"(^|\.)(input_blocks\.0\.0\.|(?<!coder\.)conv_in\.|diffusion_modelinput_blocks00)weight$"
+    )
     takes_channels = part in ("model", "U-Net", "ControlNet")
     variant = _VARIANTS.get(_size(shapes, first_convolution, axis=1), "") if takes_channels else ""
+    if _size(shapes, r"\.position_embedding\.weight$", axis=0) == _LONG_POSITIONS:
+        variant = " ".join(filter(None, (variant, f"with LongCLIP ({_LONG_POSITIONS} positions)")))
     return ModelKind(part, _family(shapes), variant, layout)
 
 
@@ -171,11 +189,24 @@ def _part(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Part, str]:
     for pattern, part, layout in _PARTS:
         match = re.compile(pattern).match
         if any(match(key) for key in shapes):
-            alone: list[Part] = [
-                p for p, prefix in COMPVIS_PREFIXES.items() if any(key.startswith(prefix) for key in shapes)
-            ]
+            alone = compvis_parts(shapes)
             return (alone[0] if part == "model" and len(alone) == 1 else part), layout
     return "", ""
+
+
+def ema_key(key: str) -> str:
+    """The key of the moving average of the weight `key`: the name after `model.` with all dots removed."""
+    return EMA_PREFIX + key.removeprefix("model.").replace(".", "")
+
+
+def compvis_parts(keys: Collection[str]) -> list[Part]:
+    """The parts of a model that keys in CompVis's layout are of; moving averages stand for a U-Net's weights."""
+    averages = ema_key(COMPVIS_PREFIXES["U-Net"])
+    return [
+        part
+        for part, prefix in COMPVIS_PREFIXES.items()
+        if any(key.startswith(prefix) or (part == "U-Net" and key.startswith(averages)) for key in keys)
+    ]
 
 
 def _family(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -183,7 +214,7 @@ def _family(shapes: Mapping[str, tuple[int, ...]]) -> str:
         return SDXL
     if any(key.startswith("cond_stage_model.model.transformer.resblocks.") for key in shapes):
         return V2
-    reads = _FAMILIES.get(_size(shapes, r"attn2\.to_k\.weight$"), "")
+    reads = _FAMILIES.get(_size(shapes, r"attn2\.?to_k\.?weight$"), "")
     return reads or _TEXT_WIDTHS.get(_size(shapes, r"\.token_embedding\.weight$"), "")
 
 
@@ -241,7 +272,8 @@ def other_model(state_dict: Mapping[str, Any]) -> str | None:
 
 def is_inpainting_model(state_dict: Mapping[str, torch.Tensor]) -> bool:
     """Whether the U-Net takes a mask and a masked picture beside the latent: 9 input channels."""
-    first = state_dict.get(f"{COMPVIS_PREFIXES['U-Net']}input_blocks.0.0.weight", torch.empty(0))
+    key = f"{COMPVIS_PREFIXES['U-Net']}input_blocks.0.0.weight"
+    first = state_dict.get(key, state_dict.get(ema_key(key), torch.empty(0)))
     return first.ndim >= 2 and first.shape[1] == INPAINTING_CHANNELS
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.job import MODEL_ENDINGS, lora_name
+from ldm.job import EMBEDDING_ENDINGS, MODEL_ENDINGS, lora_name
 from ldm.util import ROOT, InputError, files_below, printable
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _locate_embeddings(recipe: Recipe, given: Mapping[str, object], located: Loc
         return
     from ldm.checkpoints.hashing import file_sha256
 
-    files = _files_below(given.get("embedding_dir"))
+    files = _files_below(given.get("embedding_dir"), EMBEDDING_ENDINGS)
     values = []
     for name, digest in hashes.items():
         path, same = choose(name, digest, files, file_sha256)
@@ -192,11 +192,11 @@ def _say(located: Located, what: str, name: str, path: Path | None, same: bool, 
         located.notes.append(f"{printable(path)} has another hash than the {what} it was made with")
 
 
-def _files_below(folder: object) -> list[tuple[str, Path]]:
+def _files_below(folder: object, endings: tuple[str, ...] = MODEL_ENDINGS) -> list[tuple[str, Path]]:
     if not isinstance(folder, str):
         return []
     files = files_below(folder, "the folder")
-    return [(lora_name(path.name), path) for path in files if path.name.endswith(MODEL_ENDINGS)]
+    return [(path.stem, path) for path in files if path.name.endswith(endings)]
 
 
 def _hashes(listed: str) -> dict[str, str]:

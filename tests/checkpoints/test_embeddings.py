@@ -1,12 +1,17 @@
 """Textual inversion: every form of file, and the vectors where the words stand, against transformers' text model."""
 
+import base64
+import json
 import logging
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ldm.checkpoints.embeddings import Embeddings, read_embedding
+from ldm.checkpoints.inspect import inspect_path
 from ldm.checkpoints.sniff import CheckpointError
 from ldm.modules.encoders.modules import AbstractEncoder, FrozenCLIPEmbedder
 from ldm.util import InputError
@@ -81,6 +86,75 @@ def test_safetensors_forms(tmp_path):
     torch_files.save_file({"clip_l": two, "clip_g": vectors(2, 1280)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="SDXL"):
         read_embedding(tmp_path / "x.safetensors", WIDTH, LONGEST)
+
+
+def png(path, text, keyword="sd-ti-embedding", packed=False):
+    """A PNG image as the web UI writes it, with a text."""
+    info = PngInfo()
+    info.add_text(keyword, text, zip=packed)
+    Image.new("RGB", (64, 64), "navy").save(path, pnginfo=info)
+    return path
+
+
+def web_ui_text(tensor, name="inner"):
+    """The text of such an image: base64 of JSON, each tensor as its numbers under a name of its own."""
+    tree = {**web_ui(tensor, name), "string_to_param": {"*": {"TORCHTENSOR": tensor.tolist()}}}
+    return base64.b64encode(json.dumps(tree).encode()).decode()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_image_may_hold_one(tmp_path, packed):
+    two = vectors()
+    path = png(tmp_path / "Ink.png", web_ui_text(two), packed=packed)
+    read = read_embedding(path, WIDTH, LONGEST)
+    assert (read.name, read.others) == ("Ink", ("inner",)) and torch.equal(read.vectors, two)
+    (found,) = inspect_path(path)
+    assert found.kind.part == "embedding" and found.format == "PNG" and not found.refused
+
+
+def test_images_of_a_folder_that_hold_one_are_used(encoder, tmp_path, caplog):
+    png(tmp_path / "ink.png", web_ui_text(vectors()))
+    save(tmp_path / "oil.pt", web_ui(vectors(1), name="o"))
+    Image.new("RGB", (64, 64)).save(tmp_path / "oil.preview.png")
+    png(tmp_path / "broken.png", "e30")
+    with caplog.at_level(logging.WARNING):
+        embeddings = Embeddings(encoder, folder=tmp_path)
+    assert [e.name for e in embeddings.used_in("ink and oil")] == ["ink", "oil"]
+    assert not embeddings.used_in("oil.preview")[1:]
+    assert len(caplog.messages) == 1 and "broken.png" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("!", "is damaged"),
+        (base64.b64encode(b"[1]").decode(), "is no mapping"),
+        (base64.b64encode(b"[" * 100_000).decode(), "is damaged"),
+        (base64.b64encode(b'{"a": {"TORCHTENSOR": [[1, 2], [3]]}}').decode(), "no array of numbers"),
+        (base64.b64encode(b'{"a": {"TORCHTENSOR": ["x"]}}').decode(), "no array of numbers"),
+        (base64.b64encode(b'{"a": {"TORCHTENSOR": [NaN]}}').decode(), "numbers a vector are needed"),
+    ],
+)
+def test_a_damaged_embedding_in_an_image_is_refused(tmp_path, text, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_embedding(png(tmp_path / "x.png", text), WIDTH, LONGEST)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 700
+
+
+def test_an_image_without_an_embedding_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="hidden in the pixels is not read"):
+        read_embedding(png(tmp_path / "x.png", "a cat", "parameters"), WIDTH, LONGEST)
+    path = png(tmp_path / "bomb.png", "A" * 20_000_000, packed=True)
+    with pytest.raises(CheckpointError, match="more than 16777216 bytes"):
+        read_embedding(path, WIDTH, LONGEST)
+    data = bytearray(png(tmp_path / "y.png", web_ui_text(vectors())).read_bytes())
+    data[data.index(b"sd-ti-embedding") + 40] ^= 1
+    (tmp_path / "y.png").write_bytes(data)
+    with pytest.raises(CheckpointError, match="checksum"):
+        read_embedding(tmp_path / "y.png", WIDTH, LONGEST)
+    (tmp_path / "y.png").write_bytes(data[:60])
+    with pytest.raises(CheckpointError, match="without a textual inversion"):
+        read_embedding(tmp_path / "y.png", WIDTH, LONGEST)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,22 @@ def test_a_training_checkpoint_is_described(tmp_path: Path) -> None:
     assert not found.foreign and found.metadata["pytorch-lightning_version"] == "1.4.2"
 
 
+def test_averages_without_the_weights_are_told(tmp_path: Path) -> None:
+    whole = {key: tensor for key, tensor in tiny_state_dict().items() if not key.startswith("model_ema.")}
+    averages = {
+        (
+            f"model_ema.{key.removeprefix('model.').replace('.', '')}" if key.startswith("model.") else key
+        ): tensor
+        for key, tensor in whole.items()
+    }
+    torch.save(averages, tmp_path / "m.ckpt")
+    found = inspected(tmp_path / "m.ckpt")
+    assert found.kind.part == "model" and found.ema and found.only_ema
+    assert any("no others of the U-Net" in line for line in lines(found))
+    torch.save({**whole, **averages}, tmp_path / "m.ckpt")
+    assert inspected(tmp_path / "m.ckpt").ema and not inspected(tmp_path / "m.ckpt").only_ema
+
+
 def test_hashes_are_those_that_people_quote(tmp_path: Path) -> None:
     path = tmp_path / "m.ckpt"
     torch.save({"model.a": torch.randn(400_000)}, path)

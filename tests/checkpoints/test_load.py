@@ -12,14 +12,16 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from ldm.checkpoints.configs import config_for
 from ldm.checkpoints.inspect import inspect_path
-from ldm.checkpoints.load import SCHEDULE_BUFFERS, _held_in, ema_key, load_into
-from ldm.checkpoints.reader import Checkpoint, read_checkpoint
+from ldm.checkpoints.load import SCHEDULE_BUFFERS, _held_in, build_model, check_fit, load_into
+from ldm.checkpoints.reader import Checkpoint, read_checkpoint, read_model
+from ldm.checkpoints.recognise import ema_key, kind_of
 from ldm.checkpoints.sniff import CheckpointError
 from ldm.checkpoints.tensor_bytes import FLOAT8
 from ldm.pipeline import load_model
 from tests.checkpoints.files import GOLDEN, save_like_lightning, tiny_state_dict
-from tests.golden_data import rebuilt_state_dict, tiny_config
+from tests.golden_data import keys, rebuilt_state_dict, tiny_config, tiny_model
 
 POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 NORM = "cond_stage_model.transformer.text_model.final_layer_norm.weight"
@@ -207,6 +209,32 @@ def test_demanded_or_incomplete_averages_are_errors() -> None:
         load_into(model_of(SMALL), file)
 
 
+def test_a_file_may_hold_averages_only(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    model, average = model_of(SMALL), torch.rand(3, 2)
+    file = small_file(**{UNET: None, ema_key(UNET): average})
+    assert load_into(model, file).weights == "ema"
+    assert torch.equal(model.state_dict()[UNET], average)
+    assert "using the EMA weights, it has no others" in caplog.text
+    with pytest.raises(CheckpointError, match=r"has only EMA weights .* load it with ema auto"):
+        load_into(model_of(SMALL), file, ema="off")
+    other = {UNET: None, "model_ema.diffusion_modelsomethingelse": torch.ones(1)}
+    with pytest.raises(CheckpointError, match="lacks 1 key") as caught:
+        load_into(model_of(SMALL), small_file(**other))
+    assert "ema off" not in str(caught.value), "there is nothing else to load"
+
+
+@pytest.mark.parametrize("name", ["keys_v1_ema.json", "keys_inpaint.json"])
+def test_averages_only_tell_the_model(name: str) -> None:
+    shapes = keys(name)
+    whole = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    averages = {ema_key(key): whole[key] for key in shapes if key.startswith("model.diffusion_model.")}
+    rest = {key: tensor for key, tensor in whole.items() if not key.startswith(("model.", "model_ema."))}
+    assert kind_of({**rest, **averages}) == kind_of(whole)
+    assert config_for({**rest, **averages}) == config_for(whole)
+    assert kind_of(averages).part == "U-Net" and kind_of(averages).variant == kind_of(whole).variant
+
+
 def test_a_model_with_averages_takes_a_file_without() -> None:
     average = ema_key(UNET)
     model = model_of({**SMALL, average: (3, 2), "model_ema.decay": (), "model_ema.num_updates": ()})
@@ -278,3 +306,67 @@ def test_a_whole_model_in_float8_has_the_values_that_torch_widens_it_to(
     narrow = load_model(tiny_config(), path, dtype=None)
     weight = narrow.get_parameter(UNET)
     assert weight.dtype is _held_in(saved[UNET], None) and torch.equal(weight.double(), saved[UNET].double())
+
+
+# --- files that are no model -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in tiny_model().state_dict().items() if "position_ids" not in key}
+
+
+def refusal(path: Path, text_encoder: Path | None = None) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        check_fit(build_model(tiny_config()), read_model(path, text_encoder=text_encoder))
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
+POSITION_ROWS = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
+
+
+def test_a_text_encoder_for_longer_prompts_is_told(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """LongCLIP has 248 positions, and the transformers library writes it under the names of any CLIP."""
+    model, long, folder = tmp_path / "m.ckpt", tmp_path / "long.ckpt", tmp_path / "text_encoder"
+    torch.save(whole, model)
+    torch.save({**whole, POSITION_ROWS: torch.zeros(248, 64)}, long)
+    prefix = "cond_stage_model.transformer."
+    text = {key.removeprefix(prefix): tensor for key, tensor in whole.items() if key.startswith(prefix)}
+    text[POSITION_ROWS.removeprefix(prefix)] = torch.zeros(248, 64)
+    bare = tmp_path / "text.bin"
+    torch.save(text, bare)
+    folder.mkdir()
+    torch.save(text, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 248}))
+    for said in (refusal(long), refusal(model, text_encoder=bare), refusal(model, text_encoder=folder)):
+        assert "its text encoder has 248 positions of tokens" in said and "this config's model 77" in said
+        assert "give a text encoder with 77: --text_encoder" in said
+    check_fit(build_model(tiny_config()), read_model(long, text_encoder=model))
+    theirs = tmp_path / "longclip-L.pt"
+    torch.save({"positional_embedding": torch.zeros(248, 8), "positional_embedding_res": torch.zeros(248, 8),
+                "transformer.resblocks.0.ln_1.weight": torch.zeros(8)}, theirs)  # fmt: skip
+    said = refusal(model, text_encoder=theirs)
+    assert "has no text encoder: it is a LongCLIP (248 positions, where v1 has 77)" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("controlnet_cond_embedding.conv_in.weight", "is a ControlNet in the diffusers layout, not a model"),
+        ("control_model.zero_convs.0.0.weight", "is a ControlNet, not a model; this toolkit has no use for it"),
+        ("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight", "is a motion module"),
+        ("body.0.in_conv.weight", "is a T2I-Adapter, not a model"),
+        ("lora_unet_mid_block_attentions_0_proj_in.lora_up.weight", "not a model; give it with --lora"),
+        ("emb_params", "is a textual inversion embedding in the kohya layout, not a model; give it with --embedding"),
+        ("down_blocks.0.0.channelwise.0.weight", "lacks"),
+    ],
+)  # fmt: skip
+def test_what_is_no_model_is_named(key: str, said: str, tmp_path: Path) -> None:
+    torch.save({key: torch.zeros(2, 3), "extra.weight": torch.zeros(3)}, tmp_path / "m.ckpt")
+    model = build_model(tiny_config())
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint = read_model(tmp_path / "m.ckpt")
+        check_fit(model, checkpoint)
+        load_into(model, checkpoint)
+    assert said in str(caught.value) and "U-Net" not in str(caught.value)

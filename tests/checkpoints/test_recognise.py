@@ -200,8 +200,30 @@ def test_keys_are_counted_and_a_few_named() -> None:
         ("adapter.body.0.resnets.0.block1.weight", "a T2I-Adapter"),
         ("body.0.block1.weight", "a T2I-Adapter"),
         ("model.1.sub.0.RDB1.conv1.0.weight", "an upscaler (ESRGAN)"),
+        ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_ip.weight", "an IP-Adapter"),
+        ("adapter.body.0.in_conv.weight", "a T2I-Adapter"),
+        ("input_hint_block.0.weight", "a ControlNet"),
+        ("zero_convs.0.0.weight", "a ControlNet"),
+        ("controlnet_down_blocks.0.weight", "a ControlNet in the diffusers layout"),
+        ("lora_controlnet", "a ControlNet"),
+        ("activation_func", "a hypernetwork"),
+        ("vision_model.encoder.layers.0.mlp.fc1.weight", "an image encoder (of CLIP) alone"),
+        ("positional_embedding", "a CLIP under OpenAI's names"),
+        ("down_blocks.0.0.channelwise.0.weight", "an unknown state dict"),
+        ("down_blocks.0.ctrl_to_base.0.weight", "an unknown state dict"),
         ("backbone.stem.weight", "an unknown state dict"),
     ],
 )
 def test_files_beside_a_model_are_named_as_what_they_are(key, name):
+    """Also next to layers that a U-Net has, under the names of either layout."""
     assert kind_of({key: torch.zeros(320)}).name == name
+    if name != "an unknown state dict" and "alone" not in name:
+        layers = {
+            f"{THEIRS}.to_q.weight",
+            "down_blocks.0.resnets.0.norm1.weight",
+            "input_blocks.1.0.in_layers.0.weight",
+        }
+        assert (
+            kind_of({**dict.fromkeys(layers, torch.zeros(3)), key: torch.zeros(320)}).part
+            == kind_of({key: torch.zeros(320)}).part
+        )
