@@ -16,22 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from ldm import __version__
+from ldm.checkpoints.adapters.lora import LoraStack
+from ldm.checkpoints.adapters.lora_files import lora_file
 from ldm.checkpoints.cache import cached_file, read_cached, write_cached
 from ldm.checkpoints.configs import BUNDLED_CKPT, config_for
+from ldm.checkpoints.formats.tensor_bytes import forget
 from ldm.checkpoints.hashing import file_sha256
 from ldm.checkpoints.load import Ema, build_model, check_fit, load_into, use_vocabulary
-from ldm.checkpoints.lora import LoraStack
-from ldm.checkpoints.lora_files import lora_file
 from ldm.checkpoints.reader import Checkpoint, model_files, read_model
-from ldm.checkpoints.safety import find_safety_model, load_safety_model
-from ldm.checkpoints.tensor_bytes import forget
 from ldm.config import read_config
 from ldm.fields import check_fields, count_up
 from ldm.images.canvas import Canvas, open_canvas
 from ldm.images.mask import fade, hide, paste, to_latent_mask
 from ldm.images.pixels import finite, from_uint8, to_uint8
 from ldm.images.resample import enlarge_latents, enlarge_pixels
-from ldm.images.safety import Screen
 from ldm.job import Init, Job, batch_key, batches_of
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
@@ -53,6 +51,8 @@ from ldm.runtime.tiling import (
     decode_in_tiles,
     encode_in_tiles,
 )
+from ldm.safety.load import find_safety_model, load_safety_model
+from ldm.safety.screen import Screen
 from ldm.util import InputError, find
 
 if TYPE_CHECKING:
@@ -143,10 +143,10 @@ class Picture:
         Pixels are marked with the invisible watermark, except those that the user's own image keeps. Raises
         FileExistsError if `path` exists and `overwrite` is off, ValueError if the pixels were not finite.
         """
-        from ldm.images.metadata import infotext
-        from ldm.images.record import record
         from ldm.images.watermark import Watermark
         from ldm.images.writer import encode_png, publish
+        from ldm.metadata.infotext import infotext
+        from ldm.metadata.record import record
 
         pixels = np.asarray(self.image)
         if watermark:

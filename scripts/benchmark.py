@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ldm import cli  # this toolkit's own, whatever else is installed
-from ldm.cli.benchmark import add_benchmark_options, benchmark
+from ldm.benchmark.harness import add_benchmark_options, benchmark
 
 sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 

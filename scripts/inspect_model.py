@@ -19,7 +19,7 @@ from ldm.checkpoints.configs import BUNDLED_CONFIG, INPAINTING_CONFIG, LAION_CON
 sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 
 if TYPE_CHECKING:
-    from ldm.checkpoints.recognise import ModelKind
+    from ldm.checkpoints.layouts.recognise import ModelKind
 
 EXAMPLES = (
     "python scripts/inspect_model.py sd-v1-4.ckpt",
@@ -54,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
 
 def own_config(kind: ModelKind, path: Path) -> str | None:
     """This toolkit's config of a whole model at `path`, of a kind that it runs; its bundled model is of no family."""
+    from ldm.checkpoints.layouts.recognise import INPAINTING, LAION, V1
     from ldm.checkpoints.reader import read_model
-    from ldm.checkpoints.recognise import INPAINTING, LAION, V1
 
     if (kind.part, kind.family) == ("model", ""):
         return BUNDLED_CONFIG if config_for(read_model(path).state_dict) == BUNDLED_CONFIG else None

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ldm.benchmark.weights import write_random_checkpoint
 from ldm.checkpoints.configs import V1_CONFIG
-from ldm.cli.benchmark_weights import write_random_checkpoint
 from ldm.config import read_config
 
 

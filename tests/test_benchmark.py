@@ -9,12 +9,12 @@ import torch
 from omegaconf import OmegaConf
 
 import scripts.benchmark as script
+from ldm.benchmark import harness as benchmark
+from ldm.benchmark.harness import Sample, ratios
+from ldm.benchmark.weights import random_weight, write_picture, write_random_checkpoint
+from ldm.benchmark.worker import Enough, Stopwatch, Work
 from ldm.checkpoints.load import load_into
 from ldm.checkpoints.reader import read_checkpoint
-from ldm.cli import benchmark
-from ldm.cli.benchmark import Sample, ratios
-from ldm.cli.benchmark_weights import random_weight, write_picture, write_random_checkpoint
-from ldm.cli.benchmark_worker import Enough, Stopwatch, Work
 from tests.golden_data import tiny_config, tiny_model
 
 STEPS = 3

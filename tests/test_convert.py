@@ -16,7 +16,7 @@ from ldm.checkpoints.hashing import file_sha256
 from ldm.checkpoints.reader import read_checkpoint
 from ldm.cli import options
 from ldm.cli.inputs import choose_model
-from ldm.images.metadata import parse_infotext
+from ldm.metadata.infotext import parse_infotext
 from scripts import convert, txt2img
 
 ROOT = Path(__file__).parent.parent

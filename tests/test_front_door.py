@@ -27,9 +27,9 @@ from ldm.cli.report import main, outcome, set_up_messages
 from ldm.config import ConfigError, read_config
 from ldm.data.captions import caption
 from ldm.data.scenes import scene_at
-from ldm.images.foreign import read_job
-from ldm.images.metadata import job_from_infotext
 from ldm.job import Init
+from ldm.metadata.infotext import job_from_infotext
+from ldm.metadata.read import read_job
 from ldm.pipeline import SAMPLERS, Pipeline
 from ldm.util import InputError, printable
 from tests.test_txt2img import FAST

@@ -10,7 +10,7 @@ from PIL import Image
 import ldm.pipeline
 import scripts.img2img as img2img
 from ldm.data.scenes import image_at
-from ldm.images.metadata import job_from_infotext, parse_infotext
+from ldm.metadata.infotext import job_from_infotext, parse_infotext
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from tests.golden_data import TOLERANCE, figure, relative_error, tiny_model
 

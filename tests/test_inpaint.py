@@ -11,8 +11,8 @@ from PIL import Image
 import scripts.inpaint as inpaint
 import scripts.txt2img as txt2img
 from ldm.data.scenes import image_at
-from ldm.images.metadata import job_from_infotext
 from ldm.images.watermark import INPAINTING_TEXT, Watermark
+from ldm.metadata.infotext import job_from_infotext
 from tests.golden_data import inpainting_config, tiny_model
 
 FAST = ["--ddim_steps", "3", "--device", "cpu", "--precision", "full", "--quiet", "--skip_grid"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG, INPAINTING_CONFIG, LAION_CONFIG, V1_CONFIG
-from ldm.checkpoints.recognise import kind_of
+from ldm.checkpoints.layouts.recognise import kind_of
 from scripts import inspect_model
 from tests.checkpoints.files import call, text, write_zip
 from tests.golden_data import keys

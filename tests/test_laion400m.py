@@ -11,7 +11,7 @@ import scripts.txt2img as txt2img
 from ldm.cli import inputs
 from ldm.cli import options as known
 from ldm.config import read_config
-from ldm.images.metadata import parse_infotext
+from ldm.metadata.infotext import parse_infotext
 from ldm.modules.encoders import bert
 from tests.golden_data import laion_config, tiny_model
 

@@ -17,10 +17,10 @@ import scripts.inpaint
 import scripts.replay
 from ldm.cli.locate import Located, locate, model_name
 from ldm.data.scenes import image_at
-from ldm.images.foreign import Recipe, read_job
-from ldm.images.record import record
 from ldm.images.writer import encode_png
 from ldm.job import Init, Job
+from ldm.metadata.read import Recipe, read_job
+from ldm.metadata.record import record
 
 HERE = Path()
 

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 import scripts.txt2img as txt2img
+from ldm.checkpoints.adapters.lora import LoraStack
+from ldm.checkpoints.adapters.lora_files import lora_hash
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
-from ldm.checkpoints.layouts import to_diffusers
-from ldm.checkpoints.lora import LoraStack
-from ldm.checkpoints.lora_files import lora_hash
+from ldm.checkpoints.layouts.names import to_diffusers
 from ldm.config import read_config
-from ldm.images.metadata import infotext, job_from_infotext, parse_infotext
 from ldm.job import Job, lora_tag, split_loras
+from ldm.metadata.infotext import infotext, job_from_infotext, parse_infotext
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.pipeline import Pipeline, load_model
 from ldm.util import ROOT, InputError

@@ -23,13 +23,13 @@ from ldm.cli import manifest
 from ldm.cli.manifest import describe, differences, open_run
 from ldm.cli.output import GALLERY_MARK, Background, Output, Present, read_pixels, write_gallery
 from ldm.cli.report import Events, Progress, in_words
-from ldm.images.foreign import read_job
 from ldm.images.grid import GridWriter, count_pages
-from ldm.images.record import read_record
-from ldm.images.safety import Screen
 from ldm.images.writer import RunFolder
 from ldm.job import Job
+from ldm.metadata.read import read_job
+from ldm.metadata.record import read_record
 from ldm.pipeline import Picture
+from ldm.safety.screen import Screen
 from ldm.util import InputError
 
 ROOT = Path(__file__).parent.parent

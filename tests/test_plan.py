@@ -13,9 +13,9 @@ import scripts.img2img as img2img
 import scripts.txt2img as txt2img
 from ldm.cli.inputs import Start
 from ldm.cli.plan import Plan, read_wishes
-from ldm.images.metadata import job_from_infotext
 from ldm.images.sheet import layout
 from ldm.job import batch_key
+from ldm.metadata.infotext import job_from_infotext
 from ldm.util import InputError
 
 FAST = ["--ddim_steps", "2", "--n_iter", "1", "--n_samples", "4", "--device", "cpu", "--quiet"]

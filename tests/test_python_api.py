@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from ldm.images.canvas import open_canvas
-from ldm.images.metadata import infotext, job_from_infotext
-from ldm.images.safety import Screen
 from ldm.job import Init, Job, MemoryImage
+from ldm.metadata.infotext import infotext, job_from_infotext
 from ldm.pipeline import Pipeline
+from ldm.safety.screen import Screen
 from ldm.util import ROOT, InputError
 from tests.golden_data import tiny_model
 

@@ -41,11 +41,11 @@ from ldm.cli.replay import (
 )
 from ldm.data.scenes import image_at
 from ldm.images.canvas import open_canvas
-from ldm.images.foreign import Recipe, read_job
-from ldm.images.record import record
 from ldm.images.watermark import Evidence
 from ldm.images.writer import encode_png
 from ldm.job import Init, Job
+from ldm.metadata.read import Recipe, read_job
+from ldm.metadata.record import record
 from ldm.util import ROOT, InputError
 from tests.images.test_metadata import HOSTILE
 

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 import scripts.txt2img as txt2img
+from ldm.checkpoints.adapters.lora_files import settings_file
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
-from ldm.checkpoints.lora_files import settings_file
 from ldm.cli import claim
 from ldm.images.grid import _Page
 from ldm.images.writer import encode_png

@@ -22,7 +22,7 @@ import scripts.txt2img as txt2img
 from ldm.cli import inputs
 from ldm.cli import options as known
 from ldm.cli.output import Output
-from ldm.images.metadata import job_from_infotext, parse_infotext
+from ldm.metadata.infotext import job_from_infotext, parse_infotext
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import Pipeline
 

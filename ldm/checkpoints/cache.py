@@ -14,8 +14,8 @@ import torch
 
 from ldm import __version__
 from ldm.checkpoints.convert import write_as
+from ldm.checkpoints.formats.detect import CheckpointError, reading
 from ldm.checkpoints.reader import Checkpoint, read_checkpoint
-from ldm.checkpoints.sniff import CheckpointError, reading
 from ldm.util import printable, without_leftovers, written_whole
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ _BUNDLED = {
 
 def config_for(state_dict: Mapping[str, torch.Tensor]) -> str:
     """The config, below the toolkit's own folder, of a model in the original's layout; v1's if it is no other."""
-    from ldm.checkpoints.recognise import ema_key, is_inpainting_model, is_laion_model
+    from ldm.checkpoints.layouts.recognise import ema_key, is_inpainting_model, is_laion_model
 
     if is_laion_model(state_dict):
         return LAION_CONFIG

@@ -15,7 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.layouts import CLASSES, Component, component_configs, to_diffusers
+from ldm.checkpoints.formats.safetensors_file import DTYPES
+from ldm.checkpoints.layouts.names import CLASSES, Component, component_configs, to_diffusers
+from ldm.checkpoints.layouts.recognise import EMA_PREFIX, INPAINTING_CHANNELS
 from ldm.checkpoints.load import (
     EMA_COUNTERS,
     SCHEDULE_BUFFERS,
@@ -26,8 +28,6 @@ from ldm.checkpoints.load import (
     use_vocabulary,
 )
 from ldm.checkpoints.reader import MODEL_INDEX, Checkpoint
-from ldm.checkpoints.recognise import EMA_PREFIX, INPAINTING_CHANNELS
-from ldm.checkpoints.safetensors_file import DTYPES
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import BEGIN, END

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ldm.checkpoints.sniff import CheckpointError, file_size
+from ldm.checkpoints.formats.detect import CheckpointError, file_size
 
 KEYWORD = b"sd-ti-embedding"
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 
+from ldm.checkpoints.adapters.lora_files import lora_hash
 from ldm.checkpoints.embedding_image import is_png
+from ldm.checkpoints.formats.detect import CheckpointError, file_size, open_regular, reading, sniff
+from ldm.checkpoints.formats.imports import imports_of
+from ldm.checkpoints.formats.pickle_reader import is_known
+from ldm.checkpoints.formats.safetensors_file import read_header
+from ldm.checkpoints.formats.tensor_bytes import FileBytes
 from ldm.checkpoints.hashing import file_sha256
-from ldm.checkpoints.imports import imports_of
+from ldm.checkpoints.layouts.prediction import config_beside, foreign_prediction
+from ldm.checkpoints.layouts.published import PUBLISHED
+from ldm.checkpoints.layouts.recognise import EMA_PREFIX, ModelKind, kind_of, tensors_in
 from ldm.checkpoints.load import build_model, check_fit, has_averages, load_into, only_averages
-from ldm.checkpoints.lora_files import lora_hash
-from ldm.checkpoints.pickle_reader import is_known
-from ldm.checkpoints.prediction import config_beside, foreign_prediction
-from ldm.checkpoints.published import PUBLISHED
 from ldm.checkpoints.reader import (
     find_damaged_records,
     find_not_finite,
@@ -28,10 +32,6 @@ from ldm.checkpoints.reader import (
     read_model,
     read_tree,
 )
-from ldm.checkpoints.recognise import EMA_PREFIX, ModelKind, kind_of, tensors_in
-from ldm.checkpoints.safetensors_file import read_header
-from ldm.checkpoints.sniff import CheckpointError, file_size, open_regular, reading, sniff
-from ldm.checkpoints.tensor_bytes import FileBytes
 from ldm.util import printable
 
 ConfigFor = Callable[[ModelKind], Mapping[str, Any] | None]

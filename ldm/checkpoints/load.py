@@ -12,12 +12,20 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ldm.checkpoints.layouts import PREFIXES, WORDS, component_configs, parts_in
-from ldm.checkpoints.prediction import check_prediction, check_schedule
+from ldm.checkpoints.formats.detect import CheckpointError, reading
+from ldm.checkpoints.formats.tensor_bytes import FLOAT8
+from ldm.checkpoints.layouts.names import PREFIXES, WORDS, component_configs, parts_in
+from ldm.checkpoints.layouts.prediction import check_prediction, check_schedule
+from ldm.checkpoints.layouts.recognise import (
+    EMA_PREFIX,
+    V1,
+    Part,
+    count_and_names,
+    ema_key,
+    kind_of,
+    looks_like,
+)
 from ldm.checkpoints.reader import Checkpoint, read_json
-from ldm.checkpoints.recognise import EMA_PREFIX, V1, Part, count_and_names, ema_key, kind_of, looks_like
-from ldm.checkpoints.sniff import CheckpointError, reading
-from ldm.checkpoints.tensor_bytes import FLOAT8
 from ldm.config import ConfigError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from ldm.checkpoints.embedding_image import is_png, read_png_embedding
-from ldm.checkpoints.layouts import CLASSES, PREFIXES, WORDS, Component, parts_in, to_compvis
-from ldm.checkpoints.legacy import read_torch_legacy
-from ldm.checkpoints.pickle_reader import DTYPES
-from ldm.checkpoints.prediction import config_beside, foreign_prediction
-from ldm.checkpoints.recognise import kind_of, looks_like
-from ldm.checkpoints.safetensors_file import read_safetensors
-from ldm.checkpoints.sniff import CheckpointError, Kind, open_regular, reading, sniff
-from ldm.checkpoints.tensor_bytes import FLOAT8
-from ldm.checkpoints.torch_zip import damaged_records, read_torch_zip
+from ldm.checkpoints.formats.detect import CheckpointError, Kind, open_regular, reading, sniff
+from ldm.checkpoints.formats.pickle_reader import DTYPES
+from ldm.checkpoints.formats.safetensors_file import read_safetensors
+from ldm.checkpoints.formats.tensor_bytes import FLOAT8
+from ldm.checkpoints.formats.torch_legacy import read_torch_legacy
+from ldm.checkpoints.formats.torch_zip import damaged_records, read_torch_zip
+from ldm.checkpoints.layouts.names import CLASSES, PREFIXES, WORDS, Component, parts_in, to_compvis
+from ldm.checkpoints.layouts.prediction import config_beside, foreign_prediction
+from ldm.checkpoints.layouts.recognise import kind_of, looks_like
 from ldm.job import MODEL_ENDINGS
 from ldm.util import read_side_file
 

@@ -19,7 +19,7 @@ from ldm.job import Init
 from ldm.util import InputError, files_below, find, printable, read_side_file
 
 if TYPE_CHECKING:
-    from ldm.checkpoints.lora_files import LoraFiles
+    from ldm.checkpoints.adapters.lora_files import LoraFiles
     from ldm.images.canvas import Canvas
     from ldm.images.writer import RunFolder
     from ldm.runtime.device import Precision
@@ -108,7 +108,7 @@ class Claim:
 
 def settings(opt: argparse.Namespace, plan: Plan, source: Source) -> dict[str, Any]:
     """What the pixels and the files depend on besides the jobs and the weights: options, and digests of files."""
-    from ldm.checkpoints.lora_files import settings_file
+    from ldm.checkpoints.adapters.lora_files import settings_file
 
     inits = dict.fromkeys(job.init for job in plan.kinds() if job.init is not None)
     pictures = dict.fromkeys(path for init in inits for path in (init.image, init.mask) if path)
@@ -215,7 +215,7 @@ def _vocabulary(ckpt: Path, text_encoder: str | None) -> list[Path]:
 
 
 def _safety_files(opt: argparse.Namespace) -> list[Path]:
-    from ldm.checkpoints.safety import find_safety_model
+    from ldm.safety.load import find_safety_model
 
     weights = None if opt.safety == "off" else find_safety_model(opt.safety_model)
     if weights is None:

@@ -34,7 +34,7 @@ from ldm.prompts.lines import MAX_COUNT
 from ldm.util import InputError, find, printable, read_side_file
 
 if TYPE_CHECKING:
-    from ldm.checkpoints.lora_files import LoraFiles
+    from ldm.checkpoints.adapters.lora_files import LoraFiles
     from ldm.images.canvas import Canvas
 
 logger = logging.getLogger("ldm")
@@ -110,7 +110,7 @@ def need(condition: bool, message: str) -> None:
 
 def find_loras(opt: argparse.Namespace) -> LoraFiles:
     """Where the run's LoRAs are found."""
-    from ldm.checkpoints.lora_files import LoraFiles
+    from ldm.checkpoints.adapters.lora_files import LoraFiles
 
     return LoraFiles([path for path, _, _ in opt.lora], opt.lora_dir)
 

@@ -20,7 +20,7 @@ from ldm.util import cache_path
 if TYPE_CHECKING:
     import torch
 
-    from ldm.checkpoints.embeddings import Embeddings
+    from ldm.checkpoints.adapters.embeddings import Embeddings
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.pipeline import Pipeline
     from ldm.runtime.device import Precision
@@ -80,9 +80,9 @@ def extras_of(
 
     LoRAs and textual inversions are named as AUTOMATIC1111's web UI does it.
     """
+    from ldm.checkpoints.adapters.lora_files import lora_hash
     from ldm.checkpoints.hashing import file_sha256
-    from ldm.checkpoints.lora_files import lora_hash
-    from ldm.images.metadata import file_name
+    from ldm.metadata.infotext import file_name
 
     extras = {
         "Model": model_name(source.ckpt),
@@ -120,7 +120,7 @@ def _embeddings(opt: argparse.Namespace, model: LatentDiffusion) -> Embeddings |
     """The textual inversions that prompts can use; None if there are none."""
     if not opt.embedding and opt.embedding_dir is None:
         return None
-    from ldm.checkpoints.embeddings import Embeddings
+    from ldm.checkpoints.adapters.embeddings import Embeddings
 
     return Embeddings(model.cond_stage_model, opt.embedding, opt.embedding_dir)
 

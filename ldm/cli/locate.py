@@ -12,7 +12,7 @@ from ldm.job import EMBEDDING_ENDINGS, MODEL_ENDINGS, lora_name
 from ldm.util import ROOT, InputError, files_below, printable
 
 if TYPE_CHECKING:
-    from ldm.images.foreign import Recipe
+    from ldm.metadata.read import Recipe
 
 _CHECKPOINTS = Path("models/ldm")
 _HASH = re.compile("[0-9a-f]{8,64}")  # of a LoRA or a textual inversion
@@ -156,8 +156,8 @@ def _part_hash(option: str) -> Callable[[Path], str]:
 def _locate_loras(recipe: Recipe, given: Mapping[str, object], located: Located) -> None:
     if not recipe.job.loras or "lora" in given:
         return
+    from ldm.checkpoints.adapters.lora_files import lora_hash
     from ldm.checkpoints.hashing import file_sha256
-    from ldm.checkpoints.lora_files import lora_hash
 
     files = _files_below(given.get("lora_dir"))
     hashes = {_plain(name): digest for name, digest in _hashes(recipe.extras.get("Lora hashes", "")).items()}

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from ldm.cli.manifest import RunFile
     from ldm.cli.report import Events
-    from ldm.images.safety import Screen, Verdict
     from ldm.images.writer import RunFolder
     from ldm.pipeline import Picture
+    from ldm.safety.screen import Screen, Verdict
 
 logger = logging.getLogger("ldm")
 
@@ -51,8 +51,8 @@ def make_mark(opt: argparse.Namespace) -> Mark:
 
 def make_screen(opt: argparse.Namespace, device: torch.device) -> Screen:
     """The safety check, by --safety."""
-    from ldm.checkpoints.safety import OWN_FOLDER, find_safety_model, load_safety_model
-    from ldm.images.safety import Screen
+    from ldm.safety.load import OWN_FOLDER, find_safety_model, load_safety_model
+    from ldm.safety.screen import Screen
 
     path = None if opt.safety == "off" else find_safety_model(opt.safety_model)
     if path is not None:
@@ -253,7 +253,7 @@ class Output:
         self, indices: Sequence[int], pictures: Sequence[Picture]
     ) -> list[tuple[int, Picture, Verdict]]:
         """What the safety check says of pictures; nothing is left of them if it fails."""
-        from ldm.images.safety import SafetyError
+        from ldm.safety.screen import SafetyError
 
         try:
             verdicts = self._screen.screen([picture.pixels for picture in pictures])
@@ -295,9 +295,9 @@ class Output:
 
     def _publish(self, index: int, job: Job, pixels: np.ndarray, notes: Mapping[str, str]) -> bool:
         """Gives a picture its file, or compares it with the one that is there; False where neither can be."""
-        from ldm.images.metadata import infotext
-        from ldm.images.record import record
         from ldm.images.writer import encode_png, holds, publish
+        from ldm.metadata.infotext import infotext
+        from ldm.metadata.record import record
 
         extras = {**self._extras(job), **notes}
         data = encode_png(pixels, infotext(job, extras), record=record(job, extras))
@@ -410,8 +410,8 @@ def _is_whole(path: Path) -> bool:
 def write_gallery(folder: Path) -> None:
     """Writes gallery.html, over an older one of its own only."""
     from ldm.cli.replay import command_alone, remark_alone
-    from ldm.images.gallery import gallery
     from ldm.images.writer import publish
+    from ldm.metadata.gallery import gallery
 
     path = folder / "gallery.html"
     if os.path.lexists(path) and not _is_own_page(path):

@@ -45,8 +45,8 @@ from ldm.util import InputError, printable, temporary_folder
 if TYPE_CHECKING:
     import numpy as np
 
-    from ldm.checkpoints.lora_files import LoraFiles
-    from ldm.images.foreign import Recipe
+    from ldm.checkpoints.adapters.lora_files import LoraFiles
+    from ldm.metadata.read import Recipe
     from ldm.models.diffusion.noise import StreamPlace
 
 logger = logging.getLogger("ldm")
@@ -120,7 +120,7 @@ def _one(
     file: Path, opt: argparse.Namespace, typed: Mapping[str, Any], usual: Mapping[str, Any], kept: KeptModel
 ) -> int:
     """One file; a fault's line begins with its name."""
-    from ldm.images.foreign import read_job
+    from ldm.metadata.read import read_job
 
     shown = printable(file)
     try:
@@ -248,7 +248,7 @@ def _make(
     kept: KeptModel,
 ) -> int:
     """Makes the image of a file again, and compares the two if that was asked for."""
-    from ldm.images.foreign.own import start_note
+    from ldm.metadata.read_own import start_note
 
     located = locate(recipe, file.parent, typed)
     need(not located.missing, "; ".join(located.missing))

@@ -21,8 +21,8 @@ from ldm.util import InputError, printable
 if TYPE_CHECKING:
     import numpy as np
 
-    from ldm.images.foreign import Recipe
     from ldm.images.watermark import Evidence
+    from ldm.metadata.read import Recipe
 
 SURE = 1e-6  # below this probability, chance is no explanation of a watermark
 UNSURE = 1e-2  # above it, it is a good one

@@ -41,7 +41,7 @@ from ldm.job import Job
 from ldm.util import FULL_DISK, InputError, printable
 
 if TYPE_CHECKING:
-    from ldm.checkpoints.lora_files import LoraFiles
+    from ldm.checkpoints.adapters.lora_files import LoraFiles
     from ldm.pipeline import Pipeline
 
 logger = logging.getLogger("ldm")
@@ -188,8 +188,8 @@ def _make(
     opt: argparse.Namespace, plan: Plan, source: Source, name_files: bool, events: Events, tally: Tally
 ) -> int:
     """Makes and writes what this process has to make of a plan: the exit code."""
-    from ldm.images.safety import Screen
     from ldm.images.writer import RunFolder
+    from ldm.safety.screen import Screen
 
     here, several = source.here, source.here.world > 1
     on_cpu = here.device.type == "cpu"

@@ -16,8 +16,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.images.metadata import INFOTEXT_KEYWORD
-from ldm.images.record import KEYWORD as RECORD_KEYWORD
+from ldm.images.keywords import INFOTEXT_KEYWORD, RECORD_KEYWORD
 from ldm.util import InputError, open_regular, part_beside, printable, sweep_and_stay, written_whole
 
 logger = logging.getLogger(__name__)

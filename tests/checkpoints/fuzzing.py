@@ -23,10 +23,10 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from ldm.checkpoints.imports import imports_of
+from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.formats.imports import imports_of
+from ldm.checkpoints.layouts.recognise import kind_of
 from ldm.checkpoints.reader import read_checkpoint
-from ldm.checkpoints.recognise import kind_of
-from ldm.checkpoints.sniff import CheckpointError
 from tests.checkpoints.files import save_like_lightning, write_zip
 
 TARGETS = ("zip", "pickle", "legacy", "safetensors")

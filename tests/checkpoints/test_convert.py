@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ldm.checkpoints import convert as module
 from ldm.checkpoints.convert import check_output, convert, layout_for, write_safetensors
-from ldm.checkpoints.layouts import to_diffusers
+from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.layouts.names import to_diffusers
+from ldm.checkpoints.layouts.recognise import ema_key
 from ldm.checkpoints.load import SCHEDULE_BUFFERS
 from ldm.checkpoints.reader import Checkpoint, read_checkpoint, read_model
-from ldm.checkpoints.recognise import ema_key
-from ldm.checkpoints.sniff import CheckpointError
 from ldm.config import read_config
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.pipeline import load_model

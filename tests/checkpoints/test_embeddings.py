@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.checkpoints.embeddings import Embeddings, read_embedding
+from ldm.checkpoints.adapters.embeddings import Embeddings, read_embedding
+from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.inspect import inspect_path
-from ldm.checkpoints.sniff import CheckpointError
 from ldm.modules.encoders.modules import AbstractEncoder, FrozenCLIPEmbedder
 from ldm.util import InputError
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.reader import read_checkpoint
-from ldm.checkpoints.sniff import CheckpointError
 from tests.checkpoints.files import write_zip
 from tests.checkpoints.fuzzing import STATE, TARGETS, bytes_damage, members, pickle_damage
 

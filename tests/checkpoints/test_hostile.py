@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.reader import read_checkpoint, read_tree
-from ldm.checkpoints.sniff import CheckpointError
 from tests.checkpoints.files import (
     StorageId,
     Tensor,

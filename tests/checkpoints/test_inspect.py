@@ -16,10 +16,10 @@ import safetensors.torch
 import torch
 
 from ldm.checkpoints import hashing, inspect
-from ldm.checkpoints.imports import imports_of
+from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.formats.imports import imports_of
 from ldm.checkpoints.inspect import Inspection, amount, inspect_path, lines
-from ldm.checkpoints.recognise import V1, ModelKind
-from ldm.checkpoints.sniff import CheckpointError
+from ldm.checkpoints.layouts.recognise import V1, ModelKind
 from tests.checkpoints.files import call, named, save_like_lightning, text, tiny_state_dict, write_zip
 from tests.golden_data import tiny_config
 

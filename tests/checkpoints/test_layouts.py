@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ldm.checkpoints import hashing
 from ldm.checkpoints.convert import convert, write_safetensors
-from ldm.checkpoints.layouts import PREFIXES, component_configs, parts_in, to_compvis, to_diffusers
+from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.layouts.names import PREFIXES, component_configs, parts_in, to_compvis, to_diffusers
 from ldm.checkpoints.load import build_model, check_fit
 from ldm.checkpoints.reader import model_files, read_model
-from ldm.checkpoints.sniff import CheckpointError
 from ldm.cli import claim
 from ldm.config import read_config
 from ldm.pipeline import load_model

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from ldm.checkpoints.configs import config_for
+from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.formats.tensor_bytes import FLOAT8
 from ldm.checkpoints.inspect import inspect_path
+from ldm.checkpoints.layouts.recognise import ema_key, kind_of
 from ldm.checkpoints.load import SCHEDULE_BUFFERS, _held_in, build_model, check_fit, load_into
 from ldm.checkpoints.reader import Checkpoint, read_checkpoint, read_model
-from ldm.checkpoints.recognise import ema_key, kind_of
-from ldm.checkpoints.sniff import CheckpointError
-from ldm.checkpoints.tensor_bytes import FLOAT8
 from ldm.pipeline import load_model
 from tests.checkpoints.files import GOLDEN, save_like_lightning, tiny_state_dict
 from tests.golden_data import keys, rebuilt_state_dict, tiny_config, tiny_model

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from ldm.checkpoints import hashing
+from ldm.checkpoints.adapters.lora import LoraStack, read_lora
+from ldm.checkpoints.adapters.lora_files import LoraFiles, lora_file, lora_hash
+from ldm.checkpoints.adapters.lora_names import TEXT, UNET, Key, flat_name, layers_by_name, split_key
+from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.layouts.recognise import family_by_key, kind_of
 from ldm.checkpoints.load import undrawn
-from ldm.checkpoints.lora import LoraStack, read_lora
-from ldm.checkpoints.lora_files import LoraFiles, lora_file, lora_hash
-from ldm.checkpoints.lora_names import TEXT, UNET, Key, flat_name, layers_by_name, split_key
-from ldm.checkpoints.recognise import family_by_key, kind_of
-from ldm.checkpoints.sniff import CheckpointError
 from ldm.cli import claim
 from ldm.config import read_config
 from ldm.util import InputError, instantiate_from_config

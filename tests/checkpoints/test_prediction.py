@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoints.convert import convert
+from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.inspect import inspect_path
+from ldm.checkpoints.layouts.prediction import foreign_prediction
 from ldm.checkpoints.load import build_model, check_fit
-from ldm.checkpoints.prediction import foreign_prediction
 from ldm.checkpoints.reader import read_model
-from ldm.checkpoints.sniff import CheckpointError
 from ldm.config import read_config
 from tests.golden_data import tiny_config
 

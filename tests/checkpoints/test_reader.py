@@ -16,9 +16,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.formats.tensor_bytes import FLOAT8
 from ldm.checkpoints.reader import find_damaged_records, find_not_finite, read_checkpoint, read_tree
-from ldm.checkpoints.sniff import CheckpointError
-from ldm.checkpoints.tensor_bytes import FLOAT8
 from tests.checkpoints.files import (
     LIGHTNING_CLASS,
     Tensor,

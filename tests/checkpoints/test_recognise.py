@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.checkpoints.reader import Checkpoint
-from ldm.checkpoints.recognise import (
+from ldm.checkpoints.layouts.recognise import (
     LAION,
     SDXL,
     V1,
@@ -22,6 +21,7 @@ from ldm.checkpoints.recognise import (
     other_model,
     tensors_in,
 )
+from ldm.checkpoints.reader import Checkpoint
 from tests.golden_data import keys
 
 UNET = "model.diffusion_model."

@@ -11,9 +11,9 @@ import safetensors
 import safetensors.torch
 import torch
 
+from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.formats.tensor_bytes import FLOAT8
 from ldm.checkpoints.reader import read_checkpoint
-from ldm.checkpoints.sniff import CheckpointError
-from ldm.checkpoints.tensor_bytes import FLOAT8
 from tests.checkpoints.files import safetensors_bytes
 
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm.checkpoints.safety import _sizes, find_safety_model, load_safety_model
-from ldm.checkpoints.sniff import CheckpointError
-from ldm.modules.encoders.safety import SafetyChecker
+from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.safety.load import _sizes, find_safety_model, load_safety_model
+from ldm.safety.network import SafetyChecker
 from tests.checkpoints.files import call, text, write_zip
 
 SIZES = {"side": 28, "patch": 14, "width": 16, "layers": 2, "heads": 2, "inner": 24, "projection": 8}

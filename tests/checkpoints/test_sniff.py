@@ -12,8 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from ldm.checkpoints.formats.detect import CheckpointError, reading
 from ldm.checkpoints.reader import read_checkpoint
-from ldm.checkpoints.sniff import CheckpointError, reading
 from ldm.util import InputError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:fe4e\nsize 4265380512\n"
@@ -112,7 +112,7 @@ def test_a_file_without_permission_is_refused(tmp_path: Path, monkeypatch: pytes
 def test_a_wrong_path_is_found_before_torch_is_imported() -> None:
     code = (
         "import sys\n"
-        "from ldm.checkpoints.sniff import CheckpointError, open_regular, reading\n"
+        "from ldm.checkpoints.formats.detect import CheckpointError, open_regular, reading\n"
         "try:\n"
         "    with reading('none.ckpt'): open_regular('none.ckpt')\n"
         "except CheckpointError as error: print(error, 'torch' in sys.modules)\n"

@@ -19,12 +19,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.fields import check_fields
-from ldm.images.foreign import Recipe, comfyui, invokeai, programs, read_job, webui
-from ldm.images.foreign.recipe import UNKNOWN
-from ldm.images.metadata import infotext
-from ldm.images.record import read_record, record, without_folders
 from ldm.images.writer import encode_png
 from ldm.job import Init, Job
+from ldm.metadata.foreign import comfyui, invokeai, programs, webui
+from ldm.metadata.infotext import infotext
+from ldm.metadata.read import Recipe, read_job
+from ldm.metadata.recipe import UNKNOWN
+from ldm.metadata.record import read_record, record, without_folders
 from ldm.models.diffusion.noise import noise_source
 from ldm.util import InputError
 from tests.images.test_metadata import EXTRAS, FULL, HOSTILE

@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.images.foreign import Recipe, comfyui, read_job
-from ldm.images.foreign.comfyui_prompt import parse_prompt
-from ldm.images.foreign.recipe import UNKNOWN, Origin
-from ldm.images.record import read_record, record
 from ldm.job import Init, Job
+from ldm.metadata.foreign import comfyui
+from ldm.metadata.foreign.comfyui_prompt import parse_prompt
+from ldm.metadata.read import Recipe, read_job
+from ldm.metadata.recipe import UNKNOWN, Origin
+from ldm.metadata.record import read_record, record
 from ldm.models.diffusion.noise import noise_source
 from ldm.prompts.weights import parse_weights
 from ldm.util import InputError

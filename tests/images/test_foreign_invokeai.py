@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from ldm.images.foreign import invokeai
 from ldm.job import Init
+from ldm.metadata.foreign import invokeai
 from tests.images.test_foreign import INVOKE, noted
 
 

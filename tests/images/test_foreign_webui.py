@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.images.foreign import Recipe, read_job, webui
-from ldm.images.foreign.recipe import Origin
-from ldm.images.record import read_record, record
 from ldm.job import Job
+from ldm.metadata.foreign import webui
+from ldm.metadata.read import Recipe, read_job
+from ldm.metadata.recipe import Origin
+from ldm.metadata.record import read_record, record
 from ldm.util import InputError
 from tests.images.test_foreign import noted
 

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.images.foreign import Recipe
-from ldm.images.gallery import gallery
-from ldm.images.metadata import infotext
-from ldm.images.record import record
 from ldm.images.writer import encode_png
 from ldm.job import Job
+from ldm.metadata.gallery import gallery
+from ldm.metadata.infotext import infotext
+from ldm.metadata.read import Recipe
+from ldm.metadata.record import record
 from ldm.util import InputError
 from tests.images.test_metadata import HOSTILE
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.images.metadata import infotext, job_from_infotext, parse_infotext
 from ldm.images.writer import encode_png
 from ldm.job import Init, Job
+from ldm.metadata.infotext import infotext, job_from_infotext, parse_infotext
 from ldm.util import InputError
 
 EXTRAS = {"Version": "1.2", "Model hash": "6ce0161689", "Model": "v1-5, pruned: ema", "Precision": "full"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.images.safety import SafetyError, Screen, prepare
+from ldm.safety.screen import SafetyError, Screen, prepare
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.load import undrawn
-from ldm.modules.encoders.safety import SafetyChecker
+from ldm.safety.network import SafetyChecker
 
 SMALL = {"side": 28, "patch": 14, "width": 32, "layers": 2, "heads": 2, "inner": 64, "projection": 32}
 POSITIONS = "vision_model.vision_model.embeddings.position_ids"

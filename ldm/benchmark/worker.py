@@ -1,0 +1,519 @@
+"""One measured process: it takes orders as JSON lines on stdin and answers each with a JSON line on stdout.
+
+The first line is its `Setting`. Orders: `prepare`, `load`, `run`, `arrange`, `check`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+PROMPT = "a photograph of an astronaut riding a horse, number {}"
+GUIDANCE = 7.5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one process measures. `spawned` is the time at which it was started, in seconds since 1970."""
+
+    subject: str  # ours, diffusers
+    config: str
+    ckpt: str
+    folder: str
+    precision: str
+    device: str
+    threads: int
+    batch: int
+    mode: str  # txt2img, img2img
+    strength: float
+    picture: str
+    compiled: bool
+    malloc: str  # system, tuned
+    seed: int
+    spawned: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """One batch: its size in pixels and its steps, of which `limit` are run; `number` makes its prompt new."""
+
+    size: int
+    steps: int
+    limit: int
+    number: int
+    outdir: str  # where PNG files go; empty: nowhere
+
+
+class Enough(Exception):
+    """Ends a run behind the last step that is wanted."""
+
+
+class Stopwatch:
+    """The seconds of each phase; on a CUDA device in the device's own time, so that nothing waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.spans: dict[str, list[tuple[Any, Any]]] = {}
+        self.steps: list[Any] = []
+        self.first_step_at = 0.0
+        self.latents: list[Tensor] = []
+        self.limit = 0
+
+    def start(self, work: Work) -> None:
+        self.spans, self.steps, self.latents, self.limit = {}, [], [], work.limit
+
+    def mark(self) -> Any:
+        import torch
+
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            return event
+        if self.device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+    def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` with its time taken."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before = self.mark()
+            result = function(*args, **kwargs)
+            self.spans.setdefault(phase, []).append((before, self.mark()))
+            return result
+
+        return call
+
+    def decoding(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, timed as the decoder, and the latents that it gets kept."""
+        timed = self.timed("decode", function)
+
+        def call(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.latents.append(latents)
+            return timed(latents, *args, **kwargs)
+
+        return call
+
+    def step(self) -> None:
+        """Called behind each step."""
+        if not self.steps:
+            self.settle()
+            self.first_step_at = time.time()
+        self.steps.append(self.mark())
+        if len(self.steps) == self.limit:
+            raise Enough
+
+    def settle(self) -> None:
+        """Waits for the device."""
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self) -> dict[str, list[float]]:
+        """By phase; what a phase took in several calls of one batch is summed, steps and U-Net calls are not."""
+        self.settle()
+        taken = {name: [_between(*span) for span in spans] for name, spans in self.spans.items()}
+        for name in ("text", "encode", "decode"):
+            if name in taken:
+                taken[name] = [sum(taken[name])]
+        pairs = itertools.pairwise([self.spans["unet"][0][0], *self.steps])
+        first, *rest = (_between(*pair) for pair in pairs)
+        return taken | {"first step": [first], "step": rest}
+
+
+def _between(before: Any, after: Any) -> float:
+    return after - before if isinstance(before, float) else before.elapsed_time(after) / 1000
+
+
+class Subject(Protocol):
+    """Something that makes pictures, with a stopwatch in its phases."""
+
+    watch: Stopwatch
+
+    @property
+    def latents(self) -> tuple[int, int]:
+        """The channels of latents, and how many pixels one of them spans along each side."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """How it runs."""
+        ...
+
+    def make(self, work: Work, noise: Tensor) -> list[Any]:
+        """The pictures of a batch from its start noise."""
+        ...
+
+    def save(self, pictures: list[Any], outdir: Path) -> None: ...
+
+    def arrange(self, channels_last: bool) -> None:
+        """Lays its weights out in memory."""
+        ...
+
+    def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """One U-Net call."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents to a float picture in [-1, 1]."""
+        ...
+
+
+class Ours:
+    """This toolkit, by its Python API."""
+
+    def __init__(self, setting: Setting) -> None:
+        from ldm.config import read_config
+        from ldm.pipeline import Pipeline, load_model
+        from ldm.runtime.device import resolve_device, resolve_precision
+
+        self.setting = setting
+        device = resolve_device(setting.device)
+        precision = resolve_precision(setting.precision, device)
+        model = load_model(read_config(setting.config), setting.ckpt, device, dtype=None)
+        self.pipeline = Pipeline(model, precision, tiles="off", compiled=setting.compiled)
+        self.watch = watch = Stopwatch(device)
+        model.get_learned_conditioning = watch.timed("text", model.get_learned_conditioning)
+        model.encode_first_stage = watch.timed("encode", model.encode_first_stage)
+        model.apply_model = watch.timed("unet", model.apply_model)
+        model.decode_first_stage = watch.decoding(model.decode_first_stage)
+
+    @property
+    def latents(self) -> tuple[int, int]:
+        return self.pipeline.model.channels, self.pipeline.factor
+
+    def facts(self) -> dict[str, Any]:
+        return {"runs in": self.pipeline.precision.name}
+
+    def make(self, work: Work, noise: Tensor) -> list[Any]:
+        from ldm.fields import count_up
+        from ldm.job import Init, Job
+
+        start = self.setting.mode == "img2img"
+        init = Init(self.setting.picture, work.size, work.size, "fill") if start else None
+        jobs = [
+            Job(
+                prompt=PROMPT.format(work.number),
+                negative_prompt=f"{work.number}",
+                seed=count_up(self.setting.seed, i, "philox"),
+                width=work.size,
+                height=work.size,
+                steps=work.steps,
+                scale=GUIDANCE,
+                init=init,
+                strength=self.setting.strength if start else 1.0,
+            )
+            for i in range(self.setting.batch)
+        ]
+        return self.pipeline.make(jobs, start_code=noise, on_step=lambda _: self.watch.step())
+
+    def save(self, pictures: list[Any], outdir: Path) -> None:
+        from ldm.images.writer import RunFolder
+
+        with RunFolder(outdir) as folder:
+            for picture in pictures:
+                folder.save_sample(picture.pixels)
+
+    def arrange(self, channels_last: bool) -> None:
+        raise ValueError("this toolkit lays its weights out by itself")
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        return self.pipeline.model.get_learned_conditioning(prompts)
+
+    def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        with self.pipeline.precision.context(self.pipeline.device):
+            return self.pipeline.model.apply_model(x, t, context)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        with self.pipeline.precision.context(self.pipeline.device):
+            return self.pipeline.model.decode_first_stage(latents)
+
+
+class Diffusers:
+    """The pipeline of diffusers, loaded from a folder in its usual way."""
+
+    def __init__(self, setting: Setting) -> None:
+        import diffusers
+        import torch
+        import transformers
+
+        from ldm.runtime.device import resolve_device
+
+        for package in (diffusers, transformers):
+            package.utils.logging.disable_progress_bar()
+        self.setting = setting
+        self.version = diffusers.__version__
+        self.dtype = getattr(torch, setting.precision)
+        device = resolve_device(setting.device)
+        kind = (
+            diffusers.StableDiffusionImg2ImgPipeline
+            if setting.mode == "img2img"
+            else diffusers.StableDiffusionPipeline
+        )
+        low = diffusers.utils.is_accelerate_available()
+        self.pipe: Any = kind.from_pretrained(
+            setting.folder, torch_dtype=self.dtype, low_cpu_mem_usage=low, local_files_only=True
+        ).to(device)
+        self.pipe.scheduler = diffusers.DDIMScheduler.from_config(
+            self.pipe.scheduler.config, clip_sample=False
+        )
+        self.pipe.set_progress_bar_config(disable=True)
+        self.low, self.layout = low, "plain"
+        self.watch = watch = Stopwatch(device)
+        pipe, unet = self.pipe, self.pipe.unet
+        if setting.compiled:
+            unet.forward = torch.compile(unet.forward)
+        pipe.encode_prompt = watch.timed("text", pipe.encode_prompt)
+        pipe.vae.encode = watch.timed("encode", pipe.vae.encode)
+        unet.forward = watch.timed("unet", unet.forward)
+        pipe.vae.decode = watch.decoding(pipe.vae.decode)
+
+    @property
+    def latents(self) -> tuple[int, int]:
+        return self.pipe.unet.config.in_channels, self.pipe.vae_scale_factor
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "runs in": str(self.dtype).removeprefix("torch."),
+            "diffusers": self.version,
+            "layout": self.layout,
+            "low_cpu_mem_usage": self.low,
+        }
+
+    def make(self, work: Work, noise: Tensor) -> list[Any]:
+        import torch
+
+        def behind(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            self.watch.step()
+            return tensors
+
+        prompts = [PROMPT.format(work.number)] * self.setting.batch
+        common: dict[str, Any] = {
+            "negative_prompt": [f"{work.number}"] * self.setting.batch,
+            "num_inference_steps": work.steps,
+            "guidance_scale": GUIDANCE,
+            "callback_on_step_end": behind,
+        }
+        if self.setting.mode == "txt2img":
+            code = noise.to(self.dtype)
+            return self.pipe(prompts, height=work.size, width=work.size, latents=code, **common).images
+        from PIL import Image
+
+        with Image.open(self.setting.picture) as file:
+            picture = file.convert("RGB").resize((work.size, work.size), Image.Resampling.LANCZOS)
+        generator = torch.Generator().manual_seed(self.setting.seed)
+        return self.pipe(
+            prompts, image=picture, strength=self.setting.strength, generator=generator, **common
+        ).images
+
+    def save(self, pictures: list[Any], outdir: Path) -> None:
+        outdir.mkdir(parents=True, exist_ok=True)
+        for i, picture in enumerate(pictures):
+            picture.save(outdir / f"{i:05d}.png")
+
+    def arrange(self, channels_last: bool) -> None:
+        import torch
+
+        self.layout = "channels-last" if channels_last else "plain"
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.pipe.unet.to(memory_format=memory_format)
+        self.pipe.vae.to(memory_format=memory_format)
+
+    def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return self.pipe.unet(x.to(self.dtype), t, encoder_hidden_states=context.to(self.dtype)).sample
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.pipe.vae.decode(latents.to(self.dtype) / self.pipe.vae.config.scaling_factor).sample
+
+
+SUBJECTS: dict[str, Callable[[Setting], Subject]] = {"ours": Ours, "diffusers": Diffusers}
+
+
+class Worker:
+    """Carries orders out. Each order is a method; its fields are the parameters."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.subject: Subject
+
+    def prepare(self, cache: str, peer_dtypes: list[str], picture: bool) -> dict[str, Any]:
+        """Checkpoint, peer folders and picture, made if they are not there."""
+        from ldm.benchmark.weights import prepare
+        from ldm.config import read_config
+
+        config = read_config(self.setting.config)
+        return prepare(config, self.setting.ckpt, Path(cache), peer_dtypes, picture)
+
+    def load(self) -> dict[str, Any]:
+        """Imports, then checkpoint to ready."""
+        import torch
+
+        if self.setting.subject == "ours":
+            import ldm.pipeline  # noqa: F401
+        else:
+            import diffusers
+
+            # diffusers imports its parts when they are first asked for
+            _ = diffusers.StableDiffusionPipeline, diffusers.StableDiffusionImg2ImgPipeline
+        if self.setting.threads:
+            torch.set_num_threads(self.setting.threads)
+        imported = time.time()
+        self.subject = SUBJECTS[self.setting.subject](self.setting)
+        self.subject.watch.settle()
+        seconds = {"import": [imported - self.setting.spawned], "load": [time.time() - imported]}
+        return {"seconds": seconds, "facts": self.subject.facts() | _machine(), "memory": self._memory()}
+
+    def arrange(self, channels_last: bool) -> dict[str, Any]:
+        self.subject.arrange(channels_last)
+        return {"facts": self.subject.facts()}
+
+    def run(self, **fields: Any) -> dict[str, Any]:
+        """One batch: the seconds of its phases, and the wall clock's since the process was started."""
+        work, watch = Work(**fields), self.subject.watch
+        pictures = self._make(work)
+        seconds = watch.seconds()
+        if work.outdir:
+            before = time.perf_counter()
+            self.subject.save(pictures, Path(work.outdir))
+            seconds["png"] = [time.perf_counter() - before]
+            seconds["start to first step"] = [watch.first_step_at - self.setting.spawned]
+            seconds["whole run"] = [time.time() - self.setting.spawned]
+        return {"seconds": seconds, "memory": self._memory(), "load average": _load_average()}
+
+    def _make(self, work: Work) -> list[Any]:
+        self.subject.watch.start(work)
+        try:
+            return self.subject.make(work, self._noise(work.size))
+        except Enough:
+            return []
+
+    def _noise(self, size: int) -> Tensor:
+        import torch
+
+        generator = torch.Generator().manual_seed(self.setting.seed)
+        channels, factor = self.subject.latents
+        shape = (self.setting.batch, channels, size // factor, size // factor)
+        return torch.randn(shape, generator=generator).to(self.subject.watch.device)
+
+    def check(self, size: int, steps: int, reference: str) -> dict[str, Any]:
+        """How far latents, one U-Net call and a decoded picture are from the reference's, as relative L2.
+
+        The first process to be asked writes the reference.
+        """
+        import torch
+
+        with torch.inference_mode():
+            self._make(Work(size, steps, 0, 0, ""))
+            latents = torch.cat(self.subject.watch.latents).float().cpu()
+            if self.setting.subject == "diffusers":
+                latents = latents * self.subject.pipe.vae.config.scaling_factor  # type: ignore[attr-defined]
+            if not os.path.exists(reference):
+                torch.save(self._reference(size, latents), reference)
+            known = torch.load(reference, weights_only=True)
+            device = self.subject.watch.device
+            inputs = [known[name].to(device) for name in ("x", "t", "context")]
+            found = {
+                "latents": latents,
+                "unet": self.subject.predict(*inputs),
+                "picture": self.subject.decode(known["latents"].to(device)),
+            }
+            return {"error": {key: _relative(value, known[key]) for key, value in found.items()}}
+
+    def _reference(self, size: int, latents: Tensor) -> dict[str, Tensor]:
+        import torch
+
+        assert isinstance(self.subject, Ours)
+        x = torch.cat([self._noise(size)] * 2)
+        t = torch.full((len(x),), 981, device=x.device)
+        prompts = ["0", PROMPT.format(0)]
+        context = self.subject.encode(prompts).repeat_interleave(self.setting.batch, dim=0)
+        eps = self.subject.predict(x, t, context)
+        picture = self.subject.decode(latents.to(x.device))
+        values = {"x": x, "t": t, "context": context, "unet": eps, "picture": picture, "latents": latents}
+        return {name: value.cpu() for name, value in values.items()}
+
+    def _memory(self) -> dict[str, int]:
+        """Bytes at most so far."""
+        import torch
+
+        memory = {"resident": _peak_resident()}
+        device = self.subject.watch.device
+        if device.type == "cuda":
+            memory["allocated"] = torch.cuda.max_memory_allocated(device)
+            memory["reserved"] = torch.cuda.max_memory_reserved(device)
+        return memory
+
+
+def _relative(value: Tensor, expected: Tensor) -> float:
+    difference = value.double().cpu() - expected.double()
+    return float(difference.norm() / expected.double().norm())
+
+
+def _peak_resident() -> int:
+    """Of this process alone; what `getrusage` says can be that of the process which started it."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            line = next(line for line in file if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _load_average() -> float | None:
+    return os.getloadavg()[0] if sys.platform != "win32" else None
+
+
+def _machine() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    import torch
+
+    settings = ("GLIBC_TUNABLES", "LD_PRELOAD", "OMP_NUM_THREADS", "KMP_AFFINITY")
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu kernels": torch.backends.cpu.get_cpu_capability(),
+        "amx": torch.cpu._is_amx_tile_supported(),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "environment": {k: v for k, v in os.environ.items() if k in settings or k.startswith("MALLOC_")},
+        "load average": _load_average(),
+    }
+
+
+def main() -> NoReturn:
+    """Works until stdin ends."""
+    from ldm.cli.report import missing_package
+    from ldm.util import InputError
+
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints must not get among the answers
+    worker = Worker(Setting(**json.loads(sys.stdin.readline())))
+    for line in sys.stdin:
+        order = json.loads(line)
+        try:
+            answer = getattr(worker, order.pop("order"))(**order)
+        except InputError as error:
+            answer = {"refused": str(error)}
+        except ImportError as error:
+            answer = {"refused": missing_package(error)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,383 @@
+"""Names of one model's weights in the two layouts of the field, CompVis's and diffusers', and the way between them.
+
+Each part of a model (U-Net, autoencoder, text encoder) has one table of pairs, which is read in both directions.
+How many levels and blocks there are is counted in the keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.layouts.recognise import COMPVIS_PREFIXES, Part, compvis_parts, kind_of
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.schedule import make_beta_schedule
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.util import printable
+
+Component = Literal["unet", "vae", "text_encoder"]
+
+WORDS: Mapping[Component, Part] = {
+    "unet": "U-Net",
+    "vae": "autoencoder",
+    "text_encoder": "text encoder",
+}
+PREFIXES: Mapping[Component, str] = {part: COMPVIS_PREFIXES[word] for part, word in WORDS.items()}
+CLASSES: Mapping[Component, str] = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+}
+# where else a part is found in files of one or several parts
+_OTHER_PREFIXES: Mapping[str, Component] = {
+    "diffusion_model.": "unet",
+    "unet.": "unet",
+    "vae.": "vae",
+    "text_encoder.": "text_encoder",
+}
+_TEXT_TOWER = re.compile(r"^(transformer\.)?(text_model\.)?(?=(embeddings|encoder|final_layer_norm)\.)")
+_OTHER_HALF = re.compile(r"vision_model\.|(visual|text)_projection\.|logit_scale$")  # of a whole CLIP
+_COMPVIS_TOWER = "transformer.text_model."
+_DIFFUSERS_TOWER = "text_model."
+_DIFFUSERS_BLOCKS = re.compile(r"((encoder|decoder)\.)?(down_blocks|mid_block|up_blocks)\.")
+_PIXEL_ATTENTION = re.compile(r"\.attn_1\.(q|k|v|proj_out)\.weight$")
+_OLD_PIXEL_ATTENTION = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
+_NEW_PIXEL_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_MOST_BLOCKS = 16  # a forged file may name any number
+
+# what a residual block, and the autoencoder's attention, consist of: CompVis's name, diffusers' name
+_UNET_RESNET = (
+    ("in_layers.0", "norm1"),
+    ("in_layers.2", "conv1"),
+    ("emb_layers.1", "time_emb_proj"),
+    ("out_layers.0", "norm2"),
+    ("out_layers.3", "conv2"),
+    ("skip_connection", "conv_shortcut"),
+)
+_VAE_RESNET = (
+    *((name, name) for name in ("norm1", "conv1", "norm2", "conv2")),
+    ("nin_shortcut", "conv_shortcut"),
+)
+_VAE_ATTENTION = (
+    ("norm", "group_norm"),
+    ("q", "to_q"),
+    ("k", "to_k"),
+    ("v", "to_v"),
+    ("proj_out", "to_out.0"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The size of a network: its levels, the residual blocks of `each` on the way down, the levels with attention."""
+
+    levels: int
+    each: int
+    attention: frozenset[int] = frozenset()
+
+
+def to_compvis(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with every part it has under CompVis's names, whatever layout and prefixes they come in.
+
+    Tensors are the same, or views of them. Keys of no part stay as they are; of a whole CLIP only the text
+    encoder is taken. Two tensors for one name are a `CheckpointError`.
+    """
+    found: dict[str, Tensor] = {}
+    for part, names in _split(state_dict).items():
+        table = _table(part, names) if part in ("unet", "vae") and _is_diffusers(names) else {}
+        to_ours = {theirs: ours for ours, theirs in table.items()}
+        for name, key in names:
+            if part == "text_encoder" and _OTHER_HALF.match(name):
+                continue
+            ours = key if part is None else PREFIXES[part] + _compvis_name(part, name, to_ours)
+            if ours in found:
+                raise CheckpointError(f"has two tensors for {printable(ours[:200])}; keep one of them")
+            found[ours] = _as_convolution(ours, state_dict[key])
+    return found
+
+
+def to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[Component, dict[str, Tensor]]:
+    """The parts of a state dict in CompVis's layout, each under diffusers' names.
+
+    Keys of no part (schedule, averages) and computed position ids are left out; a weight of a part that has no
+    place there is a `CheckpointError`.
+    """
+    parts: dict[Component, dict[str, Tensor]] = {}
+    for part, prefix in PREFIXES.items():
+        keys = [key for key in state_dict if key.startswith(prefix) and not key.endswith("position_ids")]
+        names = [(key.removeprefix(prefix), key) for key in keys]
+        table = _table(part, names)
+        parts[part] = {
+            _diffusers_name(name, key, table): _as_matrix(key, state_dict[key]) for name, key in names
+        }
+    return parts
+
+
+def parts_in(state_dict: Iterable[str]) -> set[Component]:
+    """The parts that a state dict in CompVis's layout has weights of, or moving averages."""
+    words = compvis_parts(list(state_dict))
+    return {part for part, word in WORDS.items() if word in words}
+
+
+Names = list[tuple[str, str]]  # the name within a part, and the key it stands under
+
+
+def _split(state_dict: Mapping[str, Tensor]) -> dict[Component | None, Names]:
+    """The names within each part; None for the keys of no part."""
+    outer: dict[str, Component] = {prefix: part for part, prefix in PREFIXES.items()}
+    outer.update(_OTHER_PREFIXES)
+    split: dict[Component | None, Names] = {}
+    for key in state_dict:
+        prefix = next((prefix for prefix in outer if key.startswith(prefix)), "")
+        split.setdefault(outer.get(prefix), []).append((key.removeprefix(prefix), key))
+    kind = kind_of(state_dict).part
+    alone: Component | None = next((part for part, word in WORDS.items() if word == kind), None)
+    if alone is not None and set(split) == {None}:
+        return {alone: split[None]}
+    return split
+
+
+def _is_diffusers(names: Names) -> bool:
+    return any(_DIFFUSERS_BLOCKS.match(name) for name, _ in names)
+
+
+def _compvis_name(part: Component, name: str, to_ours: Mapping[str, str]) -> str:
+    if part == "text_encoder":
+        return _TEXT_TOWER.sub(_COMPVIS_TOWER, name, count=1)
+    new = _OLD_PIXEL_ATTENTION.sub(lambda match: _NEW_PIXEL_ATTENTION[match[0]], name)
+    return _renamed(new, to_ours) or name
+
+
+def _diffusers_name(name: str, key: str, table: Mapping[str, str]) -> str:
+    renamed = _renamed(name, table)
+    if renamed is None:
+        raise CheckpointError(f"{printable(key[:200])} has no place in the diffusers layout")
+    return renamed
+
+
+def _renamed(name: str, table: Mapping[str, str]) -> str | None:
+    """`name` with the longest beginning that is in the table replaced; None without any."""
+    head, tail = name, ""
+    while head and head not in table:
+        head, _, last = head.rpartition(".")
+        tail = f".{last}{tail}"
+    return table[head] + tail if head else None
+
+
+def _as_convolution(key: str, tensor: Tensor) -> Tensor:
+    """The matrices of the autoencoder's attention as the 1x1 convolutions that CompVis has there."""
+    return tensor[:, :, None, None] if _PIXEL_ATTENTION.search(key) and tensor.ndim == 2 else tensor
+
+
+def _as_matrix(key: str, tensor: Tensor) -> Tensor:
+    return tensor[:, :, 0, 0] if _PIXEL_ATTENTION.search(key) and tensor.ndim == 4 else tensor
+
+
+# --- the tables ---------------------------------------------------------------------------------------------------
+
+
+def _table(part: Component, names: Names) -> dict[str, str]:
+    """CompVis's names of the modules of a part -> diffusers', for a network of the size that the names tell."""
+    if part == "text_encoder":
+        towers = ("embeddings", "encoder", "final_layer_norm")
+        return {_COMPVIS_TOWER + tower: _DIFFUSERS_TOWER + tower for tower in towers}
+    pairs, blocks = (_unet, _unet_blocks) if part == "unet" else (_vae, _vae_blocks)
+    return dict(pairs(blocks([name for name, _ in names])))
+
+
+def _inside(module: str, theirs: str, parts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    return ((f"{module}.{a}", f"{theirs}.{b}") for a, b in parts)
+
+
+def _unet(size: Blocks) -> Iterator[tuple[str, str]]:
+    """Levels of `each` blocks and a downsampling; upwards one block more, and an upsampling."""
+    yield "time_embed.0", "time_embedding.linear_1"
+    yield "time_embed.2", "time_embedding.linear_2"
+    yield "input_blocks.0.0", "conv_in"
+    yield "out.0", "conv_norm_out"
+    yield "out.2", "conv_out"
+    yield from _inside("middle_block.0", "mid_block.resnets.0", _UNET_RESNET)
+    yield "middle_block.1", "mid_block.attentions.0"
+    yield from _inside("middle_block.2", "mid_block.resnets.1", _UNET_RESNET)
+    for level in range(size.levels):
+        down, up = f"down_blocks.{level}", f"up_blocks.{size.levels - 1 - level}"
+        first_up = (size.levels - 1 - level) * (size.each + 1)
+        first_down = 1 + level * (size.each + 1)
+        for i in range(size.each):
+            yield from _inside(f"input_blocks.{first_down + i}.0", f"{down}.resnets.{i}", _UNET_RESNET)
+            yield f"input_blocks.{first_down + i}.1", f"{down}.attentions.{i}"
+        for i in range(size.each + 1):
+            yield from _inside(f"output_blocks.{first_up + i}.0", f"{up}.resnets.{i}", _UNET_RESNET)
+            if level in size.attention:
+                yield f"output_blocks.{first_up + i}.1", f"{up}.attentions.{i}"
+        behind = 2 if level in size.attention else 1
+        yield f"input_blocks.{first_down + size.each}.0.op", f"{down}.downsamplers.0.conv"
+        yield f"output_blocks.{first_up + size.each}.{behind}.conv", f"{up}.upsamplers.0.conv"
+
+
+def _vae(size: Blocks) -> Iterator[tuple[str, str]]:
+    """CompVis counts the decoder's levels from the finest, diffusers from the one that comes first."""
+    yield "quant_conv", "quant_conv"
+    yield "post_quant_conv", "post_quant_conv"
+    for half in ("encoder", "decoder"):
+        yield f"{half}.conv_in", f"{half}.conv_in"
+        yield f"{half}.norm_out", f"{half}.conv_norm_out"
+        yield f"{half}.conv_out", f"{half}.conv_out"
+        mid = f"{half}.mid_block"
+        yield from _inside(f"{half}.mid.block_1", f"{mid}.resnets.0", _VAE_RESNET)
+        yield from _inside(f"{half}.mid.attn_1", f"{mid}.attentions.0", _VAE_ATTENTION)
+        yield from _inside(f"{half}.mid.block_2", f"{mid}.resnets.1", _VAE_RESNET)
+    for level in range(size.levels):
+        down, their_down = f"encoder.down.{level}", f"encoder.down_blocks.{level}"
+        up, their_up = f"decoder.up.{level}", f"decoder.up_blocks.{size.levels - 1 - level}"
+        for i in range(size.each):
+            yield from _inside(f"{down}.block.{i}", f"{their_down}.resnets.{i}", _VAE_RESNET)
+        for i in range(size.each + 1):
+            yield from _inside(f"{up}.block.{i}", f"{their_up}.resnets.{i}", _VAE_RESNET)
+        yield f"{down}.downsample.conv", f"{their_down}.downsamplers.0.conv"
+        yield f"{up}.upsample.conv", f"{their_up}.upsamplers.0.conv"
+
+
+def _unet_blocks(names: list[str]) -> Blocks:
+    levels = len(_numbers(names, r"down_blocks\.(\d+)\."))
+    if levels:
+        each = len(_numbers(names, r"down_blocks\.0\.resnets\.(\d+)\."))
+        return _bounded(levels, each, _numbers(names, r"down_blocks\.(\d+)\.attentions\."))
+    levels = 1 + len(_numbers(names, r"input_blocks\.(\d+)\.0\.op\."))
+    each = max(len(_numbers(names, r"input_blocks\.(\d+)\.")) // levels - 1, 0)
+    attention = _numbers(names, r"input_blocks\.(\d+)\.1\.")
+    return _bounded(levels, each, {(i - 1) // (each + 1) for i in attention})
+
+
+def _vae_blocks(names: list[str]) -> Blocks:
+    levels = _numbers(names, r"encoder\.down(?:_blocks)?\.(\d+)\.")
+    each = _numbers(names, r"encoder\.down(?:_blocks)?\.0\.(?:block|resnets)\.(\d+)\.")
+    return _bounded(len(levels), len(each), set())
+
+
+def _numbers(names: list[str], pattern: str) -> set[int]:
+    found = (re.match(pattern, name) for name in names)
+    return {int(match[1]) for match in found if match and len(match[1]) <= 4}
+
+
+def _bounded(levels: int, each: int, attention: set[int]) -> Blocks:
+    return Blocks(min(levels, _MOST_BLOCKS), min(each, _MOST_BLOCKS), frozenset(attention))
+
+
+# --- the settings -------------------------------------------------------------------------------------------------
+
+
+def component_configs(model: LatentDiffusion) -> dict[str, dict[str, Any]]:
+    """What diffusers must know of a model besides its weights, under its names, for each component of a folder.
+
+    Two models whose configs agree in all of this compute the same from the same weights. A model that
+    diffusers has no words for is a `CheckpointError`.
+    """
+    return {
+        "unet": _unet_config(model),
+        "vae": _vae_config(model),
+        "text_encoder": _text_config(model),
+        "scheduler": _scheduler_config(model),
+    }
+
+
+def _unet_config(model: LatentDiffusion) -> dict[str, Any]:
+    unet = model.model.diffusion_model
+    transformer = unet.middle_block[1] if isinstance(unet, UNetModel) else None
+    if not isinstance(transformer, SpatialTransformer) or unet.num_heads < 1:
+        raise _wordless(f"a {type(unet).__name__} without num_heads")
+    widths = [unet.model_channels * mult for mult in unet.channel_mult]
+    attends = [2**level in unet.attention_resolutions for level in range(len(widths))]
+    block: Any = transformer.transformer_blocks[0]
+    return {
+        "in_channels": unet.in_channels,
+        "out_channels": unet.out_channels,
+        "block_out_channels": widths,
+        "layers_per_block": unet.num_res_blocks,
+        "down_block_types": ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attends],
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "up_block_types": ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attends)],
+        "cross_attention_dim": block.attn2.to_k.in_features,
+        "transformer_layers_per_block": len(transformer.transformer_blocks),
+        "attention_head_dim": unet.num_heads,  # the field's old name for a number of heads
+        "norm_num_groups": transformer.norm.num_groups,
+        "norm_eps": 1e-5,
+        "act_fn": "silu",
+        "center_input_sample": False,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "downsample_padding": 1,
+        "resnet_time_scale_shift": "scale_shift" if unet.middle_block[0].use_scale_shift_norm else "default",
+        "use_linear_projection": False,
+        "dual_cross_attention": False,
+        "class_embed_type": None,
+        "addition_embed_type": None,
+        "time_cond_proj_dim": None,
+    }
+
+
+def _vae_config(model: LatentDiffusion) -> dict[str, Any]:
+    vae = model.first_stage_model
+    if not isinstance(vae, AutoencoderKL) or vae.decoder.conv_in.in_channels != vae.embed_dim:
+        raise _wordless(f"a {type(vae).__name__} with latents of two sizes")
+    level: Any = vae.encoder.down[0]
+    return {
+        "in_channels": vae.encoder.conv_in.in_channels,
+        "out_channels": vae.decoder.conv_out.out_channels,
+        "latent_channels": vae.embed_dim,
+        "block_out_channels": vae.widths,
+        "layers_per_block": len(level.block),
+        "down_block_types": ["DownEncoderBlock2D"] * len(vae.widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(vae.widths),
+        "norm_num_groups": vae.encoder.norm_out.num_groups,
+        "act_fn": "silu",
+        "scaling_factor": model.scale_factor,
+    }
+
+
+def _text_config(model: LatentDiffusion) -> dict[str, Any]:
+    embedder = model.cond_stage_model
+    if not isinstance(embedder, FrozenCLIPEmbedder):
+        raise _wordless(f"the text model {type(embedder).__name__}")
+    tower = embedder.transformer.text_model
+    layer: Any = tower.encoder.layers[0]
+    return {
+        "vocab_size": tower.embeddings.token_embedding.num_embeddings,
+        "max_position_embeddings": tower.embeddings.position_embedding.num_embeddings,
+        "hidden_size": layer.mlp.fc1.in_features,
+        "intermediate_size": layer.mlp.fc1.out_features,
+        "num_hidden_layers": len(tower.encoder.layers),
+        "num_attention_heads": layer.self_attn.heads,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    }
+
+
+def _scheduler_config(model: LatentDiffusion) -> dict[str, Any]:
+    """diffusers calls the square of a line, CompVis's "linear" schedule, scaled_linear."""
+    start, end = (float(f"{float(model.betas[i]):.6g}") for i in (0, -1))
+    line = make_beta_schedule("linear", model.num_timesteps, start, end)
+    if not np.allclose(model.betas.cpu().numpy(), line, rtol=1e-5):
+        raise _wordless("a noise schedule that is not v1's")
+    return {
+        "num_train_timesteps": model.num_timesteps,
+        "beta_schedule": "scaled_linear",
+        "beta_start": start,
+        "beta_end": end,
+        "trained_betas": None,
+        "prediction_type": "epsilon",
+        "rescale_betas_zero_snr": False,
+    }
+
+
+def _wordless(what: str) -> CheckpointError:
+    return CheckpointError(f"the diffusers layout has no place for {what}")

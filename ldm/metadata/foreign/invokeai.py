@@ -1,0 +1,186 @@
+"""InvokeAI: JSON since version 3, and the command line and JSON of versions before."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from typing import Any
+
+from ldm.metadata.infotext import file_name
+from ldm.metadata.recipe import UNKNOWN, Draft, Origin, Recipe
+from ldm.util import InputError
+
+_UNWANTED = re.compile(r"\[([^\[\]]*)\]")  # the negative prompt of version 2 stands within the prompt
+_CLOSING = re.compile(r'(?<!\\)"(?=\s*$|\s+--?[A-Za-z])')
+_FIRST_OPTION = re.compile(r"(?:^|\s)-s ?[0-9]{1,6}(?=\s|$)")  # every version wrote the steps first
+_ANY_OPTION = re.compile(r"(?:^|\s)--?[A-Za-z]")
+_WEIGHTED = re.compile(r"\S:-?[0-9.]+(?=\s|$)")  # versions 1.x: a cat:1 a dog:2
+_EMBEDDING = re.compile(r"<([\w.-][\w .-]{0,100})>")
+_MODES = ("txt2img", "img2img", "inpaint", "outpaint")
+_DREAM_NUMBERS = {"s": "steps", "S": "seed", "W": "width", "H": "height", "C": "cfg_scale", "f": "strength"}
+_TWO_LETTERS = ("ft", "cf", "tm")
+_LONG = {
+    "-steps": "s", "-seed": "S", "-width": "W", "-height": "H", "-cfg_scale": "C", "-strength": "f", "-sampler": "A",
+    "-init_img": "I", "-init_mask": "M",
+}  # fmt: skip
+_NOT_HERE = (
+    "cfg_rescale_multiplier", "seamless", "seamless_x", "seamless_y", "clip_skip", "vae", "controlnets", "ipAdapters",
+    "t2iAdapters", "hrf_enabled", "refiner_model", "variations", "threshold", "perlin", "facetool", "upscale",
+    "postprocessing", "hires_fix", "regions", "ref_images", "control_layers", "positive_style_prompt",
+    "negative_style_prompt", "hrf_strength", "facetool_strength",
+)  # fmt: skip
+_ON_CANVAS = ("controlLayers", "regionalGuidance", "referenceImages")  # what guides an image of version 5
+
+
+def read_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
+    """The recipe of a picture of version 3 or later."""
+    content = _object(text)
+    draft = Draft("InvokeAI")
+    draft.values["prompt"] = _text(content.get("positive_prompt"))
+    draft.values["negative_prompt"] = _text(content.get("negative_prompt"))
+    _settings(content, _text(content.get("scheduler")), draft)
+    model = content.get("model")
+    if isinstance(model, dict):
+        if (base := _text(model.get("base") or model.get("base_model"))) not in ("", "sd-1"):
+            draft.note(f"its model is of the kind {base[:50]}, not Stable Diffusion v1")
+        draft.model = file_name(_text(model.get("name") or model.get("model_name")))
+        draft.model_hash = _text(model.get("hash") or model.get("model_hash"))
+    loras = content.get("loras")
+    for lora in loras[:20] if isinstance(loras, list) else []:
+        if isinstance(lora, dict):
+            names = lora.get("model") or lora.get("lora")
+            name = names.get("name") or names.get("model_name") if isinstance(names, dict) else None
+            draft.lora(name, lora.get("weight"), lora.get("weight"))
+    if content.get("rand_device", "cpu") == "cpu":
+        draft.cpu_noise()
+    return draft.finish()
+
+
+def read_sd_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
+    """The recipe of a picture of version 1.15 to 2.3, by its JSON."""
+    content = _object(text)
+    images = content.get("images")
+    image = content.get("image") or (images[0] if isinstance(images, list) and images else None)
+    if not isinstance(image, dict):
+        raise InputError("it describes no picture")
+    draft = Draft("InvokeAI")
+    prompt = image.get("prompt")
+    if isinstance(prompt, list):
+        parts = [part for part in prompt if isinstance(part, dict)]
+        prompt = " ".join(_text(part.get("prompt")) for part in parts)
+        if len(parts) > 1:
+            draft.note("its prompt has weighted parts, which are joined here")
+    _split_prompt(_text(prompt), draft)
+    _settings(image, _text(image.get("sampler")), draft)
+    draft.model = file_name(
+        _text(content.get("model_weights") or content.get("model_id") or content.get("model"))
+    )
+    draft.model_hash = _text(content.get("model_hash"))
+    draft.gpu_noise()
+    return draft.finish()
+
+
+def read_dream(text: str, _: Origin = UNKNOWN) -> Recipe:
+    """The recipe of a picture of version 1 or 2, by the command that made it."""
+    prompt, options = _split_command(text)
+    content: dict[str, Any] = {}
+    draft = Draft("InvokeAI")
+    for letter, value in _options(options):
+        if letter in _DREAM_NUMBERS:
+            content[_DREAM_NUMBERS[letter]] = _number(value)
+        elif letter in ("A", "I", "M"):
+            content[letter] = value
+        elif letter not in ("n", "g", "o", "F", "-fit", "-grid"):  # how many, a grid, a folder, a fit
+            draft.note(f"left out: option -{letter} {value}".rstrip())
+    if "steps" not in content and "seed" not in content:
+        raise InputError("its command has neither steps nor seed")
+    _split_prompt(prompt.strip(), draft)
+    content |= {"init_image": content.get("I", ""), "type": "inpaint" if content.get("M") else ""}
+    _settings(content, content.get("A", "k_lms"), draft)
+    draft.gpu_noise()
+    return draft.finish()
+
+
+def _options(text: str) -> list[tuple[str, str]]:
+    """Options and their values, long names by their letters; the space after a letter may be missing."""
+    found = []
+    words = text.split()[:200]
+    for i, word in enumerate(words):
+        value = " ".join(itertools.takewhile(lambda w: not re.match("-[A-Za-z-]", w), words[i + 1 :]))
+        name, _, joined = word[1:].partition("=")
+        if name in _TWO_LETTERS or word.startswith("--"):
+            found.append((_LONG.get(name, name), (joined or value).strip("\"'")))
+        elif re.match("-[A-Za-z]", word):
+            found.append((word[1], (word[2:] or value).strip("\"'")))
+    return found
+
+
+def _settings(content: dict[str, Any], sampler: str, draft: Draft) -> None:
+    for prompt in (draft.values["prompt"], draft.values["negative_prompt"]):
+        for name in _EMBEDDING.findall(prompt):
+            draft.note(f"<{name}> in its prompts stands for the textual inversion {name}, if InvokeAI had it")
+    for name in ("seed", "steps", "width", "height"):
+        draft.whole(name, content.get(name))
+    draft.number("scale", content.get("cfg_scale"))
+    draft.sampler(sampler)
+    steps = draft.values.get("steps", 0)
+    if draft.values["sampler"] != "dpm_solver" and steps and 1000 % steps:
+        draft.note(f"its timesteps for {steps} steps lie a little lower than those taken here")
+    image = _text(content.get("init_image"))
+    mode = _text(content.get("generation_mode") or content.get("type"))
+    family, _, kind = mode.rpartition("_")
+    if family or (mode and mode not in _MODES):
+        draft.note(
+            f"it was made in the mode {mode[:50]}, which is not known here; its settings are used for SD v1"
+        )
+    if image or kind in _MODES[1:]:
+        draft.start_from(file_name(image), content.get("strength", content.get("strength_steps", 0.75)))
+    if kind in ("inpaint", "outpaint"):
+        draft.note(f"the part of the image that {kind} repaints is not in the file; give it with --mask")
+    for name in _NOT_HERE:
+        draft.leave_out(name, content.get(name))
+    canvas = content.get("canvas_v2_metadata")
+    for name, entities in canvas.items() if isinstance(canvas, dict) else ():
+        listed = entities if name in _ON_CANVAS and isinstance(entities, list) else []
+        is_used = any(entity.get("isEnabled", True) for entity in listed if isinstance(entity, dict))
+        draft.leave_out(name, is_used and "of its canvas")
+
+
+def _split_command(text: str) -> tuple[str, str]:
+    """The prompt of a command, and its options. Versions 1.x put it in quotes and left those in it as they are."""
+    text = text.strip()
+    if text.startswith('"'):
+        for match in itertools.islice(_CLOSING.finditer(text, 1), 200):
+            if text.count('"', match.end()) % 2 == 0:
+                return text[1 : match.start()].replace('\\"', '"'), text[match.end() :]
+    option = _FIRST_OPTION.search(text) or _ANY_OPTION.search(text)
+    return (text[: option.start()], text[option.start() :]) if option else (text, "")
+
+
+def _split_prompt(text: str, draft: Draft) -> None:
+    if _WEIGHTED.search(text):
+        draft.note("numbers after a colon in its prompt are weights to InvokeAI; here they are text")
+    draft.values["prompt"] = " ".join(_UNWANTED.sub(" ", text).split())
+    draft.values["negative_prompt"] = " ".join(_UNWANTED.findall(text))
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError("it is no JSON") from None
+    if not isinstance(content, dict):
+        raise InputError("it is no JSON object")
+    return content
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _number(text: str) -> int | float | None:
+    try:
+        return int(text) if re.fullmatch("-?[0-9]{1,20}", text) else float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,359 @@
+"""The text that a picture carries, in the form of AUTOMATIC1111's web UI, and the way back to a job.
+
+the prompt, on as many lines as it has
+Negative prompt: the negative prompt          (only if there is one)
+Steps: 50, Sampler: DDIM, CFG scale: 7.5, Seed: 42, Size: 512x512, Model hash: ..., RNG: NV, Version: ...
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+from ldm.job import V1_DEFAULTS, Init, Job, lora_name, lora_tag, split_loras
+from ldm.util import InputError, printable
+
+NEGATIVE = "Negative prompt:"
+_EXACT_PROMPT, _EXACT_NEGATIVE = "Exact prompt", "Exact negative prompt"
+_LORAS = "Loras"
+_NOT_FOR_EXTRAS = ("Prompt", "Negative prompt", "Size-1", "Size-2", _EXACT_PROMPT, _EXACT_NEGATIVE, _LORAS)
+_FEWEST_PAIRS = 3  # a line with fewer pairs is a part of the prompt
+_STEPS = ("steps", "sampling steps", "num_inference_steps")  # one of them is in every line of settings
+
+_KEY = re.compile(r"\w[\w \-/]{1,80}")
+_NAMED = re.compile(rf"({_KEY.pattern}):[^\S\n]*")
+_STRING = re.compile(r'"(?:\\.|[^\\"])+"', re.DOTALL)
+_ENDS = {",": (re.compile(r"[^,\n]*"), re.compile(r"[^\S\n]*(?:,|\n|$)"))}
+_ENDS["|"] = (re.compile(r"[^|\n]*"), re.compile(r"[^\S\n]*(?:\||\n|$)"))
+_WITH_BARS = re.compile(rf"\s*{_KEY.pattern}:[^,|\n]*\|\s*{_KEY.pattern}:")  # as SD.Next wrote for a while
+_TEMPLATE = re.compile(
+    r"\s*(?:Negative )?Template:", re.IGNORECASE
+)  # of dynamic prompts: all that follows it
+_STEPS_LINE = re.compile(r"Steps: ?[0-9]+,?\s*$", re.IGNORECASE)
+_JSON_TRIES = 100  # in one text, each of which may look far ahead
+_SIZE = re.compile(r"([0-9]+)x([0-9]+)")
+_UNSTORABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # controls and surrogates
+
+
+class _Codec(NamedTuple):
+    """How values of one `Job` field are written and read."""
+
+    write: Callable[[Any], str]
+    read: Callable[[str], Any]
+
+
+def _table(labels: Mapping[str, str]) -> _Codec:
+    """Names that have a label of their own in the text; any other name stands for itself."""
+    names = {label: name for name, label in labels.items()}
+    return _Codec(lambda name: labels.get(name, name), lambda label: names.get(label, label))
+
+
+def file_name(path: str) -> str:
+    """The last part of a path, of Windows or another system."""
+    return PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
+
+
+def _number(value: float) -> str:
+    return repr(float(value)).removesuffix(".0")
+
+
+def _read_switch(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise ValueError(text)
+    return text == "on"
+
+
+def _read_borders(text: str) -> tuple[int, ...]:
+    borders = tuple(map(int, text.split()))
+    if len(borders) != 4:
+        raise ValueError(text)
+    return borders
+
+
+def _read_loras(text: str) -> tuple[tuple[str, float, float], ...]:
+    loras = json.loads(text)
+    if not isinstance(loras, list) or not all(isinstance(lora, list) and len(lora) == 3 for lora in loras):
+        raise ValueError(text)
+    return tuple(
+        (file_name(str(name)), float(weight), float(text_weight)) for name, weight, text_weight in loras
+    )
+
+
+def _named_loras(job: Job) -> tuple[tuple[str, float, float], ...]:
+    """The job's LoRAs by the names alone of their files."""
+    return tuple((lora_name(file_name(name)), weight, on_text) for name, weight, on_text in job.loras)
+
+
+_INT, _FLOAT, _WORD = _Codec(str, int), _Codec(_number, float), _Codec(str, str)
+_SWITCH = _Codec(lambda value: "on" if value else "off", _read_switch)
+_BORDERS = _Codec(lambda borders: " ".join(map(str, borders)), _read_borders)
+# A1111 has many upscalers; those of latents are called Latent (nearest) and the like
+_UPSCALER = _Codec(
+    _table({"pixels": "Lanczos", "latents": "Latent"}).write,
+    lambda label: "latents" if label.startswith("Latent") else "pixels",
+)
+_FILE = _Codec(file_name, str)  # its folder is the user's own affair
+
+# Key in the text, field of Job (of its `init` behind a dot), codec. The web UI says GPU where the sampling device
+# draws the noise, and NV where CUDA's Philox noise is computed on another. A text without RNG is taken for NV: as
+# a rule its picture was drawn on a CUDA device, whose noise philox reproduces on every machine.
+_ALWAYS = (
+    ("Steps", "steps", _INT),
+    ("Sampler", "sampler", _table({"ddim": "DDIM", "plms": "PLMS"})),
+    ("CFG scale", "scale", _FLOAT),
+    ("Seed", "seed", _INT),
+)
+_RNG = ("RNG", "rng", _table({"philox": "NV", "cpu": "CPU", "device": "GPU", "numpy": "NumPy"}))
+_UNLESS_DEFAULT = (
+    ("Eta DDIM", "eta", _FLOAT),
+    ("Timestep spacing", "timestep_spacing", _WORD),
+    ("Seed mode", "seed_mode", _WORD),
+    ("Batch index", "batch_index", _INT),
+    ("Denoising strength", "strength", _FLOAT),
+    ("Posterior", "posterior", _WORD),
+    ("Init image", "init.image", _FILE),
+    ("Init width", "init.width", _INT),
+    ("Init height", "init.height", _INT),
+    ("Resize", "init.resize", _WORD),
+    ("Background", "init.background", _WORD),
+    ("Outpaint", "init.outpaint", _BORDERS),
+    ("Mask", "init.mask", _FILE),
+    ("Alpha mask", "init.alpha_mask", _SWITCH),
+    ("Invert mask", "init.invert_mask", _SWITCH),
+    ("Mask blur", "init.mask_blur", _FLOAT),
+    ("Paste", "paste", _SWITCH),
+    ("Hires upscale", "upscale", _FLOAT),
+    ("Hires upscaler", "upscale_in", _UPSCALER),
+    ("Upscale strength", "upscale_strength", _FLOAT),
+    ("Prompt syntax", "prompt_syntax", _WORD),
+)
+# the entries of a text that belong to the job, as `parse_infotext` names them; all others are extras
+JOB_KEYS = frozenset(key for key, _, _ in (*_ALWAYS, _RNG, *_UNLESS_DEFAULT)) | {"Size", *_NOT_FOR_EXTRAS}
+_DEFAULTS = {field.name: field.default for field in fields(Job)} | {
+    f"init.{field.name}": field.default for field in fields(Init)
+}
+
+
+def infotext(job: Job, extras: Mapping[str, str]) -> str:
+    """The text from which `job` can be made again, with `extras` (Model hash, Model, Version, ...) beside it.
+
+    LoRAs stand as `<lora:name:weight>` at the end of the prompt. Where the plain form would lose something of a
+    prompt (control characters, a line in it that begins with `Negative prompt:`), the entries `Exact prompt`
+    (with `Loras`) and `Exact negative prompt` carry it as JSON. Empty extras are left out. Raises ValueError for
+    an extra whose name cannot be written or belongs to the job.
+    """
+    pairs = _pairs(job, {key: value for key, value in extras.items() if value})
+    tags = "".join(lora_tag(*lora) for lora in _named_loras(job))
+    shown = [_storable(" ".join(filter(None, (job.prompt, tags))))] if job.prompt or tags else []
+    if job.negative_prompt:
+        shown.append(f"{NEGATIVE} {_storable(job.negative_prompt)}")
+    prompt, negative, _ = _split("\n".join([*shown, _line(pairs)]))
+    exact = {}
+    if split_loras(prompt) != (job.prompt, _named_loras(job)):
+        exact[_EXACT_PROMPT] = _plain_json(job.prompt)
+        if tags:
+            exact[_LORAS] = _plain_json(to_json(_named_loras(job)))
+    if negative != job.negative_prompt:
+        exact[_EXACT_NEGATIVE] = _plain_json(job.negative_prompt)
+    return "\n".join([*shown, _line(pairs | exact)])
+
+
+def parse_infotext(text: str) -> dict[str, str]:
+    """The entries of an infotext by name, with the prompts under `Prompt` and `Negative prompt`.
+
+    The prompt's LoRA tags are taken out of it and stand under `Loras`, as JSON. A size such as `Size: 512x768`
+    becomes `Size-1` and `Size-2`. Lines after the settings, which extensions write, add what the settings lack. A
+    text without a line of settings is all prompt.
+    """
+    prompt, negative, pairs = _split(text.replace("\r\n", "\n"))
+    negative = pairs.pop(_EXACT_NEGATIVE, negative)
+    if _EXACT_PROMPT in pairs:
+        prompt = pairs.pop(_EXACT_PROMPT)
+    else:
+        prompt, loras = split_loras(prompt)
+        pairs |= {_LORAS: to_json(loras)} if loras else {}
+    return pairs | {"Prompt": prompt, "Negative prompt": negative}
+
+
+def has_settings(text: str) -> bool:
+    """Whether a text has a line of settings."""
+    lines = text.strip().splitlines() or [""]
+    pairs = _settings(lines[_settings_at(lines) :])
+    return any(key.lower() in (*_STEPS, "seed", "sampler") for (key, _), _ in pairs)
+
+
+def job_from_infotext(text: str) -> Job:
+    """The job that an infotext describes; what it does not say is as in `V1_DEFAULTS`.
+
+    Raises InputError for a text without settings or with a value that is none.
+    """
+    return job_from_entries(parse_infotext(text))
+
+
+def job_from_entries(entries: Mapping[str, str]) -> Job:
+    """`job_from_infotext`, from the entries that `parse_infotext` gives."""
+    if "Steps" not in entries:
+        raise InputError("the text holds no generation settings: its last line should begin with `Steps: `")
+    codecs = (
+        *_ALWAYS,
+        ("Size-1", "width", _INT),
+        ("Size-2", "height", _INT),
+        _RNG,
+        *_UNLESS_DEFAULT,
+        (_LORAS, "loras", _Codec(to_json, _read_loras)),
+    )
+    values: dict[str, Any] = {}
+    for key, name, codec in codecs:
+        if key in entries:
+            try:
+                values[name] = codec.read(entries[key])
+            except (ValueError, TypeError, OverflowError, RecursionError):
+                raise InputError(
+                    f"the text's entry {key} cannot be {printable(entries[key][:100])!r}"
+                ) from None
+    init = {name.removeprefix("init."): values.pop(name) for name in list(values) if name.startswith("init.")}
+    if "image" in init:
+        values["init"] = Init(**init)
+    prompts = {"prompt": entries["Prompt"], "negative_prompt": entries["Negative prompt"]}
+    return replace(V1_DEFAULTS, **prompts, **values)
+
+
+def _field(job: Job, name: str) -> Any:
+    """The value of a field of a job, or behind a dot of its picture; that field's default without a picture."""
+    if not name.startswith("init."):
+        return getattr(job, name)
+    return _DEFAULTS[name] if job.init is None else getattr(job.init, name.removeprefix("init."))
+
+
+def _pairs(job: Job, extras: Mapping[str, str]) -> dict[str, str]:
+    """All entries as written, in the web UI's order."""
+    own = {key: codec.write(getattr(job, name)) for key, name, codec in _ALWAYS}
+    own["Size"] = f"{job.width}x{job.height}"
+    later = {
+        key: codec.write(_field(job, name))
+        for key, name, codec in (_RNG, *_UNLESS_DEFAULT)
+        if key == "RNG" or _field(job, name) != _DEFAULTS[name]
+    }
+    for key in extras:
+        if key in JOB_KEYS or not _KEY.fullmatch(key):
+            raise ValueError(f"{key!r} cannot be the name of an extra entry")
+    model = {key: extras[key] for key in ("Model hash", "Model") if key in extras}
+    version = {key: extras[key] for key in ("Version",) if key in extras}
+    rest = {key: value for key, value in extras.items() if key not in model and key not in version}
+    pairs = own | model | later | rest | version
+    return {key: value if key == "Size" else _quoted(value) for key, value in pairs.items()}
+
+
+def _line(pairs: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in pairs.items())
+
+
+def _split(text: str) -> tuple[str, str, dict[str, str]]:
+    """Prompt, negative prompt, and the entries of the settings."""
+    lines = text.rstrip("\n").split("\n")
+    at = _settings_at(lines)
+    entries: dict[str, str] = {}
+    for (key, value), is_later in _settings(lines[at:]):
+        entry = _entry(key, value)
+        if not (is_later and entry.keys() & entries.keys()):
+            entries |= entry
+    lines = lines[:at]
+    first = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
+    negative = "\n".join(lines[first:]).removeprefix(NEGATIVE).removeprefix(" ")
+    return "\n".join(lines[:first]), negative, entries
+
+
+def _settings_at(lines: Sequence[str]) -> int:
+    """Which line begins the settings: the last with enough pairs and a count of steps; else there is none.
+
+    Extensions write more lines after it. Without such a line the settings may begin with the steps and go on line by
+    line, or the very last line counts, as in the web UI, if it has enough pairs.
+    """
+    places = [i for i, line in enumerate(lines) if "steps" in line.lower() and not _TEMPLATE.match(line)]
+    for at in reversed(places):
+        if _is_enough(pairs := _pairs_in(lines[at])) and any(key.lower() in _STEPS for key, *_ in pairs):
+            return at
+    for at in reversed(places):
+        if _STEPS_LINE.match(lines[at]) and all(map(_NAMED.match, lines[at:])) and _is_enough(lines[at:]):
+            return at
+    return len(lines) - _is_enough(_pairs_in(lines[-1]))
+
+
+def _is_enough(pairs: Sequence[object]) -> bool:
+    return len(pairs) >= _FEWEST_PAIRS
+
+
+def _settings(lines: Sequence[str]) -> Iterator[tuple[tuple[str, str], bool]]:
+    """The pairs of the settings and of the lines after them, which say whether they are of those lines."""
+    end = next((i for i, line in enumerate(lines) if _TEMPLATE.match(line)), len(lines))
+    for key, value, start in _pairs_in("\n".join(lines[:end])):
+        yield (key, value), start > len(lines[0])
+
+
+def _pairs_in(text: str) -> list[tuple[str, str, int]]:
+    """The pairs `key: value`, between commas or bars, with the places of their keys.
+
+    A value is a string, list or object of JSON, or all up to the next comma, bar or end of line.
+    """
+    plain, ending = _ENDS["|" if _WITH_BARS.match(text) else ","]
+    pairs, at, tries = [], 0, _JSON_TRIES
+    while key := _NAMED.search(text, at):
+        at = key.end()
+        value = _STRING.match(text, at)
+        end = value.end() if value else None
+        if text[at : at + 1] in ("[", "{") and tries:
+            tries -= 1
+            end = _json_end(text, at)
+        if end is None or not ending.match(text, end):
+            found = plain.match(text, at)
+            end = found.end() if found else at
+        pairs.append((key[1], text[at:end].strip(), key.start()))
+        at = end
+    return pairs
+
+
+def _json_end(text: str, start: int) -> int | None:
+    try:
+        return json.JSONDecoder().raw_decode(text, start)[1]
+    except (ValueError, RecursionError):
+        return None
+
+
+def _entry(key: str, value: str) -> dict[str, str]:
+    """The value or, for a size, the two values that a pair of the text stands for."""
+    if size := _SIZE.fullmatch(value):
+        return {f"{key}-1": size[1], f"{key}-2": size[2]}
+    return {key: _unquoted(value)}
+
+
+def _quoted(value: str) -> str:
+    """`value`, as a JSON string if the plain form could not be read back."""
+    plain = value == value.strip() and not value.startswith('"') and not re.search("[,:\n]", value)
+    return value if plain and not _SIZE.fullmatch(value) and not _UNSTORABLE.search(value) else to_json(value)
+
+
+def _unquoted(value: str) -> str:
+    if not (value.startswith('"') and value.endswith('"')):
+        return value
+    try:
+        return str(json.loads(value, strict=False))
+    except ValueError:
+        return value
+
+
+def to_json(value: Any) -> str:
+    """JSON on one line that can stand in any file: characters that could drive a terminal are escaped."""
+    return _UNSTORABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
+
+
+def _plain_json(value: str) -> str:
+    """JSON without a comma or colon in it, at which simpler readers than ours would split it."""
+    return to_json(value).replace(",", "\\u002c").replace(":", "\\u003a")
+
+
+def _storable(prompt: str) -> str:
+    return _UNSTORABLE.sub(lambda match: printable(match[0]), prompt)

@@ -1,0 +1,33 @@
+"""The record of this toolkit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ldm.job import Job
+from ldm.metadata.recipe import UNKNOWN, Origin, Recipe, checked
+from ldm.metadata.record import read_record
+from ldm.util import printable
+
+
+def read(text: str, _: Origin = UNKNOWN) -> Recipe:
+    """The recipe of a picture with a record."""
+    job, extras, unknown = read_record(text)
+    notes = [f"a newer version wrote {printable(name)[:100]}, which is left out" for name in unknown[:20]]
+    return recipe(job, extras, notes)
+
+
+def recipe(job: Job, extras: Mapping[str, str], notes: list[str]) -> Recipe:
+    """The recipe of a picture of this toolkit. Whoever wrote the file cannot choose a folder to read from."""
+    job = checked(job)
+    if note := start_note(job):
+        notes = [*notes, note]
+    model, digest = extras.get("Model", ""), extras.get("Model hash", "")
+    return Recipe(job, "ldm", model, digest, dict(extras), tuple(notes))
+
+
+def start_note(job: Job) -> str:
+    """What a file lacks of the image that its job starts from, or nothing."""
+    if job.init is None:
+        return ""
+    return f"it starts from the image {printable(job.init.image)}, which the file does not hold"

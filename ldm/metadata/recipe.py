@@ -1,0 +1,203 @@
+"""What is understood of how a picture was made, and what every program's reader needs to say it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from ldm.fields import MAX_SEEDS, SETTINGS, override, read_held, shown, values_of
+from ldm.job import V1_DEFAULTS, Init, Job, lora_name
+from ldm.metadata.infotext import file_name
+from ldm.metadata.record import without_folders
+from ldm.util import InputError, printable
+
+_MAX_NOTES, _MAX_NOTE = 40, 300
+_WEIGHTS = re.compile(r"(?<!\\)[()\[\]]|\bBREAK\b|\bAND\b|\w[+-]{1,9}(?=\s|,|$)")
+_TAG = re.compile(r"<(lora|lyco|hypernet):[^<>]{1,200}>")
+
+# Part of a sampler's name, the sampler here that is nearest, the eta with which it is. The first match counts.
+_NEAREST = (
+    ("plms", "plms", 0.0),
+    ("pndm", "plms", 0.0),
+    ("ancestral", "ddim", 1.0),
+    ("eulera", "ddim", 1.0),
+    ("dpm2a", "ddim", 1.0),
+    ("dpmpp2sa", "ddim", 1.0),
+    ("ddpm", "ddim", 1.0),
+    ("lcm", "ddim", 1.0),
+    ("sde", "ddim", 1.0),
+    ("ddim", "ddim", 0.0),
+    ("euler", "ddim", 0.0),
+    ("lms", "plms", 0.0),
+    ("", "dpm_solver", 0.0),  # DPM-Solver's many relatives, Heun, UniPC, DEIS: of second order or higher
+)
+_SAME = {"ddim": "ddim", "plms": "plms"}
+
+
+class Origin(NamedTuple):
+    """The file that a text comes from, as far as it is known: its name, and its width and height in pixels."""
+
+    name: str = ""
+    size: tuple[int, int] | None = None
+
+
+UNKNOWN = Origin()
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a picture was made: the `job`, as far as it could be understood, and what else its file says.
+
+    `source` is the program: "ldm", "A1111", "stable-diffusion.cpp", "ComfyUI", "InvokeAI", ... `model` and
+    `model_hash` are the checkpoint's as the file names them, or empty. `extras` are this toolkit's own entries
+    (`Config`, `Precision`, ...); of other programs, `Lora hashes` and `TI hashes`. Each of `notes` says one thing
+    that will differ, in a printable line. Of files that the job starts from only the names are known.
+    """
+
+    job: Job
+    source: str
+    model: str = ""
+    model_hash: str = ""
+    extras: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def checked(job: Job) -> Job:
+    """`job` without folders. Raises InputError for a value that its field cannot have, and names the field."""
+    job = without_folders(job)
+    return override(job, {name: read_held(name, value) for name, value in values_of(job).items()})
+
+
+class Draft:
+    """A recipe in the making: fields of the job as they are found, and notes."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.model = self.model_hash = ""
+        self.values: dict[str, Any] = {"prompt": ""}
+        self.notes: list[str] = []
+        self.loras: list[tuple[str, float, float]] = []
+        self.extras: dict[str, str] = {}
+
+    def note(self, text: str) -> None:
+        """Says one thing that will differ; said twice, it stands once."""
+        text = printable(text)[:_MAX_NOTE]
+        if text not in self.notes and len(self.notes) < _MAX_NOTES:
+            self.notes.append(text)
+
+    def leave_out(self, what: str, value: object) -> None:
+        """Notes a setting that has no counterpart here, unless it is off."""
+        if value not in (None, "", 0, False, [], {}):
+            self.note(
+                f"left out: {what} {str(value)[:100] if isinstance(value, (str, int, float)) else ''}".rstrip()
+            )
+
+    def whole(self, name: str, value: object) -> None:
+        """A field that is a whole number; anything else is noted."""
+        if type(value) is int:
+            self.values[name] = value
+        else:
+            self._refuse(name, value)
+
+    def number(self, name: str, value: object) -> None:
+        """A field that is a finite number; anything else is noted."""
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf:
+            self.values[name] = value
+        else:
+            self._refuse(name, value)
+
+    def _refuse(self, name: str, value: object) -> None:
+        said = "is not stated" if value is None else f"cannot be {shown(value)}"
+        self.note(f"{name} {said}; using {getattr(V1_DEFAULTS, name)}")
+
+    def _check(self) -> None:
+        """Takes out, and notes, every value that its field cannot have; InputError for a number that is none."""
+        for name in ("width", "height"):
+            if type(side := self.values.get(name)) is int and side > 8 and side % 8:
+                self.values[name] = side - side % 8
+                self.note(f"{name} {shown(side)} is not a multiple of 8; using {shown(side - side % 8)}")
+        for name in [name for name in self.values if name != "init"]:
+            try:
+                self.values[name] = read_held(name, self.values[name])
+            except InputError:
+                if isinstance(self.values[name], float) and not math.isfinite(self.values[name]):
+                    raise
+                self._refuse(name, self.values.pop(name))
+
+    def sampler(self, name: str) -> None:
+        """The sampler of a foreign name, or the nearest one."""
+        plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))[:100].removeprefix("k")
+        own, eta = next((own, eta) for part, own, eta in _NEAREST if part in plain)
+        self.values["sampler"] = own
+        if _SAME.get(plain) != own:
+            with_eta = f" with eta {eta:g}" if eta else ""
+            shown = f"sampler {name[:100]} is not supported" if name else "its sampler is not given"
+            self.note(f"{shown}; using {own}{with_eta}")
+            self.values["eta"] = eta
+
+    def spacing_of_compvis(self) -> None:
+        """DDIM or PLMS on the original's timesteps, where those can be had for this count of steps."""
+        steps, sampler = self.values.get("steps", V1_DEFAULTS.steps), self.values["sampler"]
+        if sampler == "dpm_solver" or not 1 <= steps <= 999 or 1000 % steps == 0:
+            return
+        stride = 1000 // steps
+        if math.ceil(1000 / stride) * stride - stride + 1 <= 999:
+            self.values["timestep_spacing"] = "compvis"
+        else:
+            self.note(f"its timesteps for {steps} steps are not supported; using evenly spaced ones")
+
+    def cpu_noise(self) -> None:
+        """Noise of torch's generator on the CPU. Of a longer seed it uses the lower 32 bits, so they are kept."""
+        self.values["rng"] = "cpu"
+        seed = self.values.get("seed", 0)
+        if MAX_SEEDS["cpu"] < seed <= SETTINGS["seed"].high:
+            short = self.values["seed"] = seed & MAX_SEEDS["cpu"]
+            self.note(
+                f"seed {seed} gives the noise of seed {short}: torch's generator on the CPU uses 32 bits of it"
+            )
+
+    def gpu_noise(self) -> None:
+        """Noise of torch's generator on a GPU, which uses all 64 bits of a seed; an NVIDIA card's is taken for it."""
+        self.note("its noise is taken to be an NVIDIA card's; another GPU's would differ")
+
+    def lora(self, name: object, weight: object, text_weight: object) -> None:
+        """A LoRA by the name of its file, with its weights on the U-Net and on the text model."""
+        if isinstance(name, str) and name:
+            weights = [
+                float(w) if isinstance(w, (int, float)) and abs(w) < 1e9 else 1.0
+                for w in (weight, text_weight)
+            ]
+            self.loras.append((lora_name(file_name(name)), weights[0], weights[1]))
+
+    def start_from(self, name: str, strength: object) -> None:
+        """A picture that the job starts from; its name may be empty."""
+        self.number("strength", strength)
+        if name:
+            self.values["init"] = Init(name)
+        self.note(f"it starts from an image{f', {name},' if name else ''} that is not in the file")
+
+    def hashes(self, loras: Mapping[str, str], inversions: Mapping[str, str]) -> None:
+        """The hashes of LoRAs and textual inversions by name, empty ones included, by which files are searched."""
+        for key, listed in (("Lora hashes", loras), ("TI hashes", inversions)):
+            if listed:
+                self.extras[key] = ", ".join(f"{name}: {digest}" for name, digest in listed.items())
+        for name in inversions:
+            self.note(f"it needs the textual inversion {name}")
+
+    def finish(self) -> Recipe:
+        """The recipe, and notes on what stands in its prompts."""
+        for prompt in (self.values["prompt"], self.values.get("negative_prompt", "")):
+            for tag in _TAG.finditer(prompt):
+                self.note(f"left out: {tag[0]}")
+            if "prompt_syntax" not in self.values and _WEIGHTS.search(prompt):
+                self.note(f"signs in its prompts are weights to {self.source}")
+        for name, *_ in self.loras:
+            self.note(f"it needs the LoRA {name}")
+        self.values["loras"] = tuple(self.loras)
+        self._check()
+        self.values.setdefault("prompt", "")
+        job = checked(replace(V1_DEFAULTS, **self.values))
+        return Recipe(job, self.source, self.model, self.model_hash, self.extras, tuple(self.notes))

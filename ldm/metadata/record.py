@@ -1,0 +1,89 @@
+"""The record that a picture carries beside its infotext: JSON that loses nothing of the job.
+
+{"version": 1, "job": {"prompt": "...", "seed": 42, "init": null, ...}, "extras": {"Model hash": "...", ...}}
+
+The fields of the job are those of `ldm.job.Job`, whatever they are, so a field that is added there is kept here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+from ldm.fields import MAX_TEXT, SETTINGS, override, read_held, shown
+from ldm.job import V1_DEFAULTS, Job, lora_name
+from ldm.metadata.infotext import file_name, to_json
+from ldm.util import InputError, printable
+
+VERSION = 1
+
+
+class Record(NamedTuple):
+    """What a record holds. `unknown` names entries of the job that a newer version of this toolkit wrote."""
+
+    job: Job
+    extras: dict[str, str]
+    unknown: tuple[str, ...]
+
+
+class FieldError(InputError):
+    """A record of this toolkit in which a field has a value that it cannot have."""
+
+
+def record(job: Job, extras: Mapping[str, str]) -> str:
+    """The record of a picture: `job` with `extras` beside it; empty extras are left out.
+
+    Of the job's files only the names are told, as in the infotext.
+    """
+    held = {key: value for key, value in extras.items() if value}
+    return to_json({"version": VERSION, "job": asdict(without_folders(job)), "extras": held})
+
+
+def read_record(text: str) -> Record:
+    """What a record says, exactly; fields that it lacks have those of `V1_DEFAULTS`.
+
+    Raises InputError for a text that is no record, and `FieldError` for a value that its field cannot have.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError("the record is not JSON") from None
+    job, extras = (content.get(key) if isinstance(content, dict) else None for key in ("job", "extras"))
+    if not isinstance(job, dict):
+        raise InputError("the record holds no job")
+    unknown: list[str] = []
+    try:
+        decoded = _decoded(job, unknown)
+    except ValueError as error:
+        raise FieldError(f"the record is not usable: {printable(error)}") from None
+    texts = extras if isinstance(extras, dict) else {}
+    held = {key: v for key, v in texts.items() if isinstance(v, str) and len(v) <= MAX_TEXT}
+    return Record(decoded, held, tuple(unknown))
+
+
+def without_folders(job: Job) -> Job:
+    """`job` with the names alone of its files, as the infotext has them: their folders are the user's own affair."""
+    loras = tuple((lora_name(file_name(name)), *weights) for name, *weights in job.loras)
+    job = replace(job, loras=loras)
+    if job.init is None:
+        return job
+    return replace(
+        job, init=replace(job.init, image=file_name(job.init.image), mask=file_name(job.init.mask))
+    )
+
+
+def _decoded(content: Mapping[str, Any], unknown: list[str]) -> Job:
+    """The job of a JSON object, its unknown entries left out and named. Raises ValueError."""
+    if "prompt" not in content:
+        raise ValueError("job lacks prompt")
+    init = content.get("init")
+    if not (init is None or isinstance(init, dict)):
+        raise ValueError(f"job.init cannot be {shown(init)}; give an object or null")
+    if isinstance(init, dict) and "image" not in init:
+        raise ValueError("job.init lacks image")
+    held = {name: value for name, value in content.items() if name != "init"}
+    held |= {f"init.{name}": value for name, value in (init or {}).items()}
+    unknown += [f"job.{name}" for name in held if name not in SETTINGS]
+    return override(V1_DEFAULTS, {name: read_held(name, v) for name, v in held.items() if name in SETTINGS})
