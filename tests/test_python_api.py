@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+import ldm
 from ldm.images.canvas import open_canvas
 from ldm.job import Init, Job, MemoryImage
 from ldm.metadata.infotext import infotext, job_from_infotext
-from ldm.pipeline import Pipeline
+from ldm.pipeline import Pipeline, load_model
 from ldm.safety.screen import Screen
 from ldm.util import ROOT, InputError
 from tests.golden_data import tiny_model
@@ -31,6 +32,14 @@ def gradient(mode="RGB", size=(64, 64)):
 
 def same(first, second):
     return all(np.array_equal(a.pixels, b.pixels) for a, b in zip(first, second, strict=True))
+
+
+def test_the_package_offers_the_names_that_a_script_begins_with():
+    offered = {"Init": Init, "Job": Job, "Pipeline": Pipeline, "load_model": load_model}
+    assert {name: getattr(ldm, name) for name in offered} == offered
+    assert set(ldm.__all__) == {*offered, "__version__"} and set(ldm.__all__) <= set(dir(ldm))
+    with pytest.raises(AttributeError, match="module 'ldm' has no attribute 'Job2'"):
+        ldm.Job2  # noqa: B018
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "LA", "CMYK"])
