@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.checkpoints.formats import write
 from ldm.checkpoints.hashing import file_sha256
 from ldm.checkpoints.reader import read_checkpoint
 from ldm.cli import options
@@ -117,6 +120,21 @@ def test_mistakes_are_one_line_and_write_nothing(
         code = ended.code
     said = capsys.readouterr().err
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and reason in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors", "a"])
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    def full(tensors: object, *_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(write, "_header", full)
+    out = tmp_path / name
+    assert convert.main([CKPT, str(out), "--config", CONFIG, "--quiet"]) == 1
+    assert capsys.readouterr().err == f"error: {out}: No space left on device\n"
     assert list(tmp_path.iterdir()) == []
 
 

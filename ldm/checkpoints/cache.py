@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from ldm import __version__
-from ldm.checkpoints.convert import write_as
 from ldm.checkpoints.formats.detect import CheckpointError, reading
+from ldm.checkpoints.formats.write import write_safetensors
 from ldm.checkpoints.reader import Checkpoint, read_checkpoint
 from ldm.util import printable, without_leftovers, written_whole
 
@@ -72,7 +72,7 @@ def write_cached(path: Path, weights: Mapping[str, torch.Tensor], types: Mapping
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with without_leftovers(path, _NAMES), written_whole(path, overwrite=True) as part:
-            write_as(part, weights, types, {"format": "pt"})
+            write_safetensors(part, weights, types, {"format": "pt"})
     except OSError as error:
         logger.warning("the weights could not be cached in %s: %s", printable(path.parent), error.strerror)
         return

@@ -18,6 +18,7 @@ from ldm.checkpoints.layouts.names import PREFIXES, WORDS, component_configs, pa
 from ldm.checkpoints.layouts.prediction import check_prediction, check_schedule
 from ldm.checkpoints.layouts.recognise import (
     EMA_PREFIX,
+    LONG_POSITIONS,
     V1,
     Part,
     count_and_names,
@@ -144,16 +145,16 @@ def check_fit(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
 
 
 def _check_positions(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
-    """That a text encoder reads prompts of the model's length: a LongCLIP has more rows, with other numbers."""
+    """That a text encoder is not a LongCLIP, whose position embedding has more rows, unless the model has them too."""
     theirs = checkpoint.state_dict.get(_POSITIONS)
     embedder = model.cond_stage_model
     if theirs is None or theirs.dim() != 2 or not isinstance(embedder, FrozenCLIPEmbedder):
         return
     own = embedder.transformer.text_model.embeddings.position_embedding.num_embeddings
-    if len(theirs) != own:
+    if len(theirs) == LONG_POSITIONS != own:
         raise _error(
             checkpoint,
-            f"its text encoder has {len(theirs)} positions of tokens, as LongCLIP has 248, and this config's "
+            f"its text encoder has {LONG_POSITIONS} positions of tokens, as LongCLIP has, and this config's "
             f"model {own}; give a text encoder with {own}: --text_encoder",
         )
 

@@ -6,19 +6,19 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ldm.checkpoints.formats.write import write_torch
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.ema import LitEma
 from ldm.util import written_whole
 
 
 def save_atomically(value: Any, path: Path) -> None:
-    """`torch.save` that leaves either the old file or the whole new one."""
+    """`write_torch` that leaves either the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path, overwrite=True) as part:
-        torch.save(value, part)
+        write_torch(part, value)
 
 
 def half_state(model: LatentDiffusion) -> OrderedDict[str, Tensor]:

@@ -102,7 +102,7 @@ def test_a_full_disk_costs_the_cache_only(checkpoint, tiny, tmp_path, monkeypatc
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "write_as", full)
+    monkeypatch.setattr(cache, "write_safetensors", full)
     model = load(checkpoint, tmp_path)
     assert "No space left" in caplog.text
     assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import convert as module
-from ldm.checkpoints.convert import check_output, convert, layout_for, write_safetensors
+from ldm.checkpoints import convert as convert_module
+from ldm.checkpoints import diffusers_folder
+from ldm.checkpoints.convert import check_output, convert, layout_for
+from ldm.checkpoints.formats import write
 from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.formats.write import write_safetensors
 from ldm.checkpoints.layouts.names import to_diffusers
 from ldm.checkpoints.layouts.recognise import ema_key
 from ldm.checkpoints.load import SCHEDULE_BUFFERS
@@ -216,10 +220,31 @@ def test_a_conversion_that_fails_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    monkeypatch.setattr(module, "_header", full)
+    monkeypatch.setattr(write, "_header", full)
     out = tmp_path / {"compvis": "a.safetensors", "ckpt": "a.ckpt"}.get(to, "a")
     with pytest.raises(OSError, match="No space"):
         convert(read_model(file), tiny_config(), out, to)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+@pytest.mark.parametrize("limit", [20_000, 200_000])
+@pytest.mark.parametrize("to", ["compvis", "ckpt", "diffusers"])
+def test_a_disk_that_fills_up_is_an_os_error_that_names_the_output(
+    file: Path, tmp_path: Path, to: Any, limit: int
+) -> None:
+    """The system refuses to write more than `limit` bytes to a file, as a full disk does."""
+    import resource
+
+    out = tmp_path / {"compvis": "a.safetensors", "ckpt": "a.ckpt"}.get(to, "a")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            convert(read_model(file), tiny_config(), out, to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert caught.value.filename == str(out)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -228,13 +253,13 @@ def test_what_appears_meanwhile_is_not_overwritten(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Any
 ) -> None:
     out = tmp_path / ("a.safetensors" if to == "compvis" else "a")
-    write = module.write_safetensors
 
     def slowly(*arguments: Any) -> None:
         out.write_text("somebody else's")
-        write(*arguments)
+        write_safetensors(*arguments)
 
-    monkeypatch.setattr(module, "write_safetensors", slowly)
+    for module in (convert_module, diffusers_folder):
+        monkeypatch.setattr(module, "write_safetensors", slowly)
     with pytest.raises(FileExistsError):
         convert(read_model(file), tiny_config(), out, to)
     assert out.read_text() == "somebody else's" and list(tmp_path.iterdir()) == [out]

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints import hashing
-from ldm.checkpoints.convert import convert, write_safetensors
+from ldm.checkpoints.convert import convert
 from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.formats.write import write_safetensors
 from ldm.checkpoints.layouts.names import PREFIXES, component_configs, parts_in, to_compvis, to_diffusers
 from ldm.checkpoints.load import build_model, check_fit
 from ldm.checkpoints.reader import model_files, read_model

@@ -12,6 +12,8 @@ from ldm.checkpoints.formats.tensor_bytes import MAX_DIMENSIONS, MAX_TENSORS, Fi
 
 _MAX_HEADER_PARTS = 2_000_000  # of JSON; a tensor takes about 8, and a LoRA's list of tags one each
 
+HASH_ENTRY = "modelspec.hash_sha256"  # of the metadata: the SHA-256 of the tensors' bytes, after "0x"
+
 # by their names in a header
 DTYPES = {
     "F64": torch.float64,

@@ -25,7 +25,7 @@ INPAINTING = "inpainting"
 
 _LAION_KEY = "cond_stage_model.transformer.token_emb.weight"
 INPAINTING_CHANNELS = 9
-_LONG_POSITIONS = 248  # of tokens in a prompt, where CLIP has 77
+LONG_POSITIONS = 248  # of tokens in a prompt, where CLIP has 77
 _MOST_LEAVES = 100_000
 _NAMED = 5
 # columns of the matrices by which a U-Net, or what changes one, reads the text
@@ -159,8 +159,8 @@ def kind_of(state_dict: Mapping[str, Any]) -> ModelKind:
     )
     takes_channels = part in ("model", "U-Net", "ControlNet")
     variant = _VARIANTS.get(_size(shapes, first_convolution, axis=1), "") if takes_channels else ""
-    if _size(shapes, r"\.position_embedding\.weight$", axis=0) == _LONG_POSITIONS:
-        variant = " ".join(filter(None, (variant, f"with LongCLIP ({_LONG_POSITIONS} positions)")))
+    if _size(shapes, r"\.position_embedding\.weight$", axis=0) == LONG_POSITIONS:
+        variant = " ".join(filter(None, (variant, f"with LongCLIP ({LONG_POSITIONS} positions)")))
     return ModelKind(part, _family(shapes), variant, layout)
 
 

@@ -1,0 +1,79 @@
+"""Writes tensors to a file: as safetensors one by one, or as `torch.save` does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoints.formats.safetensors_file import DTYPES, HASH_ENTRY
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PIECE = 2**20  # numbers that are cast and written at a time
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    types: Mapping[str, torch.dtype] | None,
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes tensors in their `types` (None: their own), large types first as other writers do, and text metadata.
+
+    If `metadata` has `HASH_ENTRY`, its value becomes the SHA-256 of the tensors' bytes. Tensors are cast piece by
+    piece, so there is no second copy of one in memory. Raises `OSError`.
+    """
+    types = types_for(tensors) if types is None else types
+    order = sorted(tensors, key=lambda key: (-types[key].itemsize, key))
+    entries: dict[str, Any] = {}
+    end = 0
+    for key in order:
+        begin, end = end, end + tensors[key].numel() * types[key].itemsize
+        entries[key] = {
+            "dtype": _DTYPE_NAMES[types[key]],
+            "shape": list(tensors[key].shape),
+            "data_offsets": [begin, end],
+        }
+    sha = hashlib.sha256()
+    with path.open("wb") as file:
+        file.write(_header(entries, metadata))
+        for key in order:
+            for piece in tensors[key].detach().contiguous().reshape(-1).split(_PIECE):
+                data = piece.to(types[key]).contiguous().view(torch.uint8).numpy().data
+                sha.update(data)
+                file.write(data)
+        if HASH_ENTRY in metadata:
+            file.seek(0)
+            file.write(_header(entries, {**metadata, HASH_ENTRY: f"0x{sha.hexdigest()}"}))
+
+
+def _header(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    text = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def types_for(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, keep: Collection[str] = ()
+) -> dict[str, torch.dtype]:
+    """`dtype` for each floating-point tensor that is not in `keep`, and the others' own types; all if it is None."""
+    return {
+        key: dtype if dtype is not None and tensor.is_floating_point() and key not in keep else tensor.dtype
+        for key, tensor in tensors.items()
+    }
+
+
+def write_torch(path: Path, value: Any) -> None:
+    """`torch.save`, which answers a write that fails with a RuntimeError of its own: here it is the `OSError`."""
+    with path.open("wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
