@@ -11,7 +11,7 @@ import torch
 
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG, INPAINTING_CONFIG, LAION_CONFIG, V1_CONFIG
 from ldm.checkpoints.layouts.recognise import kind_of
-from scripts import inspect_model
+from scripts import convert, inspect_model
 from tests.checkpoints.files import call, text, write_zip
 from tests.golden_data import keys
 
@@ -82,6 +82,15 @@ def test_a_published_kind_is_compared_with_its_own_config(name, config):
 def test_another_models_config_is_a_misfit(capsys):
     assert inspect_model.main([BUNDLED_CKPT, "--config", V1_CONFIG, "--no_hash"]) == 1
     assert re.search(r"loads +no: .*model\.ckpt: lacks \d+ keys \(model\.", capsys.readouterr().out)
+
+
+def test_a_folder_is_compared_as_a_whole(tmp_path, capsys):
+    folder = tmp_path / "shapes"
+    assert convert.main([str(ROOT / BUNDLED_CKPT), str(folder), "--quiet"]) == 0
+    assert inspect_model.main([str(folder), "--config", BUNDLED_CONFIG, "--no_hash", "--json"]) == 0
+    whole, *parts = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert whole["fits"] is True and [part["fits"] for part in parts] == [None] * 3
+    assert inspect_model.main([str(folder), "--config", V1_CONFIG, "--no_hash"]) == 1
 
 
 def test_help_is_quick_and_needs_nothing():

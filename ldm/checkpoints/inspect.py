@@ -17,7 +17,7 @@ from ldm.checkpoints.embedding_image import is_png
 from ldm.checkpoints.formats.detect import CheckpointError, file_size, open_regular, reading, sniff
 from ldm.checkpoints.formats.imports import imports_of
 from ldm.checkpoints.formats.pickle_reader import is_known
-from ldm.checkpoints.formats.safetensors_file import read_header
+from ldm.checkpoints.formats.safetensors_file import HASH_ENTRY, read_header
 from ldm.checkpoints.formats.tensor_bytes import FileBytes
 from ldm.checkpoints.hashing import file_sha256
 from ldm.checkpoints.layouts.prediction import config_beside, foreign_prediction
@@ -42,6 +42,7 @@ _LONGEST_VALUE = 300
 _MOST_ENTRIES = 100
 _SHOWN = 5
 
+_NOTED_HASHES = (HASH_ENTRY, "sshs_model_hash")  # of ModelSpec and of kohya's scripts
 _OLD_HASH_START, _OLD_HASH_BYTES = 0x100000, 0x10000
 # whose weights a key names, whatever the file is as a whole
 _PARTS = {
@@ -69,8 +70,9 @@ class Inspection:
     of the model and by type. `fits` says whether the model of a config takes the weights (None: nothing to
     compare with), `problem` why not, `unexpected` which keys it has no place for. `prediction` is what else than the
     noise a file says that it was trained to predict. `imports` is what pickles ask
-    for, `foreign` the part of it that the reader refuses. `damaged` names records and weights. Text from the
-    file is cut and escaped.
+    for, `foreign` the part of it that the reader refuses. `damaged` names records and weights. `noted_hash_fits` is
+    whether the SHA-256 of the weights is the one in the metadata (None: there is none, or it was not computed); tools
+    that change weights may keep an old one, so that alone is not damage. Text from the file is cut and escaped.
     """
 
     path: str
@@ -93,6 +95,7 @@ class Inspection:
     foreign: tuple[str, ...] = ()
     checked: bool = False
     damaged: tuple[str, ...] = ()
+    noted_hash_fits: bool | None = None
     hashes: Mapping[str, str] = field(default_factory=dict)
     published: str = ""
 
@@ -124,12 +127,13 @@ def inspect_path(
     """What a file is; of a diffusers folder what it is as a whole, then each of its weights files.
 
     With `deep` every byte is read, for checksums and damage, and `say` is told before something that takes
-    time. `config_for` gives the checked config whose model the weights should fit, or None. A path that cannot be
-    read at all is a `CheckpointError`; one that the reader refuses is an answer.
+    time. `config_for` gives the checked config whose model the weights should fit, or None; of a folder only the
+    whole is compared with it. A path that cannot be read at all is a `CheckpointError`; one that the reader refuses
+    is an answer.
     """
     if not os.path.isdir(path):
         return [_inspect_file(Path(path), deep, config_for, say)]
-    files = [_inspect_file(file, deep, config_for, say) for file in model_files(path)]
+    files = [_inspect_file(file, deep, lambda kind: None, say) for file in model_files(path)]
     return [_inspect_folder(Path(path), files, config_for), *files]
 
 
@@ -233,7 +237,15 @@ def _compare(found: Inspection, path: Path, config_for: ConfigFor) -> Inspection
 def _check(found: Inspection, path: Path, content: _Content, say: Callable[[str], None]) -> Inspection:
     say(f"looking for damage in {found.path} ({amount(found.size)})")
     damaged = find_damaged_records(path) or find_not_finite(content.tensors)
-    return replace(found, checked=True, damaged=tuple(map(_short, damaged)))
+    fits = _noted_hash_fits(path, content)
+    return replace(found, checked=True, damaged=tuple(map(_short, damaged)), noted_hash_fits=fits)
+
+
+def _noted_hash_fits(path: Path, content: _Content) -> bool | None:
+    noted = {str(content.values[name]).lower() for name in _NOTED_HASHES if content.values.get(name)}
+    if content.format != "safetensors" or not noted:
+        return None
+    return {digest.removeprefix("0x") for digest in noted} == {_weights_sha256(path)}
 
 
 def _hash_quickly(found: Inspection, path: Path) -> Inspection:
@@ -339,6 +351,9 @@ def _weights(found: Inspection) -> Iterator[tuple[str, str]]:
 def _safety(found: Inspection) -> Iterator[tuple[str, str]]:
     if found.checked:
         yield "damage", f"{len(found.damaged)}: {_some(found.damaged)}" if found.damaged else "none found"
+    if found.noted_hash_fits is not None:
+        differs = "not that of the weights: they were damaged, or changed by a tool that kept it"
+        yield "noted SHA-256", "that of the weights" if found.noted_hash_fits else differs
     if found.imports:
         others = (
             f", {len(found.foreign)} of them not allowed: {_some(found.foreign)}" if found.foreign else ""

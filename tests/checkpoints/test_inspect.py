@@ -108,6 +108,22 @@ def test_a_checksum_is_that_of_the_bytes_even_if_nothing_else_tells_that_they_ch
     assert hashing.file_sha256(path) == found, "what others are told from now on"
 
 
+@pytest.mark.parametrize(("entry", "prefix"), [("modelspec.hash_sha256", "0x"), ("sshs_model_hash", "")])
+def test_a_noted_checksum_is_compared_with_the_weights(tmp_path: Path, entry: str, prefix: str) -> None:
+    path = tmp_path / "m.safetensors"
+    digest = prefix + hashlib.sha256(torch.arange(9.0).numpy().tobytes()).hexdigest()
+    safetensors.torch.save_file({"a": torch.arange(9.0)}, path, {entry: digest})
+    assert inspected(path).noted_hash_fits and inspected(path, deep=False).noted_hash_fits is None
+    assert not any("not that of the weights" in line for line in lines(inspected(path)))
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x40")
+    assert inspected(path).noted_hash_fits is False
+    assert any("not that of the weights" in line for line in lines(inspected(path)))
+    safetensors.torch.save_file({"a": torch.arange(9.0)}, path)
+    assert inspected(path).noted_hash_fits is None
+
+
 def test_a_lora_has_the_hash_of_its_weights_and_its_own_note(tmp_path: Path) -> None:
     path = tmp_path / "style.safetensors"
     tensors = {DOWN: torch.ones(4, 768)}
