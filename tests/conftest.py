@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 import pytest
 import torch
 
-from tests.golden_data import tiny_model as build_tiny_model
+from tests.support.golden_data import tiny_model as build_tiny_model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,8 @@ from ldm.cli.inputs import latent_factor
 from ldm.config import _OUR_TARGETS, ConfigError, read_config
 from ldm.pipeline import load_model
 from ldm.util import InputError
-from tests.golden_data import GOLDEN, tiny_config
+from tests.support.golden_data import tiny_config
+from tests.support.paths import GOLDEN
 
 MODEL = "model: {target: ldm.models.diffusion.ddpm.LatentDiffusion}\n"
 LEVELS = "abcdefghij"

@@ -13,7 +13,7 @@ from ldm.models.diffusion.noise import PhiloxNoise
 from ldm.pipeline import Pipeline, load_model
 from ldm.runtime.device import resolve_precision
 from ldm.runtime.fast import prepare
-from tests.golden_data import TOLERANCE, figure, figures, relative_error, sampled, tiny_model
+from tests.support.golden_data import TOLERANCE, figure, figures, relative_error, sampled, tiny_model
 
 pytestmark = pytest.mark.gpu
 # the original under fp16 autocast, against its own float32
@@ -144,7 +144,7 @@ def test_the_second_gpu_alone_is_used(tmp_path):
 
 def test_full_size_image(device, tmp_path, capsys):
     """Seconds and peak memory of one 512x512 image at 50 PLMS steps, full-size model with rebuilt weights."""
-    from tests.full_size import write_checkpoint
+    from tests.support.full_size import write_checkpoint
 
     path = write_checkpoint(tmp_path / "v1.ckpt", torch.float16)
     model = load_model(read_config("configs/stable-diffusion/v1-inference.yaml"), path, device)

@@ -1,13 +1,15 @@
-"""The rooms import one another in one direction only, and nothing heavy before it is needed."""
+"""The rooms import one another in one direction only, and nothing heavy before it is needed; tests stand alone."""
 
 import ast
+import re
 import subprocess
 import sys
-from pathlib import Path
+from collections import Counter
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 FILES = sorted((ROOT / "ldm").rglob("*.py"))
 RANKS = [
     {"util", "job", "lr_scheduler"},
@@ -124,3 +126,25 @@ def test_every_module_imports_without_what_few_runs_use():
     ]
     heavy = {"pytorch_lightning", "transformers", "diffusers", "cv2", "kornia", "matplotlib", "imwatermark"}
     assert not heavy & modules_after("\n".join(f"import {name}" for name in core))
+
+
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_test_imports_another(path):
+    """What several of them use is in tests/support."""
+    assert not re.findall(
+        r"^.*import.*\btest_.*|^.*\btests\.(?!support\b).*import.*", path.read_text(), re.MULTILINE
+    )
+
+
+def test_each_name_of_a_test_file_is_used_once():
+    names = Counter(path.name for path in TESTS)
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("readme", sorted(ROOT.glob("**/README.md")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_each_test_that_a_readme_names_exists(readme):
+    named = re.findall(r"\btests/[\w./]*\w", readme.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []

@@ -11,7 +11,7 @@ from ldm.checkpoints import cache
 from ldm.checkpoints.reader import read_checkpoint
 from ldm.pipeline import load_model
 from ldm.runtime.fast import halved, prepare
-from tests.golden_data import figure, rebuilt_state_dict, tiny_config
+from tests.support.golden_data import figure, rebuilt_state_dict, tiny_config
 
 
 @pytest.fixture(scope="module")

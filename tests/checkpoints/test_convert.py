@@ -27,7 +27,7 @@ from ldm.config import read_config
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.pipeline import load_model
 from ldm.util import InputError
-from tests.golden_data import (
+from tests.support.golden_data import (
     figure,
     inpainting_config,
     keys,

@@ -14,10 +14,9 @@ import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.reader import read_checkpoint
-from tests.checkpoints.files import write_zip
-from tests.checkpoints.fuzzing import STATE, TARGETS, bytes_damage, members, pickle_damage
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.checkpoint_files import write_zip
+from tests.support.fuzzing import STATE, TARGETS, bytes_damage, members, pickle_damage
+from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize(
@@ -27,7 +26,7 @@ def test_random_damage_gives_a_state_dict_or_one_line_in_little_memory(
     tmp_path: Path, count: int, seed: int
 ) -> None:
     """In a process of its own, whose address space may grow by 1 GiB at most."""
-    command = [sys.executable, "-m", "tests.checkpoints.fuzzing", str(tmp_path), str(count), str(seed)]
+    command = [sys.executable, "-m", "tests.support.fuzzing", str(tmp_path), str(count), str(seed)]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert child.returncode == 0, child.stderr[-2000:]
     report = json.loads(child.stdout)

@@ -17,7 +17,7 @@ import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.reader import read_checkpoint, read_tree
-from tests.checkpoints.files import (
+from tests.support.checkpoint_files import (
     StorageId,
     Tensor,
     call,
@@ -27,6 +27,7 @@ from tests.checkpoints.files import (
     text,
     write_zip,
 )
+from tests.support.paths import ROOT
 
 ORDERED_DICT = named("collections", "OrderedDict") + b")R"
 RUN = "import os; os.environ['CANARY'] = 'dead'; open(os.environ['CANARY_FILE'], 'w')"
@@ -536,7 +537,7 @@ def test_bombs_are_refused_quickly_and_in_little_memory(tmp_path: Path) -> None:
         text=True,
         timeout=300,
         check=True,
-        cwd=Path(__file__).resolve().parents[2],
+        cwd=ROOT,
     )
     reports = [json.loads(line) for line in child.stdout.splitlines()]
     assert len(reports) == len(bombs)

@@ -20,8 +20,8 @@ from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.formats.imports import imports_of
 from ldm.checkpoints.inspect import Inspection, amount, inspect_path, lines
 from ldm.checkpoints.layouts.recognise import V1, ModelKind
-from tests.checkpoints.files import call, named, save_like_lightning, text, tiny_state_dict, write_zip
-from tests.golden_data import tiny_config
+from tests.support.checkpoint_files import call, named, save_like_lightning, text, tiny_state_dict, write_zip
+from tests.support.golden_data import tiny_config
 
 DOWN = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
 

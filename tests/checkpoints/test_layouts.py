@@ -24,7 +24,8 @@ from ldm.cli import claim
 from ldm.config import read_config
 from ldm.pipeline import load_model
 from ldm.util import InputError
-from tests.golden_data import GOLDEN, inpainting_config, rebuilt_state_dict, tiny_config
+from tests.support.golden_data import inpainting_config, rebuilt_state_dict, tiny_config
+from tests.support.paths import GOLDEN
 
 State = Mapping[str, Tensor]
 LISTS = ["keys_v1.json", "keys_v1_ema.json", "keys_inpaint.json", "tiny_keys.json"]

@@ -20,8 +20,9 @@ from ldm.checkpoints.layouts.recognise import ema_key, kind_of
 from ldm.checkpoints.load import SCHEDULE_BUFFERS, _held_in, build_model, check_fit, load_into
 from ldm.checkpoints.reader import Checkpoint, read_checkpoint, read_model
 from ldm.pipeline import load_model
-from tests.checkpoints.files import GOLDEN, save_like_lightning, tiny_state_dict
-from tests.golden_data import keys, rebuilt_state_dict, tiny_config, tiny_model
+from tests.support.checkpoint_files import save_like_lightning, tiny_state_dict
+from tests.support.golden_data import keys, rebuilt_state_dict, tiny_config, tiny_model
+from tests.support.paths import GOLDEN
 
 POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 NORM = "cond_stage_model.transformer.text_model.final_layer_norm.weight"

@@ -20,7 +20,7 @@ from ldm.checkpoints.load import undrawn
 from ldm.cli import claim
 from ldm.config import read_config
 from ldm.util import InputError, instantiate_from_config
-from tests.golden_data import inpainting_config, tiny_model
+from tests.support.golden_data import inpainting_config, tiny_model
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -56,7 +56,7 @@ def save(tmp_path):
     return save
 
 
-def draw(*shape, seed=0):
+def normal(*shape, seed=0):
     return np.random.RandomState(seed + sum(shape)).standard_normal(shape).astype(np.float32) / 4
 
 
@@ -67,8 +67,8 @@ def weight_of(model, layer):
 def low_rank(name, weight, rank=3, seed=0):
     """The factors of a change, as kohya writes them without alpha."""
     return {
-        f"{name}.lora_down.weight": draw(rank, *weight.shape[1:], seed=seed),
-        f"{name}.lora_up.weight": draw(len(weight), rank, *[1] * (weight.ndim - 2), seed=seed + 1),
+        f"{name}.lora_down.weight": normal(rank, *weight.shape[1:], seed=seed),
+        f"{name}.lora_up.weight": normal(len(weight), rank, *[1] * (weight.ndim - 2), seed=seed + 1),
     }
 
 
@@ -118,7 +118,7 @@ def test_a_point_convolution_comes_as_a_matrix_too(model, save):
 def test_tucker_convolution(model, save):
     name, layer = KERNEL
     out, into, *kernel = weight_of(model, layer).shape
-    up, mid, down = draw(out, 3, 1, 1), draw(3, 2, *kernel), draw(2, into, 1, 1)
+    up, mid, down = normal(out, 3, 1, 1), normal(3, 2, *kernel), normal(2, into, 1, 1)
     path = save({f"{name}.lora_{part}.weight": t for part, t in (("up", up), ("mid", mid), ("down", down))})
     expected = sum(
         up[:, a, 0, 0, None, None, None] * mid[a, b] * down[b, :, 0, 0, None, None]
@@ -132,10 +132,10 @@ def test_hadamard_product(model, save):
     name, layer = QUERY
     out, into = weight_of(model, layer).shape
     parts = {
-        "w1_a": draw(out, 4),
-        "w1_b": draw(4, into),
-        "w2_a": draw(out, 4, seed=1),
-        "w2_b": draw(4, into, seed=1),
+        "w1_a": normal(out, 4),
+        "w1_b": normal(4, into),
+        "w2_a": normal(out, 4, seed=1),
+        "w2_b": normal(4, into, seed=1),
     }
     path = save({f"{name}.hada_{key}": t for key, t in parts.items()} | {f"{name}.alpha": np.float32(2)})
     expected = 2 / 4 * (parts["w1_a"] @ parts["w1_b"]) * (parts["w2_a"] @ parts["w2_b"])
@@ -145,14 +145,14 @@ def test_hadamard_product(model, save):
 def test_hadamard_product_of_kernels(model, save):
     name, layer = KERNEL
     out, into, *kernel = weight_of(model, layer).shape
-    flat = {"w1_a": draw(out, 2), "w1_b": draw(2, into * 9), "w2_a": draw(out, 2, seed=1), "w2_b": draw(2, into * 9, seed=1)}  # fmt: skip # noqa: E501
+    flat = {"w1_a": normal(out, 2), "w1_b": normal(2, into * 9), "w2_a": normal(out, 2, seed=1), "w2_b": normal(2, into * 9, seed=1)}  # fmt: skip # noqa: E501
     expected = (flat["w1_a"] @ flat["w1_b"] * (flat["w2_a"] @ flat["w2_b"])).reshape(out, into, *kernel)
     assert close(change_of(model, save({f"{name}.hada_{k}": t for k, t in flat.items()}), layer), expected)
 
-    tucker = {f"w{i}_a": draw(2, out, seed=i) for i in (1, 2)} | {
-        f"w{i}_b": draw(2, into, seed=i) for i in (1, 2)
+    tucker = {f"w{i}_a": normal(2, out, seed=i) for i in (1, 2)} | {
+        f"w{i}_b": normal(2, into, seed=i) for i in (1, 2)
     }
-    tucker |= {f"t{i}": draw(2, 2, *kernel, seed=i) for i in (1, 2)}
+    tucker |= {f"t{i}": normal(2, 2, *kernel, seed=i) for i in (1, 2)}
     one, two = (
         sum(
             tucker[f"t{i}"][a, b] * (tucker[f"w{i}_a"][a][:, None] * tucker[f"w{i}_b"][b])[:, :, None, None]
@@ -170,9 +170,13 @@ def test_hadamard_product_of_kernels(model, save):
 def test_kronecker_product(model, save, first, second):
     name, layer = QUERY
     out, into = weight_of(model, layer).shape
-    w1 = {"lokr_w1": draw(4, 4)} if first == "whole" else {"lokr_w1_a": draw(4, 2), "lokr_w1_b": draw(2, 4)}
+    w1 = (
+        {"lokr_w1": normal(4, 4)}
+        if first == "whole"
+        else {"lokr_w1_a": normal(4, 2), "lokr_w1_b": normal(2, 4)}
+    )
     shape = out // 4, into // 4
-    w2 = {"lokr_w2": draw(*shape)} if second == "whole" else {"lokr_w2_a": draw(shape[0], 2), "lokr_w2_b": draw(2, shape[1])}  # fmt: skip # noqa: E501
+    w2 = {"lokr_w2": normal(*shape)} if second == "whole" else {"lokr_w2_a": normal(shape[0], 2), "lokr_w2_b": normal(2, shape[1])}  # fmt: skip # noqa: E501
     left = w1.get("lokr_w1") if first == "whole" else w1["lokr_w1_a"] @ w1["lokr_w1_b"]
     right = w2["lokr_w2"] if second == "whole" else w2["lokr_w2_a"] @ w2["lokr_w2_b"]
     scale = 1 if (first, second) == ("whole", "whole") else 8 / 2
@@ -183,14 +187,14 @@ def test_kronecker_product(model, save, first, second):
 def test_kronecker_product_of_kernels(model, save):
     name, layer = KERNEL
     out, into, *kernel = weight_of(model, layer).shape
-    w1, w2 = draw(2, 2), draw(out // 2, into // 2, *kernel)
+    w1, w2 = normal(2, 2), normal(out // 2, into // 2, *kernel)
     expected = np.einsum("ab,cdhw->acbdhw", w1, w2).reshape(out, into, *kernel)
     assert close(change_of(model, save({f"{name}.lokr_w1": w1, f"{name}.lokr_w2": w2}), layer), expected)
-    a, b = draw(out // 2, 2), draw(2, into // 2 * 9)
+    a, b = normal(out // 2, 2), normal(2, into // 2 * 9)
     expected = np.einsum("ab,cdhw->acbdhw", w1, (a @ b).reshape(w2.shape)).reshape(out, into, *kernel)
     factors = {f"{name}.lokr_w1": w1, f"{name}.lokr_w2_a": a, f"{name}.lokr_w2_b": b}
     assert close(change_of(model, save(factors), layer), expected)
-    t, a, b = draw(2, 2, *kernel), draw(2, out // 2), draw(2, into // 2)
+    t, a, b = normal(2, 2, *kernel), normal(2, out // 2), normal(2, into // 2)
     core = np.einsum("ijhw,io,jn->onhw", t, a, b)
     expected = np.einsum("ab,cdhw->acbdhw", w1, core).reshape(out, into, *kernel)
     factors = {f"{name}.lokr_w1": w1, f"{name}.lokr_w2_a": a, f"{name}.lokr_w2_b": b, f"{name}.lokr_t2": t}
@@ -199,8 +203,11 @@ def test_kronecker_product_of_kernels(model, save):
 
 def test_full_differences_of_weights_biases_and_norms(model, save):
     (out, out_layer), (norm, norm_layer) = OUT, NORM
-    diff, bias = draw(*weight_of(model, out_layer).shape), draw(len(weight_of(model, out_layer)))
-    scale, shift = (draw(len(weight_of(model, norm_layer)), seed=i) for i in (1, 2))
+    diff, bias = (
+        normal(*weight_of(model, out_layer).shape),
+        normal(len(weight_of(model, out_layer))),
+    )
+    scale, shift = (normal(len(weight_of(model, norm_layer)), seed=i) for i in (1, 2))
     path = save(
         {f"{out}.diff": diff, f"{out}.diff_b": bias, f"{norm}.w_norm": scale, f"{norm}.b_norm": shift}
     )
@@ -224,7 +231,7 @@ def test_magnitude_and_direction_apart(model, save, name, layer, axis):
     tensors = low_rank(name, weight)
     sides = [1] * weight.ndim
     sides[axis] = weight.shape[axis]
-    magnitude = 1 + draw(*sides)
+    magnitude = 1 + normal(*sides)
     path = save({**tensors, f"{name}.dora_scale": magnitude, f"{name}.alpha": np.float32(1.5)})
     changed = weight + 1.5 / 3 * product(tensors, name)
     others = tuple(i for i in range(weight.ndim) if i != axis)
@@ -237,7 +244,7 @@ def test_peft_names_the_magnitudes_of_rows_otherwise(model, save):
     name, layer = QUERY
     weight = weight_of(model, layer)
     tensors = low_rank(name, weight)
-    magnitude = 1 + draw(len(weight))
+    magnitude = 1 + normal(len(weight))
     ours = change_of(model, save({**tensors, f"{name}.dora_scale": magnitude[:, None]}), layer)
     theirs = save({**tensors, f"{name}.lora_magnitude_vector": magnitude}, name="y.safetensors")
     assert np.array_equal(ours, change_of(model, theirs, layer))
@@ -496,7 +503,7 @@ FOREIGN = {
 @pytest.mark.parametrize("key, other", FOREIGN.items())
 def test_layers_of_other_models_tell_whose_they_are(model, save, key, other):
     """Though some of the file would fit: text encoders are shared by several models."""
-    tensors = {**low_rank(*_named(model, WORDS)), f"{key}.lora_up.weight": draw(4, 2)}
+    tensors = {**low_rank(*_named(model, WORDS)), f"{key}.lora_up.weight": normal(4, 2)}
     assert f"is a LoRA for {other}, and" in refusal(model, save(tensors))
     assert kind_of({key: torch.from_numpy(array) for key, array in tensors.items()}).family == other
 
@@ -521,10 +528,14 @@ def test_what_does_not_fit_is_named(model, save):
     assert "[32, 5]" in refusal(model, save(low_rank(name, np.empty((32, 5)))))
     assert "[40, 32]" in refusal(model, save(low_rank(name, np.empty((40, 32)))))
     assert "down" in refusal(model, save({f"{name}.lora_down.weight": fine[f"{name}.lora_down.weight"]}))
-    assert layer in refusal(model, save({**fine, f"{name}.lora_up.weight": draw(32, 2)}))
-    assert "dora_scale" in refusal(model, save({**fine, f"{name}.dora_scale": draw(7, 1)}))
-    assert "none" in refusal(model, save({**fine, f"{name}.diff_b": draw(32)}))
-    for wrong in ({"alpha": draw(3)}, {"lora_down.weight": np.float32(1)}, {"lora_down.weight": draw(0, 32)}):
+    assert layer in refusal(model, save({**fine, f"{name}.lora_up.weight": normal(32, 2)}))
+    assert "dora_scale" in refusal(model, save({**fine, f"{name}.dora_scale": normal(7, 1)}))
+    assert "none" in refusal(model, save({**fine, f"{name}.diff_b": normal(32)}))
+    for wrong in (
+        {"alpha": normal(3)},
+        {"lora_down.weight": np.float32(1)},
+        {"lora_down.weight": normal(0, 32)},
+    ):
         assert layer in refusal(model, save({**fine, **{f"{name}.{part}": t for part, t in wrong.items()}}))
     assert "two ways" in refusal(model, save({**fine, f"{name}.diff": weight}))
     twice = {key.replace(name, spellings()["sgm"][0].partition(".")[0]): t for key, t in fine.items()}
@@ -545,11 +556,13 @@ def test_what_does_not_fit_is_named(model, save):
     ],
 )
 def test_other_kinds_are_named(model, save, key, kind):
-    assert kind in refusal(model, save({key: draw(2, 2)}))
+    assert kind in refusal(model, save({key: normal(2, 2)}))
 
 
 def test_keys_that_mean_nothing_are_counted(model, save, caplog):
-    strange = {f"lora_unet_{i}\x1b.lora_up.weight": draw(1) for i in range(7)} | {"bundle_emb.x.y": draw(1)}
+    strange = {f"lora_unet_{i}\x1b.lora_up.weight": normal(1) for i in range(7)} | {
+        "bundle_emb.x.y": normal(1)
+    }
     path = save({**low_rank(*_named(model, QUERY)), **strange})
     with caplog.at_level(logging.WARNING):
         read_lora(path, layers_by_name(model), model)

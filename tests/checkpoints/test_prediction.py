@@ -19,7 +19,7 @@ from ldm.checkpoints.layouts.prediction import foreign_prediction
 from ldm.checkpoints.load import build_model, check_fit
 from ldm.checkpoints.reader import read_model
 from ldm.config import read_config
-from tests.golden_data import tiny_config
+from tests.support.golden_data import tiny_config
 
 EMPTY = torch.empty(0)
 KEYS = {

@@ -19,7 +19,7 @@ import torch
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.formats.tensor_bytes import FLOAT8
 from ldm.checkpoints.reader import find_damaged_records, find_not_finite, read_checkpoint, read_tree
-from tests.checkpoints.files import (
+from tests.support.checkpoint_files import (
     LIGHTNING_CLASS,
     Tensor,
     call,
@@ -30,6 +30,7 @@ from tests.checkpoints.files import (
     tiny_state_dict,
     write_zip,
 )
+from tests.support.paths import ROOT
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -318,8 +319,7 @@ def test_a_file_that_shrinks_while_in_use(tmp_path: Path, mode: str) -> None:
     for path in paths[:2]:
         torch.save({"a": torch.ones(100_000)}, path, _use_new_zipfile_serialization=path.name == "zip")
     command = [sys.executable, "-c", SHRINK, mode, *map(str, paths)]
-    root = Path(__file__).resolve().parents[2]
-    child = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if mode == "read":
         assert child.returncode == 0 and child.stdout == "100000\n" * 3
     else:

@@ -22,7 +22,7 @@ from ldm.checkpoints.layouts.recognise import (
     tensors_in,
 )
 from ldm.checkpoints.reader import Checkpoint
-from tests.golden_data import keys
+from tests.support.golden_data import keys
 
 UNET = "model.diffusion_model."
 ATTENTION = f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"

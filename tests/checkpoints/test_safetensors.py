@@ -14,7 +14,7 @@ import torch
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.formats.tensor_bytes import FLOAT8
 from ldm.checkpoints.reader import read_checkpoint
-from tests.checkpoints.files import safetensors_bytes
+from tests.support.checkpoint_files import safetensors_bytes
 
 
 @pytest.mark.parametrize("mmap", [True, False])

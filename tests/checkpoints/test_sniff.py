@@ -15,6 +15,7 @@ import torch
 from ldm.checkpoints.formats.detect import CheckpointError, reading
 from ldm.checkpoints.reader import read_checkpoint
 from ldm.util import InputError
+from tests.support.paths import ROOT
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:fe4e\nsize 4265380512\n"
 
@@ -117,8 +118,7 @@ def test_a_wrong_path_is_found_before_torch_is_imported() -> None:
         "    with reading('none.ckpt'): open_regular('none.ckpt')\n"
         "except CheckpointError as error: print(error, 'torch' in sys.modules)\n"
     )
-    root = Path(__file__).resolve().parents[2]
-    child = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert child.stdout == "none.ckpt: no such file; check the path False\n"
 
 

@@ -20,8 +20,8 @@ from PIL import Image
 
 from ldm.images.writer import RunFolder, encode_png, publish
 from ldm.util import InputError
+from tests.support.paths import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SYSTEM_CALLS = ("open", "write", "fsync", "close", "link", "replace", "unlink")
 PICTURE = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
 
@@ -304,7 +304,7 @@ with RunFolder(sys.argv[1]) as run:
 
 def start_writer(folder: Path, shade: int, count: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", WRITER, str(folder), str(shade), str(count)]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
 
 
 def shade_of(path: Path) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.schedule import StepTable, diffusion_buffers, make_beta_schedule, make_timesteps
-from tests.golden_data import TOLERANCE, figure, figures, relative_error, sampled
+from tests.support.golden_data import TOLERANCE, figure, figures, relative_error, sampled
 
 # long runs that others contain: guidance adds to the unguided ones, and of DDIM 49 steps run from a picture
 SLOW = r"S50_scale1\.0|ddim_S50"

@@ -15,7 +15,7 @@ from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.util import InputError, instantiate_from_config
-from tests.golden_data import TOLERANCE, figure, relative_error, tiny_config
+from tests.support.golden_data import TOLERANCE, figure, relative_error, tiny_config
 
 SAMPLERS = [DDIMSampler, PLMSSampler, DPMSolverSampler]
 

@@ -11,7 +11,7 @@ from ldm.models.diffusion.noise import noise_source
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.schedule import steps_to_run
 from ldm.util import InputError, instantiate_from_config
-from tests.golden_data import TOLERANCE, figure, inpainting_config, keys, relative_error, tiny_model
+from tests.support.golden_data import TOLERANCE, figure, inpainting_config, keys, relative_error, tiny_model
 
 INPAINT = "tiny_bert_inpaint.npz"
 

@@ -7,7 +7,7 @@ import torch
 
 from ldm.config import read_config
 from ldm.util import InputError, instantiate_from_config
-from tests.golden_data import keys
+from tests.support.golden_data import keys
 
 
 def on_meta(config):

@@ -8,7 +8,7 @@ from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.guidance import Guidance, join
 from ldm.models.diffusion.noise import PhiloxNoise, TorchNoise
 from ldm.models.diffusion.plms import PLMSSampler
-from tests.golden_data import TOLERANCE, figure, relative_error
+from tests.support.golden_data import TOLERANCE, figure, relative_error
 
 
 class Shrinker:

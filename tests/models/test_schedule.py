@@ -12,7 +12,7 @@ from ldm.modules.diffusionmodules.util import (
     noise_like,
 )
 from ldm.util import InputError
-from tests.golden_data import TOLERANCE, figure, figures, relative_error
+from tests.support.golden_data import TOLERANCE, figure, figures, relative_error
 
 
 @pytest.mark.parametrize("steps", range(1, 1000))

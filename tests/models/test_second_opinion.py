@@ -6,7 +6,7 @@ import torch
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.modules.encoders.clip import CLIPTextModel
-from tests.golden_data import figure, relative_error
+from tests.support.golden_data import figure, relative_error
 
 SCHEDULE = {
     "beta_start": 0.00085,

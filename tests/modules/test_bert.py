@@ -11,7 +11,7 @@ from ldm.modules.encoders import bert
 from ldm.modules.encoders.bert import BERTTokenizer, find_vocabulary
 from ldm.modules.encoders.modules import BERTEmbedder
 from ldm.util import InputError
-from tests.golden_data import TOLERANCE, figure, keys, relative_error, weight_of
+from tests.support.golden_data import TOLERANCE, figure, keys, relative_error, weight_of
 
 FIGURES = "tiny_bert_inpaint.npz"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from ldm.modules.encoders.tokenizer import CLIPTokenizer
 from ldm.util import InputError
+from tests.support.paths import GOLDEN
 
-GOLDEN = json.loads(
-    Path(__file__).parents[1].joinpath("golden", "clip_tokens.json").read_text(encoding="utf-8")
-)
+CASES = json.loads((GOLDEN / "clip_tokens.json").read_text(encoding="utf-8"))
 CLIP_FOLDER = Path(importlib.util.find_spec("clip").submodule_search_locations[0])
 TABLE = CLIP_FOLDER / "bpe_simple_vocab_16e6.txt.gz"
 
@@ -73,7 +72,7 @@ def refusal(build) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["prompt"][:20])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["prompt"][:20])
 def test_golden_ids(tokenizer, case):
     ids = case["ids"]
     assert tokenizer([case["prompt"]]) == [ids + [49407] * (77 - len(ids))]
@@ -119,7 +118,7 @@ def test_equals_transformers(folder):
     assert CLIPTokenizer.from_folder(folder)(prompts) == expected
 
 
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["prompt"][:20])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["prompt"][:20])
 def test_golden_ids_by_the_call_of_the_original(theirs, case):
     ids = theirs(
         case["prompt"],
@@ -169,7 +168,7 @@ def test_tokens_that_other_code_adds(folder):
 
 
 def test_folder_equals_table(tokenizer, folder):
-    texts = [case["prompt"] for case in GOLDEN]
+    texts = [case["prompt"] for case in CASES]
     assert CLIPTokenizer.from_folder(folder)(texts) == tokenizer(texts)
 
 

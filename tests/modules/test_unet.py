@@ -5,7 +5,7 @@ import torch
 
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, UNetModel
 from ldm.modules.diffusionmodules.util import timestep_embedding
-from tests.golden_data import figure, relative_error
+from tests.support.golden_data import figure, relative_error
 
 
 class Walker(UNetModel):

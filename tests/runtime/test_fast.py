@@ -6,7 +6,7 @@ from ldm.modules.diffusionmodules import openaimodel
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.runtime import kernels
 from ldm.runtime.fast import FastUNet, PackedConv2d, PackedLinear, Packer, prepare
-from tests.golden_data import TOLERANCE, figure, figures, relative_error, sampled, tiny_model
+from tests.support.golden_data import TOLERANCE, figure, figures, relative_error, sampled, tiny_model
 
 # the original under bf16 autocast on another CPU, against its own float32; CPUs differ in how they sum
 BF16_BUDGET = {

@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from ldm.runtime import kernels
-from tests.golden_data import TOLERANCE, relative_error
+from tests.support.golden_data import TOLERANCE, relative_error
 
 ROUNDING = {torch.float32: TOLERANCE, torch.bfloat16: 8e-3}
 DTYPES = list(ROUNDING)

@@ -8,21 +8,23 @@ from ldm.training.runs import Batches, Optimisation, last_state
 from ldm.util import InputError
 
 
-def draw(number, rng):
+def numbered_batch(number, rng):
     return number, float(rng.random())
 
 
 def test_a_batch_depends_on_its_number_alone():
-    whole = list(islice(Batches(draw, seed=3), 6))
+    whole = list(islice(Batches(numbered_batch, seed=3), 6))
     assert [number for number, _ in whole] == [0, 1, 2, 3, 4, 5]
     assert len({value for _, value in whole}) == 6
-    assert list(islice(Batches(draw, seed=3, first=4), 2)) == whole[4:]
-    assert list(islice(Batches(draw, seed=4), 6)) != whole
+    assert list(islice(Batches(numbered_batch, seed=3, first=4), 2)) == whole[4:]
+    assert list(islice(Batches(numbered_batch, seed=4), 6)) != whole
 
 
 def test_workers_keep_the_order():
-    alone = list(islice(Batches(draw, seed=1), 5))
-    shared = [(int(number), float(value)) for number, value in islice(Batches(draw, seed=1).loader(2), 5)]
+    alone = list(islice(Batches(numbered_batch, seed=1), 5))
+    shared = [
+        (int(number), float(value)) for number, value in islice(Batches(numbered_batch, seed=1).loader(2), 5)
+    ]
     assert shared == alone
 
 

@@ -8,8 +8,9 @@ import torch
 from ldm.training.export import save_atomically
 from ldm.training.stages import STAGES, Stage, read_config
 from ldm.util import InputError, instantiate_from_config
+from tests.support.paths import ROOT
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "shapes"
+CONFIGS = ROOT / "configs" / "shapes"
 
 
 def test_the_bundled_model_fits_into_24_mib():
@@ -32,14 +33,14 @@ def test_a_missing_config_is_an_input_error(tmp_path):
 
 
 def test_a_stage_without_its_inputs_names_the_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(CONFIGS.parents[1])
+    monkeypatch.chdir(ROOT)
     stage = Stage("diffusion", read_config(CONFIGS / "diffusion.yaml"), tmp_path)
     with pytest.raises(InputError, match=r"autoencoder\.pt does not exist"):
         STAGES["diffusion"](stage)
 
 
 def test_a_scale_factor_of_another_autoencoder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(CONFIGS.parents[1])
+    monkeypatch.chdir(ROOT)
     save_atomically({"state_dict": {}, "scale_factor": 123.0}, tmp_path / "autoencoder.pt")
     save_atomically({"state_dict": {}}, tmp_path / "text.pt")
     stage = Stage("diffusion", read_config(CONFIGS / "diffusion.yaml"), tmp_path)

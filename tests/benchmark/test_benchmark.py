@@ -1,0 +1,179 @@
+"""The benchmark: samples from real processes, and figures that follow from them."""
+
+import json
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import scripts.benchmark as script
+from ldm.benchmark import harness as benchmark
+from ldm.benchmark.harness import Sample, ratios
+from ldm.benchmark.weights import random_weight, write_picture, write_random_checkpoint
+from ldm.benchmark.worker import Enough, Stopwatch, Work
+from ldm.checkpoints.load import load_into
+from ldm.checkpoints.reader import read_checkpoint
+from tests.support.golden_data import tiny_config, tiny_model
+
+STEPS = 3
+QUICK = ["--sizes", "64", "--steps", str(STEPS), "--device", "cpu", "--threads", "1", "--quiet"]
+
+
+@pytest.fixture
+def measure(tmp_path):
+    """Runs the script on the tiny model with random weights: its exit code and JSON lines."""
+    config, lines = tmp_path / "tiny.yaml", tmp_path / "lines.jsonl"
+    OmegaConf.save(OmegaConf.create({"model": tiny_config()}), config)
+    files = ["--config", str(config), "--cache", str(tmp_path / "cache"), "--json", str(lines)]
+
+    def run(*options):
+        code = script.main([*QUICK, *files, *options])
+        return code, [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+
+    return run
+
+
+def of_kind(lines, kind):
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_every_phase_of_our_own(measure, capfd):
+    code, lines = measure("--parts", "step,decode,whole", "--rounds", "1", "--precision", "full", "--check")
+    assert code == 0
+    live, fresh = of_kind(lines, "sample")
+    assert (live["fresh"], fresh["fresh"]) == (False, True)
+    both = {"text", "first step", "step", "unet", "decode"}
+    assert set(live["seconds"]) == both
+    assert set(fresh["seconds"]) == both | {
+        "import", "load", "png", "start to first step", "whole run",
+    }  # fmt: skip
+    for sample in (live, fresh):
+        assert len(sample["seconds"]["step"]) == STEPS - 1
+        assert len(sample["seconds"]["unet"]) == STEPS
+        assert sample["memory"]["resident"] > 2**20
+    (facts,) = of_kind(lines, "facts")
+    assert facts["runs in"] == "full"
+    assert facts["threads"] == 1
+    (error,) = of_kind(lines, "error")
+    assert [error[name] for name in ("latents", "unet", "picture")] == [0, 0, 0]
+    assert f"{statistics.median(live['seconds']['step']):.4f}" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_in_turns_with_diffusers(measure):
+    pytest.importorskip("diffusers")
+    options = ["--parts", "step,decode,whole", "--rounds", "2", "--precision", "full", "--check"]
+    code, lines = measure(*options, "--peers", "diffusers")
+    assert code == 0
+    ours, peer = "ours full", "diffusers float32"
+    samples = of_kind(lines, "sample")
+    assert [s["subject"] for s in samples] == [ours, peer] * 4
+    for ratio in of_kind(lines, "ratio"):
+        medians = {
+            (s["subject"], s["round"]): statistics.median(s["seconds"][ratio["phase"]])
+            for s in samples
+            if s["fresh"] == ratio["fresh"]
+        }
+        expected = [medians[ours, r] / medians[peer, r] for r in (1, 2)]
+        assert ratio["rounds"] == pytest.approx(expected)
+        assert ratio["median"] == pytest.approx(sum(expected) / 2)
+        assert ratio["worst"] == pytest.approx(max(expected))
+    # the same weights, noise and timesteps, so the same results
+    errors = {line["subject"]: line for line in of_kind(lines, "error")}
+    assert max(errors[peer][name] for name in ("latents", "unet", "picture")) < 1e-4
+
+
+@pytest.mark.slow
+def test_pictures_in_turns_with_diffusers(measure):
+    pytest.importorskip("diffusers")
+    options = ["--mode", "img2img", "--parts", "whole", "--rounds", "1", "--precision", "full"]
+    code, lines = measure(*options, "--peers", "diffusers", "--peer_recipe", "channels-last")
+    assert code == 0
+    for sample in of_kind(lines, "sample"):
+        assert len(sample["seconds"]["unet"]) == 2  # of 3 steps at strength 0.75
+        assert len(sample["seconds"]["encode"]) == 1
+
+
+def test_ratios_go_round_by_round():
+    def sample(subject, number, *seconds):
+        return Sample(subject, 64, number, False, {"step": seconds, "decode": ()}, {}, None)
+
+    samples = [sample("a", 1, 1, 2, 9), sample("b", 1, 4), sample("a", 2, 6), sample("b", 2, 1, 3)]
+    assert ratios(samples, "step", "a", "b") == [0.5, 3.0]
+    assert ratios(samples, "decode", "a", "b") == []
+
+
+def test_a_run_ends_behind_the_last_step_wanted():
+    watch = Stopwatch(torch.device("cpu"))
+    watch.start(Work(size=64, steps=9, limit=3, number=1, outdir=""))
+    model = watch.timed("unet", lambda x: x + 1)
+    done = []
+    with pytest.raises(Enough):
+        for i in range(9):
+            done.append(model(i))
+            watch.step()
+    assert done == [1, 2, 3]
+    assert {name: len(times) for name, times in watch.seconds().items()} == {
+        "unet": 3, "first step": 1, "step": 2,
+    }  # fmt: skip
+
+
+def test_random_weights_keep_activations_in_size():
+    x = torch.randn(64, 320, generator=torch.Generator().manual_seed(0))
+    weight = random_weight("model.diffusion_model.some.weight", (1280, 320), torch.float32)
+    assert float((x @ weight.T).std()) == pytest.approx(1, abs=0.02)
+    assert abs(float(random_weight("norm.weight", (320,), torch.float32).mean()) - 1) < 0.01
+    assert torch.equal(weight, random_weight("model.diffusion_model.some.weight", (1280, 320), torch.float32))
+    assert not torch.equal(weight, random_weight("another.weight", (1280, 320), torch.float32))
+
+
+def test_a_random_checkpoint_fills_a_model(tmp_path):
+    path = tmp_path / "random.ckpt"
+    write_random_checkpoint(path, tiny_config(), torch.bfloat16)
+    model = tiny_model()
+    load_into(model, read_checkpoint(path), dtype=torch.float32)  # refuses what is missing or left over
+    key = "model.diffusion_model.out.2.weight"
+    value = model.state_dict()[key]
+    assert torch.equal(value, random_weight(key, value.shape, torch.bfloat16).float())
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_picture_to_start_from(tmp_path):
+    from PIL import Image
+
+    write_picture(tmp_path / "start.png")
+    pixels = np.asarray(Image.open(tmp_path / "start.png"))
+    assert pixels.shape == (512, 512, 3)
+    assert pixels[-50:, :, 0].mean() > 200 > 50 > pixels[:50, :, 0].mean()
+
+
+@pytest.mark.parametrize(("options", "word"), [
+    (["--parts", "step,all"], "--parts"),
+    (["--sizes", "64,60"], "60"),
+    (["--sizes", "64,big"], "--sizes"),
+    (["--steps", "1"], "--steps"),
+    (["--rounds", "0"], "--rounds"),
+    (["--precision", "double"], "double"),
+    (["--mode", "img2img", "--strength", "0.5"], "--strength"),
+    (["--mode", "img2img", "--check"], "--check"),
+])  # fmt: skip
+def test_wrong_options_are_one_line(measure, capsys, options, word):
+    code, lines = measure(*options)
+    message = capsys.readouterr().err
+    assert (code, lines) == (2, [])
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert word in message
+
+
+def test_a_missing_peer_is_named(measure, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "_installed", lambda name: name != "diffusers")
+    assert measure("--peers", "diffusers") == (2, [])
+    assert "pip install diffusers" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_measured_process_is_passed_on(measure, capsys, tmp_path):
+    assert measure("--ckpt", str(tmp_path / "none.ckpt"))[0] == 2
+    assert "none.ckpt" in capsys.readouterr().err

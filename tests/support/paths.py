@@ -1,0 +1,15 @@
+"""Where the repository is, and what a folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def tree(folder: str | Path) -> dict[str, bytes]:
+    """The bytes of each file below a folder, by its path from there."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()
+    }
