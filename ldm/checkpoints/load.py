@@ -145,7 +145,7 @@ def check_fit(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
 
 
 def _check_positions(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
-    """That a text encoder is not a LongCLIP, whose position embedding has more rows, unless the model has them too."""
+    """That a text encoder is not a LongCLIP, with more rows of positions, unless the model has them too."""
     theirs = checkpoint.state_dict.get(_POSITIONS)
     embedder = model.cond_stage_model
     if theirs is None or theirs.dim() != 2 or not isinstance(embedder, FrozenCLIPEmbedder):
