@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from ldm.job import MODEL_ENDINGS
 from ldm.util import read_side_file
 
 _WRAPPERS = ("state_dict", "model")
+_WRAPPING_MODULES = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 _MAX_NESTING = 3
 _MAX_NAMED = 5  # files in a message
 _DESCRIPTIONS = ("hyper_parameters", "metadata", "__metadata__")  # mappings beside the state dict
@@ -60,7 +62,7 @@ def read_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Checkpoi
     """
     with reading(path):
         tree, kind, metadata = _read_tree(path, mmap)
-        state_dict = _find_state_dict(tree)
+        state_dict = _unwrapped(_find_state_dict(tree))
         _check_tensors(state_dict)
         return Checkpoint(Path(path), kind, state_dict, metadata)
 
@@ -144,6 +146,18 @@ def _find_state_dict(tree: Any) -> dict[str, torch.Tensor]:
             f"holds no state dict: {str(stray)[:60]!r} is no tensor; it has {found}{looks_like(tree)}"
         )
     return tree
+
+
+def _unwrapped(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict without the names that DataParallel and torch.compile put into the keys."""
+    keys = {key: _WRAPPING_MODULES.sub("", key) for key in state_dict}
+    if all(key == plain for key, plain in keys.items()):
+        return state_dict
+    plain = {keys[key]: tensor for key, tensor in state_dict.items()}
+    if len(plain) != len(state_dict):
+        twice = next(key for key, name in keys.items() if key != name and name in state_dict)
+        raise CheckpointError(f"has two tensors for {keys[twice][:200]!r}, one of them under {twice[:200]!r}")
+    return plain
 
 
 def _type_name(value: object) -> str:

@@ -102,6 +102,21 @@ def web_ui_text(tensor, name="inner"):
     return base64.b64encode(json.dumps(tree).encode()).decode()
 
 
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"clip_g": vectors(2, 1280)},
+        {"<cat>": {"clip_l": vectors(2, 768), "clip_g": vectors(2, 1280)}},
+        {"text_encoders_0": vectors(2, 768), "text_encoders_1": vectors(2, 1280)},
+        [{"<cat>": vectors(2, 768)}, {"<cat>": vectors(2, 1280)}],
+    ],
+)
+def test_embeddings_of_sdxl_are_refused_by_name(tmp_path, tree):
+    torch.save(tree, tmp_path / "x.bin")
+    with pytest.raises(CheckpointError, match=r"x\.bin: is an embedding for SDXL"):
+        read_embedding(tmp_path / "x.bin", 768, 75)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_an_image_may_hold_one(tmp_path, packed):
     two = vectors()

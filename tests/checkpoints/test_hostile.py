@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.formats.pickle_reader import read_pickle
 from ldm.checkpoints.reader import read_checkpoint, read_tree
 from tests.support.checkpoint_files import (
     StorageId,
@@ -527,6 +530,40 @@ def _equal_hashes(count: int) -> Iterator[bytes]:
     for n in range(1, count + 1):
         number = (n * (2**61 - 1)).to_bytes(10, "little")
         yield b"\x8a\x0a" + number + b"N"
+
+
+def _memo(indices: Iterable[int]) -> bytes:
+    """A pickle of a list of numbers, each put under its own index of the memo and then taken from it."""
+    indices = list(indices)
+    put = b"".join(
+        b"J" + n.to_bytes(4, "little") + b"r" + i.to_bytes(4, "little") for n, i in enumerate(indices)
+    )
+    get = b"".join(b"j" + i.to_bytes(4, "little") for i in indices)
+    return b"\x80\x02](" + put + get + b"e."
+
+
+def test_any_index_of_the_memo_holds_its_own_value() -> None:
+    """Against Python's own reader: the one in C has a table as long as the largest index."""
+    indices = [0, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]
+    data = _memo(indices)
+    expected = pickle._Unpickler(io.BytesIO(data)).load()  # type: ignore[attr-defined]
+    assert read_pickle(io.BytesIO(data)) == expected == [*range(8), *range(8)]
+    wrong = b"\x80\x02Nr\x00\x00\x00\x80j\xff\xff\xff\xff."
+    with pytest.raises(KeyError):
+        read_pickle(io.BytesIO(wrong))
+
+
+@pytest.mark.parametrize("step", [2**16, 2**12])
+def test_indices_of_the_memo_that_share_their_low_bits_cost_no_more_than_others(step: int) -> None:
+    """A table looks a number up by its low bits, and here they are all 0."""
+
+    def seconds(indices: range) -> float:
+        data = io.BytesIO(_memo(indices))
+        start = time.process_time()
+        read_pickle(data)
+        return time.process_time() - start
+
+    assert seconds(range(0, 40_000 * step, step)) < 3 * seconds(range(40_000)) + 0.1
 
 
 def test_bombs_are_refused_quickly_and_in_little_memory(tmp_path: Path) -> None:

@@ -590,7 +590,7 @@ def test_names_find_files(tmp_path):
     assert files("b/ink") == tmp_path / "all/b/ink.pt"
     assert files("own") == tmp_path / "all/own.ckpt"
     assert LoraFiles(["own.ckpt"], tmp_path / "all")("own") == tmp_path / "all/own.ckpt"
-    with pytest.raises(InputError, match="2 LoRA files named ink; say one of a/ink, b/ink"):
+    with pytest.raises(InputError, match="2 LoRA files named ink; use one of a/ink, b/ink"):
         files("ink")
     for name in ("none", "../given", str(tmp_path / "all/own.ckpt"), "", "film"):
         with pytest.raises(InputError, match="no LoRA named"):
@@ -612,7 +612,7 @@ def test_a_name_may_have_its_ending(tmp_path):
     assert files("ink.safetensors") == tmp_path / "all/a/ink.safetensors"
     assert files("given.bin") == tmp_path / "given.bin"
     assert files("oil.ckpt") == tmp_path / "all/b/oil.ckpt.pt", "a name without its ending comes first"
-    with pytest.raises(InputError, match=r"2 LoRA files named ink; say one of a/ink\.pt, a/ink\.safetensors"):
+    with pytest.raises(InputError, match=r"2 LoRA files named ink; use one of a/ink\.pt, a/ink\.safetensors"):
         files("ink")
     for name in ("ink.ckpt", "given.pt", "oil.pt"):
         with pytest.raises(InputError, match="no LoRA named"):
@@ -629,11 +629,35 @@ def test_a_name_may_be_that_of_the_trainings_output(save, tmp_path):
     files = LoraFiles([], tmp_path)
     assert files("ink_v2") == tmp_path / "a.safetensors"
     assert files("a") == tmp_path / "a.safetensors", "the file of that name comes first"
-    with pytest.raises(InputError, match="2 LoRA files named wash; say one of b, sub/c"):
+    with pytest.raises(InputError, match="2 LoRA files named wash; use one of b, sub/c"):
         files("wash")
     for name in ("", "old", "None"):
         with pytest.raises(InputError, match="no LoRA named"):
             files(name)
+
+
+def test_a_given_file_is_found_by_the_name_of_its_training(save, tmp_path):
+    tensors = low_rank("x", np.empty((4, 4)))
+    for name, trained in (
+        ("given", "ink"),
+        ("one", "wash"),
+        ("two", "wash"),
+        ("all/below", "ink"),
+        ("all/c", "c"),
+    ):
+        save(tensors, {"ss_output_name": trained}, f"{name}.safetensors")
+    files = LoraFiles([tmp_path / f"{name}.safetensors" for name in ("given", "one", "two", "gone")])
+    assert files("ink") == files("given") == tmp_path / "given.safetensors"
+    with pytest.raises(InputError, match="2 LoRA files named wash; use one of one, two"):
+        files("wash")
+    both = LoraFiles([tmp_path / "given.safetensors"], tmp_path / "all")
+    assert both("ink") == tmp_path / "given.safetensors", "what was given comes first"
+    assert both("below") == tmp_path / "all/below.safetensors" and both("c") == tmp_path / "all/c.safetensors"
+    save(tensors, None, "all/ink.safetensors")
+    folder = LoraFiles([tmp_path / "given.safetensors"], tmp_path / "all")
+    assert folder("ink") == tmp_path / "all/ink.safetensors", (
+        "a file's name comes before that of its training"
+    )
 
 
 def test_hash_is_the_web_uis(save, tmp_path):

@@ -112,6 +112,36 @@ def test_the_state_dict_is_found_at_its_usual_places(tmp_path: Path, wrap: Any) 
 
 
 @pytest.mark.parametrize(
+    "wrapped", ["module.{}", "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "module.module.{}"]
+)
+@pytest.mark.parametrize("key", ["model.diffusion_model.x", "cond_stage_model.module_of_mine.x", "betas"])
+def test_names_that_wrappers_put_before_keys_are_left_out(tmp_path: Path, wrapped: str, key: str) -> None:
+    torch.save({wrapped.format(key): torch.ones(3)}, tmp_path / "model.ckpt")
+    assert list(read_checkpoint(tmp_path / "model.ckpt").state_dict) == [key]
+
+
+def test_a_compiled_part_of_a_model_is_found(tmp_path: Path) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.nn.Linear(2, 2)
+            self.second = torch.nn.Linear(2, 2)
+
+    model = Model()
+    plain = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    model.first = torch.compile(model.first)  # type: ignore[assignment]
+    assert "first._orig_mod.weight" in model.state_dict()
+    torch.save(torch.nn.DataParallel(model).state_dict(), tmp_path / "model.ckpt")
+    assert_same(read_checkpoint(tmp_path / "model.ckpt").state_dict, plain)
+
+
+def test_one_key_with_and_without_a_wrapper_is_refused(tmp_path: Path) -> None:
+    torch.save({"module.x": torch.ones(3), "x": torch.ones(3)}, tmp_path / "model.ckpt")
+    with pytest.raises(CheckpointError, match=r"two tensors for 'x', one of them under 'module\.x'"):
+        read_checkpoint(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"state_dict": [torch.ones(1)]}, "found list in"),

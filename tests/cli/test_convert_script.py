@@ -16,6 +16,7 @@ from PIL import Image
 
 from ldm.checkpoints.formats import write
 from ldm.checkpoints.hashing import file_sha256
+from ldm.checkpoints.layouts.recognise import ema_key
 from ldm.checkpoints.reader import read_checkpoint
 from ldm.cli import options
 from ldm.cli.inputs import choose_model
@@ -62,6 +63,21 @@ def test_every_output_draws_the_same_picture(tmp_path: Path, folder: Path) -> No
     for name in ("a.safetensors", "a.ckpt"):
         assert convert.main([str(folder), str(tmp_path / name), "--config", CONFIG, "--quiet"]) == 0
         assert np.abs(generate(tmp_path, tmp_path / name)[0] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("how", ["averages only", "wrapped and nested"])
+def test_unusual_files_draw_the_same_image(tmp_path: Path, how: str) -> None:
+    """The bundled model, which is in half precision, as other trainers save it."""
+    state = {key: tensor.clone() for key, tensor in read_checkpoint(CKPT).state_dict.items()}
+    if how == "averages only":
+        tree: Any = {
+            ema_key(key) if key.startswith("model.") else key: tensor for key, tensor in state.items()
+        }
+        assert not any(key.startswith("model.") for key in tree)
+    else:
+        tree = {"state_dict": {"state_dict": {f"module._orig_mod.{key}": t for key, t in state.items()}}}
+    torch.save(tree, tmp_path / "other.ckpt")
+    assert (generate(tmp_path, tmp_path / "other.ckpt")[0] == generate(tmp_path, CKPT)[0]).all()
 
 
 def test_replaced_parts_are_recorded(tmp_path: Path, folder: Path) -> None:

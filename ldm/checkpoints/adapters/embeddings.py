@@ -22,6 +22,8 @@ from ldm.util import InputError, files_below, printable
 logger = logging.getLogger(__name__)
 
 _WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}
+_SDXL_WIDTHS = {768, 1280}  # of its two text encoders
+_FOR_SDXL = "is an embedding for SDXL, and this toolkit runs Stable Diffusion v1"
 _NO_NAMES = ("*", "emb_params", "clip_l")  # what programs write where a name could stand
 
 
@@ -62,19 +64,27 @@ def _find(tree: Any, path: Path) -> tuple[list[Tensor], list[str]]:
     """The vectors in a file, each tensor [n, width], and the names that stand beside them."""
     if isinstance(tree, list):
         parts = [_find(entry, path) for entry in tree]
+        if {tensor.shape[-1] for tensors, _ in parts for tensor in tensors} == _SDXL_WIDTHS:
+            raise _error(path, _FOR_SDXL)
         return [t for tensors, _ in parts for t in tensors], [name for _, names in parts for name in names]
     if not isinstance(tree, dict):
         raise _error(path, "is no embedding: it holds neither names nor vectors")
-    if "clip_g" in tree:
-        raise _error(path, "is an embedding for SDXL, and this toolkit runs Stable Diffusion v1")
     inner = tree.get("string_to_param")
     terms = _vectors(inner if isinstance(inner, dict) else tree)
+    if _is_for_sdxl(tree, terms):
+        raise _error(path, _FOR_SDXL)
     if len(terms) != 1:
         said = ", ".join(printable(str(term)[:60]) for term in list(terms)[:5]) or "none"
         raise _error(path, f"must hold the vectors of one word; found {len(terms)}: {said}")
     own = tree.get("name") if isinstance(inner, dict) else None
     names = [str(name) for name in (own, *terms) if name is not None and name not in _NO_NAMES]
     return list(terms.values()), names
+
+
+def _is_for_sdxl(tree: Mapping[Any, Any], terms: Mapping[Any, Tensor]) -> bool:
+    """Whether there are vectors for the second text encoder of SDXL, by its name or by their widths."""
+    named = any("clip_g" in entry for entry in (tree, *tree.values()) if isinstance(entry, dict))
+    return named or {vectors.shape[-1] for vectors in terms.values()} == _SDXL_WIDTHS
 
 
 def _vectors(entries: Mapping[Any, Any]) -> dict[Any, Tensor]:

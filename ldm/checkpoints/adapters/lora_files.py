@@ -41,9 +41,9 @@ class LoraFiles:
     """Finds files by the names that prompts call them by: `files` that were given, then those below `folder`.
 
     A name is a file's name without its ending, or else with it, or else the name of the training's output that
-    kohya's scripts note in the file, as in AUTOMATIC1111's web UI. A given file that is not there may lie below the
-    folder, and below the folder the folders that a file lies in may stand before its name (`styles/ink`), which
-    tells equal names apart. No name leads to another file.
+    kohya's scripts note in the file (that of a given file first), as in AUTOMATIC1111's web UI. A given file that is
+    not there may be below the folder. Below the folder, a name may begin with the folders that the file is in
+    (`styles/ink`), which distinguishes equal names. No name leads to another file.
     """
 
     def __init__(self, files: Sequence[str | Path] = (), folder: str | Path | None = None):
@@ -62,6 +62,10 @@ class LoraFiles:
         found = self._below.get(name) or self._with_endings.get(name) or []
         if given is not None and (given.exists() or not found):
             return lora_file(given)
+        if not found and (trained := self._given_trained_as.get(name)):
+            if len(trained) > 1:
+                raise _several(name, [lora_name(path.name) for path in trained])
+            return lora_file(trained[0])
         found = found or self._trained_as.get(name, [])
         if len(found) == 1:
             return found[0]
@@ -71,8 +75,7 @@ class LoraFiles:
         names = list(map(self._long_name, found))
         if len(set(names)) < len(names):
             names = list(map(self._path_below, found))
-        choice = ", ".join(map(printable, names[:_NAMED]))
-        raise InputError(f"there are {len(found)} LoRA files named {printable(name)}; say one of {choice}")
+        raise _several(name, names)
 
     @cached_property
     def _below(self) -> dict[str, list[Path]]:
@@ -86,6 +89,11 @@ class LoraFiles:
     @cached_property
     def _trained_as(self) -> dict[str, list[Path]]:
         return _by_name((file, {output_name(file)} - {""}) for file in self._files)
+
+    @cached_property
+    def _given_trained_as(self) -> dict[str, list[Path]]:
+        there = [path for path in self._given.values() if path.exists()]
+        return _by_name((path, {output_name(lora_file(path))} - {""}) for path in there)
 
     def _path_below(self, file: Path) -> str:
         assert self._folder is not None
@@ -101,6 +109,11 @@ def _by_name(named: Iterable[tuple[Path, set[str]]]) -> dict[str, list[Path]]:
         for name in names:
             by_name.setdefault(name, []).append(file)
     return by_name
+
+
+def _several(name: str, names: Sequence[str]) -> InputError:
+    choice = ", ".join(map(printable, names[:_NAMED]))
+    return InputError(f"there are {len(names)} LoRA files named {printable(name)}; use one of {choice}")
 
 
 def output_name(path: Path) -> str:
