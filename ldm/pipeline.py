@@ -41,6 +41,7 @@ from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.schedule import check_sampling, steps_to_run
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.places import find
 from ldm.prompts.conditioning import count_chunks, encode_weighted
 from ldm.runtime.device import FULL, Precision, resolve_device, resolve_precision, widened
 from ldm.runtime.fast import halved, prepare
@@ -53,7 +54,7 @@ from ldm.runtime.tiling import (
 )
 from ldm.safety.load import find_safety_model, load_safety_model
 from ldm.safety.screen import Screen
-from ldm.util import InputError, find
+from ldm.util import InputError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -32,15 +32,6 @@ class InputError(ValueError):
     """
 
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def find(path: str | Path) -> Path:
-    """`path` as it is, or below the toolkit's own folder if it lies there and nowhere else."""
-    own = ROOT / path
-    return own if os.path.lexists(own) and not os.path.lexists(path) else Path(path)
-
-
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 _NO_MEMORY = (
     "can't allocate memory",
@@ -59,12 +50,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def printable(text: object) -> str:
     """`text` with every character that could drive a terminal (controls, bidi marks, surrogates) escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def cache_path(name: str) -> Path:
-    """Where what can be made again is kept between runs: this toolkit's file or folder `name` in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")  # a relative one counts as none, as XDG's own standard says
-    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "ldm-v1" / name
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

@@ -54,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
 def run(opt: argparse.Namespace) -> int:
     from ldm.checkpoints.convert import check_output, convert, layout_for
     from ldm.cli.inputs import check_there, choose_model
-    from ldm.util import find, printable
+    from ldm.places import find
+    from ldm.util import printable
 
     check_there(find(opt.ckpt), "give another model as IN")
     to = opt.to or layout_for(opt.out)

@@ -16,8 +16,9 @@ from ldm import cli  # this toolkit's own, whatever else is installed
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
 from ldm.cli.inputs import check_there, need
 from ldm.fields import SETTINGS, count_up
+from ldm.places import find
 from ldm.prompts.lines import MAX_COUNT
-from ldm.util import InputError, find, printable
+from ldm.util import InputError, printable
 
 sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
 

@@ -67,7 +67,8 @@ def own_config(kind: ModelKind, path: Path) -> str | None:
 def run(opt: argparse.Namespace) -> int:
     from ldm.checkpoints.inspect import inspect_path, lines
     from ldm.config import read_config
-    from ldm.util import InputError, find
+    from ldm.places import find
+    from ldm.util import InputError
 
     logger = logging.getLogger("ldm")
 

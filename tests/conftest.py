@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 # two test processes on two cores spin against each other otherwise
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+os.environ["XDG_DATA_HOME"] = os.devnull  # a developer's own weights change no test
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ from tests.support.paths import ROOT
 
 FILES = sorted((ROOT / "ldm").rglob("*.py"))
 RANKS = [
-    {"util", "job", "lr_scheduler"},
+    {"util", "places", "job", "lr_scheduler"},
     {"fields"},
     {"config"},
     {"modules"},

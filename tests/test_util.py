@@ -3,13 +3,11 @@
 import errno
 import os
 import re
-from pathlib import Path
 
 import pytest
 
 from ldm.util import (
     InputError,
-    cache_path,
     default,
     exists,
     files_below,
@@ -132,14 +130,6 @@ def test_only_the_dead_parts_of_the_same_file_are_removed(tmp_path):
             assert living.exists()
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {".b.ckpt.0123abcd.part", ".a.ckpt.part", ".a.ckpt.89abcdef.part"}
-
-
-def test_a_relative_cache_folder_counts_as_none(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert cache_path("x") == tmp_path / ".cache/ldm-v1/x"
-    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert cache_path("x") == Path("/elsewhere/ldm-v1/x")
 
 
 def test_a_folder_that_cannot_be_listed_is_named(monkeypatch, tmp_path):

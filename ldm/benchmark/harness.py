@@ -27,8 +27,9 @@ from ldm.benchmark.worker import Setting
 from ldm.checkpoints.configs import V1_CONFIG
 from ldm.cli.inputs import need
 from ldm.fields import SETTINGS, shown
+from ldm.places import ROOT, cache_path, find
 from ldm.runtime.allocator import SWITCH
-from ldm.util import ROOT, InputError, cache_path, find, printable
+from ldm.util import InputError, printable
 
 logger = logging.getLogger("ldm")
 

@@ -16,7 +16,8 @@ from ldm.cli.kept import KeptModel
 from ldm.cli.manifest import Content, Page, RunFile, TileSides, describe, find_run, join_run, open_run
 from ldm.cli.plan import Plan
 from ldm.job import Init
-from ldm.util import InputError, files_below, find, printable, read_side_file
+from ldm.places import find
+from ldm.util import InputError, files_below, printable, read_side_file
 
 if TYPE_CHECKING:
     from ldm.checkpoints.adapters.lora_files import LoraFiles

@@ -30,8 +30,9 @@ from ldm.cli.effects import warn_of_options_without_effect
 from ldm.cli.options import INPAINTING_CKPT, LAION_CKPT, V1_CKPT
 from ldm.fields import OWN_NAMES, SETTINGS
 from ldm.job import MODEL_ENDINGS, Init, Job, Sampler
+from ldm.places import find
 from ldm.prompts.lines import MAX_COUNT
-from ldm.util import InputError, find, printable, read_side_file
+from ldm.util import InputError, printable, read_side_file
 
 if TYPE_CHECKING:
     from ldm.checkpoints.adapters.lora_files import LoraFiles

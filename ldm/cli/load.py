@@ -15,7 +15,7 @@ from ldm.cli.claim import Source, files_by_part
 from ldm.cli.locate import model_name
 from ldm.cli.plan import Plan
 from ldm.job import Job, lora_name
-from ldm.util import cache_path
+from ldm.places import cache_path
 
 if TYPE_CHECKING:
     import torch

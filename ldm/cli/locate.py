@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.job import EMBEDDING_ENDINGS, MODEL_ENDINGS, lora_name
-from ldm.util import ROOT, InputError, files_below, printable
+from ldm.places import candidates
+from ldm.util import InputError, files_below, printable
 
 if TYPE_CHECKING:
     from ldm.metadata.read import Recipe
@@ -113,7 +114,7 @@ def model_name(path: Path) -> str:
 
 def _checkpoints() -> Iterator[tuple[str, Path]]:
     """The checkpoints in models/ldm and in its folders, with their names."""
-    for place in dict.fromkeys(folder.resolve() for folder in (_CHECKPOINTS, ROOT / _CHECKPOINTS)):
+    for place in dict.fromkeys(folder.resolve() for folder in candidates(_CHECKPOINTS)):
         for path in sorted([*place.glob("*"), *place.glob("*/*")]):
             of_diffusers = (path / "model_index.json").is_file()
             if of_diffusers or (path.name.endswith(MODEL_ENDINGS) and path.is_file()):
@@ -122,7 +123,8 @@ def _checkpoints() -> Iterator[tuple[str, Path]]:
 
 def _config(stem: str) -> Path | None:
     """The published config of this name."""
-    return next((path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.stem == stem), None)
+    own = [path for folder in candidates("configs")[1:] for path in sorted(folder.rglob("*.yaml"))]
+    return next((path for path in own if path.stem == stem), None)
 
 
 def _check_parts(recipe: Recipe, given: Mapping[str, object], located: Located) -> None:

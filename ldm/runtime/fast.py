@@ -27,8 +27,8 @@ from ldm.modules.attention import (
 )
 from ldm.modules.diffusionmodules import model as autoencoder
 from ldm.modules.diffusionmodules import openaimodel as unet
+from ldm.places import cache_path
 from ldm.runtime import kernels
-from ldm.util import cache_path
 
 Forget = Callable[[Tensor], object]
 Made = TypeVar("Made")

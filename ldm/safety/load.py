@@ -12,8 +12,9 @@ import torch
 from ldm.checkpoints.formats.detect import CheckpointError, open_regular, reading, sniff
 from ldm.checkpoints.load import load_into, undrawn
 from ldm.checkpoints.reader import read_checkpoint, read_json
+from ldm.places import find
 from ldm.safety.network import SafetyChecker
-from ldm.util import find, printable
+from ldm.util import printable
 
 OWN_FOLDER = "models/safety_checker"
 _HUB_FOLDER = "models--CompVis--stable-diffusion-safety-checker"

@@ -30,6 +30,7 @@ from ldm.data.scenes import scene_at
 from ldm.data.vocabulary import train_vocabulary
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.places import find
 from ldm.training.autoencoder import AutoencoderTraining, crop_batches, latent_scale, start_sharp, to_pixels
 from ldm.training.diffusion import DiffusionTraining, encode_latents, noise_batches
 from ldm.training.export import export, save_atomically
@@ -45,7 +46,7 @@ from ldm.training.runs import (
     make_trainer,
 )
 from ldm.training.text import TextTraining, caption_batches
-from ldm.util import InputError, find, instantiate_from_config, printable
+from ldm.util import InputError, instantiate_from_config, printable
 
 logger = logging.getLogger(__name__)
 

@@ -116,7 +116,7 @@ def test_a_picture_as_a_start(draw, files, tmp_path):
 
 def test_a_missing_vocabulary_is_one_line_before_the_model_is_read(draw, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bert, "OWN_VOCABULARY", "models/ldm/text2img-large/vocab.txt")
-    monkeypatch.setattr("ldm.util.ROOT", tmp_path)
+    monkeypatch.setattr("ldm.places.ROOT", tmp_path)
     monkeypatch.setattr("ldm.pipeline.load_model", lambda *_, **__: pytest.fail("the model was read"))
     assert draw("--laion400m") == (2, [])
     (line,) = capsys.readouterr().err.splitlines()

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import ldm.cli.locate
+import ldm.places
 import scripts.inpaint
 import scripts.replay
 from ldm.cli.locate import Located, locate, model_name
@@ -191,7 +191,7 @@ def test_what_the_user_names_is_not_looked_for() -> None:
 @pytest.fixture
 def only_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No checkpoint lies below the toolkit's own folder."""
-    monkeypatch.setattr(ldm.cli.locate, "ROOT", tmp_path / "elsewhere")
+    monkeypatch.setattr(ldm.places, "ROOT", tmp_path / "elsewhere")
 
 
 def made_with(model: str, digest: str = "") -> Recipe:
@@ -285,7 +285,7 @@ def test_another_model_is_told_once(
     model: str, given: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By name, the usual one, and one that is given."""
-    Path("mine.ckpt").symlink_to(ldm.cli.locate.ROOT / "models/ldm/shapes/model.ckpt")
+    Path("mine.ckpt").symlink_to(ldm.places.ROOT / "models/ldm/shapes/model.ckpt")
     job = Job("a cube", width=64, height=64, steps=1)
     recipe = Recipe(job, "ldm", model, WRONG, {"Config": "shapes-inference"})
     code, lines = replayed(capsys, picture("a.png", recipe), *given)

@@ -20,7 +20,8 @@ from ldm.job import Job, lora_tag, split_loras
 from ldm.metadata.infotext import infotext, job_from_infotext, parse_infotext
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.pipeline import Pipeline, load_model
-from ldm.util import ROOT, InputError
+from ldm.places import ROOT
+from ldm.util import InputError
 from tests.support.golden_data import figure, relative_error
 
 safetensors = pytest.importorskip("safetensors.torch")

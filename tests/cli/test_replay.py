@@ -46,7 +46,8 @@ from ldm.images.writer import encode_png
 from ldm.job import Init, Job
 from ldm.metadata.read import Recipe, read_job
 from ldm.metadata.record import record
-from ldm.util import ROOT, InputError
+from ldm.places import ROOT
+from ldm.util import InputError
 from tests.support.metadata import HOSTILE
 
 PARSERS = {

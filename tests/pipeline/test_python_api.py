@@ -14,8 +14,9 @@ from ldm.images.canvas import open_canvas
 from ldm.job import Init, Job, MemoryImage
 from ldm.metadata.infotext import infotext, job_from_infotext
 from ldm.pipeline import Pipeline, load_model
+from ldm.places import ROOT
 from ldm.safety.screen import Screen
-from ldm.util import ROOT, InputError
+from ldm.util import InputError
 from tests.support.golden_data import tiny_model
 
 JOB = Job("a red cube", width=64, height=64, steps=3, seed=11)

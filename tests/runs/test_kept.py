@@ -20,7 +20,7 @@ from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
 from ldm.cli import run
 from ldm.cli.kept import KeptModel
 from ldm.data.scenes import image_at
-from ldm.util import ROOT
+from ldm.places import ROOT
 
 FAST = ["--ddim_steps", "2", "--device", "cpu", "--quiet", "--skip_grid", "--n_samples", "1", "--n_iter", "1"]
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from ldm.places import ROOT
 from ldm.runtime.allocator import SWITCH, TUNABLES
-from ldm.util import ROOT
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 SCRIPT = """

@@ -192,7 +192,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("ldm.util.ROOT", tmp_path / "toolkit")
+    monkeypatch.setattr("ldm.places.ROOT", tmp_path / "toolkit")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "home"
 

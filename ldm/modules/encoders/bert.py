@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ldm.modules.attention import CrossAttention, FeedForward
 from ldm.modules.encoders.tokenizer import checked
-from ldm.util import InputError, find, printable, read_side_file
+from ldm.places import find
+from ldm.util import InputError, printable, read_side_file
 
 UNCASED = "bert-base-uncased"
 OWN_VOCABULARY = "models/ldm/text2img-large/vocab.txt"
