@@ -1,98 +1,14 @@
 #!/usr/bin/env python
-"""Says what model files are: kind, parts, precision, checksums, damage; runs nothing from them."""
+"""The command `ldm inspect`, run from this checkout."""
 
-from __future__ import annotations
-
-import argparse
-import json
-import logging
 import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ldm import cli  # this toolkit's own, whatever else is installed
-from ldm.checkpoints.configs import BUNDLED_CONFIG, INPAINTING_CONFIG, LAION_CONFIG, V1_CONFIG, config_for
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's ldm, whatever is installed
+from ldm.cli.commands.inspect import main, parser
 
-sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
-
-if TYPE_CHECKING:
-    from ldm.checkpoints.layouts.recognise import ModelKind
-
-EXAMPLES = (
-    "python scripts/inspect_model.py sd-v1-4.ckpt",
-    "python scripts/inspect_model.py --json --no_hash loras/*.safetensors",
-    "python scripts/inspect_model.py models/ldm/shapes/model.ckpt --config configs/shapes/shapes-inference.yaml",
-)
-
-
-def parser() -> argparse.ArgumentParser:
-    options = cli.make_parser(__doc__ or "", "PATH [PATH ...] [options]", EXAMPLES)
-    options.add_argument("paths", metavar="PATH", nargs="+", help="model files, or folders of diffusers")
-    group = options.add_argument_group("inspection")
-    group.add_argument("--json", action="store_true", help="print one JSON object a file, each on its line")
-    group.add_argument(
-        "--no_hash", action="store_true", help="be quick: no checksums, no search for damage in the weights"
-    )
-    group.add_argument(
-        "--config",
-        metavar="FILE",
-        help="compare the keys with this config's model (default: the published one of the same kind)",
-    )
-    group.add_argument(
-        "--allow_targets",
-        metavar="PACKAGE",
-        action="append",
-        default=[],
-        help="let the config use classes of this package, which runs its code",
-    )
-    cli.add_report_options(options)
-    return options
-
-
-def own_config(kind: ModelKind, path: Path) -> str | None:
-    """This toolkit's config of a whole model at `path`, of a kind that it runs; its bundled model is of no family."""
-    from ldm.checkpoints.layouts.recognise import INPAINTING, LAION, V1
-    from ldm.checkpoints.reader import read_model
-
-    if (kind.part, kind.family) == ("model", ""):
-        return BUNDLED_CONFIG if config_for(read_model(path).state_dict) == BUNDLED_CONFIG else None
-
-    configs = {(V1, ""): V1_CONFIG, (V1, INPAINTING): INPAINTING_CONFIG, (LAION, ""): LAION_CONFIG}
-    return configs.get((kind.family, kind.variant)) if kind.part == "model" else None
-
-
-def run(opt: argparse.Namespace) -> int:
-    from ldm.checkpoints.inspect import inspect_path, lines
-    from ldm.config import read_config
-    from ldm.places import find
-    from ldm.util import InputError
-
-    logger = logging.getLogger("ldm")
-
-    def config_of(path: Path, kind: ModelKind) -> dict[str, Any] | None:
-        config = opt.config or own_config(kind, path)
-        return read_config(config, opt.allow_targets) if config else None
-
-    worst = 0
-    for path in opt.paths:
-        try:
-            found = inspect_path(find(path), not opt.no_hash, partial(config_of, find(path)), logger.info)
-        except InputError as error:
-            logger.error("error: %s", error)
-            worst = 2
-            continue
-        for one in found:
-            print(json.dumps(one.as_json()) if opt.json else "\n".join(lines(one)))
-            worst = max(worst, 0 if one.sound else 1)
-    return worst
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.main(parser(), run, argv)
-
+sys.path.pop(0)  # the rest is found through the package; the folder itself may be the user's
+__all__ = ["main", "parser"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,63 +1,14 @@
 #!/usr/bin/env python
-"""Regenerates images from what their files record, as they were or with other options.
+"""The command `ldm replay`, run from this checkout."""
 
-An option that sets how an image is made replaces what the file records.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ldm import cli  # this toolkit's own, whatever else is installed
-from ldm.cli.remake import add_replay_options, replay
-from ldm.cli.replay import as_changes
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's ldm, whatever is installed
+from ldm.cli.commands.replay import main, parser
 
-sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
-
-EXAMPLES = (
-    "python scripts/replay.py outputs/txt2img-samples/samples/00000.png --verify",
-    "python scripts/replay.py picture.png --show",
-    "python scripts/replay.py picture.png --steps 100 --upscale 2",
-)
-
-
-def _run_options() -> argparse.ArgumentParser:
-    """The options of all scripts that make images."""
-    options = cli.make_parser(__doc__ or "", "FILE [FILE ...] [options]", EXAMPLES)
-    cli.add_prompt_options(options, prompt="")
-    cli.add_image_options(options, strength=1.0, required=False)
-    cli.add_mask_options(options)
-    cli.add_sampling_options(options, scale=7.5)
-    cli.add_size_options(options, own="the image's own size")
-    cli.add_upscale_options(options)
-    cli.add_batch_options(options, n_iter=1, n_samples=1)
-    cli.add_output_options(options, outdir="")
-    cli.add_model_options(options)
-    return options
-
-
-def _with_reports(options: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    cli.add_telling_options(options)
-    cli.add_report_options(options)
-    return options
-
-
-def parser() -> argparse.ArgumentParser:
-    options = _run_options()
-    as_changes(options)
-    add_replay_options(options)
-    return _with_reports(options)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    usual = vars(_with_reports(_run_options()).parse_args([]))
-    return cli.main(parser(), partial(replay, usual=usual), argv)
-
+sys.path.pop(0)  # the rest is found through the package; the folder itself may be the user's
+__all__ = ["main", "parser"]
 
 if __name__ == "__main__":
     sys.exit(main())

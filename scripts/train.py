@@ -1,66 +1,14 @@
 #!/usr/bin/env python
-"""Trains the bundled model in stages: autoencoder, text, latents, diffusion, export; and its judge."""
+"""The command `ldm train`, run from this checkout."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ldm import cli  # this toolkit's own, whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's ldm, whatever is installed
+from ldm.cli.commands.train import main, parser
 
-sys.path.pop(0)  # its parts are found through it from here on; the folder itself may be the user's
-
-CONFIGS = {
-    "autoencoder": "autoencoder.yaml",
-    "text": "text.yaml",
-    "latents": "diffusion.yaml",
-    "diffusion": "diffusion.yaml",
-    "export": "diffusion.yaml",
-    "judge": "judge.yaml",
-}
-EXAMPLES = (
-    "python scripts/train.py autoencoder",
-    "python scripts/train.py diffusion training.batch_size=16 --max_time 00:02:00:00",
-    "python scripts/train.py text --resume --logdir logs/mine",
-)
-
-
-def parser() -> argparse.ArgumentParser:
-    options = cli.make_parser(__doc__ or "", "STAGE [SETTING=VALUE ...] [options]", EXAMPLES)
-    options.add_argument("stage", choices=tuple(CONFIGS), help="what is trained or written")
-    options.add_argument(
-        "settings", metavar="SETTING=VALUE", nargs="*", help="a change to the stage's config"
-    )
-    group = options.add_argument_group("training")
-    group.add_argument(
-        "--base", metavar="FILE", help="the stage's config (default: its one in configs/shapes)"
-    )
-    group.add_argument(
-        "--logdir", metavar="DIR", type=Path, default=Path("logs/shapes"), help="where results go"
-    )
-    group.add_argument("--resume", action="store_true", help="continue from the last state in --logdir")
-    group.add_argument("--max_time", metavar="DD:HH:MM:SS", help="stop after this long and save the state")
-    cli.add_report_options(options)
-    return options
-
-
-def run(opt: argparse.Namespace) -> int:
-    from ldm.training.stages import STAGES, Stage, read_config
-
-    config = read_config(Path(opt.base or f"configs/shapes/{CONFIGS[opt.stage]}"), opt.settings)
-    bar = sys.stderr.isatty() and not opt.quiet
-    stage = Stage(opt.stage, config, opt.logdir, opt.resume, opt.max_time, bar)
-    stage.check()
-    STAGES[opt.stage](stage)
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.main(parser(), run, argv)
-
+sys.path.pop(0)  # the rest is found through the package; the folder itself may be the user's
+__all__ = ["main", "parser"]
 
 if __name__ == "__main__":
     sys.exit(main())

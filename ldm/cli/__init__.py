@@ -1,4 +1,4 @@
-"""The command line: what every script shares."""
+"""The command line: what all commands share."""
 
 import sys
 
@@ -22,6 +22,7 @@ try:
         add_size_options,
         add_telling_options,
         add_upscale_options,
+        add_version_option,
         make_parser,
     )
     from ldm.cli.report import main
@@ -43,6 +44,7 @@ __all__ = [
     "add_size_options",
     "add_telling_options",
     "add_upscale_options",
+    "add_version_option",
     "main",
     "make_parser",
     "run",

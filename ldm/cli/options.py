@@ -497,8 +497,13 @@ def add_telling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
-    """What is said."""
+    """How much is logged."""
     group = parser.add_argument_group("report")
     group.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
     group.add_argument("--debug", action="store_true", help="show tracebacks and details")
-    group.add_argument("--version", action="version", version=f"ldm {__version__}", help="print the version")
+    add_version_option(group)
+
+
+def add_version_option(parser: argparse._ActionsContainer) -> None:
+    """Prints the version of this toolkit, and ends."""
+    parser.add_argument("--version", action="version", version=f"ldm {__version__}", help="print the version")

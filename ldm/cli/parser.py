@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -96,7 +97,11 @@ class Parser(argparse.ArgumentParser):
     """Takes every spelling of an option, and says in one line what is wrong with what was typed."""
 
     def __init__(self, description: str, usage: str, examples: Sequence[str]) -> None:
+        prog = os.path.basename(sys.argv[0])
+        if prog.startswith("ldm "):  # the command, not a script of a checkout
+            examples = [re.sub(r"^python scripts/\w+\.py", prog, example) for example in examples]
         super().__init__(
+            prog=prog,
             description=description,
             usage=f"%(prog)s {usage}",
             epilog="\n  ".join(["examples:", *examples]) if examples else None,

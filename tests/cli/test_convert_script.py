@@ -19,9 +19,10 @@ from ldm.checkpoints.hashing import file_sha256
 from ldm.checkpoints.layouts.recognise import ema_key
 from ldm.checkpoints.reader import read_checkpoint
 from ldm.cli import options
+from ldm.cli.commands import convert
 from ldm.cli.inputs import choose_model
 from ldm.metadata.infotext import parse_infotext
-from scripts import convert, txt2img
+from scripts import txt2img
 from tests.support.paths import ROOT
 
 CONFIG = str(ROOT / "configs/shapes/shapes-inference.yaml")

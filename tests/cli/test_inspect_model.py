@@ -11,7 +11,8 @@ import torch
 
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG, INPAINTING_CONFIG, LAION_CONFIG, V1_CONFIG
 from ldm.checkpoints.layouts.recognise import kind_of
-from scripts import convert, inspect_model
+from ldm.cli.commands import convert
+from ldm.cli.commands import inspect as inspect_model
 from tests.support.checkpoint_files import call, text, write_zip
 from tests.support.golden_data import keys
 from tests.support.paths import ROOT

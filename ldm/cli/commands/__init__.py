@@ -1,0 +1,65 @@
+"""The command `ldm`: one subcommand for each thing that can be done, each in a file of its own.
+
+The files in `scripts` run the same subcommands from a checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from ldm import cli
+
+
+class Command(NamedTuple):
+    """A subcommand: the module below this package and the function in it that runs it, and what it does."""
+
+    module: str
+    function: str
+    summary: str
+
+
+COMMANDS = {
+    "txt2img": Command("generate", "txt2img", "generate images from text"),
+    "img2img": Command("generate", "img2img", "generate images from images and text"),
+    "inpaint": Command("generate", "inpaint", "repaint a part of an image, or extend it"),
+    "replay": Command("replay", "main", "regenerate images from what their files record"),
+    "convert": Command("convert", "main", "convert a model between layouts and precisions"),
+    "inspect": Command("inspect", "main", "report the kind, parts, precision and damage of model files"),
+    "benchmark": Command("benchmark", "main", "time every phase of generating images"),
+    "evaluate": Command("evaluate", "main", "measure how well the bundled model follows captions"),
+    "train": Command("train", "main", "train the bundled model"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the subcommand that the first argument names, with the rest: its exit code.
+
+    Without `argv` the process's own command line is used; only then a subcommand may start the process again.
+    """
+    typed = sys.argv[1:] if argv is None else argv
+    if not typed or typed[0] not in COMMANDS:
+        return cli.main(parser(), lambda _: 0, typed[:1] or ["--help"])  # prints help, the version or a fault
+    command = COMMANDS[typed[0]]
+    if argv is None:
+        sys.argv = [f"ldm {typed[0]}", *typed[1:]]  # what the subcommand calls itself, and its arguments
+    try:
+        run = getattr(import_module(f"{__name__}.{command.module}"), command.function)
+    except KeyboardInterrupt:  # before anything has begun
+        return 130
+    return run(None if argv is None else typed[1:])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the first argument; its help lists the subcommands."""
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
+    description = f"A toolkit for Stable Diffusion v1.\n\ncommands:\n{listed}"
+    options = cli.make_parser(description, "COMMAND [options]", ("ldm txt2img --help",))
+    options.prog = "ldm"
+    options.add_argument("command", metavar="COMMAND", choices=tuple(COMMANDS), help=argparse.SUPPRESS)
+    cli.add_version_option(options)
+    return options

@@ -1,0 +1,103 @@
+"""The bundled model measured: it generates captioned scenes, and an independent network reads them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ldm.config import read_config
+from ldm.data.captions import UNORDERED, caption, plain_caption
+from ldm.data.scenes import scene_at
+from ldm.fields import count_up
+from ldm.job import Job, Sampler
+from ldm.pipeline import Pipeline, load_model
+from ldm.places import find
+from ldm.runtime.device import resolve_device, resolve_precision
+from ldm.training.quality import judge, load_reader, score
+
+logger = logging.getLogger("ldm")
+
+Shares = dict[str, float]  # of each thing that is judged, 0 to 1
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Which model is measured, on how many images, and how they are sampled.
+
+    `seed` is that of the first image and of the captions; half of the `count` images, `batch` at a time, are of
+    pairs of solids that training held out. With `plain`, captions are canonical instead of free wordings.
+    """
+
+    config: str
+    ckpt: str
+    judge: str
+    device: str
+    sampler: Sampler
+    steps: int
+    scale: float
+    seed: int
+    size: int
+    count: int
+    batch: int
+    plain: bool
+
+
+def evaluate(chosen: Measurement) -> tuple[np.ndarray, dict[str, tuple[int, Shares]]]:
+    """The images, uint8 [count, size, size, 3], and for each kind of scene how many there are and the shares right.
+
+    The kinds are "fresh" and "heldout". An image that cannot be made counts as a black one.
+    """
+    device, reader = resolve_device(chosen.device), load_reader(find(chosen.judge))
+    model = load_model(read_config(chosen.config), find(chosen.ckpt), device)
+    half = chosen.count // 2
+    splits = ["fresh"] * (chosen.count - half) + ["heldout"] * half
+    scenes = [scene_at(i, split) for i, split in enumerate(splits)]
+    rng = np.random.default_rng(chosen.seed)
+    prompts = [plain_caption(scene) if chosen.plain else caption(scene, rng) for scene in scenes]
+    pipeline = Pipeline(model, resolve_precision("autocast", device))
+    images = _generate(pipeline, chosen, prompts)
+    free = [re.search(rf"\b({'|'.join(UNORDERED)})\b", prompt) is not None for prompt in prompts]
+    marks = [
+        score(verdict, scene, ordered=not any_order)
+        for verdict, scene, any_order in zip(judge(reader, images), scenes, free, strict=True)
+    ]
+    return images, {
+        split: _shares([mark for mark, of in zip(marks, splits, strict=True) if of == split])
+        for split in ("fresh", "heldout")
+    }
+
+
+def _generate(pipeline: Pipeline, chosen: Measurement, prompts: Sequence[str]) -> np.ndarray:
+    jobs = [
+        Job(prompt, seed=count_up(chosen.seed, i, "philox"), width=chosen.size, height=chosen.size,
+            steps=chosen.steps, sampler=chosen.sampler, scale=chosen.scale, rng="philox")
+        for i, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    blank = np.zeros((chosen.size, chosen.size, 3), np.uint8)
+    images: list[np.ndarray] = []
+    for batch in _chunks(jobs, chosen.batch):
+        images += [blank if made.pixels is None else made.pixels for made in pipeline.make(batch)]
+        logger.info("%d of %d images drawn", len(images), len(jobs))
+    return np.stack(images)
+
+
+def _shares(marks: Sequence[dict[str, bool]]) -> tuple[int, Shares]:
+    return len(marks), {name: sum(mark[name] for mark in marks) / len(marks) for name in marks[0]}
+
+
+def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    """The items in runs of at most `size`."""
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def save_sheet(images: np.ndarray, path: Path, columns: int = 8) -> None:
+    """Writes the images in rows of `columns`, in their order; an incomplete last row is left out."""
+    columns = min(columns, len(images))
+    rows = [np.concatenate(row, axis=1) for row in _chunks(list(images), columns) if len(row) == columns]
+    Image.fromarray(np.concatenate(rows)).save(path)
