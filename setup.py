@@ -9,6 +9,13 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
+# what a run needs of the folders beside the package: `ldm.places` finds it in the installed one
+MODEL_FILES = ("model.ckpt", "judge.pt", "vocab.json", "merges.txt", "words.txt", "README.md")
+ASSETS = {
+    "ldm.assets.configs": ("configs", ["*/*.yaml"]),
+    "ldm.assets.models": ("models", [f"ldm/shapes/{name}" for name in MODEL_FILES]),
+}
+
 setup(
     name="latent-diffusion-v1",
     version=VERSION,
@@ -34,8 +41,10 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    packages=find_packages(include=["ldm", "ldm.*"]),
-    package_data={"ldm": ["py.typed"]},
+    packages=[*find_packages(include=["ldm", "ldm.*"]), *ASSETS],
+    package_dir={package: folder for package, (folder, _) in ASSETS.items()},
+    package_data={"ldm": ["py.typed"], **{package: files for package, (_, files) in ASSETS.items()}},
+    entry_points={"console_scripts": ["ldm = ldm.cli.commands:main"]},
     install_requires=[
         "torch>=2.10,<2.14",
         "numpy>=1.26,<3",
@@ -70,6 +79,7 @@ setup(
             "sd-parsers>=0.5,<0.7",
             "ruff>=0.15,<0.18",
             "pyright>=1.1.400,<1.2",
+            "setuptools>=71,<90",  # a test builds the wheel
         ],
     },
 )
