@@ -73,6 +73,7 @@ setup(
         "devices": [],
         "test": [
             "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
             "diffusers>=0.36,<0.43",
             "safetensors>=0.5,<0.9",

@@ -2,14 +2,18 @@ import logging
 import os
 from collections.abc import Iterator
 
-# two test processes on two cores spin against each other otherwise
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+# several test processes on as many cores spin against each other otherwise
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 os.environ["XDG_DATA_HOME"] = os.devnull  # a developer's own weights change no test
 
 import pytest
 import torch
 
 from tests.support.golden_data import tiny_model as build_tiny_model
+from tests.support.models import SharedModels
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,6 +32,15 @@ def _own_messages() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+_MODELS = SharedModels()
+
+
+@pytest.fixture(autouse=True)
+def _shared_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process load the model of an earlier run once; the script would load it each time."""
+    monkeypatch.setattr("ldm.cli.kept.KeptModel.get", _MODELS.get)
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,12 @@ def assert_equal(found: Any, expected: Any, seen: dict[int, int]) -> None:
 @pytest.mark.parametrize("mmap", [True, False])
 @pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize(
-    ("first", "count"), [(0, 150), pytest.param(10_000, 5_000, marks=pytest.mark.slow)], ids=["some", "many"]
+    ("first", "count"),
+    [
+        (0, 40),
+        pytest.param(1000, 150, marks=pytest.mark.fuzz),
+        pytest.param(10_000, 5_000, marks=[pytest.mark.fuzz, pytest.mark.slow]),
+    ],
 )
 def test_what_torch_saved_is_read_as_torch_reads_it(
     tmp_path: Path, zip_format: bool, mmap: bool, first: int, count: int
@@ -114,10 +119,13 @@ def test_what_torch_saved_is_read_as_torch_reads_it(
     assert tensors > count, "most files hold tensors"
 
 
+@pytest.mark.parametrize("count", [25, pytest.param(100, marks=pytest.mark.fuzz)])
 @pytest.mark.parametrize("mmap", [True, False])
-def test_what_the_safetensors_library_saved_is_read_as_it_reads_it(tmp_path: Path, mmap: bool) -> None:
+def test_what_the_safetensors_library_saved_is_read_as_it_reads_it(
+    tmp_path: Path, mmap: bool, count: int
+) -> None:
     path = tmp_path / "m.safetensors"
-    for seed in range(100):
+    for seed in range(count):
         rng = random.Random(seed)
         saved = {f"{i}é": some_storage(rng, WITH_FLOAT8) for i in range(rng.randrange(1, 6))}
         path.unlink(missing_ok=True)

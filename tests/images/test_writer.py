@@ -330,6 +330,7 @@ def wait_for_image(folder: Path, shade: int) -> None:
     raise AssertionError("the writer has written no image in a minute")
 
 
+@pytest.mark.kill
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_a_killed_run_leaves_whole_pictures_only(tmp_path: Path) -> None:
     for attempt in range(3):

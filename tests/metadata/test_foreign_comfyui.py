@@ -686,11 +686,12 @@ ODD = [
 ]  # fmt: skip
 
 
-def test_any_value_of_a_graph_may_be_of_a_wrong_type() -> None:
+@pytest.mark.parametrize("count", [150, pytest.param(1500, marks=pytest.mark.fuzz)])
+def test_any_value_of_a_graph_may_be_of_a_wrong_type(count: int) -> None:
     draw = random.Random(0)
     starts = [nodes(HIRES), efficient(), custom(), advanced(start_at_step=2, latent_image=["70", 0])]
     read_at_all = 0
-    for _ in range(1500):
+    for _ in range(count):
         graph = copy.deepcopy(draw.choice(starts))
         for _ in range(draw.randint(1, 5)):
             node = draw.choice([node for node in graph.values() if isinstance(node.get("inputs"), dict)])
@@ -706,4 +707,4 @@ def test_any_value_of_a_graph_may_be_of_a_wrong_type() -> None:
         read_at_all += 1
         assert read_record(record(recipe.job, {})).job == recipe.job
         assert all(note.isprintable() for note in recipe.notes)
-    assert read_at_all > 500
+    assert read_at_all > count / 3

@@ -43,6 +43,11 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
     return make
 
 
+@pytest.fixture(autouse=True)
+def _shared_models() -> None:
+    """Runs of these tests load their models as they do outside of tests."""
+
+
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
     """Every model that is loaded from now on; while one is loaded there may be no other."""

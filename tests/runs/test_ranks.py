@@ -132,11 +132,13 @@ def kills(group, whole, folder, wanted, seed):
     return ended
 
 
+@pytest.mark.kill
 def test_processes_killed_at_any_moment_harm_nothing(group, whole, tmp_path):
     kills(group, whole, tmp_path, 5, seed=3)
 
 
 @pytest.mark.slow
+@pytest.mark.kill
 def test_many_processes_killed_at_any_moment_harm_nothing(group, whole, tmp_path):
     ended = kills(group, whole, tmp_path, 60, seed=4)
     print(f"60 processes killed, {ended} runs ended in between")
@@ -191,6 +193,7 @@ def test_devices_are_counted_and_standard_input_reaches_all(whole, tmp_path):
     assert all(errors.count(f"{folder}/samples/{i:05}.png, seed {42 + i}\n") == 1 for i in range(3))
 
 
+@pytest.mark.kill
 def test_ctrl_c_stops_all_behind_their_batches(tmp_path):
     folder = tmp_path / "out"
     run = typed("--outdir", str(folder), "--devices", "2", "--n_iter", "500", "--quiet")
@@ -204,6 +207,7 @@ def test_ctrl_c_stops_all_behind_their_batches(tmp_path):
     assert len(list(folder.glob("samples/*.png"))) % 2 == 0
 
 
+@pytest.mark.kill
 def test_processes_whose_starter_is_killed_stop_too(tmp_path):
     folder = tmp_path / "out"
     run = typed("--outdir", str(folder), "--devices", "2", "--n_iter", "500", "--quiet")

@@ -606,12 +606,14 @@ def kills(start, tmp_path, wanted, seed):
     return ended
 
 
+@pytest.mark.kill
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_killed_runs_end_as_unbroken_ones(fork_server, tmp_path):
     kills(fork_server, tmp_path, 6, seed=1)
 
 
 @pytest.mark.slow
+@pytest.mark.kill
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_many_killed_runs_end_as_unbroken_ones(fork_server, tmp_path):
     print(f"60 runs killed, {kills(fork_server, tmp_path, 60, seed=2)} ended in between")

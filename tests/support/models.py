@@ -1,0 +1,30 @@
+"""Models that stay in memory from one test to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ldm.pipeline
+from ldm.pipeline import Pipeline
+
+
+class SharedModels:
+    """Stands in for the `KeptModel` of a run: keeps the models of the last runs of all tests.
+
+    A test that replaces what loads a model gets neither another test's model nor leaves its own to others.
+    """
+
+    def __init__(self, count: int = 3) -> None:
+        self._count = count
+        self._kept: list[tuple[object, Pipeline]] = []
+
+    def get(self, key: object, load: Callable[[], Pipeline]) -> Pipeline:
+        """The pipeline of an earlier run with an equal key, else a new one."""
+        key = key, ldm.pipeline.load_model, ldm.pipeline.Pipeline
+        entry = next((entry for entry in self._kept if entry[0] == key), None)
+        if entry is None:
+            entry = key, load()
+        else:
+            self._kept.remove(entry)
+        self._kept = [entry, *self._kept[: self._count - 1]]
+        return entry[1]
