@@ -20,10 +20,11 @@ from ldm.checkpoints.adapters.lora import LoraStack
 from ldm.checkpoints.adapters.lora_files import lora_file
 from ldm.checkpoints.cache import cached_file, read_cached, write_cached
 from ldm.checkpoints.configs import BUNDLED_CKPT, config_for
+from ldm.checkpoints.formats.read import Checkpoint
 from ldm.checkpoints.formats.tensor_bytes import forget
 from ldm.checkpoints.hashing import file_sha256
 from ldm.checkpoints.load import Ema, build_model, check_fit, load_into, use_vocabulary
-from ldm.checkpoints.reader import Checkpoint, model_files, read_model
+from ldm.checkpoints.model_files import model_files, read_model
 from ldm.config import read_config
 from ldm.fields import check_fields, count_up
 from ldm.images.canvas import Canvas, open_canvas

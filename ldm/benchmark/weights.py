@@ -15,7 +15,7 @@ import torch
 
 from ldm.checkpoints.convert import convert
 from ldm.checkpoints.load import build_model
-from ldm.checkpoints.reader import read_model
+from ldm.checkpoints.model_files import read_model
 from ldm.images.writer import encode_png, publish
 from ldm.util import without_leftovers, written_whole
 

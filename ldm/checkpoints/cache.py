@@ -14,8 +14,8 @@ import torch
 
 from ldm import __version__
 from ldm.checkpoints.formats.detect import CheckpointError, reading
+from ldm.checkpoints.formats.read import Checkpoint, read_checkpoint
 from ldm.checkpoints.formats.write import write_safetensors
-from ldm.checkpoints.reader import Checkpoint, read_checkpoint
 from ldm.util import printable, without_leftovers, written_whole
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.diffusers_folder import write_folder
+from ldm.checkpoints.formats.read import Checkpoint
 from ldm.checkpoints.formats.safetensors_file import HASH_ENTRY
 from ldm.checkpoints.formats.write import types_for, write_safetensors, write_torch
 from ldm.checkpoints.layouts.names import PREFIXES
@@ -27,7 +28,6 @@ from ldm.checkpoints.load import (
     load_into,
     use_vocabulary,
 )
-from ldm.checkpoints.reader import Checkpoint
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import InputError, part_beside, printable, without_leftovers, written_whole

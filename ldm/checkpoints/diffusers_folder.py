@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.formats.write import types_for, write_safetensors
-from ldm.checkpoints.layouts.names import CLASSES, Component, component_configs, to_diffusers
+from ldm.checkpoints.layouts.names import CLASSES, Component, to_diffusers
 from ldm.checkpoints.layouts.recognise import INPAINTING_CHANNELS
-from ldm.checkpoints.reader import MODEL_INDEX
+from ldm.checkpoints.layouts.settings import component_configs
+from ldm.checkpoints.model_files import MODEL_INDEX
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import BEGIN, END

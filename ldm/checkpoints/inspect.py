@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,25 +13,20 @@ from typing import Any
 import torch
 
 from ldm.checkpoints.adapters.lora_files import lora_hash
-from ldm.checkpoints.embedding_image import is_png
 from ldm.checkpoints.formats.detect import CheckpointError, file_size, open_regular, reading, sniff
+from ldm.checkpoints.formats.embedding_image import is_png
 from ldm.checkpoints.formats.imports import imports_of
 from ldm.checkpoints.formats.pickle_reader import is_known
+from ldm.checkpoints.formats.read import find_damaged_records, find_not_finite, read_checkpoint, read_tree
 from ldm.checkpoints.formats.safetensors_file import HASH_ENTRY, read_header
 from ldm.checkpoints.formats.tensor_bytes import FileBytes
 from ldm.checkpoints.hashing import file_sha256
+from ldm.checkpoints.inspection_text import amount
 from ldm.checkpoints.layouts.prediction import config_beside, foreign_prediction
 from ldm.checkpoints.layouts.published import PUBLISHED
 from ldm.checkpoints.layouts.recognise import EMA_PREFIX, ModelKind, kind_of, tensors_in
 from ldm.checkpoints.load import build_model, check_fit, has_averages, load_into, only_averages
-from ldm.checkpoints.reader import (
-    find_damaged_records,
-    find_not_finite,
-    model_files,
-    read_checkpoint,
-    read_model,
-    read_tree,
-)
+from ldm.checkpoints.model_files import model_files, read_model
 from ldm.util import printable
 
 ConfigFor = Callable[[ModelKind], Mapping[str, Any] | None]
@@ -40,7 +35,6 @@ UNKNOWN = ModelKind("")
 _FOLDER = "diffusers folder"
 _LONGEST_VALUE = 300
 _MOST_ENTRIES = 100
-_SHOWN = 5
 
 _NOTED_HASHES = (HASH_ENTRY, "sshs_model_hash")  # of ModelSpec and of kohya's scripts
 _OLD_HASH_START, _OLD_HASH_BYTES = 0x100000, 0x10000
@@ -163,7 +157,7 @@ def _read(path: Path) -> _Content:
     """A state dict, or else tensors that lie elsewhere in the file: an embedding has them beside other values."""
     try:
         read = read_checkpoint(path)
-        return _Content(read.kind, read.state_dict, read.metadata)
+        return _Content(read.format, read.state_dict, read.metadata)
     except CheckpointError:
         tree = read_tree(path)
         values = dict(tensors_in(tree)) if isinstance(tree, Mapping) else {}
@@ -300,66 +294,3 @@ def _inspect_folder(path: Path, files: Sequence[Inspection], config_for: ConfigF
     if found.refused:
         return found
     return _compare(replace(found, prediction=read_model(path).prediction), path, config_for)
-
-
-# --- text ---------------------------------------------------------------------------------------------------------
-
-
-def amount(size: int) -> str:
-    """A number of bytes for people: "4.27 GB"."""
-    units = ["bytes", "kB", "MB", "GB", "TB"]
-    power = min((len(str(size)) - 1) // 3, len(units) - 1)
-    return f"{size / 1000**power:.3g} {units[power]}"
-
-
-def lines(found: Inspection) -> Iterator[str]:
-    """A report of one file, line by line."""
-    yield found.path
-    rows = [*_what(found), *_weights(found), *_safety(found), *found.hashes.items()]
-    # the word in front keeps a file from adding rows of its own to the report
-    rows += [(f"metadata {key}", value) for key, value in found.metadata.items() if key != "global_step"]
-    yield from (f"  {name:<16} {value}" for name, value in rows)
-
-
-def _what(found: Inspection) -> Iterator[tuple[str, str]]:
-    yield "kind", "not known: it was not read" if found.refused else found.kind.name
-    yield "format", f"{found.format or 'unknown'}, {found.size:,} bytes"
-    if found.refused:
-        yield "refused", found.refused
-    if found.published:
-        yield "published as", found.published
-
-
-def _weights(found: Inspection) -> Iterator[tuple[str, str]]:
-    if not found.tensors:
-        return
-    yield "weights", f"{sum(found.parameters.values()):,} in {found.tensors:,} tensors"
-    yield from ((f"  {part}", f"{count:,}") for part, count in found.parameters.items())
-    yield "precision", ", ".join(f"{name} ({count:,})" for name, count in found.precisions.items())
-    only = ", and no others of the U-Net: they are used" if found.only_ema else ""
-    yield "EMA weights", f"yes{only}" if found.ema else "no"
-    if found.global_step is not None:
-        yield "training steps", f"{found.global_step:,}"
-    if found.prediction:
-        yield "predicts", f"not the noise: trained for {found.prediction}"
-    if found.fits is not None:
-        yield "loads", "yes" if found.fits else f"no: {found.problem}"
-    if found.unexpected:
-        yield "unexpected keys", f"{len(found.unexpected)}: {_some(found.unexpected)}"
-
-
-def _safety(found: Inspection) -> Iterator[tuple[str, str]]:
-    if found.checked:
-        yield "damage", f"{len(found.damaged)}: {_some(found.damaged)}" if found.damaged else "none found"
-    if found.noted_hash_fits is not None:
-        differs = "not that of the weights: they were damaged, or changed by a tool that kept it"
-        yield "noted SHA-256", "that of the weights" if found.noted_hash_fits else differs
-    if found.imports:
-        others = (
-            f", {len(found.foreign)} of them not allowed: {_some(found.foreign)}" if found.foreign else ""
-        )
-        yield "asks to import", f"{len(found.imports)} names{others or ', all known'}; none was imported"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from ldm.checkpoints.formats.detect import CheckpointError, reading
+from ldm.checkpoints.formats.read import Checkpoint
 from ldm.checkpoints.formats.tensor_bytes import FLOAT8
-from ldm.checkpoints.layouts.names import PREFIXES, WORDS, component_configs, parts_in
+from ldm.checkpoints.layouts.names import PREFIXES, WORDS, parts_in
 from ldm.checkpoints.layouts.prediction import check_prediction, check_schedule
 from ldm.checkpoints.layouts.recognise import (
     EMA_PREFIX,
@@ -23,10 +24,10 @@ from ldm.checkpoints.layouts.recognise import (
     Part,
     count_and_names,
     ema_key,
-    kind_of,
     looks_like,
 )
-from ldm.checkpoints.reader import Checkpoint, read_json
+from ldm.checkpoints.layouts.settings import component_configs
+from ldm.checkpoints.model_files import read_json
 from ldm.config import ConfigError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
@@ -84,8 +85,12 @@ class LoadReport:
 
 
 @contextmanager
-def undrawn() -> Iterator[None]:
-    """Layers built within it draw no initial weights, which takes seconds for those of v1, even on meta."""
+def skip_init() -> Iterator[None]:
+    """Skips the initialisation of linear, convolution, embedding and norm layers that are built inside the block.
+
+    It takes seconds for the layers of v1, even on the meta device. While the block runs, `reset_parameters` of these
+    torch classes does nothing in the whole process: do not build other models in other threads meanwhile.
+    """
     kinds: tuple[Any, ...] = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
     initialisers = [kind.reset_parameters for kind in kinds]
     try:
@@ -100,7 +105,7 @@ def undrawn() -> Iterator[None]:
 def build_model(config: Mapping[str, Any]) -> LatentDiffusion:
     """The model of a checked config on the meta device: without memory for weights, its schedule computed."""
     try:
-        with torch.device("meta"), undrawn():
+        with torch.device("meta"), skip_init():
             model = instantiate_from_config(config)
     except InputError:
         raise
@@ -119,10 +124,10 @@ def check_fit(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
     Raises `CheckpointError`.
     """
     with reading(checkpoint.path):
-        check_prediction(checkpoint.prediction, looks_like(checkpoint.state_dict))
+        check_prediction(checkpoint.prediction, looks_like(checkpoint.kind))
         check_schedule(model, checkpoint.state_dict)
     present = parts_in(checkpoint.state_dict)
-    kind = kind_of(checkpoint.state_dict)
+    kind = checkpoint.kind
     if not present and kind.part not in ("", "model", *WORDS.values()):
         raise _error(checkpoint, f"is {kind.name}, not a model; {_USES.get(kind.part, _NO_USE)}")
     _check_positions(model, checkpoint)
@@ -140,7 +145,7 @@ def check_fit(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
                 raise _error(
                     checkpoint,
                     f"its {component} has {name} {printable(said[name])[:100]}, and this config's model "
-                    f"{printable(value)}{_REMARKS.get(name, '')}{looks_like(checkpoint.state_dict)}",
+                    f"{printable(value)}{_REMARKS.get(name, '')}{looks_like(checkpoint.kind)}",
                 )
 
 
@@ -304,7 +309,7 @@ def _check_keys(
             else missing
         )
         may_go_without = weights == "ema" and not only_averages(checkpoint.state_dict)
-        hint = "; load it with ema off" if may_go_without else looks_like(checkpoint.state_dict)
+        hint = "; load it with ema off" if may_go_without else looks_like(checkpoint.kind)
         raise _error(checkpoint, f"lacks {count_and_names(names)} that the model needs{hint}")
 
 
@@ -317,7 +322,7 @@ def _check_shapes(
             raise _error(
                 checkpoint,
                 f"{key} has shape {list(tensor.shape)}, the model expects {list(own.shape)}: "
-                f"config or checkpoint is of another model{looks_like(checkpoint.state_dict)}",
+                f"config or checkpoint is of another model{looks_like(checkpoint.kind)}",
             )
         if own.is_floating_point() and not tensor.is_floating_point():
             raise _error(

@@ -209,7 +209,7 @@ def _source_digest(package: ModuleType) -> str:
 
 def _vocabulary(ckpt: Path, text_encoder: str | None) -> list[Path]:
     """The token tables that a folder of weights brings along."""
-    from ldm.checkpoints.reader import vocabulary_folder
+    from ldm.checkpoints.model_files import vocabulary_folder
 
     folder = vocabulary_folder(ckpt, text_encoder)
     return [] if folder is None else [path for name in _TABLES if (path := folder / name).is_file()]
@@ -234,7 +234,7 @@ def _hashes(opt: argparse.Namespace, ckpt: Path) -> dict[str, Callable[[], str]]
 
 def files_by_part(opt: argparse.Namespace, ckpt: Path) -> dict[str, list[Path]]:
     """The files of weights, by what the metadata calls them."""
-    from ldm.checkpoints.reader import model_files
+    from ldm.checkpoints.model_files import model_files
 
     files = {"Model": model_files(ckpt)}
     if opt.vae is not None:

@@ -177,7 +177,7 @@ def _ckpt_of(opt: argparse.Namespace) -> Path:
 
 def _config_of(ckpt: Path) -> str:
     """The published config that a checkpoint needs, told by its content."""
-    from ldm.checkpoints.reader import read_model
+    from ldm.checkpoints.model_files import read_model
 
     return config_for(read_model(ckpt).state_dict)
 

@@ -99,7 +99,7 @@ def _locate_checkpoint(recipe: Recipe, given: Mapping[str, object], located: Loc
 
 def _checkpoint_hash(path: Path) -> str:
     from ldm.checkpoints.hashing import files_sha256
-    from ldm.checkpoints.reader import model_files
+    from ldm.checkpoints.model_files import model_files
 
     return files_sha256(model_files(path))
 
@@ -145,7 +145,7 @@ def _check_parts(recipe: Recipe, given: Mapping[str, object], located: Located) 
 def _part_hash(option: str) -> Callable[[Path], str]:
     def hash_of(path: Path) -> str:
         from ldm.checkpoints.hashing import files_sha256
-        from ldm.checkpoints.reader import model_files
+        from ldm.checkpoints.model_files import model_files
 
         return files_sha256(model_files(path, "vae" if option == "vae" else "text_encoder"))
 

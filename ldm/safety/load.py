@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError, open_regular, reading, sniff
-from ldm.checkpoints.load import load_into, undrawn
-from ldm.checkpoints.reader import read_checkpoint, read_json
+from ldm.checkpoints.formats.read import read_checkpoint
+from ldm.checkpoints.load import load_into, skip_init
+from ldm.checkpoints.model_files import read_json
 from ldm.places import find
 from ldm.safety.network import SafetyChecker
 from ldm.util import printable
@@ -54,7 +55,7 @@ def load_safety_model(path: str | os.PathLike[str], device: torch.device | str =
     """
     weights = _weights_file(Path(path))
     checkpoint = read_checkpoint(weights)
-    with torch.device("meta"), undrawn():
+    with torch.device("meta"), skip_init():
         model = SafetyChecker(**_sizes(weights.with_name("config.json")))
     unknown = [key for key in checkpoint.state_dict if key not in model.state_dict()]
     if unknown:

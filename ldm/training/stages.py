@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from yaml import YAMLError
 
-from ldm.checkpoints.reader import read_checkpoint
+from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.data.captions import caption
 from ldm.data.dataset import render_many
 from ldm.data.scenes import scene_at

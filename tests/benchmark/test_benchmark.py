@@ -13,8 +13,8 @@ from ldm.benchmark import harness as benchmark
 from ldm.benchmark.harness import Sample, ratios
 from ldm.benchmark.weights import random_weight, write_picture, write_random_checkpoint
 from ldm.benchmark.worker import Enough, Stopwatch, Work
+from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.checkpoints.load import load_into
-from ldm.checkpoints.reader import read_checkpoint
 from tests.support.golden_data import tiny_config, tiny_model
 
 STEPS = 3

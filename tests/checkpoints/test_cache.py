@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from ldm.checkpoints import cache
-from ldm.checkpoints.reader import read_checkpoint
+from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.pipeline import load_model
 from ldm.runtime.fast import halved, prepare
 from tests.support.golden_data import figure, rebuilt_state_dict, tiny_config

@@ -18,11 +18,12 @@ from ldm.checkpoints import diffusers_folder
 from ldm.checkpoints.convert import check_output, convert, layout_for
 from ldm.checkpoints.formats import write
 from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.formats.read import Checkpoint, read_checkpoint
 from ldm.checkpoints.formats.write import write_safetensors
 from ldm.checkpoints.layouts.names import to_diffusers
 from ldm.checkpoints.layouts.recognise import ema_key
 from ldm.checkpoints.load import SCHEDULE_BUFFERS
-from ldm.checkpoints.reader import Checkpoint, read_checkpoint, read_model
+from ldm.checkpoints.model_files import read_model
 from ldm.config import read_config
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.pipeline import load_model

@@ -13,8 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from ldm.checkpoints.formats.read import read_checkpoint, read_tree
 from ldm.checkpoints.formats.tensor_bytes import FLOAT8
-from ldm.checkpoints.reader import read_checkpoint, read_tree
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError
-from ldm.checkpoints.reader import read_checkpoint
+from ldm.checkpoints.formats.read import read_checkpoint
 from tests.support.checkpoint_files import write_zip
 from tests.support.fuzzing import STATE, TARGETS, Damage, bytes_damage, members, pickle_damage
 from tests.support.paths import ROOT

@@ -19,7 +19,7 @@ import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.formats.pickle_reader import read_pickle
-from ldm.checkpoints.reader import read_checkpoint, read_tree
+from ldm.checkpoints.formats.read import read_checkpoint, read_tree
 from tests.support.checkpoint_files import (
     StorageId,
     Tensor,
@@ -436,7 +436,7 @@ def test_a_lazily_negated_tensor_is_refused(tmp_path: Path, zip_format: bool) ->
 CHILD = """
 import json, resource, sys, time
 import torch
-from ldm.checkpoints.reader import read_checkpoint
+from ldm.checkpoints.formats.read import read_checkpoint
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)
 for path in sys.argv[1:]:

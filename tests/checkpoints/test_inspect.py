@@ -18,7 +18,8 @@ import torch
 from ldm.checkpoints import hashing, inspect
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.formats.imports import imports_of
-from ldm.checkpoints.inspect import Inspection, amount, inspect_path, lines
+from ldm.checkpoints.inspect import Inspection, inspect_path
+from ldm.checkpoints.inspection_text import amount, lines
 from ldm.checkpoints.layouts.recognise import V1, ModelKind
 from tests.support.checkpoint_files import call, named, save_like_lightning, text, tiny_state_dict, write_zip
 from tests.support.golden_data import tiny_config

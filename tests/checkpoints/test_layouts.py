@@ -17,9 +17,10 @@ from ldm.checkpoints import hashing
 from ldm.checkpoints.convert import convert
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.formats.write import write_safetensors
-from ldm.checkpoints.layouts.names import PREFIXES, component_configs, parts_in, to_compvis, to_diffusers
+from ldm.checkpoints.layouts.names import PREFIXES, parts_in, to_compvis, to_diffusers
+from ldm.checkpoints.layouts.settings import component_configs
 from ldm.checkpoints.load import build_model, check_fit
-from ldm.checkpoints.reader import model_files, read_model
+from ldm.checkpoints.model_files import model_files, read_model
 from ldm.cli import claim
 from ldm.config import read_config
 from ldm.pipeline import load_model
@@ -198,7 +199,7 @@ def replace_weights(folder: Path, part: str, name: str, change: Callable[[State]
 
 
 def read_raw(path: Path) -> State:
-    from ldm.checkpoints.reader import read_checkpoint
+    from ldm.checkpoints.formats.read import read_checkpoint
 
     return read_checkpoint(path).state_dict
 

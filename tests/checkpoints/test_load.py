@@ -14,11 +14,12 @@ from torch import nn
 
 from ldm.checkpoints.configs import config_for
 from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.formats.read import Checkpoint, read_checkpoint
 from ldm.checkpoints.formats.tensor_bytes import FLOAT8
 from ldm.checkpoints.inspect import inspect_path
 from ldm.checkpoints.layouts.recognise import ema_key, kind_of
 from ldm.checkpoints.load import SCHEDULE_BUFFERS, _held_in, build_model, check_fit, load_into
-from ldm.checkpoints.reader import Checkpoint, read_checkpoint, read_model
+from ldm.checkpoints.model_files import read_model
 from ldm.pipeline import load_model
 from tests.support.checkpoint_files import save_like_lightning, tiny_state_dict
 from tests.support.golden_data import keys, rebuilt_state_dict, tiny_config, tiny_model

@@ -16,7 +16,7 @@ from ldm.checkpoints.adapters.lora_files import LoraFiles, lora_file, lora_hash
 from ldm.checkpoints.adapters.lora_names import TEXT, UNET, Key, flat_name, layers_by_name, split_key
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.layouts.recognise import family_by_key, kind_of
-from ldm.checkpoints.load import undrawn
+from ldm.checkpoints.load import skip_init
 from ldm.cli import claim
 from ldm.config import read_config
 from ldm.util import InputError, instantiate_from_config
@@ -325,7 +325,7 @@ def test_one_file_in_the_styles_of_all_programs(model, save, style, caplog):
 
 @pytest.fixture(scope="module")
 def v1():
-    with torch.device("meta"), undrawn():
+    with torch.device("meta"), skip_init():
         return instantiate_from_config(read_config("configs/stable-diffusion/v1-inference.yaml"))
 
 

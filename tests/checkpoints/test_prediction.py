@@ -17,7 +17,7 @@ from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.inspect import inspect_path
 from ldm.checkpoints.layouts.prediction import foreign_prediction
 from ldm.checkpoints.load import build_model, check_fit
-from ldm.checkpoints.reader import read_model
+from ldm.checkpoints.model_files import read_model
 from ldm.config import read_config
 from tests.support.golden_data import tiny_config
 

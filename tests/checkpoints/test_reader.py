@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.formats.read import find_damaged_records, find_not_finite, read_checkpoint, read_tree
 from ldm.checkpoints.formats.tensor_bytes import FLOAT8
-from ldm.checkpoints.reader import find_damaged_records, find_not_finite, read_checkpoint, read_tree
 from tests.support.checkpoint_files import (
     LIGHTNING_CLASS,
     Tensor,
@@ -51,7 +51,7 @@ def test_a_training_checkpoint_equals_the_tensors_that_were_saved(
     for name in [name for name in sys.modules if name.startswith("pytorch_lightning")]:
         monkeypatch.delitem(sys.modules, name)  # other tests need it; reading must not bring it back
     checkpoint = read_checkpoint(path, mmap=mmap)
-    assert checkpoint.kind == ("torch zip" if zip_format else "torch legacy")
+    assert checkpoint.format == ("torch zip" if zip_format else "torch legacy")
     assert checkpoint.metadata["global_step"] == 470000 and checkpoint.metadata["epoch"] == 3
     assert len(checkpoint.state_dict) == 982
     assert_same(checkpoint.state_dict, state)
@@ -175,7 +175,7 @@ def test_no_reader_can_pass_on_a_tensor_that_is_not_plain(
 ) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "m.ckpt")
     for odd in (torch.eye(2).to_sparse(), torch.ones(1, device="meta"), torch.ones(1, dtype=torch.complex64)):
-        monkeypatch.setattr("ldm.checkpoints.reader.read_torch_zip", lambda *_, odd=odd: {"a": odd})
+        monkeypatch.setattr("ldm.checkpoints.formats.read.read_torch_zip", lambda *_, odd=odd: {"a": odd})
         with pytest.raises(CheckpointError, match="no plain CPU tensor"):
             read_checkpoint(tmp_path / "m.ckpt")
 
@@ -332,7 +332,7 @@ def test_messages_are_one_line_and_begin_with_the_path(tmp_path: Path) -> None:
 
 SHRINK = """
 import faulthandler, os, sys
-from ldm.checkpoints.reader import read_checkpoint
+from ldm.checkpoints.formats.read import read_checkpoint
 faulthandler.enable()
 for path in sys.argv[2:]:
     tensor = read_checkpoint(path, mmap=sys.argv[1] == "mmap").state_dict["a"]

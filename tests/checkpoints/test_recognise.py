@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from ldm.checkpoints.formats.read import Checkpoint
 from ldm.checkpoints.layouts.recognise import (
     LAION,
     SDXL,
@@ -21,7 +22,6 @@ from ldm.checkpoints.layouts.recognise import (
     other_model,
     tensors_in,
 )
-from ldm.checkpoints.reader import Checkpoint
 from tests.support.golden_data import keys
 
 UNET = "model.diffusion_model."
@@ -59,7 +59,7 @@ def test_the_models_that_this_toolkit_runs(name: str, kind: ModelKind, text: str
     found = kind_of(of_shapes(dict(keys(name))))
     assert found == kind and found.name == text
     other = f"{text}, which needs the inpainting config" if kind.variant else None
-    assert other_model(of_shapes(dict(keys(name)))) == other
+    assert other_model(kind_of(of_shapes(dict(keys(name))))) == other
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_other_files_are_named(shapes: dict[str, Any], name: str) -> None:
     assert kind_of(of_shapes(shapes)).name == name
     told = f"{name}, which needs the inpainting config" if "v1 inpainting" in name else name
     unsure = "a latent diffusion model", "an unknown state dict"
-    assert other_model(of_shapes(shapes)) == (None if name in unsure else told)
+    assert other_model(kind_of(of_shapes(shapes))) == (None if name in unsure else told)
 
 
 def test_an_embedding_as_its_training_left_it() -> None:
@@ -165,11 +165,11 @@ def test_a_u_net_that_diffusers_builds(library_config: tuple[int, str]) -> None:
 
 def test_the_refusal_names_the_other_model() -> None:
     file = Checkpoint("x", "safetensors", of_shapes({"emb_params": (3, 768)}))  # type: ignore[arg-type]
-    clause = looks_like(file.state_dict)
+    clause = looks_like(file.kind)
     assert re.fullmatch(
         r"; it looks like a textual inversion .*, and this toolkit runs Stable Diffusion v1", clause
     )
-    assert looks_like(of_shapes(dict(keys("keys_v1.json")))) == ""
+    assert looks_like(kind_of(of_shapes(dict(keys("keys_v1.json"))))) == ""
 
 
 def test_a_mapping_that_occurs_in_many_places_is_visited_a_bounded_number_of_times() -> None:

@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.checkpoints.formats.tensor_bytes import FLOAT8
-from ldm.checkpoints.reader import read_checkpoint
 from tests.support.checkpoint_files import safetensors_bytes
 
 
@@ -37,7 +37,7 @@ def test_every_type_equals_the_library(tmp_path: Path, mmap: bool) -> None:
     safetensors.torch.save_file(saved, path, {"format": "pt", "note": "é"})
     checkpoint = read_checkpoint(path, mmap=mmap)
     expected = safetensors.torch.load_file(path)
-    assert checkpoint.kind == "safetensors" and checkpoint.metadata == {"format": "pt", "note": "é"}
+    assert checkpoint.format == "safetensors" and checkpoint.metadata == {"format": "pt", "note": "é"}
     assert set(checkpoint.state_dict) == set(expected)
     for key, tensor in expected.items():
         found = checkpoint.state_dict[key]

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError, reading
-from ldm.checkpoints.reader import read_checkpoint
+from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.util import InputError
 from tests.support.paths import ROOT
 
@@ -69,8 +69,8 @@ def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
     tensors = {"a": torch.arange(5.0)}
     torch.save(tensors, tmp_path / "pickle.safetensors")
     safetensors.torch.save_file(tensors, tmp_path / "safe.ckpt")
-    assert read_checkpoint(tmp_path / "pickle.safetensors").kind == "torch zip"
-    assert read_checkpoint(tmp_path / "safe.ckpt").kind == "safetensors"
+    assert read_checkpoint(tmp_path / "pickle.safetensors").format == "torch zip"
+    assert read_checkpoint(tmp_path / "safe.ckpt").format == "safetensors"
     assert torch.equal(read_checkpoint(tmp_path / "safe.ckpt").state_dict["a"], tensors["a"])
 
 

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from ldm.checkpoints.formats import write
+from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.checkpoints.hashing import file_sha256
 from ldm.checkpoints.layouts.recognise import ema_key
-from ldm.checkpoints.reader import read_checkpoint
 from ldm.cli import options
 from ldm.cli.commands import convert
 from ldm.cli.inputs import choose_model

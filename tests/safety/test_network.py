@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.load import undrawn
+from ldm.checkpoints.load import skip_init
 from ldm.safety.network import SafetyChecker
 
 SMALL = {"side": 28, "patch": 14, "width": 32, "layers": 2, "heads": 2, "inner": 64, "projection": 32}
@@ -176,7 +176,7 @@ def test_a_score_that_is_not_finite_is_an_error_and_no_pass(crafted, name: str) 
 
 def test_keys_and_shapes_at_the_published_sizes(theirs) -> None:
     sizes = {"side": 224, "patch": 14, "width": 1024, "layers": 24, "heads": 16, "inner": 4096}
-    with torch.device("meta"), undrawn():
+    with torch.device("meta"), skip_init():
         published = type(theirs)(config_of(**sizes, projection=768)).state_dict()
         ours = SafetyChecker().state_dict()
     expected = {key: tensor.shape for key, tensor in published_keys(published).items()}

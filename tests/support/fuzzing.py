@@ -25,8 +25,8 @@ import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.formats.imports import imports_of
+from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.checkpoints.layouts.recognise import kind_of
-from ldm.checkpoints.reader import read_checkpoint
 from tests.support.checkpoint_files import save_like_lightning, write_zip
 
 TARGETS = ("zip", "pickle", "legacy", "safetensors")

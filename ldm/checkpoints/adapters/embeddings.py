@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.embedding_image import holds_embedding, is_png
 from ldm.checkpoints.formats.detect import CheckpointError, open_regular, reading
-from ldm.checkpoints.reader import read_tree
+from ldm.checkpoints.formats.embedding_image import holds_embedding, is_png
+from ldm.checkpoints.formats.read import read_tree
 from ldm.job import EMBEDDING_ENDINGS
 from ldm.modules.encoders.modules import AbstractEncoder, FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import clean

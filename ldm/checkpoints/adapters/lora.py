@@ -17,8 +17,8 @@ from ldm.checkpoints.adapters.lora_deltas import Parts, bias_change, weight_chan
 from ldm.checkpoints.adapters.lora_files import lora_file, settings_file
 from ldm.checkpoints.adapters.lora_names import TEXT, flat_name, layers_by_name, other_kind, split_key
 from ldm.checkpoints.formats.detect import CheckpointError, reading
+from ldm.checkpoints.formats.read import Checkpoint, read_checkpoint
 from ldm.checkpoints.layouts.recognise import SDXL, count_and_names, family_by_key
-from ldm.checkpoints.reader import Checkpoint, read_checkpoint
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import InputError, printable, read_side_file
 

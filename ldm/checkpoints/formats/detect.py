@@ -11,7 +11,7 @@ from typing import BinaryIO, Literal
 from ldm import util
 from ldm.util import InputError, printable
 
-Kind = Literal["torch zip", "torch legacy", "safetensors"]
+Format = Literal["torch zip", "torch legacy", "safetensors"]
 
 ZIP_START = b"PK\x03\x04"
 # The number 0x1950a86a20f9469cfc6c, pickled: the first of the five pickles of the format before torch 1.6.
@@ -84,7 +84,7 @@ def file_size(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size
 
 
-def sniff(file: BinaryIO) -> Kind:
+def sniff(file: BinaryIO) -> Format:
     """The kind of an open checkpoint file, from its first bytes; any other content is named and refused."""
     file.seek(0)
     head = file.read(_HEAD_BYTES)

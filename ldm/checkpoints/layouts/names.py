@@ -9,19 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 from torch import Tensor
 
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.layouts.recognise import COMPVIS_PREFIXES, Part, compvis_parts, kind_of
-from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.schedule import make_beta_schedule
-from ldm.modules.attention import SpatialTransformer
-from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import printable
 
 Component = Literal["unet", "vae", "text_encoder"]
@@ -139,11 +132,11 @@ def _split(state_dict: Mapping[str, Tensor]) -> dict[Component | None, Names]:
     for key in state_dict:
         prefix = next((prefix for prefix in outer if key.startswith(prefix)), "")
         split.setdefault(outer.get(prefix), []).append((key.removeprefix(prefix), key))
+    if set(split) != {None}:
+        return split
     kind = kind_of(state_dict).part
     alone: Component | None = next((part for part, word in WORDS.items() if word == kind), None)
-    if alone is not None and set(split) == {None}:
-        return {alone: split[None]}
-    return split
+    return {alone: split[None]}
 
 
 def _is_diffusers(names: Names) -> bool:
@@ -271,113 +264,3 @@ def _numbers(names: list[str], pattern: str) -> set[int]:
 
 def _bounded(levels: int, each: int, attention: set[int]) -> Blocks:
     return Blocks(min(levels, _MOST_BLOCKS), min(each, _MOST_BLOCKS), frozenset(attention))
-
-
-# --- the settings -------------------------------------------------------------------------------------------------
-
-
-def component_configs(model: LatentDiffusion) -> dict[str, dict[str, Any]]:
-    """What diffusers must know of a model besides its weights, under its names, for each component of a folder.
-
-    Two models whose configs agree in all of this compute the same from the same weights. A model that
-    diffusers has no words for is a `CheckpointError`.
-    """
-    return {
-        "unet": _unet_config(model),
-        "vae": _vae_config(model),
-        "text_encoder": _text_config(model),
-        "scheduler": _scheduler_config(model),
-    }
-
-
-def _unet_config(model: LatentDiffusion) -> dict[str, Any]:
-    unet = model.model.diffusion_model
-    transformer = unet.middle_block[1] if isinstance(unet, UNetModel) else None
-    if not isinstance(transformer, SpatialTransformer) or unet.num_heads < 1:
-        raise _wordless(f"a {type(unet).__name__} without num_heads")
-    widths = [unet.model_channels * mult for mult in unet.channel_mult]
-    attends = [2**level in unet.attention_resolutions for level in range(len(widths))]
-    block: Any = transformer.transformer_blocks[0]
-    return {
-        "in_channels": unet.in_channels,
-        "out_channels": unet.out_channels,
-        "block_out_channels": widths,
-        "layers_per_block": unet.num_res_blocks,
-        "down_block_types": ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attends],
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "up_block_types": ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attends)],
-        "cross_attention_dim": block.attn2.to_k.in_features,
-        "transformer_layers_per_block": len(transformer.transformer_blocks),
-        "attention_head_dim": unet.num_heads,  # the field's old name for a number of heads
-        "norm_num_groups": transformer.norm.num_groups,
-        "norm_eps": 1e-5,
-        "act_fn": "silu",
-        "center_input_sample": False,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "downsample_padding": 1,
-        "resnet_time_scale_shift": "scale_shift" if unet.middle_block[0].use_scale_shift_norm else "default",
-        "use_linear_projection": False,
-        "dual_cross_attention": False,
-        "class_embed_type": None,
-        "addition_embed_type": None,
-        "time_cond_proj_dim": None,
-    }
-
-
-def _vae_config(model: LatentDiffusion) -> dict[str, Any]:
-    vae = model.first_stage_model
-    if not isinstance(vae, AutoencoderKL) or vae.decoder.conv_in.in_channels != vae.embed_dim:
-        raise _wordless(f"a {type(vae).__name__} with latents of two sizes")
-    level: Any = vae.encoder.down[0]
-    return {
-        "in_channels": vae.encoder.conv_in.in_channels,
-        "out_channels": vae.decoder.conv_out.out_channels,
-        "latent_channels": vae.embed_dim,
-        "block_out_channels": vae.widths,
-        "layers_per_block": len(level.block),
-        "down_block_types": ["DownEncoderBlock2D"] * len(vae.widths),
-        "up_block_types": ["UpDecoderBlock2D"] * len(vae.widths),
-        "norm_num_groups": vae.encoder.norm_out.num_groups,
-        "act_fn": "silu",
-        "scaling_factor": model.scale_factor,
-    }
-
-
-def _text_config(model: LatentDiffusion) -> dict[str, Any]:
-    embedder = model.cond_stage_model
-    if not isinstance(embedder, FrozenCLIPEmbedder):
-        raise _wordless(f"the text model {type(embedder).__name__}")
-    tower = embedder.transformer.text_model
-    layer: Any = tower.encoder.layers[0]
-    return {
-        "vocab_size": tower.embeddings.token_embedding.num_embeddings,
-        "max_position_embeddings": tower.embeddings.position_embedding.num_embeddings,
-        "hidden_size": layer.mlp.fc1.in_features,
-        "intermediate_size": layer.mlp.fc1.out_features,
-        "num_hidden_layers": len(tower.encoder.layers),
-        "num_attention_heads": layer.self_attn.heads,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-    }
-
-
-def _scheduler_config(model: LatentDiffusion) -> dict[str, Any]:
-    """diffusers calls the square of a line, CompVis's "linear" schedule, scaled_linear."""
-    start, end = (float(f"{float(model.betas[i]):.6g}") for i in (0, -1))
-    line = make_beta_schedule("linear", model.num_timesteps, start, end)
-    if not np.allclose(model.betas.cpu().numpy(), line, rtol=1e-5):
-        raise _wordless("a noise schedule that is not v1's")
-    return {
-        "num_train_timesteps": model.num_timesteps,
-        "beta_schedule": "scaled_linear",
-        "beta_start": start,
-        "beta_end": end,
-        "trained_betas": None,
-        "prediction_type": "epsilon",
-        "rescale_betas_zero_snr": False,
-    }
-
-
-def _wordless(what: str) -> CheckpointError:
-    return CheckpointError(f"the diffusers layout has no place for {what}")

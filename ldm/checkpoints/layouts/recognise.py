@@ -256,12 +256,11 @@ def _size(shapes: Mapping[str, tuple[int, ...]], pattern: str, axis: int = -1) -
     return next((shape[axis] for shape in found), 0)
 
 
-def other_model(state_dict: Mapping[str, Any]) -> str | None:
-    """What the state dict seems to be if it is no whole Stable Diffusion v1 model, such as "SDXL"; else None.
+def other_model(kind: ModelKind) -> str | None:
+    """The name of a kind that is not a whole Stable Diffusion v1 model, such as "SDXL"; else None.
 
     A v1 inpainting model counts as another model too: it needs its own config.
     """
-    kind = kind_of(state_dict)
     fits = kind.part in ("model", "U-Net") and kind.layout == "CompVis" and not kind.variant
     if kind.part == "" or (fits and kind.family in (V1, LAION, "")):
         return None
@@ -289,7 +288,7 @@ def count_and_names(keys: Collection[str]) -> str:
     return f"{len(keys)} {'keys' if len(keys) != 1 else 'key'} ({names}{more})"
 
 
-def looks_like(state_dict: Mapping[str, Any]) -> str:
+def looks_like(kind: ModelKind) -> str:
     """A clause for an error message, such as "; it looks like SDXL, this toolkit runs ..."; often empty."""
-    other = other_model(state_dict)
+    other = other_model(kind)
     return f"; it looks like {other}, and this toolkit runs Stable Diffusion v1" if other else ""

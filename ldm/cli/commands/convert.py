@@ -60,7 +60,7 @@ def run(opt: argparse.Namespace) -> int:
 
     import torch
 
-    from ldm.checkpoints.reader import read_model
+    from ldm.checkpoints.model_files import read_model
     from ldm.config import read_config
 
     dtype = getattr(torch, DTYPES[opt.dtype]) if opt.dtype in DTYPES else None

@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 def own_config(kind: ModelKind, path: Path) -> str | None:
     """This toolkit's config of a whole model at `path`, of a kind that it runs; its bundled model is of no family."""
     from ldm.checkpoints.layouts.recognise import INPAINTING, LAION, V1
-    from ldm.checkpoints.reader import read_model
+    from ldm.checkpoints.model_files import read_model
 
     if (kind.part, kind.family) == ("model", ""):
         return BUNDLED_CONFIG if config_for(read_model(path).state_dict) == BUNDLED_CONFIG else None
@@ -64,7 +64,8 @@ def own_config(kind: ModelKind, path: Path) -> str | None:
 
 
 def run(opt: argparse.Namespace) -> int:
-    from ldm.checkpoints.inspect import inspect_path, lines
+    from ldm.checkpoints.inspect import inspect_path
+    from ldm.checkpoints.inspection_text import lines
     from ldm.config import read_config
     from ldm.places import find
     from ldm.util import InputError

@@ -1,179 +1,25 @@
-"""Reads a checkpoint file of any supported kind into one flat mapping of names to tensors."""
+"""The files that make up a model, and the model that they make: one file of any layout, or a diffusers folder."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldm.checkpoints.embedding_image import is_png, read_png_embedding
-from ldm.checkpoints.formats.detect import CheckpointError, Kind, open_regular, reading, sniff
-from ldm.checkpoints.formats.pickle_reader import DTYPES
-from ldm.checkpoints.formats.safetensors_file import read_safetensors
-from ldm.checkpoints.formats.tensor_bytes import FLOAT8
-from ldm.checkpoints.formats.torch_legacy import read_torch_legacy
-from ldm.checkpoints.formats.torch_zip import damaged_records, read_torch_zip
+from ldm.checkpoints.formats.detect import CheckpointError, Format, reading
+from ldm.checkpoints.formats.read import Checkpoint, Scalar, read_checkpoint
 from ldm.checkpoints.layouts.names import CLASSES, PREFIXES, WORDS, Component, parts_in, to_compvis
 from ldm.checkpoints.layouts.prediction import config_beside, foreign_prediction
-from ldm.checkpoints.layouts.recognise import kind_of, looks_like
+from ldm.checkpoints.layouts.recognise import kind_of
 from ldm.job import MODEL_ENDINGS
 from ldm.util import read_side_file
 
-_WRAPPERS = ("state_dict", "model")
-_WRAPPING_MODULES = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
-_MAX_NESTING = 3
 _MAX_NAMED = 5  # files in a message
-_DESCRIPTIONS = ("hyper_parameters", "metadata", "__metadata__")  # mappings beside the state dict
-
-Scalar = int | float | str | bool
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A checkpoint as its file holds it: names to strided CPU tensors of the file's own types.
-
-    `metadata` has the scalars that stand beside the state dict (`global_step`, `epoch`, ...) or the text
-    metadata of a safetensors file. Of a diffusers folder `configs` has what its components say of themselves
-    (`unet/config.json` and so on) and `vocabulary` the folder of its tokenizer. `prediction` says what else than
-    the noise a model predicts, if `read_model` found that it does.
-    """
-
-    path: Path
-    kind: Kind
-    state_dict: Mapping[str, torch.Tensor]
-    metadata: Mapping[str, Scalar] = field(default_factory=dict)
-    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    vocabulary: Path | None = None
-    prediction: str = ""
-
-
-def read_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Checkpoint:
-    """Reads a `.ckpt` or `.safetensors` file, told apart by content, without running anything from it.
-
-    With `mmap` the tensors are views on a private map of the file: nothing is read before it is used, and the
-    file must stay as it is meanwhile. Without it the tensors are in memory (for network drives). Every fault
-    of the file is a `CheckpointError` of one line.
-    """
-    with reading(path):
-        tree, kind, metadata = _read_tree(path, mmap)
-        state_dict = _unwrapped(_find_state_dict(tree))
-        _check_tensors(state_dict)
-        return Checkpoint(Path(path), kind, state_dict, metadata)
-
-
-def read_tree(path: str | os.PathLike[str], mmap: bool = True) -> Any:
-    """Everything a file holds, for files that are no models: dicts, lists, scalars, text and CPU tensors.
-
-    Of a PNG image that is the textual inversion in its texts.
-    """
-    with reading(path):
-        with open_regular(path) as file:
-            if is_png(file):
-                return read_png_embedding(file)
-        return _read_tree(path, mmap)[0]
-
-
-def find_damaged_records(path: str | os.PathLike[str]) -> list[str]:
-    """The names of the records of a zip file whose bytes do not have their CRC; other formats have none.
-
-    Reads the whole file.
-    """
-    with reading(path), open_regular(path) as file:
-        return damaged_records(file) if not is_png(file) and sniff(file) == "torch zip" else []
-
-
-def find_not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """The keys of the tensors that hold NaN or infinity."""
-    return [key for key, tensor in tensors.items() if not _is_finite(tensor)]
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if not tensor.is_floating_point():
-        return True
-    if tensor.dtype in FLOAT8:
-        tensor = tensor.float()
-    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-    return bool(torch.isfinite(total) or torch.isfinite(tensor).all())  # sums are quick, but may overflow
-
-
-def _read_tree(path: str | os.PathLike[str], mmap: bool) -> tuple[Any, Kind, dict[str, Scalar]]:
-    with open_regular(path) as file:
-        kind = sniff(file)
-        if kind == "safetensors":
-            tensors, metadata = read_safetensors(file, mmap)
-            return tensors, kind, dict(metadata)
-        tree = read_torch_zip(file, mmap) if kind == "torch zip" else read_torch_legacy(file, mmap)
-        return tree, kind, _scalars(tree)
-
-
-def _scalars(tree: Any) -> dict[str, Scalar]:
-    if not isinstance(tree, dict):
-        return {}
-    within = [(name, tree[name]) for name in _DESCRIPTIONS if isinstance(tree.get(name), dict)]
-    plain = {f"{name}: {key}": _plain(value) for name, inner in within for key, value in inner.items()}
-    plain.update((key, _plain(value)) for key, value in tree.items())
-    return {str(key): value for key, value in plain.items() if isinstance(value, (int, float, str, bool))}
-
-
-def _plain(value: Any) -> Any:
-    """A tensor of one number as that number; an empty one is a mark, so True."""
-    if not isinstance(value, torch.Tensor) or value.numel() > 1 or value.device.type != "cpu":
-        return value
-    return value.item() if value.numel() else True
-
-
-def _find_state_dict(tree: Any) -> dict[str, torch.Tensor]:
-    """The mapping of tensors: the whole file, or what is under `state_dict` or `model`, perhaps nested."""
-    for _ in range(_MAX_NESTING):
-        if not isinstance(tree, dict):
-            raise CheckpointError(f"holds no state dict: found {_type_name(tree)} in its place")
-        wrapper = next((name for name in _WRAPPERS if name in tree), None)
-        if wrapper is None:
-            break
-        tree = tree[wrapper]
-    if not isinstance(tree, dict) or not tree:
-        raise CheckpointError(f"holds no tensors: found {_type_name(tree)} in place of a state dict")
-    stray = next((key for key, value in tree.items() if type(value) is not torch.Tensor), None)
-    if stray is not None or not all(isinstance(key, str) for key in tree):
-        found = ", ".join(repr(str(key)[:60]) for key in list(tree)[:5])
-        raise CheckpointError(
-            f"holds no state dict: {str(stray)[:60]!r} is no tensor; it has {found}{looks_like(tree)}"
-        )
-    return tree
-
-
-def _unwrapped(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict without the names that DataParallel and torch.compile put into the keys."""
-    keys = {key: _WRAPPING_MODULES.sub("", key) for key in state_dict}
-    if all(key == plain for key, plain in keys.items()):
-        return state_dict
-    plain = {keys[key]: tensor for key, tensor in state_dict.items()}
-    if len(plain) != len(state_dict):
-        twice = next(key for key, name in keys.items() if key != name and name in state_dict)
-        raise CheckpointError(f"has two tensors for {keys[twice][:200]!r}, one of them under {twice[:200]!r}")
-    return plain
-
-
-def _type_name(value: object) -> str:
-    return {"NoneType": "None", "dict": "empty mapping"}.get(type(value).__name__, type(value).__name__)
-
-
-def _check_tensors(state_dict: Mapping[str, torch.Tensor]) -> None:
-    """For every format: only plain tensors of known types in CPU memory leave this module."""
-    known = {*DTYPES.values(), *FLOAT8}
-    for key, tensor in state_dict.items():
-        if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.dtype not in known:
-            raise CheckpointError(f"tensor {key[:200]!r} is no plain CPU tensor of a known type")
-
-
-# --- models of any layout -----------------------------------------------------------------------------------------
-
 MODEL_INDEX = "model_index.json"
 # the best first: without a pickle, then in full precision
 _WEIGHTS = (
@@ -235,7 +81,7 @@ def _with_part(model: Checkpoint, part: Component, other: Checkpoint) -> Checkpo
     new = {key: tensor for key, tensor in other.state_dict.items() if key.startswith(prefix)}
     with reading(other.path):
         if part not in parts_in(new):
-            raise CheckpointError(f"has no {WORDS[part]}: it is {kind_of(other.state_dict).name}")
+            raise CheckpointError(f"has no {WORDS[part]}: it is {other.kind.name}")
     kept = {key: tensor for key, tensor in model.state_dict.items() if not key.startswith(prefix)}
     configs = {name: config for name, config in model.configs.items() if name != part}
     if part in other.configs:
@@ -255,21 +101,21 @@ def _read_folder(folder: Path, mmap: bool, parts: list[Component]) -> Checkpoint
         configs["scheduler"] = read_json(whole / "scheduler" / "scheduler_config.json")
     state_dict: dict[str, torch.Tensor] = {}
     metadata: dict[str, Scalar] = {}
-    kind: Kind = "safetensors"
+    found: Format = "safetensors"
     for part, file in files:
         read = read_checkpoint(file, mmap)
-        kind = read.kind
+        found = read.format
         named = {f"{part}.{key}" if part else key: tensor for key, tensor in read.state_dict.items()}
         with reading(file):
             if twice := state_dict.keys() & named.keys():
                 raise CheckpointError(f"repeats {min(twice)[:200]!r} of another file of its folder")
         state_dict.update(named)
         metadata.update(read.metadata)
-    if configs.get(""):  # a component alone: what it is, its weights tell
+    if configs.get(""):  # of a component alone, whose kind is known from its weights
         word = kind_of(state_dict).part
         configs.update({part: configs[""] for part in PREFIXES if WORDS[part] == word})
-    found = {name: config for name, config in configs.items() if name and config}
-    return Checkpoint(folder, kind, state_dict, metadata, found, _vocabulary(folder))
+    settings = {name: config for name, config in configs.items() if name and config}
+    return Checkpoint(folder, found, state_dict, metadata, settings, _vocabulary(folder))
 
 
 def _components(folder: Path, parts: list[Component]) -> dict[Component | None, Path]:
