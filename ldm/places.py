@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout, or the folder that the package is installed in
@@ -43,6 +44,35 @@ def _installed_files() -> Path | None:
 
     assets = Path(str(files("ldm") / "assets"))
     return assets if assets.is_dir() else None
+
+
+def hub_files(repositories: Sequence[str], names: Sequence[str]) -> Iterator[Path]:
+    """Files called by one of `names` of Hugging Face `repositories` ("CompVis/stable-diffusion-v1-4"), if downloaded.
+
+    They are looked up in the cache of Hugging Face's own library, where HF_HOME or HF_HUB_CACHE may put it: first the
+    revision that "main" was at the last download, then any other. Nothing is downloaded.
+    """
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
+    )
+    hub = (
+        os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    )
+    for repository in repositories:
+        folder = Path(os.path.expanduser(hub), "models--" + repository.replace("/", "--"))
+        revision = _short_text(folder / "refs" / "main")
+        snapshots = sorted((folder / "snapshots").glob("*/"), key=lambda path: (path.name != revision, path))
+        for snapshot in snapshots:
+            yield from (snapshot / name for name in names if os.path.isfile(snapshot / name))
+
+
+def _short_text(path: Path) -> str:
+    """The start of a small text file; empty if it cannot be read."""
+    if not os.path.isfile(path):
+        return ""
+    with contextlib.suppress(OSError, UnicodeError), path.open(encoding="utf-8") as file:
+        return file.read(100).strip()
+    return ""
 
 
 def cache_path(name: str) -> Path:

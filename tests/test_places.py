@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ldm import places
-from ldm.places import cache_path, candidates, find, folders
+from ldm.places import cache_path, candidates, find, folders, hub_files
 
 
 @pytest.fixture
@@ -74,3 +74,26 @@ def test_a_user_without_a_home_folder_has_no_user_folder(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
     assert list(folders()) == ["current folder", "checkout"]
     assert find("configs/shapes/text.yaml").is_file()
+
+
+def test_files_of_the_hub_are_those_that_its_library_finds(tmp_path, monkeypatch):
+    """The revision of the main branch comes first; others are found, which the library looks up by name only."""
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--some--model"
+    for revision in ("a1", "b2", "c3"):
+        (folder / "snapshots" / revision).mkdir(parents=True)
+        (folder / "snapshots" / revision / "x.txt").write_text(revision)
+    assert [path.read_text() for path in hub_files(["no/model", "some/model"], ["x.txt"])] == [
+        "a1",
+        "b2",
+        "c3",
+    ]
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("b2")
+    found = list(hub_files(["some/model"], ["y.txt", "x.txt"]))
+    assert [path.read_text() for path in found] == ["b2", "a1", "c3"]
+    assert str(found[0]) == hub.try_to_load_from_cache("some/model", "x.txt", cache_dir=tmp_path)
+    assert str(found[2]) == hub.try_to_load_from_cache(
+        "some/model", "x.txt", cache_dir=tmp_path, revision="c3"
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ldm.models.keys import COND_STAGE_PREFIX, UNET_PREFIX
+
 if TYPE_CHECKING:
     import torch
 
@@ -16,8 +18,8 @@ BUNDLED_CKPT = "models/ldm/shapes/model.ckpt"
 
 # weights of the bundled model that no published model has in these shapes
 _BUNDLED = {
-    "model.diffusion_model.input_blocks.0.0.weight": (64, 4, 3, 3),
-    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (1000, 192),
+    f"{UNET_PREFIX}input_blocks.0.0.weight": (64, 4, 3, 3),
+    f"{COND_STAGE_PREFIX}transformer.text_model.embeddings.token_embedding.weight": (1000, 192),
 }
 
 

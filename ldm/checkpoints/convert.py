@@ -18,7 +18,7 @@ from ldm.checkpoints.formats.read import Checkpoint
 from ldm.checkpoints.formats.safetensors_file import HASH_ENTRY
 from ldm.checkpoints.formats.write import types_for, write_safetensors, write_torch
 from ldm.checkpoints.layouts.names import PREFIXES
-from ldm.checkpoints.layouts.recognise import EMA_PREFIX, INPAINTING_CHANNELS
+from ldm.checkpoints.layouts.recognise import INPAINTING_CHANNELS
 from ldm.checkpoints.load import (
     EMA_COUNTERS,
     SCHEDULE_BUFFERS,
@@ -29,6 +29,7 @@ from ldm.checkpoints.load import (
     use_vocabulary,
 )
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.keys import EMA_PREFIX
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import InputError, part_beside, printable, without_leftovers, written_whole
 

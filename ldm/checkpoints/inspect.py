@@ -24,9 +24,10 @@ from ldm.checkpoints.hashing import file_sha256
 from ldm.checkpoints.inspection_text import amount
 from ldm.checkpoints.layouts.prediction import config_beside, foreign_prediction
 from ldm.checkpoints.layouts.published import PUBLISHED
-from ldm.checkpoints.layouts.recognise import EMA_PREFIX, ModelKind, kind_of, tensors_in
+from ldm.checkpoints.layouts.recognise import COMPVIS_PREFIXES, ModelKind, kind_of, tensors_in
 from ldm.checkpoints.load import build_model, check_fit, has_averages, load_into, only_averages
 from ldm.checkpoints.model_files import model_files, read_model
+from ldm.models.keys import EMA_PREFIX
 from ldm.util import printable
 
 ConfigFor = Callable[[ModelKind], Mapping[str, Any] | None]
@@ -41,9 +42,7 @@ _OLD_HASH_START, _OLD_HASH_BYTES = 0x100000, 0x10000
 # whose weights a key names, whatever the file is as a whole
 _PARTS = {
     EMA_PREFIX: "EMA",
-    "model.diffusion_model.": "U-Net",
-    "first_stage_model.": "autoencoder",
-    "cond_stage_model.": "text encoder",
+    **{prefix: part for part, prefix in COMPVIS_PREFIXES.items()},
     "conditioner.": "text encoder",
     "control_model.": "ControlNet",
     "lora_unet_": "U-Net",

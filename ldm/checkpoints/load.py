@@ -18,7 +18,6 @@ from ldm.checkpoints.formats.tensor_bytes import FLOAT8
 from ldm.checkpoints.layouts.names import PREFIXES, WORDS, parts_in
 from ldm.checkpoints.layouts.prediction import check_prediction, check_schedule
 from ldm.checkpoints.layouts.recognise import (
-    EMA_PREFIX,
     LONG_POSITIONS,
     V1,
     Part,
@@ -30,6 +29,7 @@ from ldm.checkpoints.layouts.settings import component_configs
 from ldm.checkpoints.model_files import read_json
 from ldm.config import ConfigError
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.keys import EMA_PREFIX, FIRST_STAGE_PREFIX
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import CLIPTokenizer
 from ldm.util import InputError, instantiate_from_config, printable
@@ -55,8 +55,8 @@ SCHEDULE_BUFFERS = frozenset(
         "posterior_mean_coef2",
     }
 )
-EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
-_HARMLESS_PREFIXES = (EMA_PREFIX, "first_stage_model.loss.")
+EMA_COUNTERS = frozenset({f"{EMA_PREFIX}decay", f"{EMA_PREFIX}num_updates"})
+_HARMLESS_PREFIXES = (EMA_PREFIX, f"{FIRST_STAGE_PREFIX}loss.")
 _POSITIONS = f"{PREFIXES['text_encoder']}transformer.text_model.embeddings.position_embedding.weight"
 _USES: Mapping[Part, str] = {
     "LoRA": "give it with --lora, and a model with --ckpt",

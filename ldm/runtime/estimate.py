@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
+from ldm.models.keys import FIRST_STAGE_PREFIX
 from ldm.runtime import kernels
 from ldm.runtime.fast import Packer, accelerate, halved
 
@@ -29,6 +30,7 @@ TRIAL, MOST_TRIALS = 0.1, 50  # seconds that an operation is tried for, and how 
 CHANNELS, HEADS = 320, 8  # of what is tried: those of v1's finest level
 
 _aten = torch.ops.aten
+_ENCODER = f"{FIRST_STAGE_PREFIX}encoder.", f"{FIRST_STAGE_PREFIX}quant_conv."
 _KINDS = {
     _aten.convolution: "convolution",
     **dict.fromkeys((_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm), "matrix"),
@@ -281,6 +283,6 @@ def weight_bytes(model: LatentDiffusion, dtype: torch.dtype, encodes: bool = Tru
     narrow = halved(model)
     sizes: Counter[str] = Counter()
     for key, weight in model.named_parameters():
-        if encodes or not key.startswith(("first_stage_model.encoder.", "first_stage_model.quant_conv.")):
+        if encodes or not key.startswith(_ENCODER):
             sizes[key.partition(".")[0]] += weight.numel() * (dtype.itemsize if key in narrow else 4)
     return sizes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from ldm.checkpoints.formats.detect import CheckpointError, open_regular, readin
 from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.checkpoints.load import load_into, skip_init
 from ldm.checkpoints.model_files import read_json
-from ldm.places import find
+from ldm.places import find, hub_files
 from ldm.safety.network import SafetyChecker
 from ldm.util import printable
 
 OWN_FOLDER = "models/safety_checker"
-_HUB_FOLDER = "models--CompVis--stable-diffusion-safety-checker"
+_REPOSITORY = "CompVis/stable-diffusion-safety-checker"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _MAX_SIZE = 10_000
 
@@ -43,7 +43,7 @@ def find_safety_model(path: str | os.PathLike[str] | None = None) -> Path | None
     file is a `CheckpointError`, so that a check somebody set up is not left out silently.
     """
     if path is None and not os.path.lexists(find(OWN_FOLDER)):
-        return next(_cached(), None)
+        return next(hub_files([_REPOSITORY], _WEIGHTS), None)
     return _weights_file(find(OWN_FOLDER if path is None else os.fspath(path)))
 
 
@@ -61,7 +61,7 @@ def load_safety_model(path: str | os.PathLike[str], device: torch.device | str =
     if unknown:
         raise CheckpointError(
             f"{printable(weights)}: {printable(unknown[0][:200])} is no weight of the safety checker: "
-            "config.json or weights are of another model; use those of CompVis/stable-diffusion-safety-checker"
+            f"config.json or weights are of another model; use those of {_REPOSITORY}"
         )
     load_into(model, checkpoint, dtype=torch.float32, ema="off")
     return model.eval().to(device)
@@ -82,21 +82,9 @@ def _weights_in(folder: Path) -> Path:
     if found is None:
         raise CheckpointError(
             f"holds no safety model: neither {' nor '.join(_WEIGHTS)} is in it; "
-            "put the files of CompVis/stable-diffusion-safety-checker there"
+            f"put the files of {_REPOSITORY} there"
         )
     return found
-
-
-def _cached() -> Iterator[Path]:
-    """Weights files in the cache of the Hugging Face hub, where its library keeps downloads."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
-    hub = (
-        os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
-    )
-    snapshots = Path(os.path.expanduser(hub), _HUB_FOLDER, "snapshots").glob("*/")
-    for folder in sorted(snapshots):
-        yield from (folder / name for name in _WEIGHTS if os.path.isfile(folder / name))
 
 
 def _sizes(config: Path) -> dict[str, int]:

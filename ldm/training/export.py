@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm.checkpoints.formats.write import write_torch
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.keys import EMA_PREFIX
 from ldm.modules.ema import LitEma
 from ldm.util import written_whole
 
@@ -30,7 +31,7 @@ def half_state(model: LatentDiffusion) -> OrderedDict[str, Tensor]:
     return OrderedDict(
         (name, value.half() if name in weights else value.clone())
         for name, value in model.state_dict().items()
-        if not name.startswith("model_ema.")
+        if not name.startswith(EMA_PREFIX)
     )
 
 

@@ -29,6 +29,7 @@ from ldm.data.dataset import render_many
 from ldm.data.scenes import scene_at
 from ldm.data.vocabulary import train_vocabulary
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.keys import COND_STAGE_PREFIX, FIRST_STAGE_PREFIX
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.places import find
 from ldm.training.autoencoder import AutoencoderTraining, crop_batches, latent_scale, start_sharp, to_pixels
@@ -200,7 +201,7 @@ def train_autoencoder(stage: Stage) -> None:
     fresh = stage.rendered("fresh", stage.config.data.validation)
     model = instantiate_from_config(stage.model_config()["first_stage_config"])
     start_sharp(model)
-    stage.start(model, "first_stage_model.")
+    stage.start(model, FIRST_STAGE_PREFIX)
     module = AutoencoderTraining(model, stage.optimisation, options.kl_weight)
     whole_from = round(stage.optimisation.steps * (1 - options.whole_share))
     make = crop_batches(images, options.batch_size, options.crop, whole_from)
@@ -215,7 +216,7 @@ def train_text(stage: Stage) -> None:
     options, cond_stage = stage.config.training, stage.model_config()["cond_stage_config"]
     _ensure_vocabulary(Path(cond_stage["params"]["version"]), cond_stage["params"]["tokens"])
     embedder = instantiate_from_config(cond_stage).train().requires_grad_(True)
-    stage.start(embedder, "cond_stage_model.")
+    stage.start(embedder, COND_STAGE_PREFIX)
     tokenize = _tokenizer(embedder)
     module = TextTraining(embedder.transformer, cond_stage["params"]["width"], stage.optimisation)
     held_out = Batches(caption_batches(tokenize, "heldout", 500), seed=1)

@@ -38,7 +38,7 @@ def draw(files, tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.checkpoints.configs.LAION_CONFIG", str(files / "config.yaml"))
     monkeypatch.setattr(inputs, "LAION_CKPT", str(files / "model.ckpt"))
     monkeypatch.setattr(bert, "OWN_VOCABULARY", str(files / "vocab.txt"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def run(*options, script=txt2img):
         before = set(tmp_path.rglob("*.png"))

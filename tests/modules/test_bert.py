@@ -60,7 +60,7 @@ def nowhere(tmp_path, monkeypatch):
     """No vocabulary anywhere but what the test puts there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ldm.places.ROOT", tmp_path / "toolkit")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
 
 

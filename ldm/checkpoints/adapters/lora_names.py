@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from ldm.checkpoints.layouts.names import to_diffusers
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.keys import COND_STAGE_PREFIX, UNET_PREFIX
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 
-UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer."
+UNET, TEXT = UNET_PREFIX, f"{COND_STAGE_PREFIX}transformer."
 
 _FACTORS = (
     *(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from ldm.models.keys import COND_STAGE_PREFIX, EMA_PREFIX, FIRST_STAGE_PREFIX, UNET_PREFIX
 from ldm.util import printable
 
 Part = Literal[
@@ -23,7 +24,13 @@ SDXL = "SDXL"
 LAION = "LDM text2img-large (LAION-400M)"
 INPAINTING = "inpainting"
 
-_LAION_KEY = "cond_stage_model.transformer.token_emb.weight"
+# Where CompVis keeps each part of a model.
+COMPVIS_PREFIXES: Mapping[Part, str] = {
+    "U-Net": UNET_PREFIX,
+    "autoencoder": FIRST_STAGE_PREFIX,
+    "text encoder": COND_STAGE_PREFIX,
+}
+_LAION_KEY = f"{COND_STAGE_PREFIX}transformer.token_emb.weight"
 INPAINTING_CHANNELS = 9
 LONG_POSITIONS = 248  # of tokens in a prompt, where CLIP has 77
 _MOST_LEAVES = 100_000
@@ -66,7 +73,9 @@ _PARTS: tuple[tuple[str, Part, str], ...] = (
     (r"emb_params$", "embedding", "kohya"),
     (r"concept_embeds", "safety checker", "diffusers"),
     (
-        r"((conditioner|model\.diffusion_model|first_stage_model|cond_stage_model)\.|model_ema\.diffusion_model)",
+        "|".join(
+            map(re.escape, ("conditioner.", *COMPVIS_PREFIXES.values(), f"{EMA_PREFIX}diffusion_model"))
+        ),
         "model",
         "CompVis",
     ),
@@ -81,13 +90,6 @@ _PARTS: tuple[tuple[str, Part, str], ...] = (
     ),
     (r"(vision_model|visual_projection|visual)\.", "image encoder", ""),
 )
-# Where CompVis keeps each part of a model.
-COMPVIS_PREFIXES: Mapping[Part, str] = {
-    "U-Net": "model.diffusion_model.",
-    "autoencoder": "first_stage_model.",
-    "text encoder": "cond_stage_model.",
-}
-EMA_PREFIX = "model_ema."
 # How an adapter changes a weight, other than by the product of two matrices.
 _METHODS = (
     (".hada_w1_a", "LoHa"),
@@ -212,7 +214,7 @@ def compvis_parts(keys: Collection[str]) -> list[Part]:
 def _family(shapes: Mapping[str, tuple[int, ...]]) -> str:
     if any(key.startswith("conditioner.embedders.") for key in shapes):
         return SDXL
-    if any(key.startswith("cond_stage_model.model.transformer.resblocks.") for key in shapes):
+    if any(key.startswith(f"{COND_STAGE_PREFIX}model.transformer.resblocks.") for key in shapes):
         return V2
     reads = _FAMILIES.get(_size(shapes, r"attn2\.?to_k\.?weight$"), "")
     return reads or _TEXT_WIDTHS.get(_size(shapes, r"\.token_embedding\.weight$"), "")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.modules.attention import CrossAttention, FeedForward
 from ldm.modules.encoders.tokenizer import checked
-from ldm.places import find
+from ldm.places import find, hub_files
 from ldm.util import InputError, printable, read_side_file
 
 UNCASED = "bert-base-uncased"
@@ -147,16 +147,7 @@ def _places(version: str) -> Iterator[Path]:
     yield from (find(version), find(version) / _FILE)
     if version in _REPOSITORIES:
         yield find(OWN_VOCABULARY)
-        yield from _cached()
-
-
-def _cached() -> Iterator[Path]:
-    from huggingface_hub import try_to_load_from_cache  # `tokenizers` depends on it
-
-    for repository in _REPOSITORIES:
-        path = try_to_load_from_cache(repository, _FILE)
-        if isinstance(path, str):
-            yield Path(path)
+        yield from hub_files(_REPOSITORIES, [_FILE])
 
 
 def _read_vocabulary(path: Path) -> list[str]:

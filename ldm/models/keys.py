@@ -1,0 +1,6 @@
+"""How the keys of a latent diffusion model's state dict begin: the names that CompVis gave to its parts."""
+
+UNET_PREFIX = "model.diffusion_model."
+FIRST_STAGE_PREFIX = "first_stage_model."
+COND_STAGE_PREFIX = "cond_stage_model."
+EMA_PREFIX = "model_ema."
