@@ -1,6 +1,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from functools import cache
 
 # several test processes on as many cores spin against each other otherwise
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -12,6 +13,7 @@ os.environ["XDG_DATA_HOME"] = os.devnull  # a developer's own weights change no 
 import pytest
 import torch
 
+from ldm.runtime.estimate import measure_pace
 from tests.support.golden_data import tiny_model as build_tiny_model
 from tests.support.models import SharedModels
 
@@ -35,12 +37,19 @@ def _own_messages() -> Iterator[None]:
 
 
 _MODELS = SharedModels()
+_PACE = cache(measure_pace)
 
 
 @pytest.fixture(autouse=True)
 def _shared_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process load the model of an earlier run once; the script would load it each time."""
     monkeypatch.setattr("ldm.cli.kept.KeptModel.get", _MODELS.get)
+
+
+@pytest.fixture(autouse=True)
+def _shared_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dry runs measure this machine once; the script would measure it each time."""
+    monkeypatch.setattr("ldm.runtime.estimate.measure_pace", _PACE)
 
 
 @pytest.fixture(scope="session")

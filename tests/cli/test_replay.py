@@ -197,7 +197,7 @@ BASH = shutil.which("bash")
 
 def as_bash_reads(line: str) -> list[str]:
     assert BASH
-    run = subprocess.run([BASH, "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True, timeout=60)
+    run = subprocess.run([BASH, "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True, timeout=600)
     return run.stdout.decode("utf-8", "surrogatepass").split("\0")[:-1]
 
 

@@ -522,7 +522,7 @@ def script(*options, cwd, **settings):
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         **settings,
     )
 
@@ -538,8 +538,8 @@ def test_works_from_anywhere_offline_and_with_foreign_files_about(tmp_path):
 
 def test_a_closed_pipe_does_not_stop_the_run(tmp_path):
     command = f"{sys.executable} {ROOT}/scripts/txt2img.py {' '.join(FAST[:-1])} 2>&1 | head -c 1"
-    subprocess.run(command, shell=True, cwd=tmp_path, timeout=120, check=True)
-    deadline = time.monotonic() + 60
+    subprocess.run(command, shell=True, cwd=tmp_path, timeout=600, check=True)
+    deadline = time.monotonic() + 600
     while not list(tmp_path.rglob("grid-0000.png")) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert list(tmp_path.rglob("grid-0000.png"))
@@ -556,11 +556,11 @@ def test_interrupting_finishes_the_batch(tmp_path):
         cwd=tmp_path,
         preexec_fn=interruptible,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not list(tmp_path.glob("samples/*.png")) and time.monotonic() < deadline:
         time.sleep(0.05)
     run.send_signal(signal.SIGINT)
-    _, error = run.communicate(timeout=60)
+    _, error = run.communicate(timeout=600)
     assert run.returncode == 130
     assert "Traceback" not in error
     samples = list(tmp_path.glob("samples/*.png"))

@@ -191,7 +191,7 @@ def browse(page: Path, profile: Path, fragment: str, *options: str) -> str:
         f"--user-data-dir={profile}",
     ]
     run = subprocess.run(
-        [BROWSER, *flags, *options, page.as_uri() + fragment], capture_output=True, timeout=60, check=True
+        [BROWSER, *flags, *options, page.as_uri() + fragment], capture_output=True, timeout=600, check=True
     )
     return run.stdout.decode("utf-8", "replace")
 

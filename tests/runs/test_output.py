@@ -333,7 +333,7 @@ def test_a_stdout_that_is_gone_stops_nothing(stdout):
     target = "> /dev/full" if stdout == "full" else "| head -1 > /dev/null"
     code = EVENTS.format(root=str(ROOT)).replace("'", '"')
     command = f"set -o pipefail; {sys.executable} -c '{code}' {target}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "went on"
     assert done.stderr.count("warning: stdout takes no more events") == 1

@@ -200,7 +200,7 @@ def test_ctrl_c_stops_all_behind_their_batches(tmp_path):
     while run.poll() is None and len(list(folder.glob("samples/*.png"))) < 3:
         time.sleep(0.02)
     run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=60)
+    _, errors = run.communicate(timeout=600)
     assert run.returncode == 130, errors
     assert errors.count("--resume") == 1
     assert errors.count("stopping after this batch") == 2
@@ -214,14 +214,14 @@ def test_processes_whose_starter_is_killed_stop_too(tmp_path):
     while run.poll() is None and not list(folder.glob("samples/*.png")):
         time.sleep(0.02)
     run.kill()
-    run.communicate(timeout=60)  # returns when no process holds its pipes any more
+    run.communicate(timeout=600)  # returns when no process holds its pipes any more
     assert len(list(folder.glob("samples/*.png"))) < 1000
 
 
 def test_torchrun_says_how_many(whole, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, SCRIPT, *RUN, "--quiet", "--outdir", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=600)
     assert done.returncode == 0, done.stderr
     assert images(tmp_path / "out") == whole
 
@@ -302,8 +302,8 @@ def supervise(tmp_path, code, count=2):
 
 def test_one_that_is_lost_before_they_have_met_ends_all(tmp_path):
     began = time.monotonic()
-    assert supervise(tmp_path, "time.sleep(100) if rank == 0 else sys.exit(2)") == 2
-    assert time.monotonic() - began < 50
+    assert supervise(tmp_path, "time.sleep(1000) if rank == 0 else sys.exit(2)") == 2
+    assert time.monotonic() - began < 500
 
 
 def test_one_that_is_lost_later_ends_nobody(tmp_path, caplog):
