@@ -52,18 +52,23 @@ def hub_files(repositories: Sequence[str], names: Sequence[str]) -> Iterator[Pat
     They are looked up in the cache of Hugging Face's own library, where HF_HOME or HF_HUB_CACHE may put it: first the
     revision that "main" was at the last download, then any other. Nothing is downloaded.
     """
+    for repository in repositories:
+        folder = hub_folder(repository)
+        revision = _short_text(folder / "refs" / "main")
+        snapshots = sorted((folder / "snapshots").glob("*/"), key=lambda path: (path.name != revision, path))
+        for snapshot in snapshots:
+            yield from (snapshot / name for name in names if os.path.isfile(snapshot / name))
+
+
+def hub_folder(repository: str) -> Path:
+    """The folder of a Hugging Face repository in the cache of Hugging Face's own library, there or not."""
     home = os.environ.get("HF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
     )
     hub = (
         os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
     )
-    for repository in repositories:
-        folder = Path(os.path.expanduser(hub), "models--" + repository.replace("/", "--"))
-        revision = _short_text(folder / "refs" / "main")
-        snapshots = sorted((folder / "snapshots").glob("*/"), key=lambda path: (path.name != revision, path))
-        for snapshot in snapshots:
-            yield from (snapshot / name for name in names if os.path.isfile(snapshot / name))
+    return Path(os.path.expanduser(hub), "models--" + repository.replace("/", "--"))
 
 
 def _short_text(path: Path) -> str:

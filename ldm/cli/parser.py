@@ -99,7 +99,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str, usage: str, examples: Sequence[str]) -> None:
         prog = os.path.basename(sys.argv[0])
         if prog.startswith("ldm "):  # the command, not a script of a checkout
-            examples = [re.sub(r"^python scripts/\w+\.py", prog, example) for example in examples]
+            examples = [
+                re.sub(r"^python (scripts/\w+\.py|-m ldm \w+)", prog, example) for example in examples
+            ]
         super().__init__(
             prog=prog,
             description=description,

@@ -18,8 +18,8 @@ from ldm.safety.network import SafetyChecker
 from ldm.util import printable
 
 OWN_FOLDER = "models/safety_checker"
-_REPOSITORY = "CompVis/stable-diffusion-safety-checker"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+REPOSITORY = "CompVis/stable-diffusion-safety-checker"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _MAX_SIZE = 10_000
 
 # SafetyChecker's parameter -> its name in a config.json, and the value that transformers leaves out
@@ -43,7 +43,7 @@ def find_safety_model(path: str | os.PathLike[str] | None = None) -> Path | None
     file is a `CheckpointError`, so that a check somebody set up is not left out silently.
     """
     if path is None and not os.path.lexists(find(OWN_FOLDER)):
-        return next(hub_files([_REPOSITORY], _WEIGHTS), None)
+        return next(hub_files([REPOSITORY], WEIGHTS), None)
     return _weights_file(find(OWN_FOLDER if path is None else os.fspath(path)))
 
 
@@ -61,7 +61,7 @@ def load_safety_model(path: str | os.PathLike[str], device: torch.device | str =
     if unknown:
         raise CheckpointError(
             f"{printable(weights)}: {printable(unknown[0][:200])} is no weight of the safety checker: "
-            f"config.json or weights are of another model; use those of {_REPOSITORY}"
+            f"config.json or weights are of another model; use those of {REPOSITORY}"
         )
     load_into(model, checkpoint, dtype=torch.float32, ema="off")
     return model.eval().to(device)
@@ -78,11 +78,11 @@ def _weights_file(path: Path) -> Path:
 
 
 def _weights_in(folder: Path) -> Path:
-    found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise CheckpointError(
-            f"holds no safety model: neither {' nor '.join(_WEIGHTS)} is in it; "
-            f"put the files of {_REPOSITORY} there"
+            f"holds no safety model: neither {' nor '.join(WEIGHTS)} is in it; "
+            f"put the files of {REPOSITORY} there"
         )
     return found
 

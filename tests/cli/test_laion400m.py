@@ -87,8 +87,8 @@ def test_a_folder_that_was_typed_is_taken(draw, order):
 
 @pytest.mark.parametrize("option", ["--ckpt", "--config"])
 def test_files_that_were_typed_are_taken(draw, capsys, option):
-    assert draw("--laion400m", option, "no/such") == (2, [])
-    assert f"no/such does not exist; give another with {option}" in capsys.readouterr().err
+    assert draw("--laion400m", option, "no/such.ckpt") == (2, [])
+    assert f"no/such.ckpt does not exist; give another with {option}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", [(), ("--laion400m",)], ids=["by content", "by flag"])

@@ -32,6 +32,7 @@ COMMANDS = {
     "benchmark": Command("benchmark", "main", "time every phase of generating images"),
     "evaluate": Command("evaluate", "main", "measure how well the bundled model follows captions"),
     "train": Command("train", "main", "train the bundled model"),
+    "where": Command("where", "main", "list where files are looked for, and what was found"),
 }
 
 

@@ -20,8 +20,8 @@ from ldm.util import InputError, printable, read_side_file
 UNCASED = "bert-base-uncased"
 OWN_VOCABULARY = "models/ldm/text2img-large/vocab.txt"
 
-_REPOSITORIES = (f"google-bert/{UNCASED}", UNCASED)  # today's name and the old one
-_FILE = "vocab.txt"
+REPOSITORIES = (f"google-bert/{UNCASED}", UNCASED)  # today's name and the old one
+VOCABULARY_FILE = "vocab.txt"
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _UNCASED_SIZE = 30522
 _KNOWN_TEXT = "Hello, my dog is cute"
@@ -136,18 +136,18 @@ def find_vocabulary(version: str = UNCASED) -> Path:
         return path
     raise InputError(
         f"{OWN_VOCABULARY} does not exist; the text encoder needs BERT's vocabulary there: get it from "
-        f"https://huggingface.co/{_REPOSITORIES[0]}/resolve/main/{_FILE}"
-        if version in _REPOSITORIES
-        else f"the text encoder's vocabulary {printable(version)} is neither a file nor a folder with {_FILE} "
-        f"nor {UNCASED}; nothing is downloaded"
+        f"https://huggingface.co/{REPOSITORIES[0]}/resolve/main/{VOCABULARY_FILE}"
+        if version in REPOSITORIES
+        else f"the text encoder's vocabulary {printable(version)} is neither a file nor a folder "
+        f"with {VOCABULARY_FILE} nor {UNCASED}; nothing is downloaded"
     )
 
 
 def _places(version: str) -> Iterator[Path]:
-    yield from (find(version), find(version) / _FILE)
-    if version in _REPOSITORIES:
+    yield from (find(version), find(version) / VOCABULARY_FILE)
+    if version in REPOSITORIES:
         yield find(OWN_VOCABULARY)
-        yield from hub_files(_REPOSITORIES, [_FILE])
+        yield from hub_files(REPOSITORIES, [VOCABULARY_FILE])
 
 
 def _read_vocabulary(path: Path) -> list[str]:

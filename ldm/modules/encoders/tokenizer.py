@@ -30,6 +30,13 @@ _KNOWN_TEXT = "a photograph of an astronaut riding a horse"
 _KNOWN_IDS = [49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558, 49407]
 
 
+def openai_tables() -> list[Path]:
+    """Where the token table of the installed package `openai-clip` is looked for; the package is not imported."""
+    spec = importlib.util.find_spec("clip")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return [Path(folder) / _TABLE for folder in folders]
+
+
 class Stretch(NamedTuple):
     """A part of a cleaned text, where it begins, and its ids if it is a placeholder (else empty)."""
 
@@ -69,9 +76,7 @@ class CLIPTokenizer:
     @classmethod
     def openai(cls) -> CLIPTokenizer:
         """The tokenizer from the table that the installed package `openai-clip` ships (not imported)."""
-        spec = importlib.util.find_spec("clip")
-        folders = (spec.submodule_search_locations if spec else None) or []
-        table = next((path for folder in folders if (path := Path(folder) / _TABLE).is_file()), None)
+        table = next((path for path in openai_tables() if path.is_file()), None)
         if table is None:
             raise InputError(f"CLIP's token table {_TABLE} is not installed: run `pip install openai-clip`")
         merges = _read_openai_merges(table)
