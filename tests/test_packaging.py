@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 import yaml
 
 from tests.support.paths import ROOT
@@ -57,3 +58,62 @@ def test_the_readmes_two_commands_are_what_ci_runs():
     assert [name for name, _ in blocks] == ["pictures", "tests"]
     assert all(command.strip() and "\n" not in command.strip() for _, command in blocks)
     assert "ci: " in (ROOT / ".ci/run").read_text()
+
+
+TOP_LEVEL = {
+    "LICENSE",
+    "README.md",
+    "configs",
+    "environment.yaml",
+    "ldm",
+    "models",
+    "scripts",
+    "setup.py",
+    "tests",
+}
+
+
+def tracked():
+    run = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    if run.returncode:
+        pytest.skip("not a checkout of git")
+    return run.stdout.splitlines()
+
+
+def test_the_top_level_holds_what_it_should_and_dotfiles():
+    names = {path.partition("/")[0] for path in tracked()}
+    assert {name for name in names if not name.startswith(".")} == TOP_LEVEL
+
+
+def test_nothing_is_installed_from_a_second_copy():
+    """The data of the package are files of the folders beside it, all in the repository, and no others."""
+    metadata, known = setup_metadata(None), {*tracked()}
+    for package, folder in metadata["package_dir"].items():
+        assert package.startswith("ldm.assets.") and package in metadata["packages"]
+        patterns = metadata["package_data"][package]
+        files = {str(path.relative_to(ROOT)) for p in patterns for path in (ROOT / folder).glob(p)}
+        assert files and files <= known
+        assert all(any((ROOT / folder).glob(pattern)) for pattern in patterns)
+    assert {path for path in known if path.startswith("configs/")} <= {
+        str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*/*.yaml")
+    }
+    assert not any(path.startswith("ldm/assets") for path in known)
+
+
+@pytest.mark.parametrize("command", ["ruff check", "ruff format", "pyright -p .pyrightconfig.json"])
+def test_ci_the_hooks_and_the_guide_run_the_same_tools(command):
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"]  # nothing is downloaded
+    assert any(hook["entry"].startswith(command) for hook in hooks[0]["hooks"])
+    for path in (".ci/run", ".github/CONTRIBUTING.md"):
+        assert command in (ROOT / path).read_text(encoding="utf-8"), path
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yaml").read_text())
+    assert workflow["jobs"]["ci"]["steps"][-1]["run"] == ".ci/run"
+
+
+def test_the_version_has_a_section_in_the_changelog():
+    version = setup_metadata(None)["version"]
+    sections = re.findall(
+        r"^## (\S+)", (ROOT / ".github/CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sections[0] == "Unreleased" and version in sections
