@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import yaml
@@ -10,7 +11,8 @@ import yaml
 from tests.support.paths import ROOT
 
 
-def setup_metadata(tmp_path):
+@cache
+def setup_metadata():
     """What setup() is called with, read by running setup.py with a stand-in for setuptools' function."""
     script = (
         "import json, runpy, setuptools\n"
@@ -21,8 +23,8 @@ def setup_metadata(tmp_path):
     return yaml.safe_load(run.stdout)
 
 
-def test_conda_says_what_pip_says(tmp_path):
-    metadata = setup_metadata(tmp_path)
+def test_conda_says_what_pip_says():
+    metadata = setup_metadata()
     environment = yaml.safe_load((ROOT / "environment.yaml").read_text())
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     assert sorted(pip) == sorted([*metadata["install_requires"], "-e ."])
@@ -30,24 +32,24 @@ def test_conda_says_what_pip_says(tmp_path):
     assert {"transformers", "pytorch-lightning"} <= named and metadata["extras_require"]["train"] == []
 
 
-def test_every_range_has_both_ends(tmp_path):
-    metadata = setup_metadata(tmp_path)
+def test_every_range_has_both_ends():
+    metadata = setup_metadata()
     extras = metadata["extras_require"].values()
     requirements = [*metadata["install_requires"], *(r for extra in extras for r in extra)]
     open_ended = [r for r in requirements if ">=" not in r or ("<" not in r and not r.startswith("regex"))]
     assert not open_ended
 
 
-def test_no_version_with_a_published_hole_is_allowed(tmp_path):
+def test_no_version_with_a_published_hole_is_allowed():
     """CVE-2026-24747 (torch), CVE-2026-5241 (transformers) and CVE-2026-40192 (Pillow) end with these versions."""
-    requirements = setup_metadata(tmp_path)["install_requires"]
+    requirements = setup_metadata()["install_requires"]
     lowest = {name: version for r in requirements for name, version in re.findall(r"^([\w-]+)>=([\d.]+)", r)}
     for name, first_good in (("torch", (2, 10)), ("transformers", (5, 3)), ("pillow", (12, 2))):
         assert tuple(map(int, lowest[name].split("."))) >= first_good, name
 
 
-def test_every_folder_of_the_package_is_installed(tmp_path):
-    packages = set(setup_metadata(tmp_path)["packages"])
+def test_every_folder_of_the_package_is_installed():
+    packages = set(setup_metadata()["packages"])
     folders = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "ldm").rglob("*.py")}
     assert folders <= packages
 
