@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin")
 EMBEDDING_ENDINGS = (*MODEL_ENDINGS, ".png")
+DEFAULT_STRENGTH = 0.75  # of an image to start from that comes without one
 RESIZES = ("fit", "fill", "stretch", "pad", "none")
 
 Sampler = Literal["ddim", "plms", "dpm_solver"]

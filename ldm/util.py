@@ -32,6 +32,27 @@ class InputError(ValueError):
     """
 
 
+def need(condition: bool, message: str) -> None:
+    """Raises `InputError` with the message unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def check_there(path: str | Path, cure: str) -> None:
+    """That there is something at a path, and that it can be read; else an InputError that says what to do."""
+    shown = printable(path)[:200]
+    try:
+        os.stat(path)
+        if not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (FileNotFoundError, NotADirectoryError):
+        broken = f"is a broken link to {printable(os.readlink(path))}" if os.path.islink(path) else None
+        raise InputError(f"{shown} {broken or 'does not exist'}; {cure}") from None
+    except (OSError, ValueError) as error:  # no permission, a loop of links, a name that no file can have
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{shown} cannot be read: {reason}; {cure}") from None
+
+
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 _NO_MEMORY = (
     "can't allocate memory",

@@ -43,7 +43,7 @@ _PACE = cache(measure_pace)
 @pytest.fixture(autouse=True)
 def _shared_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process load the model of an earlier run once; the script would load it each time."""
-    monkeypatch.setattr("ldm.cli.kept.KeptModel.get", _MODELS.get)
+    monkeypatch.setattr("ldm.runs.model_cache.ModelCache.get", _MODELS.get)
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 
-from ldm.cli.inputs import latent_factor
 from ldm.config import _OUR_TARGETS, ConfigError, read_config
 from ldm.pipeline import load_model
+from ldm.runs.models import latent_factor
 from ldm.util import InputError
 from tests.support.golden_data import tiny_config
 from tests.support.paths import GOLDEN

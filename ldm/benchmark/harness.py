@@ -25,11 +25,10 @@ from typing import Any, TextIO
 from ldm import __version__
 from ldm.benchmark.worker import Setting
 from ldm.checkpoints.configs import V1_CONFIG
-from ldm.cli.inputs import need
 from ldm.fields import SETTINGS, shown
 from ldm.places import ROOT, cache_path, find
 from ldm.runtime.allocator import SWITCH
-from ldm.util import InputError, printable
+from ldm.util import InputError, need, printable
 
 logger = logging.getLogger("ldm")
 

@@ -496,7 +496,7 @@ def _machine() -> dict[str, Any]:
 
 def main() -> NoReturn:
     """Works until stdin ends."""
-    from ldm.cli.report import missing_package
+    from ldm.cli.app import missing_package
     from ldm.util import InputError
 
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")

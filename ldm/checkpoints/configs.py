@@ -1,4 +1,4 @@
-"""Which of this toolkit's configs a checkpoint needs, judged by its content."""
+"""This toolkit's configs, the places of their checkpoints, and which config a checkpoint needs by its content."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ V1_CONFIG = "configs/stable-diffusion/v1-inference.yaml"
 INPAINTING_CONFIG = "configs/stable-diffusion/v1-inpainting-inference.yaml"
 LAION_CONFIG = "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
 BUNDLED_CONFIG = "configs/shapes/shapes-inference.yaml"
+V1_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
+INPAINTING_CKPT = "models/ldm/stable-diffusion-v1-inpainting/model.ckpt"
+LAION_CKPT = "models/ldm/text2img-large/model.ckpt"
 BUNDLED_CKPT = "models/ldm/shapes/model.ckpt"
 
 # weights of the bundled model that no published model has in these shapes

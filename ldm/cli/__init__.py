@@ -8,6 +8,8 @@ if sys.version_info < (3, 10):  # noqa: UP036 - older Pythons cannot read what i
     sys.exit(2)
 
 try:
+    from ldm.cli.app import main
+    from ldm.cli.generate import run
     from ldm.cli.options import (
         add_batch_options,
         add_image_options,
@@ -25,8 +27,6 @@ try:
         add_version_option,
         make_parser,
     )
-    from ldm.cli.report import main
-    from ldm.cli.run import run
 except KeyboardInterrupt:  # before anything has begun
     raise SystemExit(130) from None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.job import EMBEDDING_ENDINGS, MODEL_ENDINGS, lora_name
+from ldm.metadata.infotext import model_name
 from ldm.places import candidates
 from ldm.util import InputError, files_below, printable
 
@@ -102,14 +103,6 @@ def _checkpoint_hash(path: Path) -> str:
     from ldm.checkpoints.model_files import model_files
 
     return files_sha256(model_files(path))
-
-
-def model_name(path: Path) -> str:
-    """What a picture's text calls a checkpoint: its name without the ending, or its folder's if that is `model`."""
-    path = path.absolute()
-    if path.is_dir():
-        return path.name
-    return path.parent.name if path.stem == "model" else path.stem
 
 
 def _checkpoints() -> Iterator[tuple[str, Path]]:

@@ -11,17 +11,17 @@ from typing import Any
 from ldm import __version__
 from ldm.checkpoints.configs import BUNDLED_CKPT as BUNDLED_CKPT
 from ldm.checkpoints.configs import BUNDLED_CONFIG as BUNDLED_CONFIG
+from ldm.checkpoints.configs import INPAINTING_CKPT as INPAINTING_CKPT
 from ldm.checkpoints.configs import INPAINTING_CONFIG as INPAINTING_CONFIG
+from ldm.checkpoints.configs import LAION_CKPT as LAION_CKPT
 from ldm.checkpoints.configs import LAION_CONFIG as LAION_CONFIG
+from ldm.checkpoints.configs import V1_CKPT as V1_CKPT
 from ldm.checkpoints.configs import V1_CONFIG as V1_CONFIG
 from ldm.cli.parser import Parser
 from ldm.fields import SETTINGS
 from ldm.job import RESIZES, Init
 from ldm.prompts.dialects import FORMATS
 
-V1_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
-INPAINTING_CKPT = "models/ldm/stable-diffusion-v1-inpainting/model.ckpt"
-LAION_CKPT = "models/ldm/text2img-large/model.ckpt"
 LAION_OUTDIR = "outputs/txt2img-samples-laion400m"
 
 # the defaults of options that not every script offers; the shared code reads all of them

@@ -1,393 +1,239 @@
-"""An image made again: the job with the options that the user typed, the command that shows it, and comparisons.
+"""Images made again from their own files: shown as a command, made, or made and compared.
 
-Nothing here prints, loads a model or touches a file. The command is for people: no program here reads it.
+What a file says is data: its job is run as it is. Only what the user typed is parsed.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import re
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.plan import STRENGTH
-from ldm.fields import MAX_SEEDS, OWN_NAMES, SETTINGS, count_up, override
-from ldm.job import Init, Job, lora_tag
-from ldm.util import InputError, printable
+from ldm import __version__
+from ldm.cli.app import outcome
+from ldm.cli.changes import changed, job_values, texts_of
+from ldm.cli.generate import check_options, options_of
+from ldm.cli.locate import locate
+from ldm.fields import check_fields
+from ldm.images.compare import compare
+from ldm.job import Job, lora_name, split_loras
+from ldm.metadata.command import (
+    IN_A_STREAM,
+    MAX_BATCH,
+    MAX_PLACE,
+    arguments,
+    batch_size,
+    command,
+    count,
+    of_the_run,
+    place,
+    recorded_batch,
+)
+from ldm.runs.given_jobs import GivenJobs
+from ldm.runs.jobs import check_job, check_syntax
+from ldm.runs.model_cache import ModelCache
+from ldm.runs.models import check_additions
+from ldm.runs.options import RunOptions
+from ldm.runs.progress import Events
+from ldm.runs.run import Planner, Report, prepare, run
+from ldm.runs.starts import Canvases
+from ldm.util import InputError, need, printable, temporary_folder
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from ldm.checkpoints.adapters.lora_files import LoraFiles
     from ldm.images.watermark import Evidence
     from ldm.metadata.read import Recipe
+    from ldm.models.diffusion.noise import StreamPlace
 
+logger = logging.getLogger("ldm")
+
+OUTDIR = "outputs/replay"
 SURE = 1e-6  # below this probability, chance is no explanation of a watermark
 UNSURE = 1e-2  # above it, it is a good one
-
-IN_A_STREAM = (
-    "its noise is a part of the one stream of its run: the command makes the same image only if all images of the "
-    "run had its size and settings and came in full batches; replay.py makes it exactly from its file"
-)
-
-Options = dict[
-    str, str | list[str] | None
-]  # by name without dashes; None for a switch, a list for several values
-Changes = Mapping[str, str | list[str] | None]
-
-_REPEATED = ("lora", "embedding", "allow_targets")  # options that are given once for each value
-_SWITCHES = ("plms", "dpm_solver")  # samplers that are options themselves
-_OF_A_START = ("strength", "resize", "background", "posterior_mean")
-_OF_A_MASK = ("invert_mask", "mask_blur", "no_paste")
-MAX_PLACE = 20_000  # images of a run whose noise can be drawn before that of one
-MAX_BATCH = 1_000  # images that a file can ask for to be made together with its own
-
-
-def options(recipe: Recipe, changes: Changes) -> tuple[str, Options]:
-    """The script that makes a recipe's picture again, and its options; defaults of a job are left out.
-
-    Of `changes` the size of its batch counts here, which says how many batches there are. What the script cannot
-    know from the file stays open: which checkpoint `Recipe.model` is, and in which folder the picture, the mask and
-    the LoRAs lie that are named. A picture that was made in a batch is made in one of
-    that size again, at its place there, since the sums' last bits depend on both (not on what else is in it); of the
-    run's samples `place(recipe)` is the picture.
-    """
-    job = recipe.job
-    init = job.init
-    chosen: Options = {"prompt": job.prompt}
-    if job.negative_prompt:
-        chosen["negative_prompt"] = job.negative_prompt
-    chosen |= {"seed": str(job.seed), "ddim_steps": str(job.steps), "scale": _number(job.scale)}
-    if job.sampler != "ddim":
-        chosen |= {job.sampler: None} if job.sampler in _SWITCHES else {"sampler": job.sampler}
-    chosen |= _unless_default(
-        job,
-        {"ddim_eta": "eta", "timestep_spacing": "timestep_spacing", "rng": "rng", "seed_mode": "seed_mode"}
-        | {"prompt_syntax": "prompt_syntax"},
-    )
-    chosen |= _count(recipe, changes)
-    if init is None and job.strength == 1:
-        chosen |= {"W": str(job.width), "H": str(job.height)}
-    else:
-        chosen |= {"strength": _number(job.strength)}
-        chosen |= {"posterior_mean": None} if job.posterior == "mean" else {}
-        chosen |= _picture(init) if init else {}
-        chosen |= {} if job.paste else {"no_paste": None}
-    chosen |= _unless_default(
-        job, {"upscale": "upscale", "upscale_in": "upscale_in", "upscale_strength": "upscale_strength"}
-    )
-    chosen |= {name: None if value is True else value for name, value in of_the_run(recipe).items()}
-    return _script(job), chosen
-
-
-def command_alone(recipe: Recipe) -> str:
-    """The command that makes a recipe's image and no other; those before it where the run shares its noise."""
-    return command(recipe, {} if recipe.job.seed_mode == "batch" else {"n_samples": "1"})
-
-
-def remark_alone(recipe: Recipe) -> str:
-    """What may differ in what `command_alone` makes, or nothing."""
-    if recipe.job.seed_mode == "batch":
-        return IN_A_STREAM
-    if (size := recorded_batch(recipe)) == 1:
-        return ""
-    return f"made in a batch of {size}: alone, its last bits can differ; replay.py makes it exactly from its file"
-
-
-def place(recipe: Recipe, changes: Changes | None = None) -> int:
-    """Which of the samples of a recipe's command is the picture, from 0."""
-    if recipe.job.seed_mode == "batch":
-        return recipe.job.batch_index
-    entry = recipe.extras.get("Batch pos", "0")
-    inside = re.fullmatch("[0-9]{1,5}", entry) and int(entry) < batch_size(recipe, {})
-    return int(entry) if inside and "n_samples" not in (changes or {}) else 0
-
-
-def count(recipe: Recipe, changes: Changes) -> int:
-    """How many pictures a recipe's command makes: whole batches of the recorded size, up to the picture's."""
-    per_batch = batch_size(recipe, changes)
-    return (place(recipe, changes) // per_batch + 1) * per_batch
-
-
-def batch_size(recipe: Recipe, changes: Changes) -> int:
-    """How many images are made together with a recipe's."""
-    if "n_samples" not in changes:
-        size = recorded_batch(recipe)
-        return size if size <= MAX_BATCH else 1
-    size = str(changes["n_samples"])
-    if re.fullmatch("[1-9][0-9]{0,4}", size):
-        return int(size)
-    raise InputError(f"--n_samples is {printable(size)[:50]}; give 1 to 99999")
-
-
-def recorded_batch(recipe: Recipe) -> int:
-    """How many images were made together with a recipe's, by its file: a number that anybody may have written."""
-    size = recipe.extras.get("Batch size", "1")
-    return int(size) if re.fullmatch("[1-9][0-9]{0,6}", size) else 1
-
-
-def _first_seed(recipe: Recipe, seed: str, changes: Changes) -> str:
-    """The seed of a command's first picture where the picture at its place has `seed`; seeds count up."""
-    rng = str(changes.get("rng", recipe.job.rng))
-    if recipe.job.seed_mode == "batch" or not re.fullmatch("[0-9]{1,20}", seed) or int(seed) > MAX_SEEDS[rng]:
-        return seed
-    return str(count_up(int(seed), -place(recipe, changes), rng))
-
-
-def command(recipe: Recipe, changes: Changes | None = None, drop: Sequence[str] = ()) -> str:
-    """The command line that makes a recipe's picture again, on one line that can be pasted into bash or zsh.
-
-    See `arguments`.
-    """
-    script, typed = arguments(recipe, changes or {}, drop)
-    return " ".join(map(quoted, ["python", f"scripts/{script}.py", *typed]))
-
-
-def arguments(recipe: Recipe, changes: Changes, drop: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """The script that makes a recipe's picture again, and what is typed behind its name.
-
-    `changes` replace or add options, `drop` leaves some out. The job's LoRAs are options of their own, whose files
-    are expected to lie where the command runs, or with
-    `lora_dir` among the changes tags in the prompt; `lora` among them replaces them all.
-    """
-    script, chosen = options(recipe, changes)
-    loras = recipe.job.loras
-    if "lora_dir" in changes and "lora" not in changes and loras:
-        tags = "".join(lora_tag(*lora) for lora in loras)
-        chosen["prompt"] = " ".join(filter(None, [recipe.job.prompt, tags]))
-    elif loras:
-        chosen["lora"] = [lora_option(*lora) for lora in loras]
-    kept = {name: value for name, value in {**chosen, **changes}.items() if name not in drop}
-    if isinstance(seed := kept.get("seed"), str):
-        kept["seed"] = _first_seed(recipe, seed, changes)
-    return script, _arguments(kept)
-
-
-def lora_option(file: str, weight: float, on_text: float) -> str:
-    """A value of the option that takes LoRAs; the weights are always there, so that no name is read as one."""
-    return f"{file}:{_number(weight)}:{_number(on_text)}"
-
-
-def as_changes(parser: argparse.ArgumentParser) -> None:
-    """Makes the options that a parser has so far changes: only what is typed is kept."""
-    parser._defaults.clear()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-
-
-def texts_of(typed: Mapping[str, Any]) -> Options:
-    """Parsed options, as they are typed."""
-    return {name: None if value is True else _typed(name, value) for name, value in typed.items()}
-
-
-def _typed(name: str, value: Any) -> str | list[str]:
-    if name == "lora":
-        return [lora_option(*lora) for lora in value]
-    if name == "embedding":
-        return [path if word is None else f"{path}={word}" for path, word in value]
-    return [str(one) for one in value] if isinstance(value, list) else _text(value)
-
-
-def job_values(typed: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a job that typed options set."""
-    values: dict[str, Any] = {}
-    for name, value in typed.items():
-        if name in SETTINGS["sampler"].choices:  # a switch
-            values["sampler"] = name
-        elif name == "posterior_mean":
-            values["posterior"] = "mean"
-        elif name == "no_paste":
-            values["paste"] = False
-        elif name == "init_img":
-            values["init.image"] = value[0] if isinstance(value, list) else value
-        elif (field := OWN_NAMES.get(name, name)) in SETTINGS:
-            values[field] = value
-    return values
-
-
-def changed(job: Job, typed: Mapping[str, Any]) -> Job:
-    """A job with the options that were typed. InputError for those that need an image to start from, or a mask.
-
-    The size of a job that starts from an image stays open: it is that of the canvas.
-    """
-    values = job_values(typed)
-    begins = job.init is not None or "init_img" in typed or job.strength != 1
-    masked = job.init is not None and bool(job.init.mask or job.init.alpha_mask)
-    masked = masked or "mask" in typed or "outpaint" in typed
-    for names, there, what in (
-        ((*_OF_A_START, "mask", "outpaint"), begins, "an image to start from; give one with --init-img"),
-        (_OF_A_MASK, masked, "a mask; give one with --mask"),
-    ):
-        for name in names:
-            if name in typed and not there:
-                raise InputError(f"--{name} needs {what}")
-    if masked and values.get("upscale", 1) != 1:
-        raise InputError("--upscale does not go with a mask; leave it out")
-    if masked and "mask" in typed:
-        values["init.alpha_mask"] = False
-    elif masked and not (job.init is not None and job.init.mask):
-        values["init.alpha_mask"] = True
-    if begins:
-        values = {**_new_start(job, values, masked), **values}
-        values |= _as_canvas(job, values)
-    try:
-        return override(job, values)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-def _new_start(job: Job, values: Mapping[str, Any], masked: bool) -> dict[str, Any]:
-    """What a job from text alone lacks where it is to start from an image: that fills its size."""
-    if job.init is not None or job.strength != 1:
-        return {}
-    size = {"init.width": job.width, "init.height": job.height, "init.resize": "fill"}
-    return size | {"strength": 1.0 if masked else STRENGTH}
-
-
-def _as_canvas(job: Job, values: dict[str, Any]) -> dict[str, Any]:
-    """A typed size as that of the canvas, with a way to resize."""
-    sides = {f"init.{name}": values.pop(name) for name in ("width", "height") if name in values}
-    if not sides or "init.resize" in values or (job.init is not None and job.init.resize != "none"):
-        return sides
-    return {**sides, "init.resize": "fill" if len(sides) == 2 else "fit"}
-
-
-def quoted(argument: str) -> str:
-    """An argument as bash and zsh read it back. Controls, which a terminal might obey on pasting, are escaped.
-
-    NUL, which no argument can hold, becomes a space.
-    """
-    argument = argument.replace("\0", " ")
-    if argument.isprintable():
-        return shlex.quote(argument)
-    return "$'" + "".join(map(_ansi_c, argument)) + "'"
-
-
-def _ansi_c(character: str) -> str:
-    if character in "\\'":
-        return f"\\{character}"
-    if character.isprintable():
-        return character
-    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogatepass"))
-
-
-def _arguments(chosen: Options) -> list[str]:
-    """Options as arguments; a value that begins with a dash is joined to its option, else it would pose as one."""
-    typed: list[str] = []
-    for name, value in chosen.items():
-        option = "--" + {"init_img": "init-img", "from_file": "from-file"}.get(name, name)
-        if value is None:
-            typed.append(option)
-        elif isinstance(value, list) and name in _REPEATED:
-            typed += [f"{option}={one}" for one in value]
-        else:
-            first, *rest = value if isinstance(value, list) else [value]
-            typed += [*([f"{option}={first}"] if first.startswith("-") else [option, first]), *rest]
-    return typed
-
-
-def _script(job: Job) -> str:
-    if job.init is None:
-        return "txt2img" if job.strength == 1 else "img2img"
-    return "inpaint" if job.init.mask or job.init.alpha_mask else "img2img"
-
-
-def _unless_default(job: Job | Init, names: Mapping[str, str]) -> Options:
-    """Options by the names of the fields they set, where those are not the default."""
-    default = Job("") if isinstance(job, Job) else Init("")
-    values = {option: (getattr(job, field), getattr(default, field)) for option, field in names.items()}
-    return {option: _text(value) for option, (value, usual) in values.items() if value != usual}
-
-
-def _text(value: object) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return _number(value) if isinstance(value, float) else str(value)
-
-
-def _number(value: float) -> str:
-    return repr(float(value)).removesuffix(".0")
-
-
-def _picture(init: Init) -> Options:
-    chosen: Options = {"init_img": init.image}
-    chosen |= {"mask": init.mask} if init.mask else {}
-    names = {
-        "W": "width",
-        "H": "height",
-        "background": "background",
-        "outpaint": "outpaint",
-        "mask_blur": "mask_blur",
-    }
-    chosen |= _unless_default(init, names)
-    if init.width is not None or init.height is not None:
-        chosen["resize"] = init.resize
-    return chosen | ({"invert_mask": None} if init.invert_mask else {})
-
-
-def _count(recipe: Recipe, changes: Changes) -> Options:
-    """One batch of the recorded size, or with one stream of noise as many as there are up to the picture's."""
-    per_batch = batch_size(recipe, changes)
-    n_iter = count(recipe, changes) // per_batch
-    return {"n_samples": str(per_batch), "n_iter": str(n_iter), "skip_grid": None}
-
-
-def of_the_run(recipe: Recipe) -> dict[str, Any]:
-    """The options, parsed, that this toolkit notes of a run besides the job."""
-    extras = recipe.extras
-    chosen: dict[str, Any] = {}
-    if extras.get("Precision"):
-        chosen["precision"] = "full" if extras["Precision"] == "full" else "autocast"
-    if extras.get("EMA") in ("on", "off"):
-        chosen["ema"] = extras["EMA"]
-    if extras.get("Fixed code") == "on" and recipe.job.seed_mode == "batch":
-        chosen["fixed_code"] = True
-    if extras.get("Watermark") == "off":
-        chosen["no_watermark"] = True
-    if extras.get("Tiles") == "approximate":
-        chosen["tiles"] = "on"
-    return chosen
-
-
-# --- comparing ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """How far two pictures are apart: pixels that are equal in all channels, and the values' largest difference.
-
-    `psnr` is the peak signal-to-noise ratio in decibels, infinite for equal pictures.
-    """
-
-    equal: int
-    total: int
-    largest: int
-    psnr: float
-
-    def __str__(self) -> str:
-        if self.equal == self.total:
-            return f"identical: all {self.total} pixels are equal"
-        share = math.floor(1000 * self.equal / self.total) / 10
-        return (
-            f"different: {self.equal} of {self.total} pixels ({share:g}%) are equal, the largest difference is "
-            f"{self.largest} of 255, PSNR {self.psnr:.1f} dB"
+_OWN = ("files", "outdir", "show", "verify", "tolerance", "json", "dry_run", "quiet", "debug", "typed")
+_FOR_RUNS = {
+    "from_file": "--from-file",
+    **{
+        name: f"--{name}"
+        for name in (
+            "prompt_format", "expand", "sweep", "indir", "n_iter", "n_rows", "resume", "gallery", "skip_grid",
+            "skip_save", "keep_going", "images_per_prompt",
         )
+    },
+}  # fmt: skip
 
 
-def compare(first: np.ndarray, second: np.ndarray) -> Difference:
-    """How far two uint8 pictures [H, W, 3] are apart. Raises InputError if their sizes differ."""
-    import numpy as np
+def add_replay_options(parser: argparse.ArgumentParser) -> None:
+    """Which files, and what is done with them. Options of whole runs, which the parser has already, are hidden."""
+    for action in parser._actions:
+        action.help = argparse.SUPPRESS if action.dest in _FOR_RUNS else action.help
+    parser.conflict_handler = "resolve"  # what is of this name in a run is another thing
+    parser.add_argument(
+        "files", metavar="FILE", nargs="+", help="PNG, JPEG or WebP files that were generated"
+    )
+    group = parser.add_argument_group("replay")
+    what = group.add_mutually_exclusive_group()
+    what.add_argument(
+        "--show",
+        action="store_true",
+        help="print how it was made and the command for it; make nothing",
+    )
+    what.add_argument("--verify", action="store_true", help="compare the new image with the file")
+    group.add_argument(
+        "--tolerance",
+        metavar="N",
+        type=int,
+        default=0,
+        help="let --verify pass differences up to this, 0 to 255",
+    )
+    group.add_argument(
+        "--n_samples",
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="size of the batch that an image is made in (default: as in its file)",
+    )
+    group.add_argument("--outdir", metavar="DIR", default=OUTDIR, help="folder for the images")
 
-    if first.shape != second.shape:
-        sizes = [f"{picture.shape[1]}x{picture.shape[0]}" for picture in (first, second)]
-        raise InputError(f"pictures of {sizes[0]} and {sizes[1]} cannot be compared; make them the same size")
-    apart = np.abs(first.astype(np.int16) - second)
-    mean_square = float(np.square(apart, dtype=np.float64).mean())
-    psnr = 10 * math.log10(255**2 / mean_square) if mean_square else math.inf
-    equal = int((apart == 0).all(axis=-1).sum())
-    return Difference(equal, apart[..., 0].size, int(apart.max()), psnr)
+
+def replay(opt: argparse.Namespace, usual: Mapping[str, Any]) -> int:
+    """Every file in turn: 0, 1 if some failed or differ, 2 if all were refused.
+
+    `opt` holds what was typed, and `usual` the options of a run as they are if nothing is typed.
+    """
+    typed = {name: value for name, value in vars(opt).items() if name not in _OWN}
+    for name, option in _FOR_RUNS.items():
+        need(name not in typed, f"replay.py does not take {option} (it makes one image at a time)")
+    need(opt.show or not (opt.json or opt.dry_run), "--json and --dry_run go with --show")
+    need(0 <= opt.tolerance <= 255, f"--tolerance is {opt.tolerance}; give 0 to 255")
+    codes: list[int] = []
+    cache = ModelCache()
+    for file in opt.files:
+        codes.append(outcome(partial(_one, Path(file), opt, typed, usual, cache), opt.debug))
+        if codes[-1] >= 128:
+            return codes[-1]
+    return codes[0] if len(set(codes)) == 1 else 1
+
+
+def _one(
+    file: Path, opt: argparse.Namespace, typed: Mapping[str, Any], usual: Mapping[str, Any], cache: ModelCache
+) -> int:
+    """One file; a fault's line begins with its name."""
+    from ldm.metadata.read import read_job
+
+    shown = printable(file)
+    try:
+        recipe = _readable(read_job(str(file)))
+        if opt.show:
+            return _show(file, recipe, typed, opt.json)
+        return _make(file, recipe, opt, typed, usual, cache)
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(shown) else f"{shown}: {error}") from error
+
+
+def _readable(recipe: Recipe) -> Recipe:
+    """`recipe`, with its prompts as plain text where another program read more in them than is done here."""
+    from ldm.prompts.weights import parse_weights
+
+    job = recipe.job
+    if recipe.source == "ldm" or job.prompt_syntax == "plain":
+        return recipe
+    try:
+        for prompt in (job.prompt, job.negative_prompt):
+            parse_weights(prompt)
+    except InputError as error:
+        note = f"its prompts are read as plain text: {error}"
+        return replace(recipe, job=replace(job, prompt_syntax="plain"), notes=(*recipe.notes, note))
+    return recipe
+
+
+def _show(file: Path, recipe: Recipe, typed: Mapping[str, Any], as_json: bool) -> int:
+    """Prints what a file says, without looking for anything but its watermark."""
+    recipe = replace(recipe, job=changed(recipe.job, typed))
+    changes = texts_of({name: value for name, value in typed.items() if not job_values({name: value})})
+    script, words = arguments(recipe, changes)
+    line = command(recipe, changes)
+    samples, sample = count(recipe, changes), place(recipe, changes)
+    watermark = _watermark(file, script)
+    notes = [*_batch_notes(recipe, changes), *_command_notes(recipe), *recipe.notes]
+    if as_json:
+        fields = {
+            "file": str(file),
+            "source": recipe.source,
+            "command": line,
+            "script": script,
+            "arguments": words,
+        }
+        fields |= {"samples": samples, "sample": sample, "model": recipe.model}
+        fields |= {"model_hash": recipe.model_hash, "notes": notes, "watermark": watermark}
+        print(json.dumps(fields))
+        return 0
+    print(f"{printable(file)}: made by {_maker(recipe)}\n  {line}")
+    others = [f"this makes {samples} images; sample {sample:05d} is this one"] if samples > 1 else []
+    for note in (*others, *notes, watermark["found"]):
+        print(f"  {note}")
+    return 0
+
+
+def _command_notes(recipe: Recipe) -> list[str]:
+    """Where the command alone may not make the same image."""
+    if recipe.job.seed_mode == "image" or "Stream" not in recipe.extras:
+        return _stream_notes(recipe)
+    return [IN_A_STREAM]
+
+
+def _maker(recipe: Recipe) -> str:
+    if recipe.source != "ldm":
+        return recipe.source
+    version = printable(recipe.extras.get("Version", "").removeprefix("ldm "))[:20]
+    return f"this toolkit ({version or __version__})"
+
+
+def _batch_notes(recipe: Recipe, changes: Mapping[str, Any]) -> list[str]:
+    """What cannot be had of the batch that a file asks for."""
+    size = recorded_batch(recipe)
+    if size <= MAX_BATCH or "n_samples" in changes:
+        return []
+    return [f"its file asks for a batch of {size}; it is made alone, so the last bits can differ"]
+
+
+def _stream_notes(recipe: Recipe) -> list[str]:
+    """What is not known of the run whose one stream of noise an image took part in."""
+    if recipe.job.seed_mode == "image" or recipe.source != "ldm" or "Stream" in recipe.extras:
+        return []
+    return [
+        "its file does not say what its run drew before it from the one stream of --seed_mode batch; it is the "
+        "same image only if all images of the run had its size and settings and came in full batches"
+    ]
+
+
+def _place_in_stream(recipe: Recipe) -> StreamPlace | None:
+    """Where in the stream of its run an image got its noise, if that counts and its file says it."""
+    if recipe.job.seed_mode == "image" or "Stream" not in recipe.extras:
+        return None
+    from ldm.models.diffusion.noise import StreamPlace
+
+    try:
+        return StreamPlace.parse(recipe.extras["Stream"])
+    except ValueError as error:
+        raise InputError(f"its place in the noise of its run cannot be used: {error}") from None
+
+
+def _watermark(file: Path, script: str) -> dict[str, object]:
+    from ldm.images.watermark import INPAINTING_TEXT, TEXT, detect
+
+    text = INPAINTING_TEXT if script == "inpaint" else TEXT
+    try:
+        evidence = detect(_pixels(file), text)
+    except InputError as error:
+        return {"text": text, "found": str(error)}
+    return {"text": text, "found": describe_watermark(evidence, text), **evidence._asdict()}
 
 
 def describe_watermark(evidence: Evidence, text: str) -> str:
@@ -402,3 +248,147 @@ def describe_watermark(evidence: Evidence, text: str) -> str:
         f"the watermark {printable(text)} {verdict}: {evidence.agreeing_bits} of {evidence.total_bits} bits agree, "
         f"which chance brings about in 1 of {1 / evidence.chance:.3g} pictures"
     )
+
+
+def _pixels(file: Path) -> np.ndarray:
+    import numpy as np
+
+    from ldm.images.source import read_picture
+
+    return np.asarray(read_picture(str(file)).color)
+
+
+def _make(
+    file: Path,
+    recipe: Recipe,
+    opt: argparse.Namespace,
+    typed: Mapping[str, Any],
+    usual: Mapping[str, Any],
+    cache: ModelCache,
+) -> int:
+    """Makes the image of a file again, and compares the two if that was asked for."""
+    from ldm.metadata.read_own import start_note
+
+    located = locate(recipe, file.parent, typed)
+    need(not located.missing, "; ".join(located.missing))
+    for note in located.notes + _batch_notes(recipe, typed) + _stream_notes(recipe):
+        logger.warning("%s: %s", printable(file), note)
+    for note in recipe.notes:
+        if recipe.source != "ldm":
+            logger.info("%s: %s", printable(file), note)
+        elif note != start_note(recipe.job):  # that image was found
+            logger.warning("%s: %s", printable(file), note)
+    recipe = replace(recipe, job=_job(recipe, {**typed, **located.changes}))
+    job, stream = recipe.job, _place_in_stream(recipe)
+    need(
+        stream is None or "n_samples" not in typed,
+        "--n_samples does not go with an image of --seed_mode batch, whose noise depends on its batch",
+    )
+    jobs, wanted = _jobs(recipe, typed) if stream is None else ([job] * stream.size, stream.entry)
+    run_opt = argparse.Namespace(
+        **{**usual, **of_the_run(recipe), **typed, **located.changes, **_of_replay(opt, job)}
+    )
+    run_opt.n_iter, run_opt.n_samples = 1, batch_size(recipe, typed)
+    rewritten = not typed.keys().isdisjoint(("prompt", "negative_prompt"))
+    # else an image of this toolkit has said which textual inversions its words are
+    if not (rewritten or (recipe.source != "ldm" and not run_opt.embedding)):
+        run_opt.embedding_dir = None
+    check_options(run_opt)
+    options = options_of(run_opt)
+    check_additions(options)
+    planner = partial(_planner, jobs, stream, options)
+    made = _run_aside(options, planner, cache, Path(opt.outdir), wanted, file.stem)
+    if not isinstance(made, Path):
+        return made
+    logger.info("%s: regenerated as %s", printable(file), printable(made))
+    return _compare(file, made, opt.tolerance) if opt.verify else 0
+
+
+def _job(recipe: Recipe, options: Mapping[str, Any]) -> Job:
+    """The job that is run; its LoRAs are known by the names of the files that were found or typed."""
+    job = changed(recipe.job, options)
+    if "lora" in options:
+        loras = tuple((lora_name(Path(path).name), *weights) for path, *weights in options["lora"])
+        job = replace(job, loras=loras)
+    if "prompt" in options and split_loras(job.prompt)[1]:
+        logger.warning("<lora:...> in --prompt is text like any other here; give the file with --lora")
+    check_fields(job)
+    if job.prompt_syntax == "a1111":
+        check_syntax(job)
+    return job
+
+
+def _jobs(recipe: Recipe, typed: Mapping[str, Any]) -> tuple[list[Job], int]:
+    """The jobs up to the recipe's, which are all the same, and which of them is the recipe's.
+
+    What else is in a batch changes nothing of an image.
+    """
+    wanted = place(recipe, typed)
+    need(
+        wanted <= MAX_PLACE,
+        f"it is image {wanted} of one stream of noise; at most {MAX_PLACE} can be drawn again",
+    )
+    jobs = [recipe.job] * count(recipe, typed)
+    if recipe.job.seed_mode == "batch":
+        jobs = [replace(job, batch_index=i) for i, job in enumerate(jobs)]
+    return jobs, wanted
+
+
+def _of_replay(opt: argparse.Namespace, job: Job) -> dict[str, Any]:
+    """The options of a run that the job, or this script, decides."""
+    inpaint = job.init is not None and bool(job.init.mask or job.init.alpha_mask)
+    chosen = {"seed_mode": job.seed_mode, "inpaint": inpaint, "quiet": opt.quiet, "debug": opt.debug}
+    return {**chosen, "skip_grid": True}
+
+
+def _planner(
+    jobs: list[Job],
+    stream: StreamPlace | None,
+    options: RunOptions,
+    config: Mapping[str, Any],
+    find_lora: LoraFiles,
+) -> GivenJobs:
+    """The plan of jobs, in the size of the image that they start from."""
+    canvases = Canvases(mask_needed=options.inpaint)
+    init = jobs[0].init
+    if init is not None:
+        height, width, _ = canvases(init).pixels.shape
+        jobs = [replace(job, width=width, height=height) for job in jobs]
+    check_job(jobs[0], config, find_lora)
+    return GivenJobs(jobs, options.n_samples if stream is None else len(jobs), canvases, stream)
+
+
+def _run_aside(
+    options: RunOptions, planner: Planner, cache: ModelCache, folder: Path, wanted: int, stem: str
+) -> Path | int:
+    """Runs in a hidden folder and keeps one sample, as a new file of `folder`: its path, or the run's exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(".replay-", folder) as hidden:
+        prepared = prepare(replace(options, outdir=str(hidden)), planner, cache)
+        code = run(prepared, Report(Events(False)), name_files=False)
+        return code or _keep(hidden / "samples" / f"{wanted:05d}.png", folder, stem)
+
+
+def _keep(sample: Path, folder: Path, stem: str) -> Path:
+    """Gives a copy of a sample the first free name of STEM.png, STEM-1.png, ..."""
+    from ldm.images.writer import publish
+
+    data, number = sample.read_bytes(), 0
+    while True:
+        path = folder / (f"{stem}-{number}.png" if number else f"{stem}.png")
+        try:
+            publish(path, data)
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+def _compare(file: Path, made: Path, tolerance: int) -> int:
+    try:
+        difference = compare(_pixels(file), _pixels(made))
+    except InputError as error:
+        print(f"{printable(file)}: different: {error}")
+        return 1
+    print(f"{printable(file)}: {difference}")
+    return 0 if difference.largest <= tolerance else 1

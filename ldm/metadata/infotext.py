@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from ldm.job import V1_DEFAULTS, Init, Job, lora_name, lora_tag, split_loras
@@ -50,6 +50,14 @@ def _table(labels: Mapping[str, str]) -> _Codec:
     """Names that have a label of their own in the text; any other name stands for itself."""
     names = {label: name for name, label in labels.items()}
     return _Codec(lambda name: labels.get(name, name), lambda label: names.get(label, label))
+
+
+def model_name(path: Path) -> str:
+    """What a picture's text calls a checkpoint: its name without the ending, or its folder's if that is `model`."""
+    path = path.absolute()
+    if path.is_dir():
+        return path.name
+    return path.parent.name if path.stem == "model" else path.stem
 
 
 def file_name(path: str) -> str:

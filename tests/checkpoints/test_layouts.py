@@ -21,9 +21,9 @@ from ldm.checkpoints.layouts.names import PREFIXES, parts_in, to_compvis, to_dif
 from ldm.checkpoints.layouts.settings import component_configs
 from ldm.checkpoints.load import build_model, check_fit
 from ldm.checkpoints.model_files import model_files, read_model
-from ldm.cli import claim
 from ldm.config import read_config
 from ldm.pipeline import load_model
+from ldm.runs import claim
 from ldm.util import InputError
 from tests.support.golden_data import inpainting_config, rebuilt_state_dict, tiny_config
 from tests.support.paths import GOLDEN

@@ -17,8 +17,8 @@ from ldm.checkpoints.adapters.lora_names import TEXT, UNET, Key, flat_name, laye
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.layouts.recognise import family_by_key, kind_of
 from ldm.checkpoints.load import skip_init
-from ldm.cli import claim
 from ldm.config import read_config
+from ldm.runs import claim
 from ldm.util import InputError, instantiate_from_config
 from tests.support.golden_data import inpainting_config, tiny_model
 

@@ -14,15 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
+import scripts.txt2img as txt2img
 from ldm.checkpoints.formats import write
 from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.checkpoints.hashing import file_sha256
 from ldm.checkpoints.layouts.recognise import ema_key
 from ldm.cli import options
 from ldm.cli.commands import convert
-from ldm.cli.inputs import choose_model
+from ldm.cli.generate import options_of
 from ldm.metadata.infotext import parse_infotext
-from scripts import txt2img
+from ldm.runs.models import choose_model
 from tests.support.paths import ROOT
 
 CONFIG = str(ROOT / "configs/shapes/shapes-inference.yaml")
@@ -165,7 +166,7 @@ def test_the_config_is_chosen_by_content(tmp_path: Path, folder: Path, channels:
         "down_blocks.0.resnets.0.norm1.weight": torch.ones(8),
     }
     torch.save(first, weights.with_suffix(".bin"))
-    chosen, _ = choose_model(txt2img.parser().parse_args(["--ckpt", str(tmp_path / "folder")]))
+    chosen, _ = choose_model(options_of(txt2img.parser().parse_args(["--ckpt", str(tmp_path / "folder")])))
     assert chosen.absolute() == ROOT / config
 
 

@@ -21,9 +21,9 @@ import scripts.img2img as img2img
 import scripts.inpaint as inpaint
 import scripts.txt2img as txt2img
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
-from ldm.cli.inputs import Canvases, _config_of, check_options, chosen_sampler
+from ldm.cli.app import main, outcome
+from ldm.cli.generate import check_options, chosen_sampler
 from ldm.cli.options import V1_CKPT, add_report_options, make_parser
-from ldm.cli.report import main, outcome, set_up_messages
 from ldm.config import ConfigError, read_config
 from ldm.data.captions import caption
 from ldm.data.scenes import scene_at
@@ -31,6 +31,9 @@ from ldm.job import Init
 from ldm.metadata.infotext import job_from_infotext
 from ldm.metadata.read import read_job
 from ldm.pipeline import SAMPLERS, Pipeline
+from ldm.runs.messages import set_up_messages
+from ldm.runs.models import _config_of
+from ldm.runs.starts import Canvases
 from ldm.util import InputError, printable
 from tests.support.paths import ROOT
 from tests.support.scripts import FAST
@@ -354,7 +357,9 @@ def test_closed_streams_do_not_stop_a_run(draw, monkeypatch):
 
 
 def test_no_file_takes_the_place_of_a_closed_stream():
-    code = "import os; from ldm.cli.report import fill_closed_streams as f; f(); os._exit(os.open('/dev/zero', 0))"
+    code = (
+        "import os; from ldm.cli.app import fill_closed_streams as f; f(); os._exit(os.open('/dev/zero', 0))"
+    )
     command = f'exec {sys.executable} -c "{code}" <&- >&- 2>&-'
     assert subprocess.run(command, shell=True, cwd=ROOT).returncode > 2
 

@@ -8,11 +8,13 @@ from PIL import Image
 
 import scripts.img2img as img2img
 import scripts.txt2img as txt2img
-from ldm.cli import inputs
 from ldm.cli import options as known
+from ldm.cli.generate import request_of
 from ldm.config import read_config
 from ldm.metadata.infotext import parse_infotext
 from ldm.modules.encoders import bert
+from ldm.runs import models
+from ldm.runs.starts import own_size
 from tests.support.golden_data import laion_config, tiny_model
 
 FAST = ["--ddim_steps", "2", "--n_iter", "1", "--n_samples", "1", "--device", "cpu", "--precision", "full"]
@@ -34,9 +36,9 @@ def files(tmp_path_factory):
 def draw(files, tmp_path, monkeypatch):
     """Runs the script, the tiny model's files in the standard places: exit code and samples by name."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inputs, "LAION_CONFIG", str(files / "config.yaml"))
+    monkeypatch.setattr(models, "LAION_CONFIG", str(files / "config.yaml"))
     monkeypatch.setattr("ldm.checkpoints.configs.LAION_CONFIG", str(files / "config.yaml"))
-    monkeypatch.setattr(inputs, "LAION_CKPT", str(files / "model.ckpt"))
+    monkeypatch.setattr(models, "LAION_CKPT", str(files / "model.ckpt"))
     monkeypatch.setattr(bert, "OWN_VOCABULARY", str(files / "vocab.txt"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
@@ -67,7 +69,7 @@ def test_the_flag_chooses_config_checkpoint_folder_and_size(draw):
 
 def test_the_published_config_draws_256_by_256():
     options = txt2img.parser().parse_args(["--laion400m"])
-    assert inputs.check_size(options, read_config(known.LAION_CONFIG)) == (256, 256)
+    assert own_size(request_of(options), read_config(known.LAION_CONFIG)) == (256, 256)
 
 
 def test_prompts_are_read_word_by_word_in_lower_case(draw):

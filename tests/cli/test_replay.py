@@ -25,28 +25,21 @@ import scripts.img2img
 import scripts.inpaint
 import scripts.replay
 import scripts.txt2img
-from ldm.cli.inputs import Start, _inits, check_options
-from ldm.cli.plan import Plan, read_wishes
-from ldm.cli.replay import (
-    changed,
-    command,
-    command_alone,
-    compare,
-    count,
-    describe_watermark,
-    options,
-    place,
-    quoted,
-    remark_alone,
-)
+from ldm.cli.changes import changed
+from ldm.cli.generate import check_options, options_of, request_of
+from ldm.cli.replay import describe_watermark
 from ldm.data.scenes import image_at
 from ldm.images.canvas import open_canvas
+from ldm.images.compare import compare
 from ldm.images.watermark import Evidence
 from ldm.images.writer import encode_png
 from ldm.job import Init, Job
+from ldm.metadata.command import command, command_alone, count, options, place, quoted, remark_alone
 from ldm.metadata.read import Recipe, read_job
 from ldm.metadata.record import record
 from ldm.places import ROOT
+from ldm.runs.plan import Plan, read_wishes
+from ldm.runs.starts import Start, inits_of
 from ldm.util import InputError
 from tests.support.metadata import HOSTILE
 
@@ -69,10 +62,12 @@ def typed(line: str) -> argparse.Namespace:
 def remade(recipe: Recipe) -> Job:
     """The last job that a recipe's command runs."""
     opt = typed(command(recipe))
+    run, request = options_of(opt), request_of(opt)
     starts = [
-        Start(init, recipe.job.width, recipe.job.height) for init in (_inits(opt) if opt.init_img else [None])
+        Start(init, recipe.job.width, recipe.job.height)
+        for init in (inits_of(request, run.inpaint) if request.images else [None])
     ]
-    return Plan(opt, read_wishes(opt), starts, open_canvas)[-1]
+    return Plan(run, request, read_wishes(run, request), starts, open_canvas)[-1]
 
 
 TEXT_JOBS = [

@@ -19,12 +19,13 @@ from PIL import Image
 
 import scripts.replay as replay
 import scripts.txt2img as txt2img
-from ldm.cli import inputs
 from ldm.cli import options as known
-from ldm.cli.output import Output
+from ldm.cli.generate import request_of
 from ldm.metadata.infotext import job_from_infotext, parse_infotext
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import Pipeline
+from ldm.runs.output import Output
+from ldm.runs.starts import own_size
 from tests.support.paths import ROOT
 from tests.support.scripts import FAST, interruptible
 
@@ -85,7 +86,7 @@ def test_v1_draws_512_by_512():
     options = txt2img.parser().parse_args([])
     from ldm.config import read_config
 
-    assert inputs.check_size(options, read_config(known.V1_CONFIG)) == (512, 512)
+    assert own_size(request_of(options), read_config(known.V1_CONFIG)) == (512, 512)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -326,7 +327,7 @@ def test_a_batch_begins_before_the_last_one_is_finished(draw, monkeypatch):
 
     monkeypatch.setattr(Pipeline, "begin", note)
     monkeypatch.setattr(Pipeline, "finish", wait)
-    run = importlib.import_module("ldm.cli.run")
+    run = importlib.import_module("ldm.runs.run")
     monkeypatch.setattr(run, "Output", lambda *args: Output(*args[:-3], False, *args[-2:]))  # as on a GPU
     code, files = draw("--n_iter", "3", "--n_samples", "1", "--ddim_steps", "1")
     assert (code, len([name for name in files if name.startswith("samples")])) == (0, 3)

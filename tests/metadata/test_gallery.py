@@ -18,10 +18,10 @@ from PIL import Image
 
 from ldm.images.writer import encode_png
 from ldm.job import Job
-from ldm.metadata.gallery import gallery
 from ldm.metadata.infotext import infotext
 from ldm.metadata.read import Recipe
 from ldm.metadata.record import record
+from ldm.runs.gallery import gallery
 from ldm.util import InputError
 from tests.support.metadata import HOSTILE
 

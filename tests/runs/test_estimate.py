@@ -1,6 +1,5 @@
 """What --dry_run says of time and memory: counted work, tried pace, and what follows for a whole run."""
 
-from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 
@@ -12,7 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import scripts.txt2img as txt2img
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG, INPAINTING_CONFIG, V1_CONFIG
 from ldm.checkpoints.load import build_model
-from ldm.cli.estimate import (
+from ldm.cli.dry_run import tell_memory, tell_time
+from ldm.cli.generate import options_of, request_of
+from ldm.config import read_config
+from ldm.images.canvas import open_canvas
+from ldm.job import Init, Job
+from ldm.modules.attention import CrossAttention
+from ldm.pipeline import LOW_MEMORY, Pipeline, load_model
+from ldm.runs.estimate import (
     MOST_MAPS,
     Batch,
     Memory,
@@ -23,14 +29,9 @@ from ldm.cli.estimate import (
     parallel,
     run_seconds,
 )
-from ldm.cli.inputs import Start
-from ldm.cli.plan import Plan, read_wishes
-from ldm.cli.preview import tell_memory, tell_time
-from ldm.config import read_config
-from ldm.images.canvas import open_canvas
-from ldm.job import Init, Job
-from ldm.modules.attention import CrossAttention
-from ldm.pipeline import LOW_MEMORY, Pipeline, load_model
+from ldm.runs.options import RunOptions
+from ldm.runs.plan import Plan, read_wishes
+from ldm.runs.starts import Start
 from ldm.runtime.device import BF16
 from ldm.runtime.estimate import NetworkWork, Pace, Work, count_work, measure_pace, weight_bytes
 
@@ -181,21 +182,22 @@ def test_a_plan_has_kinds_of_batches(tmp_path):
     )
     options = ["--from-file", str(tmp_path / "list.txt"), "--n_samples", "3", "--n_iter", "2"]
     opt = txt2img.parser().parse_args([*options, "--H", "64", "--W", "64"])
-    plan = Plan(opt, read_wishes(opt), [Start(None, 64, 64)], open_canvas)
+    run, request = options_of(opt), request_of(opt)
+    plan = Plan(run, request, read_wishes(run, request), [Start(None, 64, 64)], open_canvas)
     found = Counter({(kind.job.steps, kind.images, kind.guided): n for kind, n in batch_kinds(plan).items()})
     assert found == {(50, 3, True): 2, (50, 1, False): 2, (9, 1, False): 2}
     assert count_texts(plan) == 5 + 2
 
 
 def test_devices_share_the_batches(monkeypatch):
-    opt = Namespace(devices=4, num_nodes=2)
+    opt = RunOptions(outdir="", devices=4, num_nodes=2)
     assert [parallel(opt, torch.device("cuda"), count) for count in (100, 3, 0)] == [8, 3, 1]
-    assert parallel(Namespace(devices=None, num_nodes=None), CPU, 100) == 1
+    assert parallel(RunOptions(outdir=""), CPU, 100) == 1
     monkeypatch.setattr("os.cpu_count", lambda: 2 * torch.get_num_threads())
     assert parallel(opt, CPU, 100) == 4  # two machines with cores for two processes
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"}.items():
         monkeypatch.setenv(name, value)
-    assert parallel(Namespace(devices=None, num_nodes=None), torch.device("cuda"), 100) == 6
+    assert parallel(RunOptions(outdir=""), torch.device("cuda"), 100) == 6
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def test_weights_in_bf16_are_what_a_run_packs(model):
 
 
 def bytes_needed(model, work, *batches, dtype=torch.float32, tiles="off", lowmem=False):
-    return needed_memory(Namespace(tiles=tiles, lowmem=lowmem), batches, model, work, CPU, dtype)
+    return needed_memory(RunOptions(outdir="", tiles=tiles, lowmem=lowmem), batches, model, work, CPU, dtype)
 
 
 def test_the_peak_is_the_largest_of_three(model, work):

@@ -17,10 +17,10 @@ import scripts.img2img
 import scripts.replay
 import scripts.txt2img
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
-from ldm.cli import run
-from ldm.cli.kept import KeptModel
 from ldm.data.scenes import image_at
 from ldm.places import ROOT
+from ldm.runs import run
+from ldm.runs.model_cache import ModelCache
 
 FAST = ["--ddim_steps", "2", "--device", "cpu", "--quiet", "--skip_grid", "--n_samples", "1", "--n_iter", "1"]
 
@@ -84,7 +84,7 @@ def test_files_of_one_model_share_it(made: Made, loads: Loads) -> None:
 
 
 def test_a_file_of_weights_that_changes_is_read_again(made: Made, loads: Loads) -> None:
-    changing, kept = Path("changing.ckpt"), KeptModel()
+    changing, kept = Path("changing.ckpt"), ModelCache()
     content = torch.load(ROOT / BUNDLED_CKPT, weights_only=True)
     torch.save(content, changing)
 

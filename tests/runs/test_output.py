@@ -17,16 +17,16 @@ import torch
 from PIL import Image
 
 import scripts.txt2img as txt2img
-from ldm.cli import manifest
-from ldm.cli.manifest import describe, differences, open_run
-from ldm.cli.output import GALLERY_MARK, Background, Output, Present, read_pixels, write_gallery
-from ldm.cli.report import Events, Progress, in_words
 from ldm.images.grid import GridWriter, count_pages
 from ldm.images.writer import RunFolder
 from ldm.job import Job
 from ldm.metadata.read import read_job
 from ldm.metadata.record import read_record
 from ldm.pipeline import Picture
+from ldm.runs import run_file as manifest
+from ldm.runs.output import GALLERY_MARK, Background, Output, Present, read_pixels, write_gallery
+from ldm.runs.progress import Events, Progress, in_words
+from ldm.runs.run_file import describe, differences, open_run
 from ldm.safety.screen import Screen
 from ldm.util import InputError
 from tests.support.fake_run import SIDE, in_batches, make_jobs, output_options, pixels_of, run_without_model
@@ -230,7 +230,7 @@ root, folder = sys.argv[1:]
 sys.path.insert(0, root)
 import torch, yaml
 import scripts.txt2img as txt2img
-from ldm.cli.output import Output
+from ldm.runs.output import Output
 from tests.support.golden_data import tiny_config, tiny_model
 def resident():
     with open("/proc/self/statm") as file:
@@ -299,7 +299,7 @@ def test_an_unbuffered_stdout_that_processes_share_gets_whole_lines():
     code = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from ldm.cli.report import Events
+from ldm.runs.progress import Events
 other = os.fork()
 with Events(True) as events:
     for i in range(20000):
@@ -317,7 +317,8 @@ if other:
 EVENTS = """
 import sys
 sys.path.insert(0, {root!r})
-from ldm.cli.report import Events, set_up_messages
+from ldm.runs.progress import Events
+from ldm.runs.messages import set_up_messages
 set_up_messages(False, False)
 with Events(True) as events:
     for i in range(50000):
@@ -354,7 +355,7 @@ def test_every_refusal_ends_in_done(tmp_path, capsys, wrong):
 
 def test_steps_are_events_at_a_bounded_rate_and_lines_within_long_batches(monkeypatch, capsys, caplog):
     clock = itertools.count(0.0, 0.25)
-    monkeypatch.setattr("ldm.cli.report.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("ldm.runs.progress.time.monotonic", lambda: next(clock))
     caplog.set_level("INFO")
     with Events(True) as events:
         progress = Progress(1, 400, False, events)

@@ -11,11 +11,12 @@ from PIL import Image
 
 import scripts.img2img as img2img
 import scripts.txt2img as txt2img
-from ldm.cli.inputs import Start
-from ldm.cli.plan import Plan, read_wishes
+from ldm.cli.generate import options_of, request_of
 from ldm.images.sheet import layout
 from ldm.job import batch_key
 from ldm.metadata.infotext import job_from_infotext
+from ldm.runs.plan import Plan, read_wishes
+from ldm.runs.starts import Start
 from ldm.util import InputError
 
 FAST = ["--ddim_steps", "2", "--n_iter", "1", "--n_samples", "4", "--device", "cpu", "--quiet"]
@@ -24,8 +25,13 @@ EXACT = ["--precision", "full", "--no_watermark", "--skip_grid"]
 
 def plan_of(*options, starts=1):
     opt = txt2img.parser().parse_args([*options])
+    run, request = options_of(opt), request_of(opt)
     return Plan(
-        opt, read_wishes(opt), [Start(None, 64, 64 + 8 * i) for i in range(starts)], lambda init: init
+        run,
+        request,
+        read_wishes(run, request),
+        [Start(None, 64, 64 + 8 * i) for i in range(starts)],
+        lambda init: init,
     )
 
 

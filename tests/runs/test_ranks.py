@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import scripts.txt2img as txt2img
-from ldm.cli import ranks
+from ldm.runs import processes as ranks
 from tests.support.forking import ForkServer
 from tests.support.paths import ROOT, tree
 from tests.support.scripts import interruptible
@@ -158,7 +158,7 @@ def test_every_batch_is_one_processes_and_shares_differ_by_one_at_most():
         for count in range(20):
             shares = []
             for rank in range(world):
-                place = ranks.Alone(torch.device("cpu"))
+                place = ranks.ProcessInfo(torch.device("cpu"))
                 place.rank, place.world = rank, world
                 shares.append(place.share(range(count)))
             assert Counter(batch for share in shares for batch in share) == Counter(range(count))

@@ -22,11 +22,11 @@ from PIL import Image
 import scripts.txt2img as txt2img
 from ldm.checkpoints.adapters.lora_files import settings_file
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
-from ldm.cli import claim
 from ldm.images.grid import _Page
 from ldm.images.writer import encode_png
 from ldm.job import Init, Job
 from ldm.pipeline import Pipeline
+from ldm.runs import claim
 from tests.support.fake_run import in_batches, make_jobs, run_without_model
 from tests.support.forking import ForkServer
 from tests.support.paths import ROOT, tree
@@ -301,7 +301,7 @@ def test_a_full_disk_at_any_moment_harms_nothing(tmp_path, monkeypatch, owner, c
     assert n > 1
 
 
-@pytest.mark.parametrize("owner", ["ldm.images.writer", "ldm.images.grid", "ldm.cli.manifest"])
+@pytest.mark.parametrize("owner", ["ldm.images.writer", "ldm.images.grid", "ldm.runs.run_file"])
 def test_a_full_disk_is_said_with_counts_and_advice(tmp_path, monkeypatch, capsys, owner):
     calls = count()
 
@@ -316,7 +316,7 @@ def test_a_full_disk_is_said_with_counts_and_advice(tmp_path, monkeypatch, capsy
     place = {
         "ldm.images.writer": "ldm.images.writer._write_new",
         "ldm.images.grid": "tempfile.TemporaryFile",
-        "ldm.cli.manifest": "ldm.cli.manifest.written_whole",
+        "ldm.runs.run_file": "ldm.runs.run_file.written_whole",
     }[owner]
     monkeypatch.setattr(place, full)
     assert script(tmp_path, "--n_samples", "1", "--n_iter", "3", "--json") == 1
@@ -485,7 +485,7 @@ def test_a_finished_run_is_not_made_again(tmp_path, monkeypatch, capsys):
     assert txt2img.main([*loud, *ONE, "--outdir", str(tmp_path), "--resume"]) == 0
     assert "nothing to do: all 1 images exist" in capsys.readouterr().err
     assert tree(tmp_path) == before
-    monkeypatch.setattr("ldm.cli.output.read_pixels", None)  # with its grid there, no image is looked at
+    monkeypatch.setattr("ldm.runs.output.read_pixels", None)  # with its grid there, no image is looked at
     assert script(tmp_path, *ONE, "--resume") == 0
 
 

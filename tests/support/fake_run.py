@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from functools import partial
 
 import numpy as np
 
-from ldm.cli.manifest import describe, open_run
-from ldm.cli.output import Output, Present
-from ldm.cli.report import Events
 from ldm.images.grid import count_pages
 from ldm.images.writer import RunFolder
 from ldm.job import Job
 from ldm.pipeline import Picture
+from ldm.runs.options import RunOptions
+from ldm.runs.output import Output, Present
+from ldm.runs.progress import Events
+from ldm.runs.run_file import describe, open_run
 from ldm.safety.screen import Screen
 
 SIDE = 16
 
 
 def output_options(**changes):
-    return Namespace(**{**dict.fromkeys(("skip_grid", "skip_save", "gallery", "verify"), False), **changes})
+    return RunOptions(outdir="", **changes)
 
 
 def pixels_of(job):
@@ -39,9 +39,9 @@ def run_without_model(
     folder, jobs, batches, resume=False, stop_after=None, json_events=False, screen=None, **changes
 ):
     """A run without a model: how many batches it made, and its output."""
-    opt = output_options(**changes)
+    options = output_options(**changes)
     columns, made = 3, 0
-    pages = 0 if opt.skip_grid else count_pages(((SIDE, SIDE) for _ in jobs), columns)
+    pages = 0 if options.skip_grid else count_pages(((SIDE, SIDE) for _ in jobs), columns)
     with RunFolder(folder) as run_folder, Events(json_events) as events:
         hashes = {"checkpoint": lambda: "ab" * 32}
         content = describe(jobs, batches, {"precision": "full"})
@@ -49,10 +49,10 @@ def run_without_model(
         try:
             extras = {"Model": "fake"}
             with Output(
-                opt,
+                options,
                 run_folder,
                 run,
-                present := Present(run, opt.verify),
+                present := Present(run, options.verify),
                 columns,
                 lambda rgb: rgb.copy(),
                 screen or Screen(None),
@@ -60,7 +60,7 @@ def run_without_model(
                 events,
             ) as output:
                 for indices in batches:
-                    if not (opt.skip_save or present.lacks(indices)):
+                    if not (options.skip_save or present.lacks(indices)):
                         continue
                     pictures = [Picture(jobs[i], pixels_of(jobs[i]), {}) for i in indices]
                     output.add(indices, partial(list, pictures))

@@ -13,7 +13,7 @@ PARENT = """
 import json, os, sys
 sys.path.insert(0, {root!r})
 import scripts.txt2img as t
-import ldm.pipeline, ldm.cli.output, ldm.metadata.gallery, ldm.cli.replay, lightning_fabric
+import ldm.pipeline, ldm.runs.output, ldm.runs.gallery, ldm.metadata.command, lightning_fabric
 print("ready", flush=True)
 for line in sys.stdin:
     order = json.loads(line)

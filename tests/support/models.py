@@ -9,7 +9,7 @@ from ldm.pipeline import Pipeline
 
 
 class SharedModels:
-    """Stands in for the `KeptModel` of a run: keeps the models of the last runs of all tests.
+    """Stands in for the `ModelCache` of a run: keeps the models of the last runs of all tests.
 
     A test that replaces what loads a model gets neither another test's model nor leaves its own to others.
     """

@@ -49,14 +49,24 @@ def parser() -> argparse.ArgumentParser:
 
 def run(opt: argparse.Namespace) -> int:
     from ldm.checkpoints.convert import check_output, convert, layout_for
-    from ldm.cli.inputs import check_there, choose_model
     from ldm.places import find
-    from ldm.util import printable
+    from ldm.runs.models import choose_model
+    from ldm.runs.options import RunOptions
+    from ldm.util import check_there, printable
 
     check_there(find(opt.ckpt), "give another model as IN")
     to = opt.to or layout_for(opt.out)
     check_output(opt.out, to, opt.ema)
-    config_path, ckpt = choose_model(opt)
+    config_path, ckpt = choose_model(
+        RunOptions(
+            outdir="",
+            ckpt=opt.ckpt,
+            config=opt.config,
+            allow_targets=tuple(opt.allow_targets),
+            vae=opt.vae,
+            text_encoder=opt.text_encoder,
+        )
+    )
 
     import torch
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from ldm import cli
-from ldm.cli.remake import add_replay_options, replay
-from ldm.cli.replay import as_changes
+from ldm.cli.changes import as_changes
+from ldm.cli.replay import add_replay_options, replay
 
 _DESCRIPTION = (
     "Regenerates images from what their files record, as they were or with other options.\n\n"

@@ -8,7 +8,6 @@ another: each makes every world-th batch, and the last one that ends writes what
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import contextlib
 import importlib.util
@@ -25,8 +24,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ldm.cli.inputs import need
-from ldm.util import InputError, temporary_folder
+from ldm.runs.options import RunOptions
+from ldm.util import InputError, need, temporary_folder
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +49,7 @@ _MEETING, _PARENT = "LDM_MEETING", "LDM_PARENT"  # set for the processes that ar
 _Item = TypeVar("_Item")
 
 
-class Alone:
+class ProcessInfo:
     """The only process of a run, on its device."""
 
     rank, world = 0, 1
@@ -66,8 +65,8 @@ class Alone:
         """The first process's number, for all of them."""
         return number
 
-    def part(self) -> None:
-        """Returns when all have come so far; from then on each is on its own."""
+    def barrier_then_detach(self) -> None:
+        """Waits for all ranks, then leaves the process group: ranks do not communicate after this."""
 
     @property
     def supervised(self) -> bool:
@@ -81,14 +80,14 @@ class Alone:
         return parent.isdigit() and int(parent) != os.getppid()
 
 
-class Ranks(Alone):
+class DistributedProcess(ProcessInfo):
     """One process of several. Raises InputError where they cannot meet."""
 
-    def __init__(self, opt: argparse.Namespace, device: torch.device) -> None:
+    def __init__(self, options: RunOptions, device: torch.device) -> None:
         from lightning_fabric import Fabric
         from lightning_fabric.strategies import DDPStrategy
 
-        devices, nodes = asked_for(opt)
+        devices, nodes = asked_for(options)
         if nodes == 1 and _MEETING in os.environ:
             _meet_by_file(devices)
         strategy = DDPStrategy(process_group_backend="gloo", timeout=PATIENCE)
@@ -109,7 +108,7 @@ class Ranks(Alone):
         assert isinstance(agreed, torch.Tensor)
         return int(agreed)
 
-    def part(self) -> None:
+    def barrier_then_detach(self) -> None:
         import torch
 
         with _together():
@@ -119,14 +118,14 @@ class Ranks(Alone):
             _begun(os.environ[_MEETING]).touch()
 
 
-def join(opt: argparse.Namespace, device: torch.device) -> Alone:
+def join(options: RunOptions, device: torch.device) -> ProcessInfo:
     """This process's place in the run, and its device."""
-    return Ranks(opt, device) if is_one_of_several(opt) else Alone(device)
+    return DistributedProcess(options, device) if is_one_of_several(options) else ProcessInfo(device)
 
 
-def hush(opt: argparse.Namespace) -> None:
-    """Keeps one of several processes silent about what another has said already, until they have met."""
-    if is_one_of_several(opt) and (_is_started_here() or os.environ.get("LOCAL_RANK", "0") != "0"):
+def silence_other_ranks(options: RunOptions) -> None:
+    """Logs errors only on ranks other than 0 until the process group is initialised: rank 0 logs the rest."""
+    if is_one_of_several(options) and (_is_started_here() or os.environ.get("LOCAL_RANK", "0") != "0"):
         logger.setLevel(logging.ERROR)
 
 
@@ -135,42 +134,47 @@ def _is_started_here() -> bool:
     return _PARENT in os.environ and _MEETING in os.environ
 
 
-def is_one_of_several(opt: argparse.Namespace) -> bool:
+def is_one_of_several(options: RunOptions) -> bool:
     """Whether more than one process is to make the run."""
-    devices, nodes = asked_for(opt)
+    devices, nodes = asked_for(options)
     return devices * nodes > 1
 
 
-def starts_all(opt: argparse.Namespace) -> bool:
+def starts_all(options: RunOptions) -> bool:
     """Whether this process is the one that starts all others of the run."""
-    return asked_for(opt)[1] == 1 and not _started_by_another()
+    return asked_for(options)[1] == 1 and not _started_by_another()
 
 
-def check(opt: argparse.Namespace, device: torch.device) -> None:
-    """That what is asked for goes together, else an `InputError`."""
+def check(options: RunOptions, device: torch.device, reads_input: bool = False) -> str | None:
+    """That what is asked for goes together, else an `InputError`.
+
+    A run that `reads_input` gets its prompts from standard input. Where this process will start others, the input is
+    copied to a file for them: its name.
+    """
     for name in ("devices", "num_nodes"):
-        value = getattr(opt, name)
+        value = getattr(options, name)
         need(value is None or 1 <= value <= 1024, f"--{name} is {value}; give 1 to 1024")
-    if not is_one_of_several(opt):
-        return
-    need(not opt.skip_save, "--skip_save leaves no files for several processes to share; leave it out")
+    if not is_one_of_several(options):
+        return None
+    need(not options.skip_save, "--skip_save leaves no files for several processes to share; leave it out")
     need(device.type != "mps", "there is one mps device; leave --devices out")
     need(device.index is None, f"--devices counts from the first, so give --device cuda, not {device}")
     need(
         importlib.util.find_spec("lightning_fabric") is not None,
         "several devices need the package pytorch-lightning, which is not installed: run pip install -e .",
     )
-    if opt.from_file == "-" and _PARENT not in os.environ:
-        need(not _started_by_another(), "only one process can read --from-file -; give a file")
-        opt.kept_input = _keep_input()
+    if not reads_input or _PARENT in os.environ:
+        return None
+    need(not _started_by_another(), "only one process can read --from-file -; give a file")
+    return _copy_input()
 
 
-def asked_for(opt: argparse.Namespace) -> tuple[int, int]:
+def asked_for(options: RunOptions) -> tuple[int, int]:
     """Devices a machine, and machines; torchrun says both itself."""
     local, world = (os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and local.isdigit() and world.isdigit()
-    devices = opt.devices or (int(local) if by_torchrun else 1)
-    return devices, opt.num_nodes or (max(int(world) // int(local), 1) if by_torchrun else 1)
+    devices = options.devices or (int(local) if by_torchrun else 1)
+    return devices, options.num_nodes or (max(int(world) // int(local), 1) if by_torchrun else 1)
 
 
 def _own_device(device: torch.device, local_rank: int) -> torch.device:
@@ -217,25 +221,28 @@ def _line(error: Exception) -> str:
 # --- starting processes ------------------------------------------------------------------------------------------
 
 
-def start(opt: argparse.Namespace) -> int | None:
-    """Starts the processes of this machine and waits for them: the exit code; None where this is one of them."""
-    if not is_one_of_several(opt) or _started_by_another():
+def start(options: RunOptions, command: Sequence[str] | None, stdin_copy: str | None = None) -> int | None:
+    """Starts the processes of this machine and waits for them: the exit code; None where this is one of them.
+
+    Each runs this Python with `command`, and reads the file `stdin_copy` as its standard input.
+    """
+    if not is_one_of_several(options) or _started_by_another():
         return None
-    devices, nodes = asked_for(opt)
+    devices, nodes = asked_for(options)
     if nodes > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
             need(
                 name in os.environ,
                 f"--num_nodes {nodes} without torchrun or SLURM needs {name} in the environment of each machine",
             )
-    need(opt.typed is not None, "--devices starts the script again, so it works from a command line only")
+    need(command is not None, "--devices starts the script again, so it works from a command line only")
     with temporary_folder(_TEMPORARY, Path(tempfile.gettempdir())) as folder:
         environment = {**os.environ, _PARENT: str(os.getpid()), _MEETING: str(folder)}
         environment |= {"WORLD_SIZE": str(devices * nodes), "NODE_RANK": os.environ.get("NODE_RANK", "0")}
         if nodes == 1 and sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        command, given = [sys.executable, *opt.typed], opt.kept_input or os.devnull
-        return _supervise(command, environment, devices, given, _begun(str(folder)))
+        whole, given = [sys.executable, *(command or ())], stdin_copy or os.devnull
+        return _supervise(whole, environment, devices, given, _begun(str(folder)))
 
 
 def _begun(meeting: str) -> Path:
@@ -255,7 +262,7 @@ def _started_by_another() -> bool:
     return any(launcher.detect() for launcher in launchers)
 
 
-def _keep_input() -> str:
+def _copy_input() -> str:
     """Puts a file in the place of standard input, so that every process can read it: its name."""
     keeper = contextlib.ExitStack()  # until the end
     atexit.register(keeper.close)

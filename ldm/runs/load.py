@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm import __version__
-from ldm.cli.claim import Source, files_by_part
-from ldm.cli.locate import model_name
-from ldm.cli.plan import Plan
 from ldm.job import Job, lora_name
 from ldm.places import cache_path
+from ldm.runs.claim import Source, files_by_part
+from ldm.runs.options import RunOptions
+from ldm.runs.plan import Plan
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ldm")
 
 
-def load(opt: argparse.Namespace, plan: Plan, source: Source) -> tuple[Pipeline, Embeddings | None]:
+def load(options: RunOptions, plan: Plan, source: Source) -> tuple[Pipeline, Embeddings | None]:
     """The model on its device, with the LoRAs of the run read and its textual inversions known."""
     from ldm.checkpoints.cache import identity
     from ldm.pipeline import Pipeline, load_model
@@ -38,40 +37,45 @@ def load(opt: argparse.Namespace, plan: Plan, source: Source) -> tuple[Pipeline,
         config=source.config,
         ckpt=source.ckpt,
         device=source.here.device,
-        ema=opt.ema,
-        mmap=not opt.no_mmap,
-        vae=opt.vae,
-        text_encoder=opt.text_encoder,
+        ema=options.ema,
+        mmap=not options.no_mmap,
+        vae=options.vae,
+        text_encoder=options.text_encoder,
         dtype=None,
-        cache=_weights_cache(opt, source.here.device, source.precision),
+        cache=_weights_cache(options, source.here.device, source.precision),
     )
     shape = partial(
-        Pipeline, precision=source.precision, tiles=opt.tiles, lowmem=opt.lowmem, compiled=opt.compile
+        Pipeline,
+        precision=source.precision,
+        tiles=options.tiles,
+        lowmem=options.lowmem,
+        compiled=options.compile,
     )
-    files = [file for of_part in files_by_part(opt, source.ckpt).values() for file in of_part]
+    files = [file for of_part in files_by_part(options, source.ckpt).values() for file in of_part]
     key = model.keywords, shape.keywords, identity(files)
-    pipeline = source.kept.get(key, lambda: shape(model()))
+    pipeline = source.cache.get(key, lambda: shape(model()))
     pipeline.start_over(source.canvases, source.find_lora)
-    embeddings = _embeddings(opt, pipeline.model)
+    embeddings = _embeddings(options, pipeline.model)
     for name in plan.loras():
         pipeline.loras.read(name)
     return pipeline, embeddings
 
 
-def _weights_cache(opt: argparse.Namespace, device: torch.device, precision: Precision) -> Path | None:
+def _weights_cache(options: RunOptions, device: torch.device, precision: Precision) -> Path | None:
     """The folder of cached weights, if they are wanted and of use."""
-    if opt.cache_weights is None:
+    if options.cache_weights is None:
         return None
     if device.type != "cpu" or precision.name != "bf16":
         logger.info(
             "--cache_weights is for bf16 on a CPU; %s on %s reads the checkpoint", precision.name, device
         )
         return None
-    return Path(opt.cache_weights) if opt.cache_weights else cache_path("weights")
+    return Path(options.cache_weights) if options.cache_weights else cache_path("weights")
 
 
 def extras_of(
-    opt: argparse.Namespace,
+    options: RunOptions,
+    plan: Plan,
     source: Source,
     hashes: Mapping[str, Callable[[], str]],
     embeddings: Embeddings | None,
@@ -82,7 +86,7 @@ def extras_of(
     """
     from ldm.checkpoints.adapters.lora_files import lora_hash
     from ldm.checkpoints.hashing import file_sha256
-    from ldm.metadata.infotext import file_name
+    from ldm.metadata.infotext import file_name, model_name
 
     extras = {
         "Model": model_name(source.ckpt),
@@ -90,18 +94,18 @@ def extras_of(
         "Precision": source.precision.name,
         "Version": f"ldm {__version__}",
     }
-    if opt.ema != "auto":
-        extras["EMA"] = opt.ema
-    if opt.seed_mode == "batch":
-        extras["Batch size"] = str(opt.n_samples)
-    if opt.fixed_code:
+    if options.ema != "auto":
+        extras["EMA"] = options.ema
+    if plan[0].seed_mode == "batch":
+        extras["Batch size"] = str(options.n_samples)
+    if options.fixed_code:
         extras["Fixed code"] = "on"
-    if opt.no_watermark:
+    if options.no_watermark:
         extras["Watermark"] = "off"
-    if opt.vae is not None:
-        extras["VAE"] = Path(opt.vae).name
-    if opt.text_encoder is not None:
-        extras["Text encoder"] = Path(opt.text_encoder).name
+    if options.vae is not None:
+        extras["VAE"] = Path(options.vae).name
+    if options.text_encoder is not None:
+        extras["Text encoder"] = Path(options.text_encoder).name
 
     def of(job: Job) -> dict[str, str]:
         entries = {**{name: digest()[:10] for name, digest in hashes.items()}, **extras}
@@ -116,13 +120,13 @@ def extras_of(
     return of
 
 
-def _embeddings(opt: argparse.Namespace, model: LatentDiffusion) -> Embeddings | None:
+def _embeddings(options: RunOptions, model: LatentDiffusion) -> Embeddings | None:
     """The textual inversions that prompts can use; None if there are none."""
-    if not opt.embedding and opt.embedding_dir is None:
+    if not options.embedding and options.embedding_dir is None:
         return None
     from ldm.checkpoints.adapters.embeddings import Embeddings
 
-    return Embeddings(model.cond_stage_model, opt.embedding, opt.embedding_dir)
+    return Embeddings(model.cond_stage_model, options.embedding, options.embedding_dir)
 
 
 def _listed(hashes: Mapping[str, str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import logging
 import re
@@ -12,15 +11,17 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from ldm.cli.inputs import Start, check_memory, check_there, chosen_sampler, latent_factor, need
 from ldm.fields import check_seed, count_up, override
-from ldm.job import Init, Job, batch_key, batches_of, lora_name, split_loras
+from ldm.job import DEFAULT_STRENGTH, Init, Job, batch_key, batches_of, lora_name, split_loras
 from ldm.prompts.dialects import read_prompt_list
 from ldm.prompts.expand import Sweep, expand_lines, parse_sweep
-from ldm.prompts.files import MAX_LINE, Faults, source_name, too_long
+from ldm.prompts.files import Faults, source_name
 from ldm.prompts.lines import Line
 from ldm.prompts.notations import warn_of_notations
-from ldm.util import InputError, printable
+from ldm.runs.jobs import check_syntax
+from ldm.runs.options import Request, RunOptions
+from ldm.runs.starts import Start
+from ldm.util import InputError, need, printable
 
 if TYPE_CHECKING:
     from ldm.images.canvas import Canvas
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ldm")
 
 MAX_IMAGES = 1_000_000
-STRENGTH = 0.75  # of a picture that a line brings without saying how much of it changes
 OF_THE_RUN = ("seed_mode", "batch_index")  # no line can set these
 _OF_PROMPTS = ("prompt", "negative_prompt", "prompt_syntax")
 _MOST_FAULTS = 1_000
@@ -49,30 +49,18 @@ class Wishes:
         return list(self.sweep.overrides()) if self.sweep else [{}]
 
 
-def read_wishes(opt: argparse.Namespace) -> Wishes:
-    """The prompts of the options or their file, expanded. The plan tells what is wrong with them, all at once."""
-    sweep = parse_sweep(opt.sweep) if opt.sweep else None
-    if opt.from_file is None:
-        faults, lines = (
-            Faults(),
-            [Line(1, _text("--prompt", opt.prompt), count=opt.images_per_prompt or opt.n_samples)],
-        )
+def read_wishes(options: RunOptions, request: Request) -> Wishes:
+    """The prompt of the request, or those of its file, expanded. The plan names all faults of them at once."""
+    sweep = parse_sweep(request.sweep) if request.sweep else None
+    if request.from_file is None:
+        faults = Faults()
+        lines = [Line(1, request.job.prompt, count=options.images_per_prompt or options.n_samples)]
     else:
-        faults = Faults(source_name(opt.from_file))
-        lines = read_prompt_list(opt.from_file, opt.prompt_format, faults)
-        if opt.images_per_prompt is not None:
-            lines = [replace(line, count=line.count * opt.images_per_prompt) for line in lines]
-    opt.negative_prompt = _text("--negative_prompt", opt.negative_prompt)
-    return Wishes(faults, expand_lines(lines, faults) if opt.expand else lines, sweep)
-
-
-def _text(option: str, text: str) -> str:
-    """A command-line text as UTF-8 even where the locale is ASCII, and not too long, else an `InputError`."""
-    need(len(text) <= MAX_LINE, f"{option} is {too_long()}")
-    try:
-        return text.encode("utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeError:
-        raise InputError(f"{option} holds bytes that are not UTF-8: {printable(text)[:80]}") from None
+        faults = Faults(source_name(request.from_file))
+        lines = read_prompt_list(request.from_file, request.prompt_format, faults)
+        if options.images_per_prompt is not None:
+            lines = [replace(line, count=line.count * options.images_per_prompt) for line in lines]
+    return Wishes(faults, expand_lines(lines, faults) if request.expand else lines, sweep)
 
 
 class Plan(Sequence[Job]):
@@ -88,24 +76,26 @@ class Plan(Sequence[Job]):
 
     def __init__(
         self,
-        opt: argparse.Namespace,
+        options: RunOptions,
+        request: Request,
         wishes: Wishes,
         starts: Sequence[Start],
         canvases: Callable[[Init], Canvas],
         check: Callable[[Job], None] = lambda job: None,
     ) -> None:
         self.wishes, self.combinations = wishes, wishes.combinations
-        self._opt, self._starts, self.canvases = opt, starts, canvases
+        self._options, self._request = options, request
+        self._starts, self.canvases = starts, canvases
         self._given = tuple(
-            (lora_name(Path(path).name), weight, on_text) for path, weight, on_text in opt.lora
+            (lora_name(Path(path).name), weight, on_text) for path, weight, on_text in options.lora
         )
         per_round = sum(line.count * max(len(line.seeds), 1) for line in wishes.lines) * len(
             self.combinations
         )
-        count = per_round * opt.n_iter * len(starts)
+        count = per_round * options.n_iter * len(starts)
         need(count <= MAX_IMAGES, f"this would be {count} images; ask for at most {MAX_IMAGES} in a run")
         self._seeds = [own for line in wishes.lines for own in _own_seeds(line)]
-        self._round_size, self._rounds = per_round, opt.n_iter * len(starts)
+        self._round_size, self._rounds = per_round, options.n_iter * len(starts)
         self._round = lru_cache(maxsize=1)(self._make_round)
         self._check(check)
 
@@ -121,21 +111,21 @@ class Plan(Sequence[Job]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         number, place = divmod(index, self._round_size)
-        job = self._round(number // self._opt.n_iter)[place]
+        job = self._round(number // self._options.n_iter)[place]
         seed = self._seed(number, place // len(self.combinations), job)
-        return replace(job, seed=seed, batch_index=index if self._opt.seed_mode == "batch" else 0)
+        return replace(job, seed=seed, batch_index=index if self._request.job.seed_mode == "batch" else 0)
 
     def _seed(self, number: int, image: int, job: Job) -> int:
         """The seed of an image of a round, both counted from 0; `job` is the image's but for the seed."""
-        own, first = self._seeds[image], self._opt.seed
+        own, first = self._seeds[image], self._request.job.seed
         if "seed" in self.combinations[0]:
             return job.seed
         if own is not None:
             return count_up(*own, job.rng)
-        if self._opt.seed_mode == "batch":
+        if self._request.job.seed_mode == "batch":
             return first
-        if self._opt.fixed_code:
-            return count_up(first, image % self._opt.n_samples, job.rng)
+        if self._options.fixed_code:
+            return count_up(first, image % self._options.n_samples, job.rng)
         return count_up(first, number * len(self._seeds) + image, job.rng)
 
     def batches(self) -> list[list[int]]:
@@ -149,10 +139,10 @@ class Plan(Sequence[Job]):
     @cached_property
     def _batches(self) -> list[list[int]]:
         return [
-            [self._round_size * (start * self._opt.n_iter + i) + place for place in batch]
+            [self._round_size * (start * self._options.n_iter + i) + place for place in batch]
             for start in range(len(self._starts))
-            for batches in [batches_of(self._round(start), self._opt.n_samples)]
-            for i in range(self._opt.n_iter)
+            for batches in [batches_of(self._round(start), self._options.n_samples)]
+            for i in range(self._options.n_iter)
             for batch in batches
         ]
 
@@ -190,35 +180,14 @@ class Plan(Sequence[Job]):
         return jobs
 
     def _base(self, start: Start) -> Job:
-        opt = self._opt
-        return Job(
-            prompt="",
-            negative_prompt=opt.negative_prompt,
-            seed=opt.seed,
-            width=start.width,
-            height=start.height,
-            steps=opt.ddim_steps,
-            sampler=chosen_sampler(opt),
-            scale=opt.scale,
-            eta=opt.ddim_eta,
-            timestep_spacing=opt.timestep_spacing,
-            rng=opt.rng,
-            seed_mode=opt.seed_mode,
-            init=start.init,
-            strength=opt.strength if start.init else 1.0,
-            posterior="mean" if opt.posterior_mean else "sample",
-            paste=not opt.no_paste,
-            upscale=opt.upscale,
-            upscale_in=opt.upscale_in,
-            upscale_strength=opt.upscale_strength,
-            loras=self._given,
-            prompt_syntax=opt.prompt_syntax,
-        )
+        """The job of a start that a line and a combination change."""
+        job = replace(self._request.job, width=start.width, height=start.height, loras=self._given)
+        return replace(job, init=start.init) if start.init is not None else replace(job, strength=1.0)
 
     def _job(self, line: Line, combination: Mapping[str, Any], base: Job) -> Job:
         """The job of a line and a combination, without its seed. Raises ValueError, `InputError` among them."""
         values = {"prompt": line.prompt, **line.overrides, **combination}
-        if self._opt.lora_dir is not None:
+        if self._options.lora_dir is not None:
             values["prompt"], loras = _split_tags(values["prompt"])
             if loras:
                 values["loras"] = (*values.get("loras", base.loras), *loras)
@@ -241,7 +210,7 @@ class Plan(Sequence[Job]):
             resize = init.resize if "init.resize" in values or init.resize != "none" else usual
             init = replace(init, **asked, resize=resize)
         if base.init is None:
-            job = replace(job, strength=values.get("strength", STRENGTH))
+            job = replace(job, strength=values.get("strength", DEFAULT_STRENGTH))
         if init == base.init:
             return job
         height, width, _ = self.canvases(init).pixels.shape
@@ -268,13 +237,14 @@ class Plan(Sequence[Job]):
 
     def _warn_of_notations(self) -> None:
         """Warns of what the prompts hold that is text here and means something in other programs."""
-        opt, wishes = self._opt, self.wishes
+        request, wishes = self._request, self.wishes
         swept = {name: {c[name] for c in self.combinations if name in c} for name in _OF_PROMPTS}
+        tagged = self._options.lora_dir is not None
         for weighted in (False, True):
             lines = [
                 line
                 for line in wishes.lines
-                if weighted == (line.overrides.get("prompt_syntax", opt.prompt_syntax) == "a1111")
+                if weighted == (line.overrides.get("prompt_syntax", request.job.prompt_syntax) == "a1111")
                 and not swept["prompt_syntax"]
             ]
             places = [
@@ -283,7 +253,7 @@ class Plan(Sequence[Job]):
             ]
             prompts = [(place, line.prompt) for place, line in zip(places, lines, strict=True)]
             prompts += [("--sweep prompt", text) for text in sorted(swept["prompt"]) if lines]
-            negatives = [("--negative_prompt", opt.negative_prompt)] if lines else []
+            negatives = [("--negative_prompt", request.job.negative_prompt)] if lines else []
             negatives += [
                 (place, line.overrides["negative_prompt"])
                 for place, line in zip(places, lines, strict=True)
@@ -293,7 +263,11 @@ class Plan(Sequence[Job]):
                 ("--sweep negative_prompt", text) for text in sorted(swept["negative_prompt"]) if lines
             ]
             warn_of_notations(
-                prompts, negatives, expanded=opt.expand, weighted=weighted, tagged=opt.lora_dir is not None
+                prompts,
+                negatives,
+                expanded=request.expand,
+                weighted=weighted,
+                tagged=tagged,
             )
 
     def _faults(
@@ -316,43 +290,6 @@ class Plan(Sequence[Job]):
             return
         if fault := refusal(batch_key(job)):
             yield fault
-
-
-class GivenJobs(Plan):
-    """A plan of jobs that are known already, in batches of `size`; only the last batch is made.
-
-    With `stream` its noise is that of an image at this place in the stream of another run.
-    """
-
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        size: int,
-        canvases: Callable[[Init], Canvas],
-        stream: StreamPlace | None = None,
-    ) -> None:
-        self._jobs, self._size, self.canvases, self.stream = jobs, size, canvases, stream
-        self.wishes, self.combinations = Wishes(Faults(), [], None), [{}]
-
-    def __len__(self) -> int:
-        return len(self._jobs)
-
-    @overload
-    def __getitem__(self, index: int) -> Job: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Job]: ...
-    def __getitem__(self, index: int | slice) -> Job | list[Job]:
-        return list(self._jobs[index]) if isinstance(index, slice) else self._jobs[index]
-
-    def batches(self) -> list[list[int]]:
-        starts = range(0, len(self._jobs), self._size)
-        return [list(range(i, min(i + self._size, len(self._jobs)))) for i in starts]
-
-    def wanted(self) -> list[list[int]]:
-        return self.batches()[-1:]
-
-    def kinds(self) -> Iterator[Job]:
-        yield from dict.fromkeys(self._jobs)
 
 
 def _own_seeds(line: Line) -> Iterable[tuple[int, int] | None]:
@@ -378,49 +315,9 @@ def _split_tags(prompt: str) -> tuple[str, tuple[tuple[str, float, float], ...]]
 _NETWORK = re.compile(r"<(lora|lyco|hypernet|ti):[^<>]*>?", re.IGNORECASE)
 
 
-def check_syntax(job: Job) -> None:
-    """That the weights in a job's prompts can be read, else an `InputError`."""
-    from ldm.prompts.weights import parse_weights
-
-    for prompt in (job.prompt, job.negative_prompt):
-        parse_weights(prompt)
-
-
 def _refusal(check: Callable[[Job], None], job: Job) -> str | None:
     try:
         check(job)
     except InputError as error:
         return str(error)
     return None
-
-
-# --- whether and how long -------------------------------------------------------------------------------------
-
-
-def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Path]) -> None:
-    """That a job can be made by a config's model, else an `InputError`."""
-    from ldm.models.diffusion.schedule import check_sampling
-
-    check_sampling(job.sampler, job.steps, job.timestep_spacing, job.eta)
-    factor = latent_factor(model)
-    for name, side in (("--W", job.width), ("--H", job.height)):
-        need(side % factor == 0, f"{name} is {side}, not a multiple of {factor}")
-    check_memory(job, model)
-    for name, _, _ in job.loras:
-        check_there(find_lora(name), "give another LoRA")
-
-
-def count_steps(job: Job) -> int:
-    """How many denoising steps a job takes, in both passes."""
-    from ldm.models.diffusion.schedule import steps_to_run
-
-    rows = schedule_length(job)
-    steps = rows if job.init is None else steps_to_run(job.strength, job.steps, rows)
-    return steps + (steps_to_run(job.upscale_strength, job.steps, rows) if job.upscale > 1 else 0)
-
-
-def schedule_length(job: Job) -> int:
-    """How many entries the list of a job's timesteps has."""
-    from ldm.models.diffusion.schedule import make_timesteps
-
-    return job.steps if job.sampler == "dpm_solver" else len(make_timesteps(job.timestep_spacing, job.steps))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.inputs import latent_factor
-from ldm.cli.plan import Plan, count_steps
-from ldm.cli.ranks import asked_for
 from ldm.job import Job, batch_key
+from ldm.runs.jobs import count_steps
+from ldm.runs.models import latent_factor
+from ldm.runs.options import RunOptions
+from ldm.runs.plan import Plan
+from ldm.runs.processes import asked_for
 from ldm.util import InputError
 
 if TYPE_CHECKING:
@@ -108,11 +109,11 @@ def _encode_seconds(size: tuple[int, int], work: NetworkWork, pace: Callable[[to
     return pace(torch.float32).seconds(work.encode(*size))
 
 
-def parallel(opt: argparse.Namespace, device: torch.device, batches: int) -> int:
+def parallel(options: RunOptions, device: torch.device, batches: int) -> int:
     """How many batches are made at a time. Processes on the CPU of one machine share its cores."""
     import torch
 
-    devices, nodes = asked_for(opt)
+    devices, nodes = asked_for(options)
     if device.type == "cpu":
         devices = min(devices, max((os.cpu_count() or 1) // torch.get_num_threads(), 1))
     return max(min(devices * nodes, batches), 1)
@@ -131,7 +132,7 @@ class Memory:
 
 
 def needed_memory(
-    opt: argparse.Namespace,
+    options: RunOptions,
     batches: Iterable[Batch],
     model: LatentDiffusion,
     work: NetworkWork,
@@ -145,7 +146,7 @@ def needed_memory(
     from ldm.runtime.estimate import weight_bytes
 
     def share(size: tuple[int, int]) -> float:
-        return _share_at_once(opt, model, size, device)
+        return _share_at_once(options, model, size, device)
 
     batches, sees_picture = list(batches), isinstance(model, LatentInpaintDiffusion)
     widths = model.first_stage_model.widths
@@ -164,14 +165,14 @@ def needed_memory(
         ),
     ]
     networks = weight_bytes(model, dtype, encodes=bool(encoded)).values()
-    weights = max(networks) if opt.lowmem else sum(networks)
-    if opt.lowmem and device.type == "cpu":
+    weights = max(networks) if options.lowmem else sum(networks)
+    if options.lowmem and device.type == "cpu":
         weights = min(weights, LOW_MEMORY)
     return Memory(weights, *max(peaks))
 
 
 def check_batches(
-    opt: argparse.Namespace, plan: Plan, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+    options: RunOptions, plan: Plan, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
 ) -> None:
     """Refuses a run with a batch that this machine has not the memory for; an `InputError` says what would fit.
 
@@ -190,7 +191,7 @@ def check_batches(
         return
     try:
         model = build_model(config)
-        memory = needed_memory(opt, batches, model, NetworkWork(model), device, dtype)
+        memory = needed_memory(options, batches, model, NetworkWork(model), device, dtype)
     except RuntimeError:  # a network of another package may need its weights
         return
     too_much = beyond_memory(memory, device, max(batch.images for batch in batches))
@@ -225,13 +226,13 @@ def program_bytes(device: torch.device) -> int:
 
 
 def _share_at_once(
-    opt: argparse.Namespace, model: LatentDiffusion, size: tuple[int, int], device: torch.device
+    options: RunOptions, model: LatentDiffusion, size: tuple[int, int], device: torch.device
 ) -> float:
     """How much of a picture the autoencoder sees at once: all of it, or one tile."""
     from ldm.runtime.tiling import available_memory, choose_tile
 
     widths, factor = model.first_stage_model.widths, model.first_stage_model.downsampling
-    tile = choose_tile(opt.tiles, widths, factor, size, available_memory(device))
+    tile = choose_tile(options.tiles, widths, factor, size, available_memory(device))
     return 1.0 if tile is None else min((tile * factor) ** 2 / _area(size), 1.0)
 
 

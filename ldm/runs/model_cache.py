@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
 
 
-class KeptModel:
+class ModelCache:
     """Keeps one pipeline with what tells it from others; there is never a second one in memory."""
 
     def __init__(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import logging
@@ -16,19 +15,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ldm.cli.inputs import need
-from ldm.cli.report import OF_EACH
 from ldm.job import Job
-from ldm.util import InputError, open_regular, printable
+from ldm.runs.messages import OF_EACH
+from ldm.runs.options import RunOptions
+from ldm.util import InputError, need, open_regular, printable
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ldm.cli.manifest import RunFile
-    from ldm.cli.report import Events
     from ldm.images.writer import RunFolder
     from ldm.pipeline import Picture
+    from ldm.runs.progress import Events
+    from ldm.runs.run_file import RunFile
     from ldm.safety.screen import Screen, Verdict
 
 logger = logging.getLogger("ldm")
@@ -40,27 +39,27 @@ GALLERY_MARK = "<!-- written by ldm -->\n"
 Mark = Callable[["np.ndarray"], "np.ndarray"]
 
 
-def make_mark(opt: argparse.Namespace) -> Mark:
+def make_mark(options: RunOptions) -> Mark:
     """What marks a picture; a missing library is found out before the model is loaded."""
-    if opt.no_watermark:
+    if options.no_watermark:
         return lambda rgb: rgb
     from ldm.images.watermark import INPAINTING_TEXT, TEXT, Watermark
 
-    return Watermark(INPAINTING_TEXT if opt.inpaint else TEXT).mark
+    return Watermark(INPAINTING_TEXT if options.inpaint else TEXT).mark
 
 
-def make_screen(opt: argparse.Namespace, device: torch.device) -> Screen:
+def make_screen(options: RunOptions, device: torch.device) -> Screen:
     """The safety check, by --safety."""
     from ldm.safety.load import OWN_FOLDER, find_safety_model, load_safety_model
     from ldm.safety.screen import Screen
 
-    path = None if opt.safety == "off" else find_safety_model(opt.safety_model)
+    path = None if options.safety == "off" else find_safety_model(options.safety_model)
     if path is not None:
         checker = load_safety_model(path, device)
         return Screen(checker, checker.side)
     where = f"put the files of CompVis/stable-diffusion-safety-checker into {OWN_FOLDER}"
-    need(opt.safety != "on", f"--safety on: no safety model found; {where}")
-    if opt.safety == "auto":
+    need(options.safety != "on", f"--safety on: no safety model found; {where}")
+    if options.safety == "auto":
         logger.info("safety check: no model found, images are unchecked; %s", where)
     return Screen(None)
 
@@ -145,7 +144,7 @@ class Output:
 
     def __init__(
         self,
-        opt: argparse.Namespace,
+        options: RunOptions,
         folder: RunFolder,
         run: RunFile,
         present: Present,
@@ -158,16 +157,16 @@ class Output:
         shared: bool = False,
         name_files: bool = True,
     ) -> None:
-        self._opt, self._run, self._mark, self._screen, self._extras = opt, run, mark, screen, extras
+        self._options, self._run, self._mark, self._screen, self._extras = options, run, mark, screen, extras
         self._folder, self._events = folder, events
         self._present, self._name_files = present, name_files
         self._new_sheet = partial(_Sheet, folder.path, run, columns, mark)
         self._on_cpu, self._shared = on_cpu, shared
-        self._sheet = None if opt.skip_grid or shared else self._new_sheet()
+        self._sheet = None if options.skip_grid or shared else self._new_sheet()
         self._background = Background()
         self._last = time.monotonic()
         self.saved = self.failed = 0
-        if self._sheet is not None and not opt.skip_save:
+        if self._sheet is not None and not options.skip_save:
             self._sheet.expect(present.whole)
 
     @property
@@ -213,12 +212,12 @@ class Output:
         if self._shared:
             if not self.complete:
                 return False
-            if pages and not self._opt.skip_grid:
+            if pages and not self._options.skip_grid:
                 self._sheet = self._new_sheet()
                 self._sheet.expect(self._run.existing())
         if pages:
             self._in_grid(lambda sheet: sheet.finish())
-        if self._opt.gallery and self._run.existing():
+        if self._options.gallery and self._run.existing():
             try:
                 write_gallery(self._folder.path)
             except InputError as error:
@@ -285,10 +284,10 @@ class Output:
         marked = self._mark(pixels)
         if picture.kept is not None:
             marked[picture.kept] = pixels[picture.kept]
-        if not self._opt.skip_save and not self._publish(index, picture.job, marked, notes):
+        if not self._options.skip_save and not self._publish(index, picture.job, marked, notes):
             return
         in_file = (
-            not self._opt.skip_save
+            not self._options.skip_save
         )  # the grid shows what the files show, so that it is the same after a break
         self.saved += 1
         self._in_grid(lambda sheet: sheet.add(index, marked, in_file))
@@ -409,9 +408,9 @@ def _is_whole(path: Path) -> bool:
 
 def write_gallery(folder: Path) -> None:
     """Writes gallery.html, over an older one of its own only."""
-    from ldm.cli.replay import command_alone, remark_alone
     from ldm.images.writer import publish
-    from ldm.metadata.gallery import gallery
+    from ldm.metadata.command import command_alone, remark_alone
+    from ldm.runs.gallery import gallery
 
     path = folder / "gallery.html"
     if os.path.lexists(path) and not _is_own_page(path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import re
@@ -11,8 +10,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.claim import Claim, Source
-from ldm.cli.estimate import (
+from ldm.runs.claim import Claim, Source
+from ldm.runs.estimate import (
     Memory,
     batch_kinds,
     beyond_memory,
@@ -22,9 +21,13 @@ from ldm.cli.estimate import (
     program_bytes,
     run_seconds,
 )
-from ldm.cli.output import Present
-from ldm.cli.plan import Plan, count_steps
-from ldm.cli.report import Events
+from ldm.runs.jobs import count_steps
+from ldm.runs.options import RunOptions
+from ldm.runs.output import Present
+from ldm.runs.plan import Plan
+from ldm.runs.processes import ProcessInfo
+from ldm.runs.progress import Events
+from ldm.runs.run import Prepared
 from ldm.util import printable
 
 if TYPE_CHECKING:
@@ -36,11 +39,12 @@ if TYPE_CHECKING:
 SHOWN = 50  # batches, and prompts that are cut
 
 
-def show(opt: argparse.Namespace, plan: Plan, source: Source, events: Events) -> int:
+def show(prepared: Prepared, events: Events) -> int:
     """Prints the plan of a run, or with --json gives it as an event: the exit code."""
     facts: dict[str, Any] = {}
-    lines = preview(opt, plan, source, facts)
-    if opt.json:
+    options = prepared.options
+    lines = preview(options, prepared.plan, prepared.source(ProcessInfo(prepared.device)), facts)
+    if options.json:
         text = list(lines)
         events.emit("plan", **facts, text=text)
         return 0
@@ -50,7 +54,7 @@ def show(opt: argparse.Namespace, plan: Plan, source: Source, events: Events) ->
 
 
 def preview(
-    opt: argparse.Namespace, plan: Plan, source: Source, facts: dict[str, Any] | None = None
+    options: RunOptions, plan: Plan, source: Source, facts: dict[str, Any] | None = None
 ) -> Iterator[str]:
     """Images, batches, sizes, cut prompts, memory and time, a line each. No weights are read, nothing is written.
 
@@ -59,39 +63,39 @@ def preview(
     from ldm.checkpoints.load import build_model
 
     facts = {} if facts is None else facts
-    first, existing = _begun(opt, plan, source)
+    first, existing = _begun(options, plan, source)
     batches = [batch for batch in plan.batches() if any(i not in existing for i in batch)]
     new = [first + i for i in range(len(plan)) if i not in existing]
-    facts |= {"folder": str(opt.outdir), "images": len(plan), "existing": len(existing), "first": first}
+    facts |= {"folder": str(options.outdir), "images": len(plan), "existing": len(existing), "first": first}
     facts["batches"] = len(batches)
     if not batches:
         yield f"nothing to do: all {len(plan)} images exist"
         return
     there = f"; {len(existing)} of {len(plan)} exist" if existing else ""
-    yield f"{_count(len(new), 'image')} in {_count(len(batches), 'batch')} of up to {opt.n_samples}{there}"
+    yield f"{_count(len(new), 'image')} in {_count(len(batches), 'batch')} of up to {options.n_samples}{there}"
     for batch in batches[:SHOWN]:
         yield _batch(plan, batch, first)
     if len(batches) > SHOWN:
         yield f"... and {len(batches) - SHOWN} more batches"
-    folder = printable(Path(opt.outdir) / "samples")
-    yield f"files in {folder}: {'no files of their own (--skip_save)' if opt.skip_save else _numbers(new)}"
+    folder = printable(Path(options.outdir) / "samples")
+    yield f"files in {folder}: {'no files of their own (--skip_save)' if options.skip_save else _numbers(new)}"
     if plan.wishes.sweep is not None:
         yield f"labelled sheets: {len(list(plan.sheets()))}"
     yield from _starting_pictures(plan)
     model = build_model(source.config)
     yield from _cut_prompts(plan, model)
-    yield from _costs(opt, plan, batches, model, source.here.device, source.precision, facts)
+    yield from _costs(options, plan, batches, model, source.here.device, source.precision, facts)
 
 
-def _begun(opt: argparse.Namespace, plan: Plan, source: Source) -> tuple[int, set[int]]:
+def _begun(options: RunOptions, plan: Plan, source: Source) -> tuple[int, set[int]]:
     """The number of the run's first image, and the images that are there, which only --resume can know of."""
-    if opt.resume and (Path(opt.outdir) / "samples").is_dir():
+    if options.resume and (Path(options.outdir) / "samples").is_dir():
         from ldm.images.writer import RunFolder
 
-        run = Claim(opt, RunFolder(opt.outdir, look_only=True), plan, source).find()
+        run = Claim(options, RunFolder(options.outdir, look_only=True), plan, source).find()
         if run is not None:
-            return run.first, Present(run, opt.verify).whole
-    return _next_number(Path(opt.outdir)), set()
+            return run.first, Present(run, options.verify).whole
+    return _next_number(Path(options.outdir)), set()
 
 
 def _count(number: int, thing: str) -> str:
@@ -166,7 +170,7 @@ def _cut_prompts(plan: Plan, model: LatentDiffusion) -> Iterator[str]:
 
 
 def _costs(
-    opt: argparse.Namespace,
+    options: RunOptions,
     plan: Plan,
     missing: Sequence[Sequence[int]],
     model: LatentDiffusion,
@@ -180,13 +184,13 @@ def _costs(
     batches, work = batch_kinds(plan, missing), NetworkWork(model)
     steps = sum(times * count_steps(batch.job) for batch, times in batches.items())
     try:
-        memory = needed_memory(opt, batches, model, work, device, precision.dtype)
+        memory = needed_memory(options, batches, model, work, device, precision.dtype)
         pace = lru_cache(maxsize=None)(partial(measure_pace, device))
         seconds = run_seconds(batches, count_texts(plan), work, pace, precision.dtype)
     except RuntimeError as error:  # a network of another package may need its weights
         yield f"time and memory: unknown, the model does not run without its weights ({printable(error)[:80]})"
         return
-    at_once, program = parallel(opt, device, sum(batches.values())), program_bytes(device)
+    at_once, program = parallel(options, device, sum(batches.values())), program_bytes(device)
     facts |= {
         "memory": round(memory.weights + memory.computed + program),
         "seconds": round(seconds / at_once, 1),
@@ -199,7 +203,7 @@ def _costs(
         seconds / at_once,
         f"{f'{at_once} of ' if at_once > 1 else ''}{device} in {precision.name}",
         steps,
-        opt.compile,
+        options.compile,
     )
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ldm.cli.manifest import RunFile
-from ldm.cli.plan import Plan, count_steps
-from ldm.cli.report import Progress
 from ldm.job import Job
+from ldm.runs.jobs import count_steps
+from ldm.runs.options import RunOptions
+from ldm.runs.plan import Plan
+from ldm.runs.progress import Progress
+from ldm.runs.run_file import RunFile
 from ldm.util import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ class Halves:
     What was made in parts is noted in the run's file, since the last bits depend on it: --resume makes it so again.
     """
 
-    def __init__(self, opt: argparse.Namespace, run: RunFile, progress: Progress) -> None:
-        self._allowed, self._run, self._progress = opt.on_oom == "halve", run, progress
+    def __init__(self, options: RunOptions, run: RunFile, progress: Progress) -> None:
+        self._allowed, self._run, self._progress = options.on_oom == "halve", run, progress
         self._fitting: int | None = None  # images of a batch, once memory has run out
 
     def make(
@@ -90,7 +91,7 @@ def _in_parts(count: int, size: int) -> list[int]:
 
 
 def generate(
-    opt: argparse.Namespace,
+    options: RunOptions,
     pipeline: Pipeline,
     plan: Plan,
     batches: Sequence[list[int]],
@@ -104,14 +105,15 @@ def generate(
     """
     noise = code = None
     wanted = {batch[0] for batch in batches}
-    for indices in plan.batches() if opt.seed_mode == "batch" else batches:
+    one_stream = plan[0].seed_mode == "batch"
+    for indices in plan.batches() if one_stream else batches:
         if stopped():
             return
         jobs = [plan[i] for i in indices]
         if plan.stream is not None:
             noise, code = pipeline.enter(jobs[0], plan.stream)
-        elif opt.seed_mode == "batch":
-            noise = noise or pipeline.noise(jobs, opt.n_samples if opt.fixed_code else None)
+        elif one_stream:
+            noise = noise or pipeline.noise(jobs, options.n_samples if options.fixed_code else None)
             if indices[0] not in wanted:
                 pipeline.skip(jobs, noise)
                 continue

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ldm.cli.manifest import RunFile
-from ldm.cli.output import Mark, read_pixels
-from ldm.cli.plan import Plan
+from ldm.runs.output import Mark, read_pixels
+from ldm.runs.plan import Plan
+from ldm.runs.run_file import RunFile
 from ldm.util import InputError, printable
 
 if TYPE_CHECKING:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import ranks
-from ldm.cli.kept import KeptModel
-from ldm.cli.manifest import Content, Page, RunFile, TileSides, describe, find_run, join_run, open_run
-from ldm.cli.plan import Plan
 from ldm.job import Init
 from ldm.places import find
+from ldm.runs.model_cache import ModelCache
+from ldm.runs.options import RunOptions
+from ldm.runs.plan import Plan
+from ldm.runs.processes import ProcessInfo
+from ldm.runs.run_file import Content, Page, RunFile, TileSides, describe, find_run, join_run, open_run
 from ldm.util import InputError, files_below, printable, read_side_file
 
 if TYPE_CHECKING:
@@ -25,18 +25,6 @@ if TYPE_CHECKING:
     from ldm.images.writer import RunFolder
     from ldm.runtime.device import Precision
 
-# options that change the pixels or the files of a run, besides those that make its jobs
-_OPTIONS = (
-    "n_samples",
-    "fixed_code",
-    "ema",
-    "tiles",
-    "no_watermark",
-    "safety",
-    "skip_grid",
-    "inpaint",
-    "compile",
-)
 _TABLES = ("vocab.json", "merges.txt", "tokenizer.json", "vocab.txt")  # of tokenizers
 _SETTINGS = ("config.json", "adapter_config.json")  # of weights
 
@@ -48,11 +36,11 @@ class Source:
     config_path: Path
     config: Mapping[str, Any]
     ckpt: Path
-    here: ranks.Alone
+    here: ProcessInfo
     precision: Precision
     canvases: Callable[[Init], Canvas]
     find_lora: LoraFiles
-    kept: KeptModel
+    cache: ModelCache
 
 
 class Claim:
@@ -61,12 +49,12 @@ class Claim:
     Of several processes the first takes them and tells the others. `columns` are those of the grid.
     """
 
-    def __init__(self, opt: argparse.Namespace, folder: RunFolder, plan: Plan, source: Source) -> None:
-        self._opt, self._folder, self._plan = opt, folder, plan
-        self.columns = min(opt.n_rows if opt.n_rows > 0 else opt.n_samples, len(plan))
+    def __init__(self, options: RunOptions, folder: RunFolder, plan: Plan, source: Source) -> None:
+        self._options, self._folder, self._plan = options, folder, plan
+        self.columns = min(options.n_rows if options.n_rows > 0 else options.n_samples, len(plan))
         self._here = source.here
-        self._hashes = {} if self._here.rank else _hashes(opt, source.ckpt)
-        self._settings = settings(opt, plan, source)
+        self._hashes = {} if self._here.rank else _hashes(options, source.ckpt)
+        self._settings = settings(options, plan, source)
         self._run: RunFile | None = None
 
     @property
@@ -81,7 +69,7 @@ class Claim:
             if self._here.rank:
                 self._run = join_run(self._folder, self._here.agree(), made_from)
             else:
-                resume, numbers = self._opt.resume, self._numbers()
+                resume, numbers = self._options.resume, self._numbers()
                 self._run = open_run(self._folder, made_from, *numbers, self._hashes, resume, tiles)
                 if self._here.world > 1:
                     self._run.share()
@@ -101,38 +89,42 @@ class Claim:
 
         sizes = (job.upscaled_size for job in self._plan)
         pages: dict[Page, int] = {
-            "grid": 0 if self._opt.skip_grid else count_pages(sizes, self.columns),
+            "grid": 0 if self._options.skip_grid else count_pages(sizes, self.columns),
             "sheet": sum(1 for _ in self._plan.sheets()),
         }
         return len(self._plan), pages
 
 
-def settings(opt: argparse.Namespace, plan: Plan, source: Source) -> dict[str, Any]:
+def settings(options: RunOptions, plan: Plan, source: Source) -> dict[str, Any]:
     """What the pixels and the files depend on besides the jobs and the weights: options, and digests of files."""
     from ldm.checkpoints.adapters.lora_files import settings_file
 
     inits = dict.fromkeys(job.init for job in plan.kinds() if job.init is not None)
     pictures = dict.fromkeys(path for init in inits for path in (init.image, init.mask) if path)
-    below = files_below(opt.embedding_dir, "the embedding folder") if opt.embedding_dir is not None else []
-    embeddings = [*(Path(path) for path, _ in opt.embedding), *below]
+    below = (
+        files_below(options.embedding_dir, "the embedding folder")
+        if options.embedding_dir is not None
+        else []
+    )
+    embeddings = [*(Path(path) for path, _ in options.embedding), *below]
     loras = {name: source.find_lora(name) for name in plan.loras()}
     lora_settings = {name: file for name, path in loras.items() if (file := settings_file(path))}
     return {
-        **{name: getattr(opt, name) for name in _OPTIONS},
+        **{f.name: getattr(options, f.name) for f in fields(options) if f.metadata.get("compared")},
         "precision": source.precision.name,
         "device": source.here.device.type,
         "config": hashlib.sha256(source.config_path.read_bytes()).hexdigest(),
         "config_files": _digests(_config_files(source.config)),
         "classes": _foreign_classes(source.config),
-        "vocabulary": _digests(_vocabulary(source.ckpt, opt.text_encoder)),
-        "safety_model": _digests(_safety_files(opt)),
+        "vocabulary": _digests(_vocabulary(source.ckpt, options.text_encoder)),
+        "safety_model": _digests(_safety_files(options)),
         "pictures": {
             printable(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in pictures
         },
         "lora_files": {name: _digest(path) for name, path in loras.items()},
         "lora_settings": {name: _digest(path) for name, path in lora_settings.items()},
         "embeddings": _digests(embeddings),
-        "embedding_names": _names(opt.embedding),
+        "embedding_names": _names(options.embedding),
     }
 
 
@@ -215,32 +207,32 @@ def _vocabulary(ckpt: Path, text_encoder: str | None) -> list[Path]:
     return [] if folder is None else [path for name in _TABLES if (path := folder / name).is_file()]
 
 
-def _safety_files(opt: argparse.Namespace) -> list[Path]:
+def _safety_files(options: RunOptions) -> list[Path]:
     from ldm.safety.load import find_safety_model
 
-    weights = None if opt.safety == "off" else find_safety_model(opt.safety_model)
+    weights = None if options.safety == "off" else find_safety_model(options.safety_model)
     if weights is None:
         return []
     return [path for path in (weights, weights.with_name("config.json")) if path.is_file()]
 
 
-def _hashes(opt: argparse.Namespace, ckpt: Path) -> dict[str, Callable[[], str]]:
+def _hashes(options: RunOptions, ckpt: Path) -> dict[str, Callable[[], str]]:
     """The SHA-256 of the files of weights; for large ones it takes seconds, so it is computed alongside the rest."""
     from ldm.checkpoints.hashing import files_sha256
 
-    parts = files_by_part(opt, ckpt).items()
+    parts = files_by_part(options, ckpt).items()
     return {f"{part} hash": _in_background(files_sha256, files) for part, files in parts}
 
 
-def files_by_part(opt: argparse.Namespace, ckpt: Path) -> dict[str, list[Path]]:
+def files_by_part(options: RunOptions, ckpt: Path) -> dict[str, list[Path]]:
     """The files of weights, by what the metadata calls them."""
     from ldm.checkpoints.model_files import model_files
 
     files = {"Model": model_files(ckpt)}
-    if opt.vae is not None:
-        files["VAE"] = model_files(opt.vae, "vae")
-    if opt.text_encoder is not None:
-        files["Text encoder"] = model_files(opt.text_encoder, "text_encoder")
+    if options.vae is not None:
+        files["VAE"] = model_files(options.vae, "vae")
+    if options.text_encoder is not None:
+        files["Text encoder"] = model_files(options.text_encoder, "text_encoder")
     return files
 
 

@@ -1,0 +1,99 @@
+"""What the user typed to change of a job that was read from a file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from ldm.fields import OWN_NAMES, SETTINGS, override
+from ldm.job import DEFAULT_STRENGTH, Job
+from ldm.metadata.command import Options, lora_option, text_of
+from ldm.util import InputError
+
+_OF_A_START = ("strength", "resize", "background", "posterior_mean")
+_OF_A_MASK = ("invert_mask", "mask_blur", "no_paste")
+
+
+def as_changes(parser: argparse.ArgumentParser) -> None:
+    """Makes the options that a parser has so far changes: only what is typed is kept."""
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+
+
+def texts_of(typed: Mapping[str, Any]) -> Options:
+    """Parsed options, as they are typed."""
+    return {name: None if value is True else _typed(name, value) for name, value in typed.items()}
+
+
+def _typed(name: str, value: Any) -> str | list[str]:
+    if name == "lora":
+        return [lora_option(*lora) for lora in value]
+    if name == "embedding":
+        return [path if word is None else f"{path}={word}" for path, word in value]
+    return [str(one) for one in value] if isinstance(value, list) else text_of(value)
+
+
+def job_values(typed: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a job that typed options set."""
+    values: dict[str, Any] = {}
+    for name, value in typed.items():
+        if name in SETTINGS["sampler"].choices:  # a switch
+            values["sampler"] = name
+        elif name == "posterior_mean":
+            values["posterior"] = "mean"
+        elif name == "no_paste":
+            values["paste"] = False
+        elif name == "init_img":
+            values["init.image"] = value[0] if isinstance(value, list) else value
+        elif (field := OWN_NAMES.get(name, name)) in SETTINGS:
+            values[field] = value
+    return values
+
+
+def changed(job: Job, typed: Mapping[str, Any]) -> Job:
+    """A job with the options that were typed. InputError for those that need an image to start from, or a mask.
+
+    The size of a job that starts from an image stays open: it is that of the canvas.
+    """
+    values = job_values(typed)
+    begins = job.init is not None or "init_img" in typed or job.strength != 1
+    masked = job.init is not None and bool(job.init.mask or job.init.alpha_mask)
+    masked = masked or "mask" in typed or "outpaint" in typed
+    for names, there, what in (
+        ((*_OF_A_START, "mask", "outpaint"), begins, "an image to start from; give one with --init-img"),
+        (_OF_A_MASK, masked, "a mask; give one with --mask"),
+    ):
+        for name in names:
+            if name in typed and not there:
+                raise InputError(f"--{name} needs {what}")
+    if masked and values.get("upscale", 1) != 1:
+        raise InputError("--upscale does not go with a mask; leave it out")
+    if masked and "mask" in typed:
+        values["init.alpha_mask"] = False
+    elif masked and not (job.init is not None and job.init.mask):
+        values["init.alpha_mask"] = True
+    if begins:
+        values = {**_new_start(job, values, masked), **values}
+        values |= _as_canvas(job, values)
+    try:
+        return override(job, values)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _new_start(job: Job, values: Mapping[str, Any], masked: bool) -> dict[str, Any]:
+    """What a job from text alone lacks where it is to start from an image: that fills its size."""
+    if job.init is not None or job.strength != 1:
+        return {}
+    size = {"init.width": job.width, "init.height": job.height, "init.resize": "fill"}
+    return size | {"strength": 1.0 if masked else DEFAULT_STRENGTH}
+
+
+def _as_canvas(job: Job, values: dict[str, Any]) -> dict[str, Any]:
+    """A typed size as that of the canvas, with a way to resize."""
+    sides = {f"init.{name}": values.pop(name) for name in ("width", "height") if name in values}
+    if not sides or "init.resize" in values or (job.init is not None and job.init.resize != "none"):
+        return sides
+    return {**sides, "init.resize": "fill" if len(sides) == 2 else "fit"}

@@ -1,0 +1,216 @@
+"""The scripts that make images: what was typed becomes a request and the options of a run."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+from ldm.cli.app import outcome
+from ldm.cli.effects import warn_of_options_without_effect
+from ldm.fields import OWN_NAMES, SETTINGS
+from ldm.job import Init, Job, Sampler
+from ldm.prompts.files import MAX_LINE, too_long
+from ldm.prompts.lines import MAX_COUNT
+from ldm.runs.model_cache import ModelCache
+from ldm.runs.models import check_additions
+from ldm.runs.options import Request, RunOptions
+from ldm.runs.processes import is_one_of_several, silence_other_ranks, starts_all
+from ldm.runs.progress import Events
+from ldm.runs.run import Report, log_steps, plan_request, prepare
+from ldm.runs.run import run as make_images
+from ldm.runs.run_file import last_seed
+from ldm.util import InputError, need, printable
+
+logger = logging.getLogger("ldm")
+
+RANDOM = -1  # the --seed that asks for any
+# options that set a field of every job, by the field whose range holds for them
+_CHECKED = {name: OWN_NAMES.get(name, name) for name in (
+    "ddim_steps", "seed", "scale", "ddim_eta", "strength", "upscale", "upscale_strength", "mask_blur", "outpaint",
+)}  # fmt: skip
+
+
+def run(opt: argparse.Namespace, cache: ModelCache | None = None) -> int:
+    """Text and images to images: the exit code. With --json every outcome ends in the event `done`.
+
+    `cache` holds the model for the next run in this process.
+    """
+    return reported(opt.json, opt.debug, lambda report: _run(opt, report, cache))
+
+
+def reported(json: bool, debug: bool, task: Callable[[Report], int]) -> int:
+    """The exit code of a task; with `json` its faults are events too, and the last event is `done`."""
+    with Events(json) as events:
+        report = Report(events)
+        if not json:
+            return task(report)
+        code = 1
+        try:
+            code = outcome(lambda: task(report), debug)
+        except SystemExit as left:  # asked twice to stop
+            code = left.code if isinstance(left.code, int) else 1
+            raise
+        finally:
+            seconds = round(time.monotonic() - report.started, 3)
+            made = {} if report.elsewhere else {"saved": report.saved, "failed": report.failed}
+            events.emit("done", **made, seconds=seconds, code=code)
+        return code
+
+
+def _run(opt: argparse.Namespace, report: Report, cache: ModelCache | None) -> int:
+    from ldm.cli.dry_run import show
+
+    options, command = options_of(opt), opt.typed
+    silence_other_ranks(options)
+    if opt.seed == RANDOM:
+        opt.seed = _random_seed(options)
+        command = None if command is None else [*command, f"--seed={opt.seed}"]
+    check_options(opt)
+    check_additions(options)
+    request = request_of(opt)
+    planner = partial(plan_request, options, request)
+    prepared = prepare(options, planner, cache, reads_input=request.from_file == "-")
+    if opt.dry_run:
+        log_steps(prepared.plan[0])
+        return show(prepared, report.events)
+    return make_images(prepared, report, command=command)
+
+
+def options_of(opt: argparse.Namespace) -> RunOptions:
+    """What was typed of a run."""
+    typed = {field.name: getattr(opt, field.name) for field in fields(RunOptions) if hasattr(opt, field.name)}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()
+    }
+    return RunOptions(**values, channels=opt.C, factor=opt.f)
+
+
+def request_of(opt: argparse.Namespace) -> Request:
+    """What was typed of images. Raises InputError for a text or a size that cannot be used."""
+    for name in ("W", "H"):
+        side = getattr(opt, name)
+        need(side is None or side > 0, f"--{name} is {side}; give a multiple of {opt.f}, at least {opt.f}")
+    job = Job(
+        prompt="" if opt.from_file is not None else _text("--prompt", opt.prompt),
+        negative_prompt=_text("--negative_prompt", opt.negative_prompt),
+        seed=opt.seed,
+        width=opt.W or 0,
+        height=opt.H or 0,
+        steps=opt.ddim_steps,
+        sampler=chosen_sampler(opt),
+        scale=opt.scale,
+        eta=opt.ddim_eta,
+        timestep_spacing=opt.timestep_spacing,
+        rng=opt.rng,
+        seed_mode=opt.seed_mode,
+        strength=opt.strength,
+        posterior="mean" if opt.posterior_mean else "sample",
+        paste=not opt.no_paste,
+        upscale=opt.upscale,
+        upscale_in=opt.upscale_in,
+        upscale_strength=opt.upscale_strength,
+        prompt_syntax=opt.prompt_syntax,
+    )
+    given = sum(side is not None for side in (opt.W, opt.H))
+    start = Init(
+        image="",
+        width=opt.W,
+        height=opt.H,
+        resize=opt.resize or ("none", "fit", "fill")[given],
+        background=opt.background,
+        outpaint=opt.outpaint,
+        mask=opt.mask or "",
+        invert_mask=opt.invert_mask,
+        mask_blur=opt.mask_blur,
+    )
+    return Request(
+        job=job,
+        start=start,
+        images=tuple(opt.init_img),
+        folder=opt.indir,
+        from_file=opt.from_file,
+        prompt_format=opt.prompt_format,
+        expand=opt.expand,
+        sweep=tuple(opt.sweep),
+    )
+
+
+def _text(option: str, text: str) -> str:
+    """A command-line text as UTF-8 even where the locale is ASCII, and not too long, else an `InputError`."""
+    need(len(text) <= MAX_LINE, f"{option} is {too_long()}")
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise InputError(f"{option} holds bytes that are not UTF-8: {printable(text)[:80]}") from None
+
+
+def check_options(opt: argparse.Namespace) -> None:
+    """Numbers in range and options that go together, else an `InputError` that names the option."""
+    chosen_sampler(opt)
+    if opt.from_file == "-" and sys.stdin is not None and sys.stdin.isatty():
+        logger.info("reading prompts from this terminal: one a line, then Ctrl-D")
+    for name, field in _CHECKED.items():
+        try:
+            SETTINGS[field].check(getattr(opt, name))
+        except ValueError as error:
+            raise InputError(f"--{name} {error}") from None
+    for name in ("n_iter", "n_samples", "images_per_prompt"):
+        count = getattr(opt, name)
+        need(count is None or 1 <= count <= MAX_COUNT, f"--{name} is {count}; give 1 to {MAX_COUNT}")
+    need(
+        opt.safety != "off" or opt.safety_model is None,
+        f"--safety off does not go with --safety_model {printable(opt.safety_model)}; leave one out",
+    )
+    need(not opt.verify or opt.resume, "--verify checks the files of a run that continues; give --resume too")
+    for option, reason in (("resume", "continue"), ("gallery", "show")):
+        need(
+            not (getattr(opt, option) and opt.skip_save),
+            f"--skip_save leaves no files for --{option} to {reason}; leave one of them out",
+        )
+    need(
+        opt.on_oom != "halve" or opt.seed_mode == "image",
+        "--on_oom halve changes the size of batches, on which the noise of --seed_mode batch depends; "
+        "leave one of them out",
+    )
+    warn_of_options_without_effect(opt)
+    if opt.n_rows < 0:
+        logger.warning("--n_rows %d is below 0; the default is used", opt.n_rows)
+    if opt.n_iter > 1 and any(axis.startswith("seed=") for axis in opt.sweep):
+        logger.warning("--sweep seed with --n_iter %d makes the same images %d times", opt.n_iter, opt.n_iter)
+    if opt.skip_grid and opt.skip_save:
+        logger.warning("--skip_grid and --skip_save together: nothing will be written")
+    if opt.sweep and opt.skip_save:
+        logger.warning(
+            "with --skip_save, --sweep makes no labelled sheet, which is made from the images' files"
+        )
+
+
+def chosen_sampler(opt: argparse.Namespace) -> Sampler:
+    """The sampler that --sampler or a switch asks for."""
+    switches: list[Sampler] = [name for name in get_args(Sampler) if getattr(opt, name, False)]
+    for name in switches:
+        need(
+            opt.sampler in (None, name),
+            f"--{name} and --sampler {opt.sampler} contradict; leave one of them out",
+        )
+    return opt.sampler or (switches or ["ddim"])[0]
+
+
+def _random_seed(options: RunOptions) -> int:
+    """Any seed, or with --resume that of the folder's newest run; processes that this one starts get it too."""
+    need(
+        not is_one_of_several(options) or starts_all(options),
+        "--seed random would be another seed in each process; give a number",
+    )
+    last = last_seed(Path(options.outdir)) if options.resume else None
+    seed = secrets.randbits(32) if last is None else last  # every generator takes 32 bits
+    logger.info("seed %d (%s)", seed, "random" if last is None else "that of the run that continues")
+    return seed

@@ -1,0 +1,253 @@
+"""The command line that makes an image again, for people: no program here reads it.
+
+Nothing here prints, loads a model or touches a file.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ldm.fields import MAX_SEEDS, count_up
+from ldm.job import Init, Job, lora_tag
+from ldm.metadata.recipe import Recipe
+from ldm.util import InputError, printable
+
+IN_A_STREAM = (
+    "its noise is a part of the one stream of its run: the command makes the same image only if all images of the "
+    "run had its size and settings and came in full batches; replay.py makes it exactly from its file"
+)
+
+Options = dict[
+    str, str | list[str] | None
+]  # by name without dashes; None for a switch, a list for several values
+Changes = Mapping[str, str | list[str] | None]
+
+_REPEATED = ("lora", "embedding", "allow_targets")  # options that are given once for each value
+_SWITCHES = ("plms", "dpm_solver")  # samplers that are options themselves
+MAX_PLACE = 20_000  # images of a run whose noise can be drawn before that of one
+MAX_BATCH = 1_000  # images that a file can ask for to be made together with its own
+
+
+def options(recipe: Recipe, changes: Changes) -> tuple[str, Options]:
+    """The script that makes a recipe's picture again, and its options; defaults of a job are left out.
+
+    Of `changes` the size of its batch counts here, which says how many batches there are. What the script cannot
+    know from the file stays open: which checkpoint `Recipe.model` is, and in which folder the picture, the mask and
+    the LoRAs lie that are named. A picture that was made in a batch is made in one of
+    that size again, at its place there, since the sums' last bits depend on both (not on what else is in it); of the
+    run's samples `place(recipe)` is the picture.
+    """
+    job = recipe.job
+    init = job.init
+    chosen: Options = {"prompt": job.prompt}
+    if job.negative_prompt:
+        chosen["negative_prompt"] = job.negative_prompt
+    chosen |= {"seed": str(job.seed), "ddim_steps": str(job.steps), "scale": _number(job.scale)}
+    if job.sampler != "ddim":
+        chosen |= {job.sampler: None} if job.sampler in _SWITCHES else {"sampler": job.sampler}
+    chosen |= _unless_default(
+        job,
+        {"ddim_eta": "eta", "timestep_spacing": "timestep_spacing", "rng": "rng", "seed_mode": "seed_mode"}
+        | {"prompt_syntax": "prompt_syntax"},
+    )
+    chosen |= _count(recipe, changes)
+    if init is None and job.strength == 1:
+        chosen |= {"W": str(job.width), "H": str(job.height)}
+    else:
+        chosen |= {"strength": _number(job.strength)}
+        chosen |= {"posterior_mean": None} if job.posterior == "mean" else {}
+        chosen |= _picture(init) if init else {}
+        chosen |= {} if job.paste else {"no_paste": None}
+    chosen |= _unless_default(
+        job, {"upscale": "upscale", "upscale_in": "upscale_in", "upscale_strength": "upscale_strength"}
+    )
+    chosen |= {name: None if value is True else value for name, value in of_the_run(recipe).items()}
+    return _script(job), chosen
+
+
+def command_alone(recipe: Recipe) -> str:
+    """The command that makes a recipe's image and no other; those before it where the run shares its noise."""
+    return command(recipe, {} if recipe.job.seed_mode == "batch" else {"n_samples": "1"})
+
+
+def remark_alone(recipe: Recipe) -> str:
+    """What may differ in what `command_alone` makes, or nothing."""
+    if recipe.job.seed_mode == "batch":
+        return IN_A_STREAM
+    if (size := recorded_batch(recipe)) == 1:
+        return ""
+    return f"made in a batch of {size}: alone, its last bits can differ; replay.py makes it exactly from its file"
+
+
+def place(recipe: Recipe, changes: Changes | None = None) -> int:
+    """Which of the samples of a recipe's command is the picture, from 0."""
+    if recipe.job.seed_mode == "batch":
+        return recipe.job.batch_index
+    entry = recipe.extras.get("Batch pos", "0")
+    inside = re.fullmatch("[0-9]{1,5}", entry) and int(entry) < batch_size(recipe, {})
+    return int(entry) if inside and "n_samples" not in (changes or {}) else 0
+
+
+def count(recipe: Recipe, changes: Changes) -> int:
+    """How many pictures a recipe's command makes: whole batches of the recorded size, up to the picture's."""
+    per_batch = batch_size(recipe, changes)
+    return (place(recipe, changes) // per_batch + 1) * per_batch
+
+
+def batch_size(recipe: Recipe, changes: Changes) -> int:
+    """How many images are made together with a recipe's."""
+    if "n_samples" not in changes:
+        size = recorded_batch(recipe)
+        return size if size <= MAX_BATCH else 1
+    size = str(changes["n_samples"])
+    if re.fullmatch("[1-9][0-9]{0,4}", size):
+        return int(size)
+    raise InputError(f"--n_samples is {printable(size)[:50]}; give 1 to 99999")
+
+
+def recorded_batch(recipe: Recipe) -> int:
+    """How many images were made together with a recipe's, by its file: a number that anybody may have written."""
+    size = recipe.extras.get("Batch size", "1")
+    return int(size) if re.fullmatch("[1-9][0-9]{0,6}", size) else 1
+
+
+def _first_seed(recipe: Recipe, seed: str, changes: Changes) -> str:
+    """The seed of a command's first picture where the picture at its place has `seed`; seeds count up."""
+    rng = str(changes.get("rng", recipe.job.rng))
+    if recipe.job.seed_mode == "batch" or not re.fullmatch("[0-9]{1,20}", seed) or int(seed) > MAX_SEEDS[rng]:
+        return seed
+    return str(count_up(int(seed), -place(recipe, changes), rng))
+
+
+def command(recipe: Recipe, changes: Changes | None = None, drop: Sequence[str] = ()) -> str:
+    """The command line that makes a recipe's picture again, on one line that can be pasted into bash or zsh.
+
+    See `arguments`.
+    """
+    script, typed = arguments(recipe, changes or {}, drop)
+    return " ".join(map(quoted, ["python", f"scripts/{script}.py", *typed]))
+
+
+def arguments(recipe: Recipe, changes: Changes, drop: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """The script that makes a recipe's picture again, and what is typed behind its name.
+
+    `changes` replace or add options, `drop` leaves some out. The job's LoRAs are options of their own, whose files
+    are expected to lie where the command runs, or with
+    `lora_dir` among the changes tags in the prompt; `lora` among them replaces them all.
+    """
+    script, chosen = options(recipe, changes)
+    loras = recipe.job.loras
+    if "lora_dir" in changes and "lora" not in changes and loras:
+        tags = "".join(lora_tag(*lora) for lora in loras)
+        chosen["prompt"] = " ".join(filter(None, [recipe.job.prompt, tags]))
+    elif loras:
+        chosen["lora"] = [lora_option(*lora) for lora in loras]
+    kept = {name: value for name, value in {**chosen, **changes}.items() if name not in drop}
+    if isinstance(seed := kept.get("seed"), str):
+        kept["seed"] = _first_seed(recipe, seed, changes)
+    return script, _arguments(kept)
+
+
+def lora_option(file: str, weight: float, on_text: float) -> str:
+    """A value of the option that takes LoRAs; the weights are always there, so that no name is read as one."""
+    return f"{file}:{_number(weight)}:{_number(on_text)}"
+
+
+def quoted(argument: str) -> str:
+    """An argument as bash and zsh read it back. Controls, which a terminal might obey on pasting, are escaped.
+
+    NUL, which no argument can hold, becomes a space.
+    """
+    argument = argument.replace("\0", " ")
+    if argument.isprintable():
+        return shlex.quote(argument)
+    return "$'" + "".join(map(_ansi_c, argument)) + "'"
+
+
+def _ansi_c(character: str) -> str:
+    if character in "\\'":
+        return f"\\{character}"
+    if character.isprintable():
+        return character
+    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogatepass"))
+
+
+def _arguments(chosen: Options) -> list[str]:
+    """Options as arguments; a value that begins with a dash is joined to its option, else it would pose as one."""
+    typed: list[str] = []
+    for name, value in chosen.items():
+        option = "--" + {"init_img": "init-img", "from_file": "from-file"}.get(name, name)
+        if value is None:
+            typed.append(option)
+        elif isinstance(value, list) and name in _REPEATED:
+            typed += [f"{option}={one}" for one in value]
+        else:
+            first, *rest = value if isinstance(value, list) else [value]
+            typed += [*([f"{option}={first}"] if first.startswith("-") else [option, first]), *rest]
+    return typed
+
+
+def _script(job: Job) -> str:
+    if job.init is None:
+        return "txt2img" if job.strength == 1 else "img2img"
+    return "inpaint" if job.init.mask or job.init.alpha_mask else "img2img"
+
+
+def _unless_default(job: Job | Init, names: Mapping[str, str]) -> Options:
+    """Options by the names of the fields they set, where those are not the default."""
+    default = Job("") if isinstance(job, Job) else Init("")
+    values = {option: (getattr(job, field), getattr(default, field)) for option, field in names.items()}
+    return {option: text_of(value) for option, (value, usual) in values.items() if value != usual}
+
+
+def text_of(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return _number(value) if isinstance(value, float) else str(value)
+
+
+def _number(value: float) -> str:
+    return repr(float(value)).removesuffix(".0")
+
+
+def _picture(init: Init) -> Options:
+    chosen: Options = {"init_img": init.image}
+    chosen |= {"mask": init.mask} if init.mask else {}
+    names = {
+        "W": "width",
+        "H": "height",
+        "background": "background",
+        "outpaint": "outpaint",
+        "mask_blur": "mask_blur",
+    }
+    chosen |= _unless_default(init, names)
+    if init.width is not None or init.height is not None:
+        chosen["resize"] = init.resize
+    return chosen | ({"invert_mask": None} if init.invert_mask else {})
+
+
+def _count(recipe: Recipe, changes: Changes) -> Options:
+    """One batch of the recorded size, or with one stream of noise as many as there are up to the picture's."""
+    per_batch = batch_size(recipe, changes)
+    n_iter = count(recipe, changes) // per_batch
+    return {"n_samples": str(per_batch), "n_iter": str(n_iter), "skip_grid": None}
+
+
+def of_the_run(recipe: Recipe) -> dict[str, Any]:
+    """The options, parsed, that this toolkit notes of a run besides the job."""
+    extras = recipe.extras
+    chosen: dict[str, Any] = {}
+    if extras.get("Precision"):
+        chosen["precision"] = "full" if extras["Precision"] == "full" else "autocast"
+    if extras.get("EMA") in ("on", "off"):
+        chosen["ema"] = extras["EMA"]
+    if extras.get("Fixed code") == "on" and recipe.job.seed_mode == "batch":
+        chosen["fixed_code"] = True
+    if extras.get("Watermark") == "off":
+        chosen["no_watermark"] = True
+    if extras.get("Tiles") == "approximate":
+        chosen["tiles"] = "on"
+    return chosen

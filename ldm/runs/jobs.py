@@ -1,0 +1,71 @@
+"""Whether a job can be made by a model, and in how many steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.job import Job
+from ldm.runs.models import latent_factor
+from ldm.util import check_there, need
+
+
+def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Path]) -> None:
+    """That a job can be made by a config's model, else an `InputError`."""
+    from ldm.models.diffusion.schedule import check_sampling
+
+    check_sampling(job.sampler, job.steps, job.timestep_spacing, job.eta)
+    factor = latent_factor(model)
+    for name, side in (("--W", job.width), ("--H", job.height)):
+        need(side % factor == 0, f"{name} is {side}, not a multiple of {factor}")
+    check_memory(job, model)
+    for name, _, _ in job.loras:
+        check_there(find_lora(name), "give another LoRA")
+
+
+def count_steps(job: Job) -> int:
+    """How many denoising steps a job takes, in both passes."""
+    from ldm.models.diffusion.schedule import steps_to_run
+
+    rows = schedule_length(job)
+    steps = rows if job.init is None else steps_to_run(job.strength, job.steps, rows)
+    return steps + (steps_to_run(job.upscale_strength, job.steps, rows) if job.upscale > 1 else 0)
+
+
+def schedule_length(job: Job) -> int:
+    """How many entries the list of a job's timesteps has."""
+    from ldm.models.diffusion.schedule import make_timesteps
+
+    return job.steps if job.sampler == "dpm_solver" else len(make_timesteps(job.timestep_spacing, job.steps))
+
+
+def check_syntax(job: Job) -> None:
+    """That the weights in a job's prompts can be read, else an `InputError`."""
+    from ldm.prompts.weights import parse_weights
+
+    for prompt in (job.prompt, job.negative_prompt):
+        parse_weights(prompt)
+
+
+def check_memory(job: Job, model: Mapping[str, Any]) -> None:
+    """Refuses a size whose denoising alone (ten float32 maps of the U-Net's first level) can never fit."""
+    from ldm.config import section
+
+    height, width = job.upscaled_size
+    channels = section(model, "unet_config").get("model_channels", 320)
+    needed = 10 * 4 * channels * height * width // latent_factor(model) ** 2
+    total = _total_memory()
+    need(
+        total is None or needed <= 4 * total,
+        f"an image of {width}x{height} needs about {needed / 2**30:.0f} GiB; this machine has "
+        f"{(total or 0) / 2**30:.0f} GiB; use a smaller --W and --H",
+    )
+
+
+def _total_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None

@@ -1,0 +1,59 @@
+"""What a model will not do well of what is asked of it, told before it is tried."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ldm.job import Job
+from ldm.places import find
+from ldm.runs.models import own_side
+from ldm.util import printable, read_side_file
+
+logger = logging.getLogger("ldm")
+
+BUNDLED_CARD = "models/ldm/shapes/README.md"
+_PLMS_STEPS = 25  # below it PLMS, whose first steps are of lower order, draws much wrong
+_MOST_WORDS = 10
+
+
+def note_jobs(jobs: Iterable[Job], model: Mapping[str, Any]) -> None:
+    """Prints what a model will not do well of what is asked of it: sizes, few steps, words that it does not know."""
+    side, words = own_side(model), _known_words(model)
+    largest, few, unknown = (0, 0), None, dict[str, None]()
+    for job in jobs:
+        largest = max(largest, job.upscaled_size, key=math.prod)
+        few = job.steps if few is None and job.sampler == "plms" and job.steps < _PLMS_STEPS else few
+        if words is not None and len(unknown) <= _MOST_WORDS:
+            unknown |= dict.fromkeys(
+                w for w in re.findall(r"[^\W\d_]+", job.prompt.lower()) if w not in words
+            )
+    if math.prod(largest) > 2 * side * side:
+        logger.info(
+            "this model was trained at %dx%d; at %dx%d objects may repeat", side, side, *reversed(largest)
+        )
+    if few is not None:
+        logger.info(
+            "PLMS needs about 50 steps, not %d; --dpm_solver gives good images in 10 to 20 steps, DDIM in 25",
+            few,
+        )
+    if unknown:
+        named = ", ".join(printable(word) for word in list(unknown)[:_MOST_WORDS])
+        more = ", ..." if len(unknown) > _MOST_WORDS else ""
+        logger.info(
+            "the bundled model does not know: %s%s (%s lists what it draws)", named, more, BUNDLED_CARD
+        )
+
+
+def _known_words(model: Mapping[str, Any]) -> frozenset[str] | None:
+    """The words that a model was taught, if its vocabulary's folder lists them; None for all others."""
+    from ldm.config import section
+
+    version = section(model, "cond_stage_config").get("version")
+    path = find(version) / "words.txt" if isinstance(version, str) else None
+    if path is None or not path.is_file():
+        return None
+    return frozenset(read_side_file(path, 1_000_000).decode("utf-8").split())

@@ -1,0 +1,89 @@
+"""What a run is asked for, as typed values: nothing after the command line knows how options are written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ldm.job import Init, Job
+
+COMPARED = {
+    "compared": True
+}  # marks the fields that --resume compares: the pixels or the files depend on them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How a run is made: everything that it depends on besides its jobs. The fields have the names of the options.
+
+    `lora` holds files with their weights on the U-Net and on the text encoder, `embedding` files with the word that
+    they replace (None: the name of the file). `channels` and `factor` are what --C and --f expect of the model.
+    `cache_weights` is a folder, "" for the user's cache folder, None for no cache.
+    """
+
+    outdir: str
+    resume: bool = False
+    verify: bool = False
+    gallery: bool = False
+    skip_grid: bool = field(default=False, metadata=COMPARED)
+    skip_save: bool = False
+    no_watermark: bool = field(default=False, metadata=COMPARED)
+    safety: Literal["auto", "on", "off"] = field(default="auto", metadata=COMPARED)
+    safety_model: str | None = None
+
+    n_iter: int = 1
+    n_samples: int = field(default=1, metadata=COMPARED)
+    images_per_prompt: int | None = None
+    n_rows: int = 0
+    fixed_code: bool = field(default=False, metadata=COMPARED)
+    keep_going: bool = False
+    on_oom: Literal["fail", "halve"] = "fail"
+
+    ckpt: str | None = None
+    config: str | None = None
+    laion400m: bool = False
+    inpaint: bool = field(default=False, metadata=COMPARED)
+    allow_targets: tuple[str, ...] = ()
+    vae: str | None = None
+    text_encoder: str | None = None
+    ema: Literal["auto", "on", "off"] = field(default="auto", metadata=COMPARED)
+    channels: int = 4
+    factor: int = 8
+    lora: tuple[tuple[str, float, float], ...] = ()
+    lora_dir: str | None = None
+    embedding: tuple[tuple[str, str | None], ...] = ()
+    embedding_dir: str | None = None
+
+    device: str = "auto"
+    precision: Literal["full", "autocast", "bf16", "fp16"] = "autocast"
+    tiles: Literal["auto", "on", "off"] = field(default="auto", metadata=COMPARED)
+    lowmem: bool = False
+    no_mmap: bool = False
+    cache_weights: str | None = None
+    compile: bool = field(default=False, metadata=COMPARED)
+    devices: int | None = None
+    num_nodes: int | None = None
+
+    quiet: bool = False
+    debug: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Which images are asked for: the job that all begin as, and where prompts and images to start from come from.
+
+    `job` has the values of the options; a width or height of 0 is the model's own. `start` says how each of `images`
+    (files and folders), or of the pairs of image and mask in `folder`, becomes a canvas; its own `image` is empty.
+    `from_file` is a list of prompts in `prompt_format` ("-" for standard input) and replaces the job's prompt. With
+    `expand` {a|b} in prompts is written out. `sweep` holds texts such as "scale=1,2".
+    """
+
+    job: Job = field(default_factory=lambda: Job(""))
+    start: Init = field(default_factory=lambda: Init(""))
+    images: tuple[str, ...] = ()
+    folder: str | None = None
+    from_file: str | None = None
+    prompt_format: str = "auto"
+    expand: bool = False
+    sweep: tuple[str, ...] = ()

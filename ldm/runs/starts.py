@@ -1,0 +1,86 @@
+"""Where jobs start: at text alone, or at images brought to size."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ldm.job import Init
+from ldm.runs.models import latent_factor, own_side
+from ldm.runs.options import Request
+from ldm.util import need, printable
+
+if TYPE_CHECKING:
+    from ldm.images.canvas import Canvas
+
+logger = logging.getLogger("ldm")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the jobs of one picture, or of none, have in common: the picture and their size in pixels."""
+
+    init: Init | None
+    width: int
+    height: int
+
+
+class Canvases:
+    """Opens the pictures that jobs start from; the last few are kept. One that changes during a run is refused."""
+
+    def __init__(self, mask_needed: bool) -> None:
+        from ldm.images.canvas import open_canvas
+
+        self._open = functools.lru_cache(maxsize=8)(functools.partial(open_canvas, mask_needed=mask_needed))
+        self._digests: dict[Init, tuple[str, str]] = {}
+
+    def __call__(self, init: Init) -> Canvas:
+        canvas = self._open(init)
+        first = self._digests.setdefault(init, (canvas.digest, canvas.mask_digest))
+        for path, then, now in zip(
+            (init.image, init.mask), first, (canvas.digest, canvas.mask_digest), strict=True
+        ):
+            need(then == now, f"{printable(path)} has changed since this run began; start again")
+        return canvas
+
+
+def read_starts(
+    request: Request, masked: bool, model: Mapping[str, Any], canvases: Callable[[Init], Canvas]
+) -> list[Start]:
+    """Where the jobs start: each image, brought to size, or text alone, which is refused where a mask is needed."""
+    if not (request.images or request.folder):
+        need(not masked, "give a picture with --init-img, or a folder of pairs with --indir")
+        return [Start(None, *own_size(request, model))]
+    starts = []
+    for init in inits_of(request, masked):
+        canvas = canvases(init)
+        for note in canvas.notes:
+            logger.info("%s: %s", printable(init.image), note)
+        height, width, _ = canvas.pixels.shape
+        starts.append(Start(init, width, height))
+    return starts
+
+
+def inits_of(request: Request, masked: bool) -> list[Init]:
+    """Each image to start from; with `masked` one without a mask has it in its transparency."""
+    from ldm.images.canvas import find_images, find_pairs
+
+    start, folder = request.start, request.folder
+    need(not (folder and (request.images or start.mask)), "--indir goes without --init-img and --mask")
+    pairs = find_pairs(folder) if folder else [(path, start.mask) for path in find_images(request.images)]
+    return [replace(start, image=image, mask=mask, alpha_mask=masked and not mask) for image, mask in pairs]
+
+
+def own_size(request: Request, model: Mapping[str, Any]) -> tuple[int, int]:
+    """Width and height of an image from text, by default the config's, checked against its factor."""
+    factor, size = latent_factor(model), []
+    for name, given in (("W", request.job.width), ("H", request.job.height)):
+        side = given or own_side(model)
+        below, above = side // factor * factor, -(-side // factor) * factor
+        nearest = f"{below} or {above}" if below >= factor else str(max(above, factor))
+        need(side % factor == 0, f"--{name} is {side}, not a multiple of {factor}; use {nearest}")
+        size.append(side)
+    return size[0], size[1]
