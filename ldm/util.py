@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import errno
 import importlib
 import inspect
+import itertools
 import logging
 import os
 import re
@@ -321,6 +323,38 @@ def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> An
         ImageDraw.Draw(image).text((0, 0), "\n".join(lines), fill="black", font=font)
         images.append(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1)
     return torch.from_numpy(np.stack(images))
+
+
+def parallel_data_prefetch(
+    func: Callable[..., Any],
+    data: Any,
+    n_proc: int,
+    target_data_type: str = "ndarray",
+    cpu_intensive: bool = True,
+    use_worker_id: bool = False,
+) -> Any:
+    """The results of `func` for `n_proc` parts of `data`, in the order of the data, in one array or list.
+
+    `data` is an array, which is cut along its first axis, or a sequence. Parts are worked on in processes of their
+    own if `cpu_intensive` (`func` must be a function of a module then), else in threads. With `use_worker_id` the
+    number of the part is the keyword argument `worker_id`. `target_data_type` "ndarray" joins the results along
+    their first axis, "list" into one list; any other gives them part by part. Raises ValueError without data.
+    """
+    import numpy as np
+
+    count = min(n_proc, len(data))
+    if count < 1:
+        raise ValueError(f"there are {len(data)} values for {n_proc} workers; give at least one of each")
+    bounds = [len(data) * i // count for i in range(count + 1)]
+    parts = [data[first:last] for first, last in itertools.pairwise(bounds)]
+    pool = concurrent.futures.ProcessPoolExecutor if cpu_intensive else concurrent.futures.ThreadPoolExecutor
+    with pool(count) as workers:
+        extra = [{"worker_id": i} if use_worker_id else {} for i in range(count)]
+        started = [workers.submit(func, part, **more) for part, more in zip(parts, extra, strict=True)]
+        results = [one.result() for one in started]
+    if target_data_type == "ndarray":
+        return np.concatenate([np.asarray(result) for result in results], axis=0)
+    return list(itertools.chain.from_iterable(results)) if target_data_type == "list" else results
 
 
 def get_obj_from_str(string: str, reload: bool = False) -> Any:

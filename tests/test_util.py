@@ -4,6 +4,7 @@ import errno
 import os
 import re
 
+import numpy as np
 import pytest
 
 from ldm.util import (
@@ -11,6 +12,7 @@ from ldm.util import (
     default,
     exists,
     files_below,
+    parallel_data_prefetch,
     part_beside,
     read_side_file,
     temporary_folder,
@@ -151,3 +153,23 @@ def test_a_folder_that_cannot_be_listed_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("os.listdir", forbidden)  # root may read everything
     with pytest.raises(InputError, match="cannot be listed: Permission denied"):
         files_below(tmp_path, "the folder")
+
+
+@pytest.mark.parametrize("processes", [True, False], ids=["processes", "threads"])
+@pytest.mark.parametrize("workers", [1, 3, 20])
+def test_data_in_parts_keep_their_order(processes, workers):
+    values = np.arange(14).reshape(7, 2)
+    squares = parallel_data_prefetch(np.square, values, workers, cpu_intensive=processes)
+    assert squares.tolist() == (values**2).tolist()
+    listed = parallel_data_prefetch(sorted, [[3], [1], [2]], workers, "list", cpu_intensive=processes)
+    assert sorted(listed) == [[1], [2], [3]]
+
+
+def test_each_part_knows_its_worker():
+    def named(part, worker_id):
+        return [(worker_id, value) for value in part]
+
+    found = parallel_data_prefetch(named, "abcd", 2, "list", cpu_intensive=False, use_worker_id=True)
+    assert found == [(0, "a"), (0, "b"), (1, "c"), (1, "d")]
+    with pytest.raises(ValueError, match="there are 0 values"):
+        parallel_data_prefetch(named, [], 2)

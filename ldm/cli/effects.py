@@ -20,6 +20,10 @@ _OPTIONS_WITHOUT_EFFECT: tuple[tuple[str, Callable[[argparse.Namespace], bool]],
         lambda opt: opt.prompt_format != "auto" and opt.from_file is None,
     ),
     (
+        "--prompt has no effect with --from-file, whose prompts are used",
+        lambda opt: opt.from_file is not None and opt.prompt != opt.default_prompt,
+    ),
+    (
         "--invert_mask has no effect without a mask: what --outpaint adds is repainted",
         lambda opt: opt.invert_mask and any(opt.outpaint) and not (opt.mask or opt.indir),
     ),

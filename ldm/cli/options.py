@@ -69,6 +69,7 @@ def make_parser(
 
 def add_prompt_options(parser: argparse.ArgumentParser, prompt: str) -> None:
     """What is drawn."""
+    parser.set_defaults(default_prompt=prompt)
     group = parser.add_argument_group("prompt")
     group.add_argument("--prompt", metavar="TEXT", default=prompt, help="what to draw")
     group.add_argument("--negative_prompt", metavar="TEXT", default="", help="what to keep away from")

@@ -615,11 +615,13 @@ def test_the_bundled_models_words_are_those_of_its_captions():
     [
         (["--upscale_strength", "0.1"], "no effect without --upscale"),
         (["--prompt_format", "kohya"], "no effect without --from-file"),
+        (["--from-file", "list.txt"], "--prompt has no effect with --from-file"),
         (["--n_rows", "-3"], "--n_rows -3 is below 0"),
         (["--sweep", "seed=1,2", "--n_iter", "2"], "makes the same images 2 times"),
     ],
 )
-def test_options_without_effect_are_warned_of(draw, capsys, typed, said):
+def test_options_without_effect_are_warned_of(draw, tmp_path, capsys, typed, said):
+    (tmp_path / "list.txt").write_text("a cube\n")
     assert draw("--prompt", "a cube", "--dry_run", *typed)[0] == 0
     assert said in capsys.readouterr().err
 

@@ -31,6 +31,7 @@ DDCONFIG = {
     "name",
     [
         "util.log_txt_as_img", "util.ismap", "util.isimage", "util.mean_flat", "util.count_params", "util.exists",
+        "util.parallel_data_prefetch",
         "util.default", "modules.attention.default", "modules.attention.exists",
         "modules.diffusionmodules.util.avg_pool_nd", "modules.diffusionmodules.util.GroupNorm32",
         "modules.diffusionmodules.util.mean_flat", "modules.diffusionmodules.model.nonlinearity",

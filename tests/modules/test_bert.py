@@ -158,6 +158,15 @@ def test_cut_words(vocabulary, tokenizer, caplog):
     assert record.getMessage() == r"prompt longer than 3 tokens; this is cut off: nd\x1b a Dog"
 
 
+def test_only_the_first_of_many_long_prompts_are_shown(vocabulary, caplog):
+    model = BERTEmbedder(16, 1, len(TOKENS), 5, version=str(vocabulary))
+    for _ in range(20):
+        model.encode(["cat and a dog and a cat", "cat " * 500])
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 11 and max(map(len, messages)) < 400
+    assert messages[-1] == "more prompts are longer than 3 tokens; --dry_run counts them"
+
+
 def test_lone_surrogate(tokenizer):
     assert "\\udce9 at position 3" in refusal(lambda: tokenizer(["caf\udce9"]))
     assert "\\udce9 at position 3" in refusal(lambda: tokenizer.cut_words("caf\udce9"))

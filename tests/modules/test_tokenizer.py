@@ -273,8 +273,19 @@ def use_table(monkeypatch, folder, content: bytes):
         lambda table: gzip.compress(gzip.decompress(table).replace(b"\ni n\n", b"\nin\n", 1)),
         lambda table: gzip.compress(gzip.decompress(table).replace(b"\nh e</w>\n", b"\nhzzz e</w>\n", 1)),
         lambda table: gzip.compress(b"\xff\xfe" * 100_000),
+        lambda table: gzip.compress(gzip.decompress(table).replace(b"\nz z\n", b"\nz z \n", 1) + b"z q\n"),
     ],
-    ids=["no gzip", "cut short", "zeros", "few merges", "shifted", "no pair", "unknown part", "no text"],
+    ids=[
+        "no gzip",
+        "cut short",
+        "zeros",
+        "few merges",
+        "shifted",
+        "no pair",
+        "unknown part",
+        "no text",
+        "longer",
+    ],
 )
 def test_damaged_table(monkeypatch, tmp_path, damage):
     use_table(monkeypatch, tmp_path, damage(TABLE.read_bytes()))

@@ -18,6 +18,8 @@ from ldm.util import InputError, printable
 
 logger = logging.getLogger(__name__)
 
+MOST_CUTS = 10  # prompts whose cut end is shown
+MOST_SHOWN = 300  # characters of it
 OPENAI_VOCABULARIES = ("openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32")
 
 
@@ -33,6 +35,8 @@ def _check_size(vocabulary: str | Path, size: int, tokens: int) -> None:
 class AbstractEncoder(nn.Module):
     """A conditioning model: `encode` turns a list of prompts into a tensor."""
 
+    _cuts_shown = 0
+
     def encode(self, *args: object) -> Tensor:
         """Prompts -> conditioning."""
         raise TypeError(f"{type(self).__name__} does not define encode")
@@ -46,9 +50,17 @@ class AbstractEncoder(nn.Module):
         return [text] if isinstance(text, str) else list(text)
 
     def warn_of_cuts(self, prompts: Sequence[str], limit: int) -> None:
-        """Shows what prompts lose that are longer than `limit` tokens."""
+        """Shows what prompts lose that are longer than `limit` tokens, of the first few of them."""
+        if self._cuts_shown > MOST_CUTS:
+            return
         for cut in filter(None, map(self.cut_words, prompts)):
-            logger.warning("prompt longer than %d tokens; this is cut off: %s", limit, printable(cut))
+            self._cuts_shown += 1
+            if self._cuts_shown > MOST_CUTS:
+                logger.warning("more prompts are longer than %d tokens; --dry_run counts them", limit)
+                return
+            logger.warning(
+                "prompt longer than %d tokens; this is cut off: %s", limit, printable(cut)[:MOST_SHOWN]
+            )
 
 
 class FrozenCLIPEmbedder(AbstractEncoder):

@@ -7,6 +7,7 @@ needs torch, and the libraries are imported only when a tokenizer is built.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import html
 import importlib.util
 import io
@@ -25,6 +26,7 @@ VOCABULARY_SIZE = 49408
 CONTEXT_LENGTH = 77
 
 _TABLE = "bpe_simple_vocab_16e6.txt.gz"
+_TABLE_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 _WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 _KNOWN_TEXT = "a photograph of an astronaut riding a horse"
 _KNOWN_IDS = [49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558, 49407]
@@ -80,6 +82,10 @@ class CLIPTokenizer:
         if table is None:
             raise InputError(f"CLIP's token table {_TABLE} is not installed: run `pip install openai-clip`")
         merges = _read_openai_merges(table)
+        if hashlib.sha256(table.read_bytes()).hexdigest() != _TABLE_SHA256:
+            raise InputError(
+                f"{printable(table)} is not the table of OpenAI: reinstall it, pip install openai-clip"
+            )
         return cls(_openai_vocabulary(merges), merges, printable(table))
 
     @classmethod
