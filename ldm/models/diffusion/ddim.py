@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.guidance import Conditioning
-from ldm.models.diffusion.sampler import Sampler, TakeStep, Walk, times_of
+from ldm.models.diffusion.sampler import Sampler, TakeStep
+from ldm.models.diffusion.sampling_run import SamplingRun, times_of
 from ldm.models.diffusion.schedule import Step
 
 
@@ -45,19 +46,19 @@ class DDIMSampler(Sampler):
         `index` counts the steps after it in the schedule made by `make_schedule`, and `t` [N] are its timesteps.
         The rest is as in `sample`; with `repeat_noise` all entries of the batch get the same fresh noise.
         """
-        walk, step = self._single(
+        run, step = self._single(
             c, index, repeat_noise, use_original_steps, quantize_denoised, temperature, noise_dropout,
             score_corrector, corrector_kwargs, unconditional_guidance_scale, unconditional_conditioning,
         )  # fmt: skip
-        return walk.advance(x, walk.predict(x, t), step)
+        return run.advance(x, run.predict(x, t), step)
 
-    def _stepper(self, walk: Walk) -> TakeStep:
+    def _stepper(self, run: SamplingRun) -> TakeStep:
         foreign = getattr(self.p_sample_ddim, "__func__", None) is not _OWN_STEP
 
         def take(x: Tensor, step: Step, next_t: float) -> tuple[Tensor, Tensor]:
             if foreign:
-                return self.p_sample_ddim(x, walk.guidance.cond, times_of(x, step.t), **walk.asked(step))
-            return walk.advance(x, walk.predict(x, step.t), step)
+                return self.p_sample_ddim(x, run.guidance.cond, times_of(x, step.t), **run.arguments(step))
+            return run.advance(x, run.predict(x, step.t), step)
 
         return take
 

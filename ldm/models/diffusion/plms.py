@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.guidance import Conditioning
-from ldm.models.diffusion.sampler import Sampler, TakeStep, Walk, times_of
+from ldm.models.diffusion.sampler import Sampler, TakeStep
+from ldm.models.diffusion.sampling_run import SamplingRun, times_of
 from ldm.models.diffusion.schedule import Step
 
 # Adams-Bashforth weights by the number of predictions at hand, newest first
@@ -56,15 +57,15 @@ class PLMSSampler(Sampler):
         `old_eps` are the predictions of the steps before, the newest last; without any `t_next` [N] must say the
         timesteps of the step after this one. The rest is as in `DDIMSampler.p_sample_ddim`.
         """
-        walk, step = self._single(
+        run, step = self._single(
             c, index, repeat_noise, use_original_steps, quantize_denoised, temperature, noise_dropout,
             score_corrector, corrector_kwargs, unconditional_guidance_scale, unconditional_conditioning,
         )  # fmt: skip
         if not old_eps and t_next is None:
             raise ValueError("the first step of PLMS needs t_next, the timesteps of the step after it")
-        return _multistep(walk, x, step, t, t_next, old_eps or ())
+        return _multistep(run, x, step, t, t_next, old_eps or ())
 
-    def _stepper(self, walk: Walk) -> TakeStep:
+    def _stepper(self, run: SamplingRun) -> TakeStep:
         foreign = getattr(self.p_sample_plms, "__func__", None) is not _OWN_STEP
         past: deque[Tensor] = deque(maxlen=3)
 
@@ -72,10 +73,10 @@ class PLMSSampler(Sampler):
             t, t_next = times_of(x, step.t), times_of(x, next_t)
             if foreign:
                 x, pred_x0, eps = self.p_sample_plms(
-                    x, walk.guidance.cond, t, **walk.asked(step), old_eps=list(past), t_next=t_next
+                    x, run.guidance.cond, t, **run.arguments(step), old_eps=list(past), t_next=t_next
                 )
             else:
-                x, pred_x0, eps = _multistep(walk, x, step, t, t_next, past)
+                x, pred_x0, eps = _multistep(run, x, step, t, t_next, past)
             past.append(eps)
             return x, pred_x0
 
@@ -83,18 +84,18 @@ class PLMSSampler(Sampler):
 
 
 def _multistep(
-    walk: Walk, x: Tensor, step: Step, t: Tensor, t_next: Tensor | None, past: Sequence[Tensor]
+    run: SamplingRun, x: Tensor, step: Step, t: Tensor, t_next: Tensor | None, past: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next latent, the clean one and the prediction, from this and the last three of `past`, the newest last."""
-    eps = walk.predict(x, t)
+    eps = run.predict(x, t)
     if not past:  # Heun's method: average with the prediction at the far end of the step
         assert t_next is not None
-        ahead, _ = walk.advance(x, eps, step)
-        mixed = (eps + walk.predict(ahead, t_next)) / 2
+        ahead, _ = run.advance(x, eps, step)
+        mixed = (eps + run.predict(ahead, t_next)) / 2
     else:
         recent = [eps, *reversed(past)][: max(WEIGHTS)]
         mixed = sum((w * e for w, e in zip(WEIGHTS[len(recent)], recent, strict=True)), 0 * eps)
-    return *walk.advance(x, mixed, step), eps
+    return *run.advance(x, mixed, step), eps
 
 
 _OWN_STEP = PLMSSampler.p_sample_plms

@@ -1,10 +1,9 @@
-"""The one denoising loop, the one update rule, and the public API of every sampler."""
+"""The one denoising loop, and the public API of every sampler."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.guidance import Conditioning, Guidance
 from ldm.models.diffusion.noise import NoiseSource, RepeatedNoise, TorchNoise
+from ldm.models.diffusion.sampling_run import SamplingRun
 from ldm.models.diffusion.schedule import Step, StepTable, make_timesteps
 from ldm.util import warn_of_ignored
 
@@ -21,83 +21,6 @@ logger = logging.getLogger(__name__)
 Intermediates = dict[str, list[Tensor]]
 # (x, step, timestep of the step after it) -> (next x, predicted clean latent)
 TakeStep = Callable[[Tensor, Step, float], tuple[Tensor, Tensor]]
-
-
-def clean_latent(x: Tensor, eps: Tensor, step: Step) -> Tensor:
-    """The latent without noise that `eps`, the noise predicted in `x`, points to."""
-    return (x - (1 - step.alpha) ** 0.5 * eps) / step.alpha**0.5
-
-
-def previous_latent(pred_x0: Tensor, eps: Tensor, step: Step) -> Tensor:
-    """The latent one step less noisy, before fresh noise is added (DDIM, Song et al. 2021, equation 12)."""
-    # an eta above 1 can ask for more noise than there is
-    kept = max(1 - step.alpha_prev - step.sigma**2, 0.0)
-    return step.alpha_prev**0.5 * pred_x0 + kept**0.5 * eps
-
-
-@dataclass(frozen=True)
-class Walk:
-    """All that one run of the loop holds fixed: the model, its guidance, and where noise comes from."""
-
-    model: Any
-    noise: NoiseSource
-    guidance: Guidance
-    draws_always: bool = True
-    mask: Tensor | None = None
-    x0: Tensor | None = None
-    temperature: float = 1.0
-    noise_dropout: float = 0.0
-    quantize_x0: bool = False
-    score_corrector: Any = None
-    corrector_kwargs: Mapping[str, Any] | None = None
-    original_steps: bool = False
-
-    def predict(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """The guided noise in `x` [N, ...] at timestep `t`, or at timesteps [N]."""
-        times = t if isinstance(t, Tensor) else times_of(x, t)
-        eps = self.guidance.noise(self.model, x, times)
-        if self.score_corrector is not None:
-            kwargs = self.corrector_kwargs or {}
-            eps = self.score_corrector.modify_score(self.model, eps, x, times, self.guidance.cond, **kwargs)
-        return eps
-
-    def advance(self, x: Tensor, eps: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """The update rule: the next latent and the clean one, from the noise `eps` to be taken out of `x`."""
-        pred_x0 = clean_latent(x, eps, step)
-        if self.quantize_x0:
-            pred_x0 = self.model.first_stage_model.quantize(pred_x0)[0]
-        x_prev = previous_latent(pred_x0, eps, step)
-        if step.sigma == 0:
-            if self.draws_always:
-                self.noise.skip(x.shape)
-        else:
-            fresh = self.noise.draw(x.shape)
-            if self.noise_dropout > 0:
-                fresh = torch.nn.functional.dropout(fresh, p=self.noise_dropout)
-            x_prev = x_prev + step.sigma * self.temperature * fresh
-        return x_prev, pred_x0
-
-    def keep_masked(self, x: Tensor, step: Step) -> Tensor:
-        """`x` with the masked part replaced by `x0` at the noise level of this step."""
-        if self.mask is None or self.x0 is None:
-            return x
-        noise = self.noise.draw(self.x0.shape)
-        original = step.alpha**0.5 * self.x0 + (1 - step.alpha) ** 0.5 * noise
-        return original * self.mask + (1.0 - self.mask) * x
-
-    def asked(self, step: Step) -> dict[str, Any]:
-        """What the original's loop said to the method that takes a step, by the names of its parameters."""
-        return {
-            "index": step.index,
-            "use_original_steps": self.original_steps,
-            "quantize_denoised": self.quantize_x0,
-            "temperature": self.temperature,
-            "noise_dropout": self.noise_dropout,
-            "score_corrector": self.score_corrector,
-            "corrector_kwargs": self.corrector_kwargs,
-            "unconditional_guidance_scale": self.guidance.scale,
-            "unconditional_conditioning": self.guidance.uncond,
-        }
 
 
 _STEPS = ("ddim_timesteps", "ddim_alphas", "ddim_alphas_prev", "ddim_sigmas")
@@ -115,11 +38,6 @@ _MODEL_TABLES = (
 
 def _changes(value: Any) -> int:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
-
-
-def times_of(x: Tensor, t: float) -> Tensor:
-    """One timestep for each entry of the batch `x`: [N]."""
-    return torch.full((x.shape[0],), t, device=x.device)
 
 
 class Sampler:
@@ -290,26 +208,26 @@ class Sampler:
         `timesteps` runs fewer: so many of the whole training schedule, or one less than that of the chosen rows,
         as in the original.
         """
-        walk = Walk(
-            self.model,
-            self._noise(noise),
-            Guidance(cond, unconditional_conditioning, unconditional_guidance_scale),
-            self.draws_always,
-            mask,
-            x0,
-            temperature,
-            noise_dropout,
-            quantize_denoised,
-            score_corrector,
-            corrector_kwargs,
-            ddim_use_original_steps,
+        run = SamplingRun(
+            model=self.model,
+            noise=self._noise(noise),
+            guidance=Guidance(cond, unconditional_conditioning, unconditional_guidance_scale),
+            draws_always=self.draws_always,
+            mask=mask,
+            x0=x0,
+            temperature=temperature,
+            noise_dropout=noise_dropout,
+            quantize_x0=quantize_denoised,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+            original_steps=ddim_use_original_steps,
         )
-        x = walk.noise.draw(shape) if x_T is None else x_T
+        x = run.noise.draw(shape) if x_T is None else x_T
         table = self._table_for(ddim_use_original_steps)
         count = timesteps
         if timesteps is not None and not ddim_use_original_steps:
             count = max(min(timesteps, len(table)) - 1, 0)
-        return self._run(walk, x, list(table.downwards(count)), callback, img_callback, log_every_t)
+        return self._run(run, x, list(table.downwards(count)), callback, img_callback, log_every_t)
 
     @torch.no_grad()
     def stochastic_encode(
@@ -353,19 +271,19 @@ class Sampler:
 
         `mask` is 1 where the latent `x0` is kept; `callback` and `img_callback` are those of `sample`.
         """
-        walk = Walk(
-            self.model,
-            self._noise(noise),
-            Guidance(cond, unconditional_conditioning, unconditional_guidance_scale),
-            self.draws_always,
-            mask,
-            x0,
+        run = SamplingRun(
+            model=self.model,
+            noise=self._noise(noise),
+            guidance=Guidance(cond, unconditional_conditioning, unconditional_guidance_scale),
+            draws_always=self.draws_always,
+            mask=mask,
+            x0=x0,
             original_steps=use_original_steps,
         )
         steps = list(self._table_for(use_original_steps).downwards(t_start))
-        return self._run(walk, x_latent, steps, callback, img_callback)[0]
+        return self._run(run, x_latent, steps, callback, img_callback)[0]
 
-    def _stepper(self, walk: Walk) -> TakeStep:
+    def _stepper(self, run: SamplingRun) -> TakeStep:
         """How this method takes a step; called once per run, so that history belongs to the run."""
         raise TypeError(f"{type(self).__name__} does not define _stepper")
 
@@ -382,40 +300,38 @@ class Sampler:
         corrector_kwargs: Mapping[str, Any] | None,
         unconditional_guidance_scale: float | Tensor,
         unconditional_conditioning: Conditioning,
-    ) -> tuple[Walk, Step]:
+    ) -> tuple[SamplingRun, Step]:
         """What a step that is called by hand works with; its noise is that of the run it belongs to."""
         noise = self._noise(self._source)
-        walk = Walk(
-            self.model,
-            RepeatedNoise(noise) if repeat_noise else noise,
-            Guidance(c, unconditional_conditioning, unconditional_guidance_scale),
-            self.draws_always,
-            None,
-            None,
-            temperature,
-            noise_dropout,
-            quantize_denoised,
-            score_corrector,
-            corrector_kwargs,
-            use_original_steps,
+        run = SamplingRun(
+            model=self.model,
+            noise=RepeatedNoise(noise) if repeat_noise else noise,
+            guidance=Guidance(c, unconditional_conditioning, unconditional_guidance_scale),
+            draws_always=self.draws_always,
+            temperature=temperature,
+            noise_dropout=noise_dropout,
+            quantize_x0=quantize_denoised,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+            original_steps=use_original_steps,
         )
-        return walk, self._table_for(use_original_steps).step(index)
+        return run, self._table_for(use_original_steps).step(index)
 
     def _run(
         self,
-        walk: Walk,
+        run: SamplingRun,
         x: Tensor,
         steps: Sequence[Step],
         callback: Callable[[int], object] | None = None,
         img_callback: Callable[[Tensor, int], object] | None = None,
         log_every_t: int = 100,
     ) -> tuple[Tensor, Intermediates]:
-        self._source = walk.noise
-        take_step = self._stepper(walk)
+        self._source = run.noise
+        take_step = self._stepper(run)
         trail: Intermediates = {"x_inter": [x], "pred_x0": [x]}
         for i, step in enumerate(steps):
             following = steps[min(i + 1, len(steps) - 1)]
-            x, pred_x0 = take_step(walk.keep_masked(x, step), step, following.t)
+            x, pred_x0 = take_step(run.keep_masked(x, step), step, following.t)
             if callback is not None:
                 callback(i)
             if img_callback is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from ldm.models.diffusion.sampler import Sampler, TakeStep, Walk, clean_latent
+from ldm.models.diffusion.sampler import Sampler, TakeStep
+from ldm.models.diffusion.sampling_run import SamplingRun, clean_latent
 from ldm.models.diffusion.schedule import Step, StepTable
 from ldm.util import InputError
 
@@ -34,19 +35,19 @@ class DPMSolverSampler(Sampler):
         alphas = np.exp(np.interp(points, np.arange(total), np.log(self._alphas_cumprod())))
         return StepTable(points[1:], alphas[1:], alphas[:-1], np.zeros(steps))
 
-    def _stepper(self, walk: Walk) -> TakeStep:
+    def _stepper(self, run: SamplingRun) -> TakeStep:
         last: list[tuple[Tensor, Step]] = []
         few = len(self.table) < FEW_STEPS
 
         def take(x: Tensor, step: Step, next_t: float) -> tuple[Tensor, Tensor]:
-            eps = walk.predict(x, step.t)
+            eps = run.predict(x, step.t)
             clean = clean_latent(x, eps, step)
             if last and not (few and step.index == 0):
                 before, step_before = last.pop()
                 ahead = clean + _reach(step_before, step) * (clean - before)
                 eps = (x - step.alpha**0.5 * ahead) / (1 - step.alpha) ** 0.5
             last[:] = [(clean, step)]
-            return walk.advance(x, eps, step)
+            return run.advance(x, eps, step)
 
         return take
 

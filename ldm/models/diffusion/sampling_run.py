@@ -1,0 +1,96 @@
+"""The one update rule, and the settings of one run of the denoising loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.guidance import Guidance
+from ldm.models.diffusion.noise import NoiseSource
+from ldm.models.diffusion.schedule import Step
+
+
+def times_of(x: Tensor, t: float) -> Tensor:
+    """One timestep for each entry of the batch `x`: [N]."""
+    return torch.full((x.shape[0],), t, device=x.device)
+
+
+def clean_latent(x: Tensor, eps: Tensor, step: Step) -> Tensor:
+    """The latent without noise that `eps`, the noise predicted in `x`, points to."""
+    return (x - (1 - step.alpha) ** 0.5 * eps) / step.alpha**0.5
+
+
+def previous_latent(pred_x0: Tensor, eps: Tensor, step: Step) -> Tensor:
+    """The latent one step less noisy, before fresh noise is added (DDIM, Song et al. 2021, equation 12)."""
+    # an eta above 1 can ask for more noise than there is
+    kept = max(1 - step.alpha_prev - step.sigma**2, 0.0)
+    return step.alpha_prev**0.5 * pred_x0 + kept**0.5 * eps
+
+
+@dataclass(frozen=True)
+class SamplingRun:
+    """One run of the denoising loop: the model, its guidance, the source of noise, and the other settings."""
+
+    model: Any
+    noise: NoiseSource
+    guidance: Guidance
+    draws_always: bool = True
+    mask: Tensor | None = None
+    x0: Tensor | None = None
+    temperature: float = 1.0
+    noise_dropout: float = 0.0
+    quantize_x0: bool = False
+    score_corrector: Any = None
+    corrector_kwargs: Mapping[str, Any] | None = None
+    original_steps: bool = False
+
+    def predict(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """The guided noise in `x` [N, ...] at timestep `t`, or at timesteps [N]."""
+        times = t if isinstance(t, Tensor) else times_of(x, t)
+        eps = self.guidance.noise(self.model, x, times)
+        if self.score_corrector is not None:
+            kwargs = self.corrector_kwargs or {}
+            eps = self.score_corrector.modify_score(self.model, eps, x, times, self.guidance.cond, **kwargs)
+        return eps
+
+    def advance(self, x: Tensor, eps: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The update rule: the next latent and the clean one, from the noise `eps` to be taken out of `x`."""
+        pred_x0 = clean_latent(x, eps, step)
+        if self.quantize_x0:
+            pred_x0 = self.model.first_stage_model.quantize(pred_x0)[0]
+        x_prev = previous_latent(pred_x0, eps, step)
+        if step.sigma == 0:
+            if self.draws_always:
+                self.noise.skip(x.shape)
+        else:
+            fresh = self.noise.draw(x.shape)
+            if self.noise_dropout > 0:
+                fresh = torch.nn.functional.dropout(fresh, p=self.noise_dropout)
+            x_prev = x_prev + step.sigma * self.temperature * fresh
+        return x_prev, pred_x0
+
+    def keep_masked(self, x: Tensor, step: Step) -> Tensor:
+        """`x` with the masked part replaced by `x0` at the noise level of this step."""
+        if self.mask is None or self.x0 is None:
+            return x
+        noise = self.noise.draw(self.x0.shape)
+        original = step.alpha**0.5 * self.x0 + (1 - step.alpha) ** 0.5 * noise
+        return original * self.mask + (1.0 - self.mask) * x
+
+    def arguments(self, step: Step) -> dict[str, Any]:
+        """The keyword arguments that the original's loop gave to the method that takes a step."""
+        return {
+            "index": step.index,
+            "use_original_steps": self.original_steps,
+            "quantize_denoised": self.quantize_x0,
+            "temperature": self.temperature,
+            "noise_dropout": self.noise_dropout,
+            "score_corrector": self.score_corrector,
+            "corrector_kwargs": self.corrector_kwargs,
+            "unconditional_guidance_scale": self.guidance.scale,
+            "unconditional_conditioning": self.guidance.uncond,
+        }
