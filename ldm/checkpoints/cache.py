@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from ldm import __version__
 from ldm.checkpoints.formats.detect import CheckpointError, reading
 from ldm.checkpoints.formats.read import Checkpoint, read_checkpoint
 from ldm.checkpoints.formats.write import write_safetensors
+from ldm.checkpoints.layouts.recognise import EMA_PREFIX
+from ldm.checkpoints.load import Ema, load_into
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import printable, without_leftovers, written_whole
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,31 @@ def _identity(path: Path) -> tuple[str, int, int, int]:
     with reading(path):
         state = os.stat(path)
         return str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino
+
+
+def through_cache(
+    path: Path,
+    model: LatentDiffusion,
+    checkpoint: Checkpoint,
+    ema: Ema,
+    mmap: bool,
+    rounded: Callable[[LatentDiffusion], Collection[str]],
+) -> tuple[Checkpoint, Ema]:
+    """The checkpoint and the choice of weights to load into `model`: the cached weights, made if they are missing.
+
+    The cache holds the weights whose keys `rounded` gives in bf16. Where it can be neither read nor made, this is
+    `checkpoint` and `ema`.
+    """
+    own = {key: value.shape for key, value in model.state_dict().items() if not key.startswith(EMA_PREFIX)}
+    cached = read_cached(path, checkpoint, own, mmap)
+    if cached is None:
+        load_into(model, checkpoint, None, ema)
+        weights = {key: value for key, value in model.state_dict().items() if key in own}
+        halves = rounded(model)
+        types = {key: torch.bfloat16 if key in halves else value.dtype for key, value in weights.items()}
+        write_cached(path, weights, types)
+        cached = read_cached(path, checkpoint, own, mmap)
+    return (checkpoint, ema) if cached is None else (cached, "off")
 
 
 def read_cached(

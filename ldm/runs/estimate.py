@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ldm.job import Job, batch_key
-from ldm.runs.jobs import count_steps
 from ldm.runs.models import latent_factor
 from ldm.runs.options import RunOptions
 from ldm.runs.plan import Plan
@@ -51,9 +50,9 @@ class Batch:
 
     def passes(self) -> list[tuple[tuple[int, int], int]]:
         """Height and width, and the number of steps, of each pass."""
-        first = count_steps(replace(self.job, upscale=1.0))
-        more = [(self.job.upscaled_size, count_steps(self.job) - first)] if self.job.upscale > 1 else []
-        return [(self.size, first), *more]
+        from ldm.models.diffusion.schedule import passes_of
+
+        return [(one.size, one.steps) for one in passes_of(self.job)]
 
 
 def batch_kinds(plan: Plan, missing: Sequence[Sequence[int]] | None = None) -> Counter[Batch]:

@@ -27,18 +27,9 @@ def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Pat
 
 def count_steps(job: Job) -> int:
     """How many denoising steps a job takes, in both passes."""
-    from ldm.models.diffusion.schedule import steps_to_run
+    from ldm.models.diffusion.schedule import passes_of
 
-    rows = schedule_length(job)
-    steps = rows if job.init is None else steps_to_run(job.strength, job.steps, rows)
-    return steps + (steps_to_run(job.upscale_strength, job.steps, rows) if job.upscale > 1 else 0)
-
-
-def schedule_length(job: Job) -> int:
-    """How many entries the list of a job's timesteps has."""
-    from ldm.models.diffusion.schedule import make_timesteps
-
-    return job.steps if job.sampler == "dpm_solver" else len(make_timesteps(job.timestep_spacing, job.steps))
+    return sum(one.steps for one in passes_of(job))
 
 
 def check_syntax(job: Job) -> None:

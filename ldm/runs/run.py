@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.job import Job
 from ldm.runs.claim import Claim, Source
 from ldm.runs.estimate import check_batches
-from ldm.runs.jobs import check_job, count_steps, schedule_length
+from ldm.runs.jobs import check_job, count_steps
 from ldm.runs.load import extras_of, load
 from ldm.runs.messages import name_process
 from ldm.runs.model_cache import ModelCache
@@ -257,16 +257,14 @@ def _settle_tiles(pipeline: Pipeline, plan: Plan, claim: Claim, here: ProcessInf
 
 def log_steps(job: Job) -> None:
     """Says how many denoising steps a picture takes where it is not what was asked for."""
-    from ldm.models.diffusion.schedule import steps_to_run
+    from ldm.models.diffusion.schedule import passes_of, schedule_length
 
-    rows = schedule_length(job)
+    rows, (first, *second) = schedule_length(job), passes_of(job)
     if rows != job.steps:
         logger.info("compvis spacing has %d steps for --ddim_steps %d", rows, job.steps)
     if job.init is not None:
-        steps = steps_to_run(job.strength, job.steps, rows)
-        logger.info("strength %g: %d of %d steps run", job.strength, steps, rows)
-        if steps == 0:
+        logger.info("strength %g: %d of %d steps run", job.strength, first.steps, rows)
+        if first.steps == 0:
             logger.info("so the picture only passes through the autoencoder")
-    if job.upscale > 1:
-        again = steps_to_run(job.upscale_strength, job.steps, rows)
-        logger.info("upscaling at strength %g: %d of %d more steps", job.upscale_strength, again, rows)
+    for again in second:
+        logger.info("upscaling at strength %g: %d of %d more steps", job.upscale_strength, again.steps, rows)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-import ldm.pipeline
+import ldm.pipeline.noise
 import scripts.img2img as img2img
 from ldm.data.scenes import image_at
 from ldm.metadata.infotext import job_from_infotext, parse_infotext
@@ -76,7 +76,7 @@ def test_figures_of_the_original_through_the_command_line(tmp_path, monkeypatch,
         model, "decode_first_stage", lambda z: (decoded.append(z), torch.zeros(1, 3, 64, 64))[1]
     )
     monkeypatch.setattr(ldm.pipeline, "load_model", lambda *args, **options: model)
-    monkeypatch.setattr(ldm.pipeline, "noise_source", lambda *args: GivenNoise())
+    monkeypatch.setattr(ldm.pipeline.noise, "noise_source", lambda *args: GivenNoise())
     (tmp_path / "list.txt").write_text("first\nsecond\n")
     Image.new("RGB", (64, 64)).save(tmp_path / "any.png")
     monkeypatch.chdir(tmp_path)
@@ -223,10 +223,10 @@ def test_encoding_and_starting_noise_are_independent(draw):
     """With torch's generator both come from CPU streams of the image's seed."""
     from ldm.job import Job
     from ldm.models.diffusion.noise import noise_source
-    from ldm.pipeline import Pipeline
+    from ldm.pipeline.noise import posterior_noise
 
     jobs = [Job("", seed=seed, rng="cpu", width=512, height=512) for seed in (1, 2)]
-    posterior = Pipeline(tiny_model())._posterior_noise(jobs).draw((2, 4, 32, 32))
+    posterior = posterior_noise(jobs, torch.device("cpu")).draw((2, 4, 32, 32))
     start = noise_source("cpu", "image", [1, 2], "cpu").draw((2, 4, 32, 32))
     together = torch.corrcoef(torch.cat([posterior, start]).flatten(1))
     assert (together - torch.eye(4)).abs().max() < 0.06

@@ -475,7 +475,7 @@ def test_a_signal_that_ends_the_compiler_ends_the_run_in_order(draw, monkeypatch
         signal.raise_signal(signal.SIGTERM)
         raise RuntimeError("CppCompileError: C++ compile error")
 
-    monkeypatch.setattr("ldm.pipeline.prepare", lambda *args: None)
+    monkeypatch.setattr("ldm.pipeline.placement.prepare", lambda *args: None)
     monkeypatch.setattr(Pipeline, "begin", begin)
     assert draw("--compile")[0] == 128 + signal.SIGTERM
     assert "bug" not in capsys.readouterr().err

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-import ldm.pipeline
+import ldm.pipeline.first_stage
+import ldm.pipeline.placement
 from ldm.job import Init, Job
 from ldm.models.diffusion.sampler import Sampler
 from ldm.pipeline import Pipeline, load_model
@@ -140,7 +141,7 @@ def test_decoding_is_tried_again_in_float32(tiny, monkeypatch):
         tried.append(decoder.conv_in.weight.dtype)
         return torch.full((1, 3, 64, 64), 0.0 if tried[-1] is torch.float32 else float("inf"))
 
-    monkeypatch.setattr(ldm.pipeline, "prepare", lambda *args: None)
+    monkeypatch.setattr(ldm.pipeline.placement, "prepare", lambda *args: None)
     monkeypatch.setattr(tiny, "decode_first_stage", decode)
     decoder.half()
     weights = decoder.conv_in.weight.clone()
@@ -209,7 +210,7 @@ def test_with_little_memory_a_network_is_on_the_device_where_it_runs(tmp_path, m
         monkeypatch.setattr(network, "to", lambda where, part=part: here.update({part: where != "cpu"}))
     for name, part in uses.items():
         monkeypatch.setattr(model, name, watch(name, part, getattr(model, name)))
-    monkeypatch.setattr(ldm.pipeline, "prepare", lambda *args: None)
+    monkeypatch.setattr(ldm.pipeline.placement, "prepare", lambda *args: None)
     pipeline = Pipeline(model, lowmem=True)
     for seed in range(2):
         path = tmp_path / f"{seed}.png"
@@ -233,7 +234,7 @@ def test_a_picture_is_decoded_again_while_no_other_is_decoded(tiny, monkeypatch)
         at_work.release()
         return torch.full((1, 3, 64, 64), 0.0 if dtype is torch.float32 else float("inf"))
 
-    monkeypatch.setattr(ldm.pipeline, "prepare", lambda *args: None)
+    monkeypatch.setattr(ldm.pipeline.placement, "prepare", lambda *args: None)
     monkeypatch.setattr(tiny, "decode_first_stage", decode)
     decoder.half()
     pipeline, job = Pipeline(tiny, FP16), dataclasses.replace(JOB, steps=1)
@@ -264,7 +265,7 @@ def test_precision():
 
 def test_tiles_are_taken_where_a_picture_would_not_fit(tiny, monkeypatch):
     def tile(height, width, available, tiles="auto"):
-        monkeypatch.setattr(ldm.pipeline, "available_memory", lambda device: available)
+        monkeypatch.setattr(ldm.pipeline.first_stage, "available_memory", lambda device: available)
         return Pipeline(tiny, tiles=tiles).tile_side(height, width)
 
     needed = needed_memory(tiny.first_stage_model.widths, 1024 * 1024)

@@ -252,9 +252,10 @@ def test_weights_in_bf16_are_what_a_run_packs(model):
     loaded = load_model(read_config(BUNDLED_CONFIG), BUNDLED_CKPT)
     pipeline = Pipeline(loaded, BF16)
     pipeline.make([Job("a cube", width=64, height=64, steps=1)])
-    assert pipeline._packer is not None
+    packer = pipeline.maker.placement.packer
+    assert packer is not None
     told = sum(weight_bytes(model, torch.bfloat16, encodes=False).values())
-    assert pipeline._packer.size == pytest.approx(told, rel=0.15)  # without embeddings, norms, biases
+    assert packer.size == pytest.approx(told, rel=0.15)  # without embeddings, norms, biases
 
 
 def bytes_needed(model, work, *batches, dtype=torch.float32, tiles="off", lowmem=False):

@@ -466,12 +466,12 @@ def test_a_safety_model_that_came_meanwhile_is_refused(tmp_path, monkeypatch, ca
 
 def test_the_tiles_of_the_beginning_are_used_again(tmp_path, monkeypatch):
     run = ["--n_iter", "2", "--n_samples", "1", "--W", "320", "--ddim_steps", "1"]
-    monkeypatch.setattr("ldm.pipeline.available_memory", lambda device: 1)
+    monkeypatch.setattr("ldm.pipeline.first_stage.available_memory", lambda device: 1)
     assert script(tmp_path, *run) == 0
     before = tree(tmp_path)
     assert json.loads(before["run-00000.json"])["tiles"] == {"320x64": 32}
     (tmp_path / "samples/00001.png").unlink()
-    monkeypatch.setattr("ldm.pipeline.available_memory", lambda device: 2**50)
+    monkeypatch.setattr("ldm.pipeline.first_stage.available_memory", lambda device: 2**50)
     assert script(tmp_path, *run, "--resume") == 0
     assert tree(tmp_path) == before
 

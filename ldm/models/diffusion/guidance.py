@@ -20,6 +20,16 @@ class Denoiser(Protocol):
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
 
 
+class ZeroDenoiser:
+    """Predicts no noise: a sampler over it draws what it draws over a model with this schedule, and costs nothing."""
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        self.alphas_cumprod, self.num_timesteps = alphas_cumprod, len(alphas_cumprod)
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return torch.zeros_like(x_noisy)
+
+
 def join(first: T, second: T) -> T:
     """Two conditionings of one structure, concatenated along the batch axis."""
     if isinstance(first, dict):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ldm.job import Job
 from ldm.util import InputError
 
 if TYPE_CHECKING:
@@ -112,6 +113,41 @@ def steps_to_run(strength: float, steps: int, rows: int) -> int:
     int(strength * steps), as in the original; at strength 1 all of them.
     """
     return rows if strength == 1 else min(int(strength * steps), rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One run of a sampler for a job: at `size`, height and width in pixels, the last `steps` of its schedule.
+
+    It starts from noise, from latents that are noised first, or from those of the pass before, upscaled.
+    """
+
+    size: tuple[int, int]
+    steps: int
+    start: Literal["noise", "latents", "upscaled"]
+
+
+def schedule_length(job: Job) -> int:
+    """How many steps the schedule of a job has; with `compvis` spacing they can be more than `job.steps`."""
+    if job.sampler == "dpm_solver":
+        return job.steps
+    return len(make_timesteps(job.timestep_spacing, job.steps))
+
+
+def passes_of(job: Job, rows: int | None = None, from_noise: bool | None = None) -> list[Pass]:
+    """The passes of a job whose schedule has `rows` steps: one, or with `upscale` a second one.
+
+    The first starts from noise where the job has no image to start from, unless `from_noise` decides it.
+    """
+    rows = schedule_length(job) if rows is None else rows
+    size, from_noise = (job.height, job.width), job.init is None if from_noise is None else from_noise
+    if from_noise:
+        first = Pass(size, rows, "noise")
+    else:
+        first = Pass(size, steps_to_run(job.strength, job.steps, rows), "latents")
+    if job.upscale <= 1:
+        return [first]
+    return [first, Pass(job.upscaled_size, steps_to_run(job.upscale_strength, job.steps, rows), "upscaled")]
 
 
 @dataclass(frozen=True, slots=True)

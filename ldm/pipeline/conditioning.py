@@ -1,0 +1,95 @@
+"""Prompts -> the conditioning of the U-Net."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.job import Job
+from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
+from ldm.models.diffusion.guidance import Conditioning, Guidance
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.pipeline.placement import Placement
+from ldm.prompts.conditioning import count_chunks, encode_weighted
+
+
+class InpaintingCondition(NamedTuple):
+    """Channels that an inpainting model sees: a mask [1, 1, h, w], 1 is repainted, and the latents of the rest."""
+
+    mask: Tensor
+    masked_latents: Tensor
+
+
+class TextConditioning:
+    """Encodes the prompts of jobs, and keeps what it has encoded."""
+
+    def __init__(self, model: LatentDiffusion, placement: Placement) -> None:
+        self._model, self._placement = model, placement
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all encoded prompts, as after a change of the text encoder."""
+        self._encode_prompt = lru_cache(maxsize=64)(self._encode)
+        # few, as a rule one for the whole run: apart, so that many prompts do not push it out
+        self._encode_negative = lru_cache(maxsize=8)(self._encode)
+
+    def remove_embeddings(self) -> None:
+        """Takes all textual inversions off the text encoder, and forgets what it has encoded."""
+        if isinstance(self._model.cond_stage_model, FrozenCLIPEmbedder):
+            self._model.cond_stage_model.use_embeddings({})
+        self.clear()
+
+    def guidance(self, jobs: Sequence[Job], inpainting: InpaintingCondition | None) -> Guidance:
+        """The conditioning of a batch, that of its negative prompts if any job has guidance, and the scales."""
+        with self._placement.running(self._model.cond_stage_model):
+            chunks = self._count_chunks(jobs[0])
+            cond = self._joined([self._encode_prompt(job.prompt, chunks) for job in jobs], inpainting)
+            if all(job.scale == 1.0 for job in jobs):
+                return Guidance(cond, scale=1.0)
+            negative = [self._encode_negative(job.negative_prompt, chunks) for job in jobs]
+            return Guidance(cond, self._joined(negative, inpainting), self._scales(jobs))
+
+    def _scales(self, jobs: Sequence[Job]) -> float | Tensor:
+        """The guidance scale of a batch, or where its jobs differ those of each [N, 1, 1, 1]."""
+        scales = [job.scale for job in jobs]
+        if len(set(scales)) == 1:
+            return scales[0]
+        return torch.tensor(scales, device=self._model.device)[:, None, None, None]
+
+    def by_length(self, jobs: Sequence[Job]) -> list[list[int]]:
+        """Indices of the jobs of a batch, grouped: prompts that are read in as many chunks are made together."""
+        groups: dict[int | None, list[int]] = {}
+        for place, length in enumerate(map(self._count_chunks, jobs)):
+            groups.setdefault(length, []).append(place)
+        return list(groups.values())
+
+    def cut_words(self, job: Job) -> str:
+        """The end of a job's prompt that the text encoder does not see; empty if it sees all of it."""
+        # another package's text encoder may lack it
+        cut_words = getattr(self._model.cond_stage_model, "cut_words", None)
+        return cut_words(job.prompt) if cut_words and job.prompt_syntax == "plain" else ""
+
+    def _encode(self, prompt: str, chunks: int | None) -> Tensor:
+        """A prompt [1, L, width]: as it is, or with weights and in so many chunks of 75 tokens."""
+        if chunks is None:
+            return self._model.get_learned_conditioning([prompt])
+        return encode_weighted(self._model.cond_stage_model, [prompt], chunks)
+
+    def _count_chunks(self, job: Job) -> int | None:
+        """How many chunks both prompts of a job are read in; None where they are read plainly."""
+        if job.prompt_syntax == "plain":
+            return None
+        return count_chunks(self._model.cond_stage_model, [job.prompt, job.negative_prompt])
+
+    def _joined(self, encoded: Sequence[Tensor], inpainting: InpaintingCondition | None) -> Conditioning:
+        context = torch.cat(list(encoded))
+        if inpainting is None:
+            return context
+        assert isinstance(self._model, LatentInpaintDiffusion)
+        return self._model.hybrid_conditioning(
+            context, *(part.expand(len(context), -1, -1, -1) for part in inpainting)
+        )

@@ -1,0 +1,92 @@
+"""Images -> latents -> images: the autoencoder, one call at a time, in tiles where memory is short."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.images.pixels import finite, to_uint8
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.pipeline.placement import Placement
+from ldm.runtime.device import widened
+from ldm.runtime.tiling import Tiling, available_memory, choose_tile, decode_in_tiles, encode_in_tiles
+
+
+class FirstStage:
+    """The autoencoder of a model. Threads may share it: it runs for one of them at a time.
+
+    `tiles` is as in `Pipeline`; `tile_sides` holds the choice of `tile_side` for each size.
+    """
+
+    def __init__(self, model: LatentDiffusion, placement: Placement, tiles: Tiling) -> None:
+        self.tiles: Tiling = tiles
+        self._model, self._placement = model, placement
+        self._lock = threading.Lock()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets which tiles were chosen."""
+        self.tile_sides: dict[tuple[int, int], int | None] = {}
+
+    @property
+    def factor(self) -> int:
+        """How many pixels one latent value spans along each side."""
+        return self._model.first_stage_model.downsampling
+
+    def tile_side(self, height: int, width: int) -> int | None:
+        """The side in latent cells of the tiles for images of a size; None if they are not cut.
+
+        It is chosen once for each size, so that all images agree.
+        """
+        if (size := (height, width)) not in self.tile_sides:
+            widths, available = self._model.first_stage_model.widths, available_memory(self._model.device)
+            self.tile_sides[size] = choose_tile(self.tiles, widths, self.factor, size, available)
+        return self.tile_sides[size]
+
+    def encode(self, image: Tensor) -> DiagonalGaussianDistribution:
+        """The distribution of the latents of a float image [1, 3, H, W], in float32 as in the original."""
+        with self._lock, self._placement.on_device(self._model.first_stage_model):
+            if not (tile := self.tile_side(*image.shape[-2:])):
+                return self._model.encode_first_stage(image)
+
+            def moments(x: Tensor) -> Tensor:
+                return self._model.encode_first_stage(x).parameters
+
+            return DiagonalGaussianDistribution(
+                encode_in_tiles(moments, image, self.factor, tile, overlap=tile // 4)
+            )
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """The image [1, 3, H, W] of scaled latents; in half precision it may have overflowed, see `repaired`."""
+        with self._lock, self._placement.running(self._model.first_stage_model):
+            return self._decoder(latent)(latent)
+
+    def repaired(self, latent: Tensor, decoded: Tensor) -> tuple[Tensor, bool]:
+        """A decoded image, and whether half precision overflowed: then it is decoded again in float32."""
+        if self._placement.precision.dtype != torch.float16 or finite(decoded)[0]:
+            return decoded, False
+        autoencoder = self._model.first_stage_model
+        decoding = autoencoder.decoder, autoencoder.post_quant_conv
+        with self._lock, self._placement.on_device(autoencoder), widened(*decoding):
+            return self._decoder(latent)(latent.float()), True
+
+    def decode_all(self, latents: Tensor) -> list[Tensor]:
+        """The images [1, 3, H, W] of scaled latents [N, C, h, w], repaired where half precision overflowed."""
+        return [self.repaired(latent, self.decode(latent))[0] for latent in latents.split(1)]
+
+    def pixels(self, latents: Tensor) -> np.ndarray:
+        """The uint8 images [N, H, W, 3] of scaled latents [N, C, h, w]."""
+        return np.concatenate([to_uint8(image) for image in self.decode_all(latents)])
+
+    def _decoder(self, latent: Tensor) -> Callable[[Tensor], Tensor]:
+        """The function that decodes latents of this size, as a whole or in tiles."""
+        decode, factor = self._model.decode_first_stage, self.factor
+        if tile := self.tile_side(*(side * factor for side in latent.shape[-2:])):
+            return partial(decode_in_tiles, decode, factor=factor, tile=tile, overlap=tile // 4)
+        return decode

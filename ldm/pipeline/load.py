@@ -1,0 +1,96 @@
+"""A checkpoint's weights in the model of a config, ready to sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ldm import __version__
+from ldm.checkpoints.cache import cached_file, through_cache
+from ldm.checkpoints.configs import config_for
+from ldm.checkpoints.hashing import file_sha256
+from ldm.checkpoints.load import Ema, build_model, check_fit, load_into, use_vocabulary
+from ldm.checkpoints.model_files import model_files, read_model
+from ldm.config import read_config
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.places import find
+from ldm.runtime.device import Precision, resolve_precision
+from ldm.runtime.fast import halved
+from ldm.safety.load import find_safety_model, load_safety_model
+from ldm.safety.screen import Screen
+
+
+def load_model(
+    config: Mapping[str, Any],
+    ckpt: str | Path,
+    device: torch.device | str = "cpu",
+    ema: Ema = "auto",
+    mmap: bool = True,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    cache: Path | None = None,
+) -> LatentDiffusion:
+    """The model of a checked config with the weights of a checkpoint in `dtype` (None: the file's), ready to sample.
+
+    `ckpt` is a file or a folder of diffusers, `vae` and `text_encoder` files or folders with another part. The
+    model is built without memory of its own and takes the checkpoint's tensors; see `ldm.checkpoints` for what
+    is refused. In the folder `cache` the weights are kept as a CPU runs them in bf16, for the next time.
+    """
+    model = build_model(config)
+    checkpoint = read_model(ckpt, mmap, vae, text_encoder)
+    check_fit(model, checkpoint)
+    if cache is not None:
+        files = [file for path in (ckpt, vae, text_encoder) if path is not None for file in model_files(path)]
+        path = cached_file(cache, files, ema)
+        checkpoint, ema = through_cache(path, model, checkpoint, ema, mmap, halved)
+    load_into(model, checkpoint, dtype, ema)
+    use_vocabulary(model, checkpoint.vocabulary)
+    if model.use_ema:  # sampling needs one set of weights, and `load_into` has chosen it
+        model.use_ema = False
+        del model.model_ema
+    return model.eval().to(device)
+
+
+class Pretrained(NamedTuple):
+    """A model that is ready to sample: on its device, with its precision and what metadata records of it."""
+
+    model: LatentDiffusion
+    precision: Precision
+    entries: Mapping[str, str]
+
+
+def load_pretrained(
+    path: str | Path,
+    config: str | Path | None,
+    device: torch.device,
+    precision: str,
+    ema: Ema,
+    vae: str | Path | None,
+    text_encoder: str | Path | None,
+) -> Pretrained:
+    """The model of a checkpoint whose content chooses the config; see `Pipeline.from_pretrained`."""
+    ckpt = find(path)
+    chosen = config or config_for(read_model(ckpt).state_dict)
+    held = resolve_precision(precision, device)
+    model = load_model(read_config(find(chosen)), ckpt, device, ema, True, vae, text_encoder, None)
+    entries = {
+        "Model hash": file_sha256(ckpt)[:10] if ckpt.is_file() else "",
+        "Model": ckpt.stem if ckpt.is_file() and ckpt.stem != "model" else ckpt.absolute().parent.name,
+        "Config": Path(chosen).stem,
+        "Precision": held.name,
+        "Version": f"ldm {__version__}",
+    }
+    return Pretrained(model, held, entries)
+
+
+def load_screen(device: torch.device) -> Screen:
+    """The safety check on `device`; without its weights on this machine, one that checks nothing."""
+    checker = find_safety_model()
+    if checker is None:
+        return Screen(None)
+    flag = load_safety_model(checker, device)
+    return Screen(flag, flag.side)

@@ -1,0 +1,51 @@
+"""The streams of noise that a batch of jobs draws from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.job import Job
+from ldm.models.diffusion.noise import NoiseSource, RunNoise, noise_source
+
+
+def sampling_noise(jobs: Sequence[Job], device: torch.device, fixed_rows: int | None = None) -> NoiseSource:
+    """The noise that a batch is denoised with; see `Pipeline.noise`."""
+    source = noise_source(jobs[0].rng, jobs[0].seed_mode, _stream_seeds(jobs), device)
+    return source if jobs[0].seed_mode == "image" else RunNoise(source, fixed_rows)
+
+
+def posterior_noise(jobs: Sequence[Job], device: torch.device) -> NoiseSource:
+    """The noise that latents of images are drawn with: separate CPU streams, equal ones for every batch of a run.
+
+    So the noise that denoising starts from is the same as in text to image, and devices agree.
+    """
+    seeds = [int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]) for seed in _stream_seeds(jobs)]
+    return noise_source("cpu", jobs[0].seed_mode, seeds, device)
+
+
+def start_noise(noise: NoiseSource, shape: Sequence[int]) -> Tensor:
+    """The noise [N, C, h, w] that a batch of `shape` starts from."""
+    return noise.start(shape) if isinstance(noise, RunNoise) else noise.draw(shape)
+
+
+def skip_start_noise(noise: NoiseSource, shape: Sequence[int]) -> None:
+    """Leaves the stream as `start_noise` would."""
+    if isinstance(noise, RunNoise):
+        noise.skip_start(shape)
+    else:
+        noise.skip(shape)
+
+
+def place_notes(rows: Sequence[int], noise: NoiseSource) -> list[dict[str, str]]:
+    """For the metadata: the place of each image of a batch in the stream of its run."""
+    places = noise.places(rows) if isinstance(noise, RunNoise) else []
+    return [{"Stream": str(place)} for place in places] or [{} for _ in rows]
+
+
+def _stream_seeds(jobs: Sequence[Job]) -> list[int]:
+    """The seeds of a batch's noise streams: one for each image, or one for the run."""
+    return [job.seed for job in jobs] if jobs[0].seed_mode == "image" else [jobs[0].seed]

@@ -1,0 +1,55 @@
+"""Where the weights of a model's networks are while they run, and while they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ldm.checkpoints.formats.tensor_bytes import forget
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.runtime.device import Precision
+from ldm.runtime.fast import prepare
+
+LOW_MEMORY = 300_000_000  # bytes of weights that stay in memory with `lowmem`
+
+
+class Placement:
+    """Brings a model to a precision, and with `lowmem` each of its networks to the device only while it runs.
+
+    `packer` holds the weights that are packed for a CPU, None on other devices. With `compiled` the U-Net is left
+    to torch's compiler.
+    """
+
+    def __init__(self, model: LatentDiffusion, precision: Precision, lowmem: bool, compiled: bool) -> None:
+        self.precision = precision
+        self._model, self._lowmem = model, lowmem
+        self.packer = prepare(model, precision.dtype, forget, LOW_MEMORY if lowmem else None, compiled)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return self._model.device
+
+    @contextmanager
+    def running(self, network: nn.Module) -> Iterator[None]:
+        """Has `network` on the device, and runs it in the pipeline's precision."""
+        with self.on_device(network), self.precision.context(self.device):
+            yield
+
+    @contextmanager
+    def on_device(self, network: nn.Module) -> Iterator[None]:
+        """Has `network` on the device; with `lowmem`, frees its memory on exit."""
+        if self._lowmem and self.packer is None:
+            network.to(self.device)
+        yield
+        if self._lowmem:
+            self._release(network)
+
+    def _release(self, network: nn.Module) -> None:
+        if self.packer is None:
+            network.to("cpu")
+        else:
+            self.packer.drop(network)

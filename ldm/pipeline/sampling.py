@@ -1,0 +1,144 @@
+"""Noise or start latents -> latents: the passes of a batch through a sampler, or through its noise alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ldm.job import Job
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.guidance import Guidance, ZeroDenoiser
+from ldm.models.diffusion.noise import NoiseSource, SkippingNoise
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampler import Sampler
+from ldm.models.diffusion.schedule import Pass, passes_of
+from ldm.pipeline.conditioning import TextConditioning
+from ldm.pipeline.noise import posterior_noise
+from ldm.pipeline.picture import OnStep, StepInfo
+from ldm.pipeline.placement import Placement
+from ldm.pipeline.starts import StartLatents, Starts
+
+SAMPLERS: Mapping[str, type[Sampler]] = {
+    "ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler,
+}  # fmt: skip
+
+
+class _Stopped(Exception):
+    """Raised after a step at which the callback stops: its estimate is the result."""
+
+    def __init__(self, step: StepInfo) -> None:
+        super().__init__(step)
+        self.step = step
+
+
+class LatentSampler:
+    """Denoises batches of jobs through all their passes."""
+
+    def __init__(
+        self, model: LatentDiffusion, placement: Placement, conditioning: TextConditioning, starts: Starts
+    ) -> None:
+        self._model, self._placement = model, placement
+        self._conditioning, self._starts = conditioning, starts
+
+    def sample(
+        self,
+        jobs: Sequence[Job],
+        start: StartLatents | None,
+        code: Tensor,
+        noise: NoiseSource,
+        on_step: OnStep | None,
+    ) -> tuple[Tensor, StepInfo | None]:
+        """The latents [N, C, h, w] of a batch after its last pass, and the step at which `on_step` stopped it.
+
+        `code` [N, C, h, w] is the start noise; `start` replaces the image that the jobs start from.
+        """
+        try:
+            return self._sample(jobs, start, code, noise, on_step), None
+        except _Stopped as stopped:
+            return stopped.step.estimate, stopped.step
+
+    def _sample(
+        self,
+        jobs: Sequence[Job],
+        start: StartLatents | None,
+        code: Tensor,
+        noise: NoiseSource,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        job, posterior = jobs[0], posterior_noise(jobs, self._model.device)
+        sampler, latents = _make_sampler(self._model, job), code
+        for one in passes_of(job, len(sampler.table), None if start is None else False):
+            init = None if one.start == "upscaled" else job.init
+            inpainting = self._starts.inpainting_condition(jobs, init, one.size, posterior)
+            if one.start == "upscaled":
+                start = self._starts.enlarged(jobs, latents)
+                code = noise.draw(start.latents.shape)
+            elif start is None:
+                start = self._starts.latents(jobs, posterior)
+            if start is not None and one.steps == 0:
+                latents = start.latents
+            else:
+                guidance = self._conditioning.guidance(jobs, inpainting)
+                latents = self._denoise(one, sampler, guidance, start, code, noise, on_step)
+        return latents
+
+    def _denoise(
+        self,
+        one: Pass,
+        sampler: Sampler,
+        guidance: Guidance,
+        start: StartLatents | None,
+        code: Tensor,
+        noise: NoiseSource,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        """One pass, from the noise `code`, or from `start` with as much of it as the steps take out."""
+        with self._placement.running(self._model.model):
+            return sampler.decode(
+                code if start is None else sampler.start_from(start.latents, one.steps, code),
+                guidance.cond,
+                one.steps,
+                unconditional_guidance_scale=guidance.scale,
+                unconditional_conditioning=guidance.uncond,
+                img_callback=None if on_step is None else partial(_report_step, on_step, one.steps),
+                noise=noise,
+                mask=None if start is None else start.keep,
+                x0=None if start is None else start.latents,
+            )
+
+    def skip(self, job: Job, count: int, noise: NoiseSource) -> None:
+        """Leaves `noise` as `sample` would for `count` such jobs: the same passes, over no model."""
+        sampler = _make_sampler(ZeroDenoiser(self._model.alphas_cumprod), job)
+        for one in passes_of(job, len(sampler.table)):
+            x = torch.zeros(count, *self._latent_shape(*one.size))
+            if one.start == "upscaled":
+                noise.skip(x.shape)
+            masked = one.start == "latents" and self._starts.keeps_masked(job.init)
+            keep = torch.ones(1, 1, *x.shape[2:]) if masked else None
+            sampler.decode(x, None, one.steps, noise=SkippingNoise(noise), mask=keep, x0=x)
+
+    def latent_shape(self, job: Job) -> tuple[int, int, int]:
+        """The shape (C, h, w) of the latents of a job's first pass."""
+        return self._latent_shape(job.height, job.width)
+
+    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        factor = self._model.first_stage_model.downsampling
+        return self._model.channels, height // factor, width // factor
+
+
+def _make_sampler(model: LatentDiffusion | ZeroDenoiser, job: Job) -> Sampler:
+    """The sampler of a job with its schedule, over a model."""
+    sampler = SAMPLERS[job.sampler](model)
+    sampler.make_schedule(job.steps, job.timestep_spacing, job.eta, verbose=False)
+    return sampler
+
+
+def _report_step(on_step: OnStep, total: int, estimate: Tensor, index: int) -> None:
+    step = StepInfo(index, total, estimate)
+    if on_step(step) is False:
+        raise _Stopped(step)

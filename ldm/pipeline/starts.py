@@ -1,0 +1,150 @@
+"""What a batch starts from other than noise: the images of jobs, their masks, and enlarged images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ldm.images.canvas import Canvas, open_canvas
+from ldm.images.mask import fade, hide, to_latent_mask
+from ldm.images.pixels import from_uint8
+from ldm.images.resample import enlarge_latents, enlarge_pixels
+from ldm.job import Init, Job
+from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
+from ldm.models.diffusion.noise import NoiseSource
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.pipeline.conditioning import InpaintingCondition
+from ldm.pipeline.first_stage import FirstStage
+from ldm.pipeline.picture import Paste
+
+OpenCanvas = Callable[[Init], Canvas]
+
+
+@dataclass(frozen=True)
+class StartLatents:
+    """Latents [N, C, h, w] that a batch starts from; `keep` [1, 1, h, w] is 1 where they stay as they are."""
+
+    latents: Tensor
+    keep: Tensor | None = None
+
+
+class Starts:
+    """The images that jobs start from, as latents and masks; those of the last few images are kept."""
+
+    def __init__(self, model: LatentDiffusion, first_stage: FirstStage, canvases: OpenCanvas | None) -> None:
+        self._model, self._first_stage = model, first_stage
+        self.clear(canvases)
+
+    def clear(self, canvases: OpenCanvas | None) -> None:
+        """Forgets all images; from now on `canvases` opens them, or if it is None `open_canvas`."""
+        self.canvas = lru_cache(maxsize=8)(open_canvas) if canvases is None else canvases
+        self._distribution = lru_cache(maxsize=4)(self._encode_canvas)
+        self._grey_distribution = lru_cache(maxsize=4)(self._encode_grey)
+        self._weight = lru_cache(maxsize=4)(lambda init: fade(self._mask(init), init.mask_blur))
+
+    def size_of(self, job: Job) -> tuple[int, int]:
+        """Height and width of the image that a job starts from, or else those that the model was trained at."""
+        if job.init is None:
+            side = self._model.image_size * self._first_stage.factor
+            return side, side
+        height, width, _ = self.canvas(job.init).pixels.shape
+        return height, width
+
+    def sized(self, job: Job) -> Job:
+        """The job with a size in pixels: that of `size_of` where a side is 0."""
+        if job.height and job.width:
+            return job
+        height, width = self.size_of(job)
+        return replace(job, height=job.height or height, width=job.width or width)
+
+    def has_mask(self, init: Init | None) -> bool:
+        """Whether only a part of the image is repainted."""
+        return init is not None and self.canvas(init).repaint is not None
+
+    def keeps_masked(self, init: Init | None) -> bool:
+        """Whether the sampler puts the rest of the image back at every step; an inpainting model sees it instead."""
+        return self.has_mask(init) and not isinstance(self._model, LatentInpaintDiffusion)
+
+    def mean_latents(self, init: Init) -> Tensor:
+        """The scaled latents [1, C, h, w] of an image: the mean of their distribution."""
+        return self._model.get_first_stage_encoding(self._distribution(init, False).mode())
+
+    def latents(self, jobs: Sequence[Job], posterior: NoiseSource) -> StartLatents | None:
+        """The image that a batch starts from; None if it starts from noise."""
+        init = jobs[0].init
+        if init is None:
+            return None
+        latents = self._draw(self._distribution(init, False), jobs, posterior)
+        if not self.keeps_masked(init):
+            return StartLatents(latents)
+        return StartLatents(latents, 1 - to_latent_mask(self._mask(init), self._factor, nearest=False))
+
+    def enlarged(self, jobs: Sequence[Job], latents: Tensor) -> StartLatents:
+        """The results of the first pass at the size of the second."""
+        height, width = jobs[0].upscaled_size
+        if jobs[0].upscale_in == "latents":
+            return StartLatents(enlarge_latents(latents, height // self._factor, width // self._factor))
+        images = [image.float() for image in self._first_stage.decode_all(latents)]
+        encoded = [self._first_stage.encode(enlarge_pixels(image, height, width)).mode() for image in images]
+        return StartLatents(self._model.get_first_stage_encoding(torch.cat(encoded)))
+
+    def inpainting_condition(
+        self, jobs: Sequence[Job], init: Init | None, size: tuple[int, int], posterior: NoiseSource
+    ) -> InpaintingCondition | None:
+        """What an inpainting model sees of `init`; None for other models.
+
+        Without an image or a mask it sees nothing, and so is like any other model.
+        """
+        if not isinstance(self._model, LatentInpaintDiffusion):
+            return None
+        if init is not None and self.has_mask(init):
+            mask, distribution = self._mask(init), self._distribution(init, True)
+        else:
+            mask, distribution = torch.ones(1, 1, *size, device=self._device), self._grey_distribution(*size)
+        return InpaintingCondition(
+            to_latent_mask(mask, self._factor, nearest=True), self._draw(distribution, jobs, posterior)
+        )
+
+    def paste(self, job: Job) -> Paste | None:
+        """What of a job's image is put back into the result, if anything is."""
+        init = job.init
+        if init is None or not self.has_mask(init) or not job.paste or job.upscale > 1:
+            return None
+        return Paste(self._image(init), self._weight(init), self.canvas(init).pixels)
+
+    @property
+    def _factor(self) -> int:
+        return self._first_stage.factor
+
+    @property
+    def _device(self) -> torch.device:
+        return self._model.device
+
+    def _image(self, init: Init) -> Tensor:
+        """The canvas as a float image [1, 3, H, W] in [-1, 1]."""
+        return from_uint8(self.canvas(init).pixels[None]).to(self._device)
+
+    def _mask(self, init: Init) -> Tensor:
+        """The canvas's mask [1, 1, H, W], 1 where it is repainted."""
+        return torch.from_numpy(self.canvas(init).repaint).to(self._device)[None, None].float()
+
+    def _encode_canvas(self, init: Init, hide_mask: bool) -> DiagonalGaussianDistribution:
+        image = self._image(init)
+        return self._first_stage.encode(hide(image, self._mask(init)) if hide_mask else image)
+
+    def _encode_grey(self, height: int, width: int) -> DiagonalGaussianDistribution:
+        """The latents of an image of which an inpainting model sees nothing."""
+        return self._first_stage.encode(torch.zeros(1, 3, height, width, device=self._device))
+
+    def _draw(
+        self, distribution: DiagonalGaussianDistribution, jobs: Sequence[Job], posterior: NoiseSource
+    ) -> Tensor:
+        """Scaled latents [N, C, h, w], one for each job, by its `posterior`."""
+        shape = (len(jobs), *distribution.mean.shape[1:])
+        if jobs[0].posterior == "mean":
+            return self._model.get_first_stage_encoding(distribution.mode().expand(shape))
+        return self._model.get_first_stage_encoding(distribution, posterior.draw(shape))
