@@ -37,6 +37,11 @@ def folders() -> dict[str, Path]:
     return found
 
 
+def is_checkout() -> bool:
+    """Whether the package is that of a checkout, with its scripts beside it."""
+    return _installed_files() is None
+
+
 @functools.cache
 def _installed_files() -> Path | None:
     """The folder of the configs and the model that were installed with the package; None in a checkout."""

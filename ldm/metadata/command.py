@@ -13,6 +13,7 @@ from typing import Any
 from ldm.fields import MAX_SEEDS, count_up
 from ldm.job import Init, Job, lora_tag
 from ldm.metadata.recipe import Recipe
+from ldm.places import is_checkout
 from ldm.util import InputError, printable
 
 IN_A_STREAM = (
@@ -128,7 +129,12 @@ def command(recipe: Recipe, changes: Changes | None = None, drop: Sequence[str] 
     See `arguments`.
     """
     script, typed = arguments(recipe, changes or {}, drop)
-    return " ".join(map(quoted, ["python", f"scripts/{script}.py", *typed]))
+    return " ".join(map(quoted, [*_program(script), *typed]))
+
+
+def _program(script: str) -> list[str]:
+    """A script of the checkout, or the same subcommand where the package is installed without one."""
+    return ["python", f"scripts/{script}.py"] if is_checkout() else ["ldm", script]
 
 
 def arguments(recipe: Recipe, changes: Changes, drop: Sequence[str] = ()) -> tuple[str, list[str]]:

@@ -164,6 +164,14 @@ def test_what_a_run_noted_and_what_is_changed() -> None:
     assert (opt.skip_save, opt.skip_grid, opt.fixed_code) == (True, False, False)
 
 
+def test_an_installed_package_shows_the_command_and_no_script(monkeypatch, tmp_path: Path) -> None:
+    recipe = Recipe(Job("a cube"), "ldm")
+    in_checkout = command(recipe)
+    monkeypatch.setattr("ldm.places._installed_files", lambda: tmp_path)
+    assert in_checkout.startswith("python scripts/txt2img.py --prompt 'a cube' ")
+    assert command(recipe) == in_checkout.replace("python scripts/txt2img.py", "ldm txt2img")
+
+
 def test_the_command_of_one_image_makes_no_other() -> None:
     held = {"Batch size": "3", "Batch pos": "1"}
     recipe = Recipe(Job("x", seed=43, width=64, height=64), "ldm", extras=held)
