@@ -1,4 +1,4 @@
-"""A model's weights once more on disk, as they are run: half the bytes to read at the next start."""
+"""A copy of a model's weights on disk in the types in which they run: half the bytes to read at the next start."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NAMES = r"[0-9a-f]{32}\.safetensors"  # of all that `cached_file` gives
 def cached_file(folder: Path, files: Sequence[Path], choice: str) -> Path:
     """The cached file for the weights of `files` under a `choice` of them.
 
-    Its name stands for each file's path, size, time and inode, for the choice and for this version, so that
+    Its name is a hash of each file's path, size, time and inode, for the choice and for this version, so that
     what is found under it is never out of date.
     """
     text = json.dumps([__version__, choice, identity(files)])
@@ -37,7 +37,7 @@ def cached_file(folder: Path, files: Sequence[Path], choice: str) -> Path:
 
 
 def identity(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
-    """What tells the content of `files` from any other: each file's path, size, time and inode.
+    """Identifies the content of `files` without reading it: each file's path, size, time and inode.
 
     A file that is missing is a `CheckpointError`.
     """
@@ -90,7 +90,7 @@ def read_cached(
             raise CheckpointError(f"{printable(path)}: holds other weights than this model has")
         return replace(checkpoint, state_dict=cached)
     except (CheckpointError, OSError) as error:
-        logger.warning("the cached weights cannot be used and are made anew: %s", printable(error))
+        logger.warning("the cached weights cannot be used and are written again: %s", printable(error))
         path.unlink(missing_ok=True)
         return None
 

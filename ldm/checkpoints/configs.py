@@ -27,7 +27,7 @@ _BUNDLED = {
 
 
 def config_for(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """The config, below the toolkit's own folder, of a model in the original's layout; v1's if it is no other."""
+    """The config, below the toolkit's own folder, of a model in the original's layout; by default that of v1."""
     from ldm.checkpoints.layouts.recognise import ema_key, is_inpainting_model, is_laion_model
 
     if is_laion_model(state_dict):

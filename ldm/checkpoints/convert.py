@@ -55,7 +55,7 @@ def check_output(out: str | os.PathLike[str], to: Layout, ema: Ema | Literal["bo
     if os.path.lexists(path) and not empty_folder:
         raise InputError(f"{printable(path)} exists already, and nothing is overwritten; choose another name")
     if not path.absolute().parent.is_dir():
-        raise InputError(f"{printable(path.absolute().parent)} is no folder; make it first")
+        raise InputError(f"{printable(path.absolute().parent)} is not a folder; make it first")
 
 
 def convert(

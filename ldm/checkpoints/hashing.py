@@ -36,7 +36,7 @@ def file_sha256(path: str | os.PathLike[str], again: bool = False) -> str:
 
 
 def files_sha256(paths: Sequence[str | os.PathLike[str]]) -> str:
-    """The SHA-256 of a file; of several, that of their digests one behind the other."""
+    """The SHA-256 of a file; of several, that of their digests one after the other."""
     digests = [file_sha256(path) for path in paths]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
@@ -69,7 +69,7 @@ def _read_cache() -> dict[str, Any]:
 
 
 def _remember(path: str, entry: dict[str, Any]) -> None:
-    """Writes the cache anew beside the old one and puts it in its place in one step."""
+    """Writes a new cache file and replaces the old one in one step."""
     target = _cache_file()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -57,15 +57,15 @@ _PARTS = {
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was found in a file, or in a diffusers folder as a whole.
+    """The findings on a file, or on a diffusers folder as a whole.
 
     `refused` is why the reader does not take the file. `parameters` and `precisions` count numbers, by the part
-    of the model and by type. `fits` says whether the model of a config takes the weights (None: nothing to
-    compare with), `problem` why not, `unexpected` which keys it has no place for. `prediction` is what else than the
-    noise a file says that it was trained to predict. `imports` is what pickles ask
-    for, `foreign` the part of it that the reader refuses. `damaged` names records and weights. `noted_hash_fits` is
-    whether the SHA-256 of the weights is the one in the metadata (None: there is none, or it was not computed); tools
-    that change weights may keep an old one, so that alone is not damage. Text from the file is cut and escaped.
+    of the model and by type. `fits` is whether the model of a config takes the weights (None: nothing to compare
+    with), `problem` why not, `unexpected` which keys it has no place for. `prediction` is the prediction type that a
+    file states, if it is not the noise. `imports` is what pickles ask for, `foreign` the part of it that the reader
+    refuses. `damaged` names records and weights. `noted_hash_fits` is whether the SHA-256 of the weights is the one
+    in the metadata (None: there is none, or it was not computed); tools that change weights may keep an old one, so
+    that alone is not damage. Text from the file is cut and escaped.
     """
 
     path: str
@@ -104,7 +104,7 @@ class Inspection:
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """What the reader makes of a file: tensors by key, other values by name."""
+    """The content of a file as it is read: tensors by key, other values by name."""
 
     format: str
     tensors: Mapping[str, torch.Tensor]
@@ -115,18 +115,18 @@ def inspect_path(
     path: str | os.PathLike[str],
     deep: bool = True,
     config_for: ConfigFor = lambda kind: None,
-    say: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> list[Inspection]:
-    """What a file is; of a diffusers folder what it is as a whole, then each of its weights files.
+    """Inspects a file; of a diffusers folder the whole, then each of its weights files.
 
-    With `deep` every byte is read, for checksums and damage, and `say` is told before something that takes
+    With `deep` every byte is read, for checksums and damage, and `report` is called before something that takes
     time. `config_for` gives the checked config whose model the weights should fit, or None; of a folder only the
     whole is compared with it. A path that cannot be read at all is a `CheckpointError`; one that the reader refuses
     is an answer.
     """
     if not os.path.isdir(path):
-        return [_inspect_file(Path(path), deep, config_for, say)]
-    files = [_inspect_file(file, deep, lambda kind: None, say) for file in model_files(path)]
+        return [_inspect_file(Path(path), deep, config_for, report)]
+    files = [_inspect_file(file, deep, lambda kind: None, report) for file in model_files(path)]
     return [_inspect_folder(Path(path), files, config_for), *files]
 
 
@@ -134,7 +134,7 @@ def _inspect_file(
     path: Path,
     deep: bool,
     config_for: ConfigFor,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Inspection:
     with reading(path), open_regular(path) as file:
         imports = tuple(_short(name) for name in imports_of(file))
@@ -145,15 +145,15 @@ def _inspect_file(
     except CheckpointError as error:
         found = replace(found, format=_format(path), refused=str(error))
     else:
-        said = {**content.values, **config_beside(path)}
-        found = replace(_describe(found, content), prediction=foreign_prediction(content.tensors, said))
+        entries = {**content.values, **config_beside(path)}
+        found = replace(_describe(found, content), prediction=foreign_prediction(content.tensors, entries))
         found = _compare(found, path, config_for)
-        found = _check(found, path, content, say) if deep else found
-    return _hash(found, path, say) if deep else _hash_quickly(found, path)
+        found = _check(found, path, content, report) if deep else found
+    return _hash(found, path, report) if deep else _hash_quickly(found, path)
 
 
 def _read(path: Path) -> _Content:
-    """A state dict, or else tensors that lie elsewhere in the file: an embedding has them beside other values."""
+    """A state dict, or else tensors elsewhere in the file: an embedding has them among other values."""
     try:
         read = read_checkpoint(path)
         return _Content(read.format, read.state_dict, read.metadata)
@@ -227,8 +227,8 @@ def _compare(found: Inspection, path: Path, config_for: ConfigFor) -> Inspection
     return replace(found, fits=True, unexpected=tuple(map(_short, unexpected)))
 
 
-def _check(found: Inspection, path: Path, content: _Content, say: Callable[[str], None]) -> Inspection:
-    say(f"looking for damage in {found.path} ({amount(found.size)})")
+def _check(found: Inspection, path: Path, content: _Content, report: Callable[[str], None]) -> Inspection:
+    report(f"looking for damage in {found.path} ({amount(found.size)})")
     damaged = find_damaged_records(path) or find_not_finite(content.tensors)
     fits = _noted_hash_fits(path, content)
     return replace(found, checked=True, damaged=tuple(map(_short, damaged)), noted_hash_fits=fits)
@@ -246,8 +246,8 @@ def _hash_quickly(found: Inspection, path: Path) -> Inspection:
     return replace(found, hashes={"A1111, old": old_model_hash(path)} if has_it else {})
 
 
-def _hash(found: Inspection, path: Path, say: Callable[[str], None]) -> Inspection:
-    say(f"computing the checksum of {found.path} ({amount(found.size)})")
+def _hash(found: Inspection, path: Path, report: Callable[[str], None]) -> Inspection:
+    report(f"computing the checksum of {found.path} ({amount(found.size)})")
     digest = file_sha256(path, again=True)
     hashes = {"SHA-256": digest, "AutoV2": digest[:10], **_hash_quickly(found, path).hashes}
     if found.kind.part == "LoRA":
@@ -260,7 +260,7 @@ def _hash(found: Inspection, path: Path, say: Callable[[str], None]) -> Inspecti
 
 
 def old_model_hash(path: Path) -> str:
-    """The first rule of AUTOMATIC1111's web UI: 8 hex digits of the SHA-256 of 64 KiB behind the first MiB."""
+    """The first rule of AUTOMATIC1111's web UI: 8 hex digits of the SHA-256 of 64 KiB after the first MiB."""
     with path.open("rb") as file:
         file.seek(_OLD_HASH_START)
         return sha256(file.read(_OLD_HASH_BYTES)).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""What was found out about a model file, as text for people."""
+"""The findings of an inspection as text."""
 
 from __future__ import annotations
 

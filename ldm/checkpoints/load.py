@@ -1,4 +1,4 @@
-"""Pours a checkpoint into a model: strict about keys and shapes, without a second copy of the weights."""
+"""Loads a checkpoint into a model: strict about keys and shapes, without a second copy of the weights."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ _REMARKS = {
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What happened in `load_into`.
+    """The result of `load_into`.
 
-    `weights` says which of a file's two sets of U-Net weights is in use; `computed` are the keys whose own
+    `weights` is which of a file's two sets of U-Net weights is in use; `computed` are the keys whose own
     values the model kept, `ignored` are harmless leftovers of the file, `unknown` its other leftovers,
     `cast_from` the types that were converted.
     """
@@ -113,14 +113,14 @@ def build_model(config: Mapping[str, Any]) -> LatentDiffusion:
         reason = printable(f"{type(error).__name__}: {error}")
         raise ConfigError(f"the config describes no model that can be built: {reason}") from error
     if not isinstance(model, LatentDiffusion):
-        raise ConfigError(f"the config's model {config['target']} is no LatentDiffusion")
+        raise ConfigError(f"the config's model {config['target']} is not a LatentDiffusion")
     return model
 
 
 def check_fit(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
     """That a checkpoint predicts the noise, has every part of a model, and agrees with it where it describes itself.
 
-    What a diffusers folder says (heads, groups, schedule, scale) cannot be told from the shapes of its weights.
+    The settings of a diffusers folder (heads, groups, schedule, scale) are not visible in the shapes of its weights.
     Raises `CheckpointError`.
     """
     with reading(checkpoint.path):
@@ -139,12 +139,12 @@ def check_fit(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
     ours = component_configs(model) if checkpoint.configs else {}
     for component, theirs in checkpoint.configs.items():
         of_clip = theirs.get("text_config")  # a whole CLIP's text encoder
-        said = of_clip if isinstance(of_clip, dict) else theirs
+        settings = of_clip if isinstance(of_clip, dict) else theirs
         for name, value in ours[component].items():
-            if name in said and said[name] != value:
+            if name in settings and settings[name] != value:
                 raise _error(
                     checkpoint,
-                    f"its {component} has {name} {printable(said[name])[:100]}, and this config's model "
+                    f"its {component} has {name} {printable(settings[name])[:100]}, and this config's model "
                     f"{printable(value)}{_REMARKS.get(name, '')}{looks_like(checkpoint.kind)}",
                 )
 

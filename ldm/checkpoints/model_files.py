@@ -42,7 +42,7 @@ def read_model(
     """A model, or what a file has of one, under CompVis's names: from any file or a folder of diffusers.
 
     `vae` and `text_encoder` are files or folders whose part of that kind takes the place of the model's own,
-    if it has one. The layout is told by the content. Nothing is run from a file. Faults are a
+    if it has one. The layout is recognised by content. Nothing in a file is run. Faults are a
     `CheckpointError` of one line.
     """
     others: dict[Component, str | os.PathLike[str]] = {}
@@ -57,7 +57,7 @@ def read_model(
 
 
 def model_files(path: str | os.PathLike[str], only: Component | None = None) -> list[Path]:
-    """The files that `read_model` takes the weights from; of a folder, those of one component if `only` says so."""
+    """The files that `read_model` takes the weights from; of a folder, those of one component with `only`."""
     parts: list[Component] = list(PREFIXES) if only is None else [only]
     with reading(path):
         if not os.path.isdir(path):
@@ -70,8 +70,8 @@ def _read_any(path: str | os.PathLike[str], mmap: bool, parts: list[Component]) 
     model = _read_folder(Path(path), mmap, parts) if os.path.isdir(path) else read_checkpoint(path, mmap)
     with reading(path):
         scheduler = model.configs.get("scheduler", {}).items()
-        said = {**model.metadata, **{f"scheduler: {k}": v for k, v in scheduler}, **config_beside(path)}
-        prediction = foreign_prediction(model.state_dict, said)
+        entries = {**model.metadata, **{f"scheduler: {k}": v for k, v in scheduler}, **config_beside(path)}
+        prediction = foreign_prediction(model.state_dict, entries)
         return replace(model, state_dict=to_compvis(model.state_dict), prediction=prediction)
 
 
@@ -119,7 +119,7 @@ def _read_folder(folder: Path, mmap: bool, parts: list[Component]) -> Checkpoint
 
 
 def _components(folder: Path, parts: list[Component]) -> dict[Component | None, Path]:
-    """The folders that the parts lie in: those that the index names, or the folder itself, of one unknown part."""
+    """The folders of the parts: those that the index names, or the folder itself, of one unknown part."""
     if not os.path.lexists(folder / MODEL_INDEX):
         return {None: folder}
     index = read_json(folder / MODEL_INDEX)
@@ -160,7 +160,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> Iterator[Path]:
-    """The files that an index names, each once; all beside it."""
+    """The files that an index names, each once; all are in its folder."""
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"has no weight_map in {index.name}")

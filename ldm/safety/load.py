@@ -38,7 +38,7 @@ _ACTIVATION = ("hidden_act", "quick_gelu")
 def find_safety_model(path: str | os.PathLike[str] | None = None) -> Path | None:
     """The weights file of a safety model on this computer, or None if there is none.
 
-    `path` is such a file or the folder it lies in. Without it the places are `models/safety_checker` (here or
+    `path` is such a file or its folder. Without it the places are `models/safety_checker` (here or
     in the toolkit's folder) and the Hugging Face cache. A given path or an own folder that holds no weights
     file is a `CheckpointError`, so that a check somebody set up is not left out silently.
     """
@@ -48,9 +48,9 @@ def find_safety_model(path: str | os.PathLike[str] | None = None) -> Path | None
 
 
 def load_safety_model(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> SafetyChecker:
-    """The safety model of a weights file, or of the folder it lies in, in float32 and evaluation mode.
+    """The safety model of a weights file, or of its folder, in float32 and evaluation mode.
 
-    Its sizes are those of the `config.json` beside the weights, else those of v1. Missing, unknown and
+    Its sizes are those of the `config.json` next to the weights, else those of v1. Missing, unknown and
     misshapen weights, and a config of another kind of model, are a `CheckpointError` of one line.
     """
     weights = _weights_file(Path(path))
@@ -60,7 +60,7 @@ def load_safety_model(path: str | os.PathLike[str], device: torch.device | str =
     unknown = [key for key in checkpoint.state_dict if key not in model.state_dict()]
     if unknown:
         raise CheckpointError(
-            f"{printable(weights)}: {printable(unknown[0][:200])} is no weight of the safety checker: "
+            f"{printable(weights)}: {printable(unknown[0][:200])} is not a weight of the safety checker: "
             f"config.json or weights are of another model; use those of {REPOSITORY}"
         )
     load_into(model, checkpoint, dtype=torch.float32, ema="off")
@@ -106,7 +106,7 @@ def _sizes(config: Path) -> dict[str, int]:
 
 def _mapping(value: Any, name: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise CheckpointError(f"is no config of a safety checker: {name} is no mapping")
+        raise CheckpointError(f"is not a config of a safety checker: {name} is not a mapping")
     return value
 
 

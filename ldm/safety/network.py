@@ -1,4 +1,4 @@
-"""The safety check of Stable Diffusion v1: how near a picture's CLIP embedding is to concepts to be withheld."""
+"""The safety check of Stable Diffusion v1: how near an image's CLIP embedding is to concepts to be withheld."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ADJUSTMENT = 0.01
 
 
 class SafetyChecker(nn.Module):
-    """Pictures -> whether each shows something to be withheld.
+    """Images -> whether each shows something to be withheld.
 
     Parameter names and rule are those of CompVis/stable-diffusion-safety-checker (Rando et al. 2022 describe
     it); the sizes default to its own: CLIP ViT-L/14 with a projection to 768. Its weights come from a file;
@@ -45,16 +45,16 @@ class SafetyChecker(nn.Module):
         self.register_buffer("concept_embeds_weights", torch.zeros(_CONCEPTS))
         self.register_buffer("special_care_embeds_weights", torch.zeros(_SPECIAL_CARE))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """CLIP-normalised pictures [N, 3, side, side], on any device -> flagged, bool [N].
+    def forward(self, images: Tensor) -> Tensor:
+        """CLIP-normalised images [N, 3, side, side], on any device -> flagged, bool [N].
 
-        Raises ArithmeticError if a score is not finite: every comparison with it would say "not flagged".
+        Raises ArithmeticError if a score is not finite: every comparison with it would mean "not flagged".
         """
-        return _exceed(self.scores(self.embed(pictures)))
+        return _exceed(self.scores(self.embed(images)))
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """Normalised pictures [N, 3, side, side] -> CLIP image embeddings [N, projection], of any length."""
-        return self.visual_projection(self.vision_model(pictures.to(self.visual_projection.weight)))
+    def embed(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, side, side] -> CLIP image embeddings [N, projection], of any length."""
+        return self.visual_projection(self.vision_model(images.to(self.visual_projection.weight)))
 
     def scores(self, embeddings: Tensor) -> Tensor:
         """How far embeddings [N, projection] are beyond each concept's threshold: [N, 17].

@@ -1,4 +1,4 @@
-"""The safety check on finished pictures: what the model looks at, and what becomes of each picture."""
+"""The safety check on finished images: the input of the model, and the verdict on each image."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 class SafetyError(RuntimeError):
-    """The safety check itself failed, so none of the pictures it was given may be shown."""
+    """The safety check itself failed, so none of the images that it was given may be shown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of a picture: its uint8 pixels [H, W, 3], black if it was flagged, and a word for the record.
+    """The verdict on an image: its uint8 pixels [H, W, 3], black if it was flagged, and a word for the record.
 
-    A picture that does not exist (None) stays so and is unchecked.
+    An image that does not exist (None) stays so and is unchecked.
     """
 
     pixels: np.ndarray | None
     word: Literal["passed", "flagged", "unchecked"]
 
 
-def prepare(pictures: Sequence[np.ndarray], side: int) -> Tensor:
-    """What CLIP sees of uint8 pictures [H, W, 3]: float32 [N, 3, side, side] in CPU memory, normalised.
+def prepare(images: Sequence[np.ndarray], side: int) -> Tensor:
+    """CLIP's input for uint8 images [H, W, 3]: float32 [N, 3, side, side] in CPU memory, normalised.
 
     The shorter side is resized to `side` (bicubic), and the middle is cut out, as CLIP was trained (Radford et
-    al. 2021). The pictures may differ in size.
+    al. 2021). The images may differ in size.
     """
-    squares = np.stack([_middle_square(picture, side) for picture in pictures])
+    squares = np.stack([_middle_square(image, side) for image in images])
     normalised = (squares / np.float32(255) - _MEAN) / _STD
     return torch.from_numpy(normalised).permute(0, 3, 1, 2).contiguous()
 
@@ -53,38 +53,38 @@ def _middle_square(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 class Screen:
-    """The one place where pictures are checked: a flagged one is blanked, and a failing check lets none through.
+    """The one place where images are checked: a flagged one is blanked, and a failing check lets none through.
 
-    `flag` takes what `prepare` makes of up to `batch` pictures at `side` pixels and returns bool [N], such as a
+    `flag` takes the output of `prepare` for up to `batch` images at `side` pixels and returns bool [N], such as a
     `SafetyChecker`; None checks nothing.
     """
 
     def __init__(self, flag: Callable[[Tensor], Tensor] | None, side: int = 224, batch: int = 8) -> None:
         self._flag, self._side, self._batch = flag, side, batch
 
-    def screen(self, pictures: Sequence[np.ndarray | None]) -> list[Verdict]:
-        """A verdict for each picture, in order. Raises SafetyError, and gives no verdict, if the check fails."""
+    def screen(self, images: Sequence[np.ndarray | None]) -> list[Verdict]:
+        """A verdict for each image, in order. Raises SafetyError, and gives no verdict, if the check fails."""
         if self._flag is None:
-            return [Verdict(pixels, "unchecked") for pixels in pictures]
-        flags = iter(self._flags([pixels for pixels in pictures if pixels is not None], self._flag))
-        return [_verdict(pixels, pixels is not None and next(flags)) for pixels in pictures]
+            return [Verdict(pixels, "unchecked") for pixels in images]
+        flags = iter(self._flags([pixels for pixels in images if pixels is not None], self._flag))
+        return [_verdict(pixels, pixels is not None and next(flags)) for pixels in images]
 
     @torch.inference_mode()
-    def _flags(self, pictures: Sequence[np.ndarray], flag: Callable[[Tensor], Tensor]) -> list[bool]:
+    def _flags(self, images: Sequence[np.ndarray], flag: Callable[[Tensor], Tensor]) -> list[bool]:
         found: list[bool] = []
         try:
-            for start in range(0, len(pictures), self._batch):
-                batch = pictures[start : start + self._batch]
+            for start in range(0, len(images), self._batch):
+                batch = images[start : start + self._batch]
                 found += _as_bools(flag(prepare(batch, self._side)), len(batch))
-        except Exception as error:  # whatever it is, it may not let a picture through
+        except Exception as error:  # whatever it is, it may not let an image through
             reason = printable(f"{type(error).__name__}: {error}")
-            raise SafetyError(f"the safety check failed, so its pictures are withheld: {reason}") from error
+            raise SafetyError(f"the safety check failed, so its images are withheld: {reason}") from error
         return found
 
 
 def _as_bools(flags: Tensor, count: int) -> list[bool]:
     if flags.dtype != torch.bool or flags.shape != (count,):
-        raise ValueError(f"the check answered {flags.dtype} {list(flags.shape)} for {count} pictures")
+        raise ValueError(f"the check returned {flags.dtype} {list(flags.shape)} for {count} images")
     return flags.tolist()
 
 

@@ -417,7 +417,7 @@ def test_taking_it_off_gives_the_same_parameters_back(model, save):
     assert new == {f"{QUERY[1]}.weight", f"{WORDS[1]}.weight"}
     assert not stack.apply([(path, 1.0, 1.0)])
     assert all(parameter is carried[key] for key, parameter in model.named_parameters())
-    assert not stack.apply([(path, 0.5, 1.0)])  # the text model keeps its weights
+    assert not stack.apply([(path, 0.5, 1.0)])  # the text encoder keeps its weights
     assert model.get_parameter(f"{WORDS[1]}.weight") is carried[f"{WORDS[1]}.weight"]
     assert model.get_parameter(f"{QUERY[1]}.weight") is not carried[f"{QUERY[1]}.weight"]
     assert stack.apply([(path, 0.0, 0.0)])

@@ -149,7 +149,7 @@ def test_one_key_with_and_without_a_wrapper_is_refused(tmp_path: Path) -> None:
         ({"state_dict": None}, "found None in"),
         ({"state_dict": {}}, "found empty mapping in"),
         ([torch.ones(1)], "found list in"),
-        ({"epoch": 1, "weights": torch.ones(1)}, "'epoch' is no tensor"),
+        ({"epoch": 1, "weights": torch.ones(1)}, "'epoch' is not a tensor"),
         ({"state_dict": {1: torch.ones(1)}}, "no state dict"),
         ({"string_to_param": {"*": torch.ones(1, 768)}, "name": "cat"}, "textual inversion embedding"),
     ],
@@ -176,7 +176,7 @@ def test_no_reader_can_pass_on_a_tensor_that_is_not_plain(
     torch.save({"a": torch.ones(1)}, tmp_path / "m.ckpt")
     for odd in (torch.eye(2).to_sparse(), torch.ones(1, device="meta"), torch.ones(1, dtype=torch.complex64)):
         monkeypatch.setattr("ldm.checkpoints.formats.read.read_torch_zip", lambda *_, odd=odd: {"a": odd})
-        with pytest.raises(CheckpointError, match="no plain CPU tensor"):
+        with pytest.raises(CheckpointError, match="not a plain CPU tensor"):
             read_checkpoint(tmp_path / "m.ckpt")
 
 

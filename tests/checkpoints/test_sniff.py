@@ -35,7 +35,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:fe4e\nsize 42
         (b"GGUF\x03\x00\x00\x00" + bytes(50), "gguf"),
         (b"\x08\x07\x12\x07pytorch" + bytes(50), "onnx"),
         (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(50), "PNG picture"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "PNG image"),
         (b"PK\x05\x06" + bytes(18), "empty zip"),
         (b"\x80\x04\x95" + bytes(50), "a pickle, but not one that torch.save wrote"),
         (b"just some text that a user took for a model", r"unknown format \(starts with 6a 75 73 74"),

@@ -118,7 +118,7 @@ def test_precision_and_parts_are_written(tmp_path: Path, folder: Path) -> None:
         ([CKPT, "a.ckpt", "--to", "diffusers"], "is a folder; name one"),
         ([CKPT, "a", "--ema", "both"], "one set of weights"),
         ([CKPT, "a", "--config", CONFIG, "--ema", "on"], "has no EMA weights"),
-        ([CKPT, "no/such/a.ckpt"], "is no folder; make it first"),
+        ([CKPT, "no/such/a.ckpt"], "is not a folder; make it first"),
         ([CKPT, "a", "--vae", "none.pt"], "give another --vae"),
         ([CKPT, "a", "--config", options.V1_CONFIG], "keys (model.diffusion_model.input_blocks.1.1"),
         ([CKPT, "a", "--to", "onnx"], "'onnx' is unknown; choose compvis, diffusers or ckpt"),

@@ -137,8 +137,8 @@ def one_level_less(state: dict[str, Tensor]) -> dict[str, Tensor]:
             r"pre_layrnorm.weight has shape \[17\].*expects \[16\]",
         ),
         (lambda state: {**state, NORM: torch.ones(16, dtype=torch.int8)}, "int8"),
-        (lambda state: {**state, "other\x1b.weight": torch.ones(1)}, r"other\\x1b.weight is no weight of"),
-        (one_level_less, r"vision_model\.embeddings\.\S+ is no weight of the safety checker"),
+        (lambda state: {**state, "other\x1b.weight": torch.ones(1)}, r"other\\x1b.weight is not a weight of"),
+        (one_level_less, r"vision_model\.embeddings\.\S+ is not a weight of the safety checker"),
     ],
 )
 def test_weights_that_do_not_fit_are_one_line(
@@ -155,7 +155,7 @@ def test_weights_that_do_not_fit_are_one_line(
         ("{", "damaged"),
         ("[" * 100_000, "RecursionError"),
         ([], "is not a JSON mapping"),
-        ({"projection_dim": 8}, "vision_config is no mapping"),
+        ({"projection_dim": 8}, "vision_config is not a mapping"),
         ({**CONFIG, "projection_dim": "8"}, "projection_dim is '8'"),
         ({**CONFIG, "projection_dim": True}, "projection_dim is True"),
         ({**CONFIG, "vision_config": {**CONFIG["vision_config"], "image_size": [28, 28]}}, r"is \[28, 28\]"),

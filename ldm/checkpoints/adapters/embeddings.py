@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 _WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}
 _SDXL_WIDTHS = {768, 1280}  # of its two text encoders
 _FOR_SDXL = "is an embedding for SDXL, and this toolkit runs Stable Diffusion v1"
-_NO_NAMES = ("*", "emb_params", "clip_l")  # what programs write where a name could stand
+_NO_NAMES = ("*", "emb_params", "clip_l")  # placeholders that programs write instead of a name
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """What a file teaches: float32 vectors [n, width], and the words that stand for them.
+    """The embedding in a file: float32 vectors [n, width], and the words that they replace.
 
     `name` is the file's, without its ending, or what the user called it; `others` are names inside the file.
     """
@@ -41,9 +41,9 @@ class Embedding:
 
 
 def read_embedding(path: str | Path, width: int, longest: int, name: str | None = None) -> Embedding:
-    """The embedding of a file of any usual form, for a text model of `width` with room for `longest` tokens.
+    """The embedding of a file of any usual form, for a text encoder of `width` with room for `longest` tokens.
 
-    With `name`, that is the only word that stands for it. Files of several words, for another width, too long,
+    With `name`, that is its only word. Files of several words, for another width, too long,
     or with NaN are a `CheckpointError`.
     """
     path = Path(path)
@@ -61,21 +61,21 @@ def read_embedding(path: str | Path, width: int, longest: int, name: str | None 
 
 
 def _find(tree: Any, path: Path) -> tuple[list[Tensor], list[str]]:
-    """The vectors in a file, each tensor [n, width], and the names that stand beside them."""
+    """The vectors in a file, each tensor [n, width], and the names next to them."""
     if isinstance(tree, list):
         parts = [_find(entry, path) for entry in tree]
         if {tensor.shape[-1] for tensors, _ in parts for tensor in tensors} == _SDXL_WIDTHS:
             raise _error(path, _FOR_SDXL)
         return [t for tensors, _ in parts for t in tensors], [name for _, names in parts for name in names]
     if not isinstance(tree, dict):
-        raise _error(path, "is no embedding: it holds neither names nor vectors")
+        raise _error(path, "is not an embedding: it holds neither names nor vectors")
     inner = tree.get("string_to_param")
     terms = _vectors(inner if isinstance(inner, dict) else tree)
     if _is_for_sdxl(tree, terms):
         raise _error(path, _FOR_SDXL)
     if len(terms) != 1:
-        said = ", ".join(printable(str(term)[:60]) for term in list(terms)[:5]) or "none"
-        raise _error(path, f"must hold the vectors of one word; found {len(terms)}: {said}")
+        listed = ", ".join(printable(str(term)[:60]) for term in list(terms)[:5]) or "none"
+        raise _error(path, f"must hold the vectors of one word; found {len(terms)}: {listed}")
     own = tree.get("name") if isinstance(inner, dict) else None
     names = [str(name) for name in (own, *terms) if name is not None and name not in _NO_NAMES]
     return list(terms.values()), names
@@ -101,7 +101,7 @@ class Embeddings:
     every embedding of a fitting width below `folder`.
 
     A word is a name with or without angle brackets, in lower case. Names inside files count where no file
-    itself is called so, and only one file says so.
+    has that name, and only one file has it inside.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Embeddings:
 
 
 def _read_folder(folder: str | Path | None, width: int, longest: int) -> list[Embedding]:
-    """What lies below a folder; a file that cannot be used is named and left out."""
+    """The embeddings below a folder; a file that cannot be used is named and left out."""
     if folder is None:
         return []
     found = []
@@ -146,7 +146,7 @@ def _is_other_image(path: Path) -> bool:
 
 
 def _words(embeddings: Iterable[Embedding]) -> dict[str, Embedding]:
-    """Each word with what it stands for; InputError for two files of one name."""
+    """Each word with its embedding; InputError for two files of one name."""
     by_name: dict[str, Embedding] = {}
     by_other: dict[str, set[Path]] = {}
     embeddings = list(embeddings)

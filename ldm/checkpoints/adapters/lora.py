@@ -1,4 +1,4 @@
-"""LoRA files: read safely, put onto a loaded model and taken off again without a trace."""
+"""LoRA files: read safely, applied to a loaded model and removed again without a trace."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _COLUMNS = {1024: "Stable Diffusion 2", 2048: "SDXL"}  # of the text that cross-
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """What a file changes: for each layer's path in the model the parts of its change."""
+    """The changes in a file: for each layer's path in the model the parts of its change."""
 
     path: Path
     layers: Mapping[str, Parts]
@@ -104,14 +104,14 @@ def _check(path: Path, layer: str, parts: Parts, module: nn.Module) -> None:
             raise _error(path, f"{layer} has NaN or infinity in {name}; the file is damaged")
 
 
-# --- alpha as PEFT writes it: in a JSON file beside, or in the header -----------------------------------------------
+# --- alpha as PEFT writes it: in a JSON file next to it, or in the header -------------------------------------------
 
 
 def _peft_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     text = checkpoint.metadata.get("lora_adapter_metadata")
-    if text is None and (beside := settings_file(checkpoint.path)):
-        with reading(beside):
-            text = read_side_file(beside).decode("utf-8", "replace")
+    if text is None and (separate := settings_file(checkpoint.path)):
+        with reading(separate):
+            text = read_side_file(separate).decode("utf-8", "replace")
     try:
         settings = json.loads(str(text)) if text is not None else {}
     except (ValueError, RecursionError):
@@ -170,7 +170,7 @@ class LoraStack:
 
     def apply(self, loras: Sequence[tuple[str, float, float]]) -> bool:
         """Makes the model carry exactly these: name, U-Net weight, text weight. Only layers whose changes
-        differ from those they carry are computed. Returns whether the text model is among what changed.
+        differ from those they carry are computed. Returns whether the text encoder has changed.
         """
         wanted: dict[str, list[tuple[Path, float]]] = {}
         for name, weight, text_weight in loras:

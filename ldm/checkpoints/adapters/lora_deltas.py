@@ -22,7 +22,7 @@ _KINDS = {
 
 
 def weight_change(parts: Parts, weight: Tensor) -> Tensor | None:
-    """What is added to `weight` at multiplier 1, in float32 and of its shape; None if only a bias changes.
+    """The change of `weight` at multiplier 1, in float32 and of its shape; None if only a bias changes.
 
     Raises ValueError for parts that do not belong together or do not fit the weight.
     """
@@ -41,7 +41,7 @@ def weight_change(parts: Parts, weight: Tensor) -> Tensor | None:
 
 
 def bias_change(parts: Parts, bias: Tensor | None) -> Tensor | None:
-    """What is added to the bias at multiplier 1, in float32; None if nothing is. ValueError as above."""
+    """The change of the bias at multiplier 1, in float32; None if nothing is. ValueError as above."""
     found = [parts[name] for name in ("diff_b", "b_norm") if name in parts]
     if not found:
         return None
@@ -97,7 +97,7 @@ def _hada_factor(parts: Parts, name: str) -> Tensor:
 
 
 def _kronecker(parts: Parts) -> Tensor:
-    """kron(w1, w2), either of them whole or in factors; alpha counts only beside factors."""
+    """kron(w1, w2), either of them whole or in factors; alpha counts only with factors."""
     first, second = _lokr_factor(parts, "1"), _lokr_factor(parts, "2")
     factored = next((parts[key] for key in ("lokr_w2_b", "lokr_w1_b") if key in parts), None)
     scale = 1.0 if factored is None else _scale(parts, len(factored))

@@ -1,4 +1,4 @@
-"""Where a LoRA's file lies, and what others know it by."""
+"""Finds LoRA files by name, and computes the hash that other programs know them by."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def output_name(path: Path) -> str:
 
 @lru_cache(maxsize=64)
 def lora_hash(path: Path) -> str:
-    """What AUTOMATIC1111's web UI knows a LoRA by: its own note of its weights, or their SHA-256, 12 hex digits."""
+    """AUTOMATIC1111's hash of a LoRA, 12 hex digits: as noted in it, or its weights' SHA-256."""
     with reading(path), open_regular(path) as file:
         if sniff(file) != "safetensors":
             return file_sha256(path)[:_HASH_DIGITS]

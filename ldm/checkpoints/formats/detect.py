@@ -1,4 +1,4 @@
-"""What a checkpoint file is, told by its bytes, not its name. Imports no torch: a wrong path fails fast."""
+"""Detects the format of a checkpoint file by its bytes, not its name. Without torch, so a wrong path fails fast."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _FOREIGN = (
     (257, b"ustar", "a tar archive; unpack it first (torch.save of before 2017 wrote tar: save it again)"),
     (0, b"GGUF", "a gguf file; this toolkit reads .ckpt and .safetensors"),
     (0, b"\x89HDF", "an HDF5 file; this toolkit reads .ckpt and .safetensors"),
-    (0, b"\x89PNG", "a PNG picture"),
-    (0, b"\xff\xd8\xff", "a JPEG picture"),
+    (0, b"\x89PNG", "a PNG image"),
+    (0, b"\xff\xd8\xff", "a JPEG image"),
 )
 
 
 class CheckpointError(InputError):
-    """A checkpoint file cannot be used: one line says which file, why, and what to do."""
+    """A checkpoint file cannot be used: one line names the file, the reason and the cure."""
 
 
 @contextlib.contextmanager
@@ -101,7 +101,7 @@ def sniff(file: BinaryIO) -> Format:
     if head[8:9] == b"{":
         return "safetensors"
     raise CheckpointError(
-        f"is no checkpoint: unknown format (starts with {head[:8].hex(' ')}); "
+        f"is not a checkpoint: unknown format (starts with {head[:8].hex(' ')}); "
         "this toolkit reads .ckpt and .safetensors"
     )
 

@@ -31,7 +31,7 @@ def holds_embedding(file: BinaryIO) -> bool:
 
 
 def read_png_embedding(file: BinaryIO) -> dict[str, Any]:
-    """What the textual inversion of an open PNG file holds: names, numbers, and CPU tensors in float32.
+    """The textual inversion of an open PNG file: names, numbers, and CPU tensors in float32.
 
     Only numbers, text, lists and mappings can come of it. Call it inside `reading`. A PNG without one is a
     `CheckpointError`: the web UI also hides it in the pixels, and that copy is not read.
@@ -39,7 +39,7 @@ def read_png_embedding(file: BinaryIO) -> dict[str, Any]:
     found = _find(file)
     if found is None:
         raise CheckpointError(
-            f"is a PNG picture without a textual inversion in its texts ({KEYWORD.decode()}); one that is only "
+            f"is a PNG image without a textual inversion in its texts ({KEYWORD.decode()}); one that is only "
             "hidden in the pixels is not read: use its .pt file"
         )
     try:
@@ -47,7 +47,7 @@ def read_png_embedding(file: BinaryIO) -> dict[str, Any]:
     except (binascii.Error, ValueError, RecursionError) as error:
         raise CheckpointError(f"holds a textual inversion that is damaged: {error}") from None
     if not isinstance(tree, dict):
-        raise CheckpointError("holds a textual inversion that is no mapping")
+        raise CheckpointError("holds a textual inversion that is not a mapping")
     return tree
 
 
@@ -96,10 +96,10 @@ def _text(kind: bytes, data: bytes) -> bytes:
 
 
 def _tensors(entry: dict[str, Any]) -> Any:
-    """A mapping of JSON, or the tensor that it stands for."""
+    """A mapping of JSON, or the tensor that it describes."""
     if _TENSOR not in entry:
         return entry
     try:
         return torch.tensor(entry[_TENSOR], dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{_TENSOR} is no array of numbers ({error})") from None
+        raise ValueError(f"{_TENSOR} is not an array of numbers ({error})") from None

@@ -23,7 +23,7 @@ def imports_of(file: BinaryIO) -> tuple[str, ...]:
 
     Pickles are looked for in every `.pkl` member of a zip archive, and in a row from the start of another file.
     Damage ends the list early. A program made to confuse can hide the names of protocol 4 behind other
-    instructions: those stand here as "?".
+    instructions: those are listed as "?".
     """
     names: dict[str, None] = {}
     for stream in _pickles(file):
@@ -67,7 +67,7 @@ def _zipped(file: BinaryIO) -> Iterator[BinaryIO]:
 
 
 def _names(stream: BinaryIO) -> Iterator[str]:
-    """The names that one pickle asks for; the stream is left behind the pickle."""
+    """The names that one pickle asks for; the stream is left at the end of the pickle."""
     memo: dict[str, str] = {}  # by text, whose hashes a file cannot make equal
     texts: list[str] = []  # the last two that were pushed
     last = "?"  # what the instruction before pushed, if it was text

@@ -56,13 +56,13 @@ _INERT = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class _Name:
-    """A name from the tables; stands for what the file wanted to import."""
+    """A name from the tables, in place of the object that the file asks to import."""
 
     name: str
 
 
 class _Inert:
-    """Stands for an object that was accepted by name and not built."""
+    """In place of an object that was accepted by name and not built."""
 
     __slots__ = ()
 
@@ -97,7 +97,7 @@ def _tensor(arguments: tuple[Any, ...]) -> TensorSpec:
 
 
 def _tensor_of_bytes(arguments: tuple[Any, ...]) -> TensorSpec:
-    """A tensor whose type is named behind the arguments that others have."""
+    """A tensor whose type is named after the arguments that others have."""
     dtype = arguments[6]
     spec = _tensor((*arguments[:6], *arguments[7:]))
     if type(dtype) is not _Name or dtype.name not in _NEWER_TYPES or spec.dtype is not torch.uint8:
@@ -107,7 +107,7 @@ def _tensor_of_bytes(arguments: tuple[Any, ...]) -> TensorSpec:
 
 def _parameter(arguments: tuple[Any, ...]) -> TensorSpec:
     if type(arguments[0]) is not TensorSpec:
-        raise CheckpointError("describes a parameter that is no tensor")
+        raise CheckpointError("describes a parameter that is not a tensor")
     return arguments[0]
 
 
@@ -179,7 +179,7 @@ class _Machine:
 
     def _extend(self, values: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
-            raise CheckpointError("appends to something that is no list")
+            raise CheckpointError("appends to something that is not a list")
         self.stack[-1].extend(values)
 
     def set_item(self, _: Any) -> None:
@@ -192,7 +192,7 @@ class _Machine:
     def _update(self, pairs: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict):
-            raise CheckpointError("sets items of something that is no mapping")
+            raise CheckpointError("sets items of something that is not a mapping")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             if type(key) in (str, int, float, bool, type(None)):
                 self.numbers_as_keys += type(key) is not str
@@ -208,7 +208,7 @@ class _Machine:
     def stack_global(self, _: Any) -> None:
         attribute, module = self.stack.pop(), self.stack.pop()
         if type(module) is not str or type(attribute) is not str:
-            raise CheckpointError("asks to import something whose name is no text; refused, nothing was run")
+            raise CheckpointError("asks to import something whose name is not text; refused, nothing was run")
         self._push_name(f"{module}.{attribute}")
 
     def _push_name(self, asked: str) -> None:
@@ -250,7 +250,7 @@ class _Machine:
 
 
 def _today(name: str) -> str:
-    """A name of Python 2 or of NumPy 2 as it stands in the tables."""
+    """A name of Python 2 or of NumPy 2 as it is in the tables."""
     return name.replace("__builtin__.", "builtins.", 1).replace("numpy._core.", "numpy.core.", 1)
 
 
@@ -262,7 +262,7 @@ def is_known(name: str) -> bool:
 def _storage(pid: Any) -> Storage:
     """A storage from its id: the word, a type, a key, a device (ignored), a count; legacy files add None."""
     if type(pid) is not tuple or not pid or pid[0] != "storage":
-        raise CheckpointError("refers to something outside that is no tensor (a whole pickled model?)")
+        raise CheckpointError("refers to something outside that is not a tensor (a whole pickled model?)")
     if len(pid) not in (5, 6) or any(view is not None for view in pid[5:]):
         raise CheckpointError("has a tensor that is a view of another record")
     kind, key, count = pid[1], pid[2], pid[4]
@@ -313,7 +313,7 @@ def read_pickle(stream: BinaryIO, declared: dict[str, Storage] | None = None) ->
     """The object that the next pickle of `stream` describes, with a `TensorSpec` in place of every tensor.
 
     Every storage that the pickle names goes into `declared` by its key, even one whose tensor is dropped
-    later. The stream is left behind the pickle. Raises `CheckpointError` for what is refused, and other
+    later. The stream is left at the end of the pickle. Raises `CheckpointError` for what is refused, and other
     exceptions for damage: call it inside `reading`.
     """
     machine = _Machine({} if declared is None else declared)

@@ -24,7 +24,7 @@ from ldm.checkpoints.layouts.recognise import ModelKind, kind_of, looks_like
 _WRAPPERS = ("state_dict", "model")
 _WRAPPING_MODULES = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 _MAX_NESTING = 3
-_DESCRIPTIONS = ("hyper_parameters", "metadata", "__metadata__")  # mappings beside the state dict
+_DESCRIPTIONS = ("hyper_parameters", "metadata", "__metadata__")  # mappings next to the state dict
 
 Scalar = int | float | str | bool
 
@@ -54,7 +54,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Checkpoint:
-    """Reads a `.ckpt` or `.safetensors` file, told apart by content, without running anything from it.
+    """Reads a `.ckpt` or `.safetensors` file, distinguished by content, without running anything in it.
 
     With `mmap` the tensors are views on a private map of the file: nothing is read before it is used, and the
     file must stay as it is meanwhile. Without it the tensors are in memory (for network drives). Every fault
@@ -68,7 +68,7 @@ def read_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Checkpoi
 
 
 def read_tree(path: str | os.PathLike[str], mmap: bool = True) -> Any:
-    """Everything a file holds, for files that are no models: dicts, lists, scalars, text and CPU tensors.
+    """Everything a file holds, for files that are not models: dicts, lists, scalars, text and CPU tensors.
 
     Of a PNG image that is the textual inversion in its texts.
     """
@@ -143,7 +143,7 @@ def _find_state_dict(tree: Any) -> dict[str, torch.Tensor]:
     if stray is not None or not all(isinstance(key, str) for key in tree):
         found = ", ".join(repr(str(key)[:60]) for key in list(tree)[:5])
         raise CheckpointError(
-            f"holds no state dict: {str(stray)[:60]!r} is no tensor; it has {found}{looks_like(kind_of(tree))}"
+            f"holds no state dict: {str(stray)[:60]!r} is not a tensor; it has {found}{looks_like(kind_of(tree))}"
         )
     return tree
 
@@ -169,4 +169,4 @@ def _check_tensors(state_dict: Mapping[str, torch.Tensor]) -> None:
     known = {*DTYPES.values(), *FLOAT8}
     for key, tensor in state_dict.items():
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.dtype not in known:
-            raise CheckpointError(f"tensor {key[:200]!r} is no plain CPU tensor of a known type")
+            raise CheckpointError(f"tensor {key[:200]!r} is not a plain CPU tensor of a known type")

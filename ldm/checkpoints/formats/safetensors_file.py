@@ -40,7 +40,7 @@ def read_safetensors(file: BinaryIO, use_mmap: bool) -> tuple[dict[str, torch.Te
     header, data_start = read_header(content)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError("has a __metadata__ that is no mapping from text to text")
+        raise CheckpointError("has a __metadata__ that is not a mapping from text to text")
     if not header:
         raise CheckpointError("holds no tensors")
     if len(header) > MAX_TENSORS:
@@ -64,7 +64,7 @@ def read_header(content: FileBytes) -> tuple[dict[str, Any], int]:
         raise CheckpointError(f"has a safetensors header of more than {_MAX_HEADER_PARTS} parts; refused")
     header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     if not isinstance(header, dict):
-        raise CheckpointError("has a safetensors header that is no mapping")
+        raise CheckpointError("has a safetensors header that is not a mapping")
     return header, 8 + length
 
 
@@ -84,7 +84,7 @@ def _checked_entry(key: str, entry: Any) -> tuple[torch.dtype, list[int], int, i
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise CheckpointError(f"tensor {name} has the unknown dtype {str(entry['dtype'])[:50]!r}")
     if not (_are_natural(shape) and _are_natural(offsets) and len(offsets) == 2):
-        raise CheckpointError(f"tensor {name} has a shape or data_offsets that are no natural numbers")
+        raise CheckpointError(f"tensor {name} has a shape or data_offsets that are not natural numbers")
     if len(shape) > MAX_DIMENSIONS:
         raise CheckpointError(f"tensor {name} has {len(shape)} dimensions (at most {MAX_DIMENSIONS})")
     dtype = DTYPES[entry["dtype"]]
@@ -99,7 +99,7 @@ def _are_natural(numbers: Any) -> bool:
 
 
 def _check_layout(entries: dict[str, tuple[torch.dtype, list[int], int, int]], data_bytes: int) -> None:
-    """Raises `CheckpointError` unless the tensors lie one behind the other and fill the data exactly."""
+    """Raises `CheckpointError` unless the tensors follow one another and fill the data exactly."""
     position = 0
     for key, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin != position:

@@ -33,7 +33,7 @@ _maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 def forget(tensor: torch.Tensor) -> None:
     """Lets the pages of a tensor that is a view of a mapped file leave memory; they are read again when needed.
 
-    A tensor that was changed in place, or that is no such view, keeps its memory.
+    A tensor that was changed in place, or that is not such a view, keeps its memory.
     """
     if tensor.is_inference() or tensor._version or not tensor.is_contiguous() or os.name != "posix":
         return
@@ -110,14 +110,14 @@ class TensorSpec:
     dtype: torch.dtype
 
     def check(self) -> None:
-        """Raises `CheckpointError` unless every element lies in the storage and none is counted for many."""
+        """Raises `CheckpointError` unless every element is in the storage and none is counted more than once."""
         size, stride, count = self.size, self.stride, self.storage.count
         if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
             raise CheckpointError(
                 f"has {len(size)} sizes and {len(stride)} strides (at most {MAX_DIMENSIONS})"
             )
         if not all(type(n) is int and n >= 0 for n in (self.offset, *size, *stride)):
-            raise CheckpointError("has a size, stride or offset that is no natural number")
+            raise CheckpointError("has a size, stride or offset that is not a natural number")
         elements = bounded_product(size)
         last = (
             self.offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if elements else 0

@@ -18,7 +18,7 @@ _COUNT_BYTES = 8
 
 
 def read_torch_legacy(file: BinaryIO, use_mmap: bool) -> Any:
-    """What the file holds: dicts, lists, tuples, numbers, text and CPU tensors. Call it inside `reading`."""
+    """The content of the file: dicts, lists, tuples, numbers, text and CPU tensors. Call it inside `reading`."""
     file.seek(0)
     start = io.BytesIO(file.read(MAX_PICKLE_BYTES))
     declared: dict[str, Storage] = {}
@@ -38,7 +38,7 @@ def _storages(
 ) -> dict[str, torch.Tensor]:
     """The flat storages that follow the pickles in the order of `keys`, each after its number of elements."""
     if not isinstance(keys, list) or not all(type(key) is str for key in keys):
-        raise CheckpointError("has a list of records that is no list of names")
+        raise CheckpointError("has a list of records that is not a list of names")
     if len(keys) != len(declared) or set(keys) != set(declared):
         raise CheckpointError("does not hold exactly the records that its tensors need (unfilled storage)")
     storages = {}

@@ -26,7 +26,7 @@ _ENCRYPTED = 0x1 | 0x40 | 0x2000
 
 
 def read_torch_zip(file: BinaryIO, use_mmap: bool) -> Any:
-    """What the file holds: dicts, lists, tuples, numbers, text and CPU tensors.
+    """The content of the file: dicts, lists, tuples, numbers, text and CPU tensors.
 
     Call it inside `reading`. With `use_mmap` the tensors are views on one private map of the file.
     """
@@ -152,7 +152,7 @@ def _data_starts(content: FileBytes, archive: zipfile.ZipFile) -> dict[str, int]
 
 
 def _check_end(content: FileBytes, start_dir: int) -> None:
-    """Raises `CheckpointError` unless the file ends with the archive, which says of itself where it begins.
+    """Raises `CheckpointError` unless the file ends with the archive, whose end record gives its start.
 
     Otherwise `zipfile`, which puts up with bytes in front, and torch could see two archives in one file.
     """
@@ -165,7 +165,7 @@ def _check_end(content: FileBytes, start_dir: int) -> None:
     else:
         large_end = end
     if signature != b"PK\x05\x06" or comment or start != start_dir or large_end != end:
-        raise CheckpointError("has bytes in front of or behind its zip archive; refused")
+        raise CheckpointError("has bytes before or after its zip archive; refused")
 
 
 def _data_start(content: FileBytes, record: zipfile.ZipInfo) -> int:
@@ -173,7 +173,7 @@ def _data_start(content: FileBytes, record: zipfile.ZipInfo) -> int:
     header = content.read(record.header_offset, _LOCAL_HEADER.size)
     signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
     if signature != ZIP_START:
-        raise CheckpointError("has no header where the zip directory says it begins")
+        raise CheckpointError("has no header where the zip directory places it")
     name_start = record.header_offset + _LOCAL_HEADER.size
     name = record.filename.encode("utf-8" if record.flag_bits & _UTF8_NAME else "cp437")
     if content.read(name_start, name_length) != name:

@@ -37,10 +37,10 @@ _OTHER_PREFIXES: Mapping[str, Component] = {
     "vae.": "vae",
     "text_encoder.": "text_encoder",
 }
-_TEXT_TOWER = re.compile(r"^(transformer\.)?(text_model\.)?(?=(embeddings|encoder|final_layer_norm)\.)")
+_TEXT_ENCODER = re.compile(r"^(transformer\.)?(text_model\.)?(?=(embeddings|encoder|final_layer_norm)\.)")
 _OTHER_HALF = re.compile(r"vision_model\.|(visual|text)_projection\.|logit_scale$")  # of a whole CLIP
-_COMPVIS_TOWER = "transformer.text_model."
-_DIFFUSERS_TOWER = "text_model."
+_COMPVIS_TEXT = "transformer.text_model."
+_DIFFUSERS_TEXT = "text_model."
 _DIFFUSERS_BLOCKS = re.compile(r"((encoder|decoder)\.)?(down_blocks|mid_block|up_blocks)\.")
 _PIXEL_ATTENTION = re.compile(r"\.attn_1\.(q|k|v|proj_out)\.weight$")
 _OLD_PIXEL_ATTENTION = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
@@ -121,7 +121,7 @@ def parts_in(state_dict: Iterable[str]) -> set[Component]:
     return {part for part, word in WORDS.items() if word in words}
 
 
-Names = list[tuple[str, str]]  # the name within a part, and the key it stands under
+Names = list[tuple[str, str]]  # the name within a part, and its key in the state dict
 
 
 def _split(state_dict: Mapping[str, Tensor]) -> dict[Component | None, Names]:
@@ -145,7 +145,7 @@ def _is_diffusers(names: Names) -> bool:
 
 def _compvis_name(part: Component, name: str, to_ours: Mapping[str, str]) -> str:
     if part == "text_encoder":
-        return _TEXT_TOWER.sub(_COMPVIS_TOWER, name, count=1)
+        return _TEXT_ENCODER.sub(_COMPVIS_TEXT, name, count=1)
     new = _OLD_PIXEL_ATTENTION.sub(lambda match: _NEW_PIXEL_ATTENTION[match[0]], name)
     return _renamed(new, to_ours) or name
 
@@ -179,10 +179,10 @@ def _as_matrix(key: str, tensor: Tensor) -> Tensor:
 
 
 def _table(part: Component, names: Names) -> dict[str, str]:
-    """CompVis's names of the modules of a part -> diffusers', for a network of the size that the names tell."""
+    """CompVis's names of the modules of a part -> diffusers', for a network whose size is counted in the names."""
     if part == "text_encoder":
-        towers = ("embeddings", "encoder", "final_layer_norm")
-        return {_COMPVIS_TOWER + tower: _DIFFUSERS_TOWER + tower for tower in towers}
+        modules = ("embeddings", "encoder", "final_layer_norm")
+        return {_COMPVIS_TEXT + module: _DIFFUSERS_TEXT + module for module in modules}
     pairs, blocks = (_unet, _unet_blocks) if part == "unet" else (_vae, _vae_blocks)
     return dict(pairs(blocks([name for name, _ in names])))
 
@@ -212,9 +212,9 @@ def _unet(size: Blocks) -> Iterator[tuple[str, str]]:
             yield from _inside(f"output_blocks.{first_up + i}.0", f"{up}.resnets.{i}", _UNET_RESNET)
             if level in size.attention:
                 yield f"output_blocks.{first_up + i}.1", f"{up}.attentions.{i}"
-        behind = 2 if level in size.attention else 1
+        after = 2 if level in size.attention else 1
         yield f"input_blocks.{first_down + size.each}.0.op", f"{down}.downsamplers.0.conv"
-        yield f"output_blocks.{first_up + size.each}.{behind}.conv", f"{up}.upsamplers.0.conv"
+        yield f"output_blocks.{first_up + size.each}.{after}.conv", f"{up}.upsamplers.0.conv"
 
 
 def _vae(size: Blocks) -> Iterator[tuple[str, str]]:

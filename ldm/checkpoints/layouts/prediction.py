@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself that its U-Net predicts: this toolkit runs models that predict the noise."""
+"""The prediction type that a checkpoint states: this toolkit runs models that predict the noise."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ldm.util import printable, read_side_file
 _V = "v-prediction"
 _ZERO_SNR = "a noise schedule that ends without signal (zero terminal SNR)"
 _EDM = "EDM's parameterization"
-# a key of the weights that says it by being there
+# a key of the weights whose presence means it
 _MARKS = (
     (re.compile(r"(^|\.)v_pred$"), _V),
     (re.compile(r"(^|\.)ztsnr$"), _ZERO_SNR),
     (re.compile(r"(^|\.)edm_vpred\."), f"{_EDM} and {_V}"),
     (re.compile(r"(^|\.)edm_\w+$"), _EDM),
 )
-# an entry beside the weights that says it by being true
+# an entry next to the weights that means it if it is true
 _FLAGS = {
     **dict.fromkeys(("v_pred", "v_parameterization", "ss_v_parameterization"), _V),
     **dict.fromkeys(
@@ -51,16 +51,16 @@ _CONFIG_ENTRY = re.compile(
 _CONFIG_V = re.compile(r"^[^#\n]*\.V(?:Scaling|Weighting)\w*", re.MULTILINE)  # of Stability AI's configs
 
 
-def foreign_prediction(keys: Iterable[str], said: Mapping[str, Any]) -> str:
-    """What else than the noise a model predicts, and where it says so, by its keys and what stands beside them.
+def foreign_prediction(keys: Iterable[str], entries: Mapping[str, Any]) -> str:
+    """The prediction type of a model that does not predict the noise, and where it is stated: in keys or `entries`.
 
-    Empty for a model that predicts the noise, or says nothing. A value without truth, such as "False", is a no.
+    Empty for a model that predicts the noise or states nothing. A false value, such as "False", is a no.
     """
     for key in keys:
         for pattern, what in _MARKS:
             if pattern.search(key):
                 return f"{what} (its key {printable(key[:100])})"
-    for name, value in said.items():
+    for name, value in entries.items():
         word = str(value).strip().lower()
         where = f"({printable(name[:100])}: {printable(str(value)[:50])})"
         own = name.rpartition(": ")[2]
@@ -72,19 +72,19 @@ def foreign_prediction(keys: Iterable[str], said: Mapping[str, Any]) -> str:
 
 
 def config_beside(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What a YAML file of the same name beside a checkpoint says of the prediction; empty without such a file.
+    """The entries on the prediction type in a YAML file of a checkpoint's name, next to it; empty without one.
 
-    Nothing else of the file is looked at. One that is not a small regular file is an `InputError`.
+    Nothing else in the file is used. One that is not a small regular file is an `InputError`.
     """
-    said = {}
+    entries = {}
     for config in (Path(path).with_suffix(ending) for ending in (".yaml", ".yml")):
         if os.path.isdir(path) or not os.path.lexists(config):
             continue
         text = read_side_file(config, _MAX_CONFIG).decode("utf-8", "replace")
-        said.update({f"{config.name}: {name}": value for name, value in _CONFIG_ENTRY.findall(text)})
+        entries.update({f"{config.name}: {name}": value for name, value in _CONFIG_ENTRY.findall(text)})
         if _CONFIG_V.search(text):
-            said[f"{config.name}: parameterization"] = "v"
-    return said
+            entries[f"{config.name}: parameterization"] = "v"
+    return entries
 
 
 def check_prediction(prediction: str, likeness: str = "") -> None:

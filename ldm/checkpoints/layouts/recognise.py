@@ -1,4 +1,4 @@
-"""Tells what a state dict is by its keys and shapes, to name it and to say in one line why it does not fit."""
+"""Recognises a state dict by its keys and shapes, to name it and to explain in one line why it does not fit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _ADAPTED = (
     ("a diffusion transformer", re.compile(r"(lora_)?transformer[._](transformer_blocks|blocks|layers)[._]\d")),
 )  # fmt: skip
 
-# What a key says the file is; the first pattern that a key begins with (or holds, after `.*`) decides.
+# The kind of file that a key means; the first pattern that a key begins with (or holds, after `.*`) decides.
 _PARTS: tuple[tuple[str, Part, str], ...] = (
     (r".*motion_modules\.", "motion module", ""),
     (r"(image_proj|ip_adapter)(\.|$)|.*\bto_[kv]_ip\.", "IP-Adapter", ""),
@@ -122,10 +122,10 @@ _NAMES: dict[Part, str] = {
 
 @dataclass(frozen=True, slots=True)
 class ModelKind:
-    """What a state dict is: which `part`, of a model of which `family`, with keys in the style of `layout`.
+    """The kind of a state dict: which `part`, of a model of which `family`, with keys in the style of `layout`.
 
-    `variant` says what else the U-Net takes ("inpainting": a mask and a masked picture). What cannot be told
-    is empty: `part` for an unknown state dict, `family` for a model of other sizes than the published ones.
+    `variant` names the U-Net's other inputs ("inpainting": a mask and a masked image). What is not known is
+    empty: `part` for an unknown state dict, `family` for a model of other sizes than the published ones.
     """
 
     part: Part
@@ -147,7 +147,7 @@ class ModelKind:
 
 
 def kind_of(state_dict: Mapping[str, Any]) -> ModelKind:
-    """What a state dict is, told by its keys and its tensors' shapes; mappings in it count with their keys."""
+    """The kind of a state dict, by its keys and its tensors' shapes; mappings in it count with their keys."""
     shapes = {key: _shape(value) for key, value in tensors_in(state_dict)}
     part, layout = _part(shapes)
     if part == "LoRA":
@@ -169,7 +169,7 @@ def kind_of(state_dict: Mapping[str, Any]) -> ModelKind:
 def tensors_in(tree: Mapping[str, Any], depth: int = 3) -> Iterator[tuple[str, Any]]:
     """Keys and values of a mapping and of those in it, the names of each level joined by dots.
 
-    Mappings below `depth` levels stay whole, and what comes behind the first 100,000 values is left out: a file
+    Mappings below `depth` levels stay whole, and what comes after the first 100,000 values is left out: a file
     may let one mapping occur in many places.
     """
     return itertools.islice(_leaves(tree, depth), _MOST_LEAVES)
@@ -202,7 +202,7 @@ def ema_key(key: str) -> str:
 
 
 def compvis_parts(keys: Collection[str]) -> list[Part]:
-    """The parts of a model that keys in CompVis's layout are of; moving averages stand for a U-Net's weights."""
+    """The parts of a model that keys in CompVis's layout are of; moving averages count as a U-Net's weights."""
     averages = ema_key(COMPVIS_PREFIXES["U-Net"])
     return [
         part
@@ -221,7 +221,7 @@ def _family(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _kind_of_one_tensor(shapes: Mapping[str, tuple[int, ...]]) -> ModelKind:
-    """An embedding is also a single tensor under the word it stands for; SDXL's has one for each tower."""
+    """An embedding is also a single tensor under its word; SDXL's has one for each text encoder."""
     if set(shapes) == {"clip_l", "clip_g"}:
         return ModelKind("embedding", SDXL)
     family = (
@@ -239,7 +239,7 @@ def _flavour(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def family_by_key(keys: Collection[str]) -> str:
-    """The model other than v1 that an adapter is for, told by layers that only that model has; empty without any."""
+    """The model other than v1 that an adapter is for, by layers that only that model has; empty without any."""
     return next((name for name, pattern in _ADAPTED if any(map(pattern.match, keys))), "")
 
 
@@ -272,14 +272,14 @@ def other_model(kind: ModelKind) -> str | None:
 
 
 def is_inpainting_model(state_dict: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the U-Net takes a mask and a masked picture beside the latent: 9 input channels."""
+    """Whether the U-Net takes a mask and a masked image besides the latent: 9 input channels."""
     key = f"{COMPVIS_PREFIXES['U-Net']}input_blocks.0.0.weight"
     first = state_dict.get(key, state_dict.get(ema_key(key), torch.empty(0)))
     return first.ndim >= 2 and first.shape[1] == INPAINTING_CHANNELS
 
 
 def is_laion_model(state_dict: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the text model is that of LDM text2img-large (LAION-400M), a BERT, and not CLIP's."""
+    """Whether the text encoder is that of LDM text2img-large (LAION-400M), a BERT, and not CLIP's."""
     return _LAION_KEY in state_dict
 
 

@@ -16,7 +16,7 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 
 
 def component_configs(model: LatentDiffusion) -> dict[str, dict[str, Any]]:
-    """What diffusers must know of a model besides its weights, under its names, for each component of a folder.
+    """The settings that diffusers needs besides the weights, under its names, for each component of a folder.
 
     Two models whose configs agree in all of this compute the same from the same weights. A model that
     diffusers has no words for is a `CheckpointError`.
@@ -33,7 +33,7 @@ def _unet_config(model: LatentDiffusion) -> dict[str, Any]:
     unet = model.model.diffusion_model
     transformer = unet.middle_block[1] if isinstance(unet, UNetModel) else None
     if not isinstance(transformer, SpatialTransformer) or unet.num_heads < 1:
-        raise _wordless(f"a {type(unet).__name__} without num_heads")
+        raise _not_describable(f"a {type(unet).__name__} without num_heads")
     widths = [unet.model_channels * mult for mult in unet.channel_mult]
     attends = [2**level in unet.attention_resolutions for level in range(len(widths))]
     block: Any = transformer.transformer_blocks[0]
@@ -67,7 +67,7 @@ def _unet_config(model: LatentDiffusion) -> dict[str, Any]:
 def _vae_config(model: LatentDiffusion) -> dict[str, Any]:
     vae = model.first_stage_model
     if not isinstance(vae, AutoencoderKL) or vae.decoder.conv_in.in_channels != vae.embed_dim:
-        raise _wordless(f"a {type(vae).__name__} with latents of two sizes")
+        raise _not_describable(f"a {type(vae).__name__} with latents of two sizes")
     level: Any = vae.encoder.down[0]
     return {
         "in_channels": vae.encoder.conv_in.in_channels,
@@ -86,15 +86,15 @@ def _vae_config(model: LatentDiffusion) -> dict[str, Any]:
 def _text_config(model: LatentDiffusion) -> dict[str, Any]:
     embedder = model.cond_stage_model
     if not isinstance(embedder, FrozenCLIPEmbedder):
-        raise _wordless(f"the text model {type(embedder).__name__}")
-    tower = embedder.transformer.text_model
-    layer: Any = tower.encoder.layers[0]
+        raise _not_describable(f"the text encoder {type(embedder).__name__}")
+    encoder = embedder.transformer.text_model
+    layer: Any = encoder.encoder.layers[0]
     return {
-        "vocab_size": tower.embeddings.token_embedding.num_embeddings,
-        "max_position_embeddings": tower.embeddings.position_embedding.num_embeddings,
+        "vocab_size": encoder.embeddings.token_embedding.num_embeddings,
+        "max_position_embeddings": encoder.embeddings.position_embedding.num_embeddings,
         "hidden_size": layer.mlp.fc1.in_features,
         "intermediate_size": layer.mlp.fc1.out_features,
-        "num_hidden_layers": len(tower.encoder.layers),
+        "num_hidden_layers": len(encoder.encoder.layers),
         "num_attention_heads": layer.self_attn.heads,
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
@@ -106,7 +106,7 @@ def _scheduler_config(model: LatentDiffusion) -> dict[str, Any]:
     start, end = (float(f"{float(model.betas[i]):.6g}") for i in (0, -1))
     line = make_beta_schedule("linear", model.num_timesteps, start, end)
     if not np.allclose(model.betas.cpu().numpy(), line, rtol=1e-5):
-        raise _wordless("a noise schedule that is not v1's")
+        raise _not_describable("a noise schedule that is not v1's")
     return {
         "num_train_timesteps": model.num_timesteps,
         "beta_schedule": "scaled_linear",
@@ -118,5 +118,5 @@ def _scheduler_config(model: LatentDiffusion) -> dict[str, Any]:
     }
 
 
-def _wordless(what: str) -> CheckpointError:
+def _not_describable(what: str) -> CheckpointError:
     return CheckpointError(f"the diffusers layout has no place for {what}")
