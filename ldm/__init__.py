@@ -1,4 +1,4 @@
-"""A toolkit for Stable Diffusion v1: sampling, checkpoints, and images that can be made again from their files.
+"""A toolkit for Stable Diffusion v1: sampling, checkpoints, and images that can be recreated from their files.
 
 `Job`, `Init`, `Pipeline` and `load_model` are imported when they are first used; `import ldm` alone is instant.
 """
@@ -19,7 +19,7 @@ _MODULES = {"Init": "ldm.job", "Job": "ldm.job", "Pipeline": "ldm.pipeline", "lo
 
 
 def __getattr__(name: str) -> object:
-    """The public names, imported at their first use (PEP 562)."""
+    """Imports a public name at its first use (PEP 562)."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""Configs are data: what a YAML file may say, checked before anything that it names is imported."""
+"""Configs are data: a YAML file is checked before anything that it names is imported."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class ConfigError(InputError):
 
 
 def read_config(path: str | Path, allow_targets: Sequence[str] = ()) -> dict[str, Any]:
-    """The `model` entry of a YAML config, checked: only the listed classes of this package, no interpolation.
+    """Reads and checks the `model` entry of a YAML config: only listed classes of this package, no interpolation.
 
-    `allow_targets` names other packages, all of whose classes the config may use. Nothing foreign is imported
-    before its name has been checked. Faults are a `ConfigError` of one line.
+    `allow_targets` names other packages, all of whose classes the config may use. Nothing foreign is imported before
+    its name has been checked. Raises `ConfigError` with one line.
     """
     path = find(path)
     try:
@@ -89,7 +89,7 @@ def _check_tree(node: Any, path: Path, packages: Sequence[str]) -> None:
 
 
 def _check_sizes(node: Any, path: Path, name: str = "") -> None:
-    """Refuses numbers that no model can be built with, before anything is: each costs time or memory of its size."""
+    """Refuses sizes that no model can be built with, before any is built: each costs time or memory in proportion."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             if key not in _NOT_BUILT:
@@ -128,7 +128,7 @@ def _check_target(target: Any, path: Path, packages: Sequence[str]) -> None:
 
 
 def targets(node: Any) -> Iterator[str]:
-    """The dotted name of every class that a config, or a part of one, asks for."""
+    """Returns the dotted name of every class that a config, or a part of one, names."""
     values = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
     if isinstance(node, Mapping) and "target" in node:
         yield node["target"]
@@ -150,7 +150,7 @@ def _check_is_class(target: str, path: Path) -> None:
 
 
 def section(tree: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
-    """The mapping that lies under `names`, each step through its `params`; empty where there is none."""
+    """Returns the mapping found under `names`, each step through its `params`; empty if there is none."""
     node: Any = tree
     for key in ("params", *(part for name in names for part in (name, "params"))):
         node = node.get(key) or {}
@@ -160,7 +160,7 @@ def section(tree: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
 
 
 def _resolve_vocabulary(model: Mapping[str, Any]) -> None:
-    """A vocabulary folder in the text model's `version` may be relative to the toolkit's folder."""
+    """Makes a relative vocabulary folder in the text encoder's `version` relative to the toolkit's folder."""
     params = section(model, "cond_stage_config")
     if isinstance(params.get("version"), str) and find(params["version"]).is_dir():
         params["version"] = str(find(params["version"]))  # type: ignore[index]

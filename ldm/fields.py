@@ -1,4 +1,4 @@
-"""The fields of a job: one table of names, types, ranges and choices, which every value from outside goes through.
+"""The fields of a job: one table of names, types, ranges and choices, used to check every value from outside.
 
 Outside is whatever this toolkit did not compute: options, prompt lists, sweeps, and the texts in image files.
 """
@@ -48,7 +48,7 @@ class Setting:
     strict: bool = True
 
     def parse(self, text: str) -> Any:
-        """The value that a text stands for. Raises ValueError, with what is wrong, if it is of another type."""
+        """Parses the value from text. Raises ValueError, with the reason, if it is of another type."""
         try:
             if self.row and not self.many:
                 return tuple(part.parse(word) for part, word in zip(self.row, text.split(","), strict=True))
@@ -61,7 +61,7 @@ class Setting:
             raise ValueError(self._refusal(text)) from None
 
     def check(self, value: Any) -> Any:
-        """The value as the job holds it. Raises ValueError, with what is wrong, for a wrong type or range."""
+        """Returns the value as the job holds it. Raises ValueError, with the reason, for a wrong type or range."""
         if not self.fits(value):
             raise ValueError(self._refusal(value))
         if value is None:
@@ -74,11 +74,11 @@ class Setting:
         return tuple(part.check(entry) for part, entry in zip(self.row, value, strict=True))
 
     def read(self, text: str) -> Any:
-        """The checked value that a text stands for."""
+        """Parses and checks a value."""
         return self.check(self.parse(text))
 
     def fits(self, value: Any) -> bool:
-        """Whether the field can have the value."""
+        """Returns whether the field can have the value."""
         if value is None:
             return self.optional
         if self.many:
@@ -110,7 +110,7 @@ class Setting:
         return f"is {shown(','.join(map(str, value)) if one else value)}; give {self.wanted()}"
 
     def wanted(self) -> str:
-        """What values the field can have, in words."""
+        """Describes in words the values that the field can have."""
         if self.row:
             each = [part.wanted() for part in self.row]
             if not self.many and len(set(each)) == 1:
@@ -133,7 +133,7 @@ class Setting:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: printable, and short."""
+    """Formats a value for a message: printable, and short."""
     text = value if isinstance(value, str) else _repr(value)
     return printable(text[:80]) or "empty"
 
@@ -146,7 +146,7 @@ def _repr(value: Any) -> str:
 
 
 def _is_text(value: str) -> bool:
-    """Whether UTF-8 can hold it: lone surrogates can come out of JSON."""
+    """Returns whether UTF-8 can hold the text: lone surrogates can come out of JSON."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -182,7 +182,7 @@ _RANGES: Mapping[str, Mapping[str, Any]] = {
 
 
 def _setting(field: str, hint: Any) -> Setting:
-    """The setting of a field by its annotation and `_RANGES`."""
+    """Builds the setting of a field from its annotation and `_RANGES`."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     (kind,) = (option for option in options if option is not type(None))
     extra: dict[str, Any] = {"optional": len(options) > 1, **_RANGES.get(field, {})}
@@ -205,7 +205,7 @@ def _settings(cls: type, prefix: str = "") -> dict[str, Setting]:
 SETTINGS: Mapping[str, Setting] = _settings(Job) | _settings(Init, _INIT)
 
 
-# this tool's own names on the command line, where they are not the fields' own
+# names of options that differ from those of the fields
 OWN_NAMES: Mapping[str, str] = {
     "ddim_steps": "steps",
     "ddim_eta": "eta",
@@ -222,14 +222,14 @@ OWN_NAMES: Mapping[str, str] = {
 
 
 def find_setting(name: str) -> Setting | None:
-    """The setting that goes by a name: a field of `Job`, `init.` and one of `Init`, or a name on the command line."""
+    """Returns the setting called `name`: a field of `Job`, `init.` and one of `Init`, or an option's name."""
     return SETTINGS.get(OWN_NAMES.get(name, name))
 
 
 def override(job: Job, values: Mapping[str, Any]) -> Job:
-    """The job with other values, by field; `init.` and a field change its picture, `init` None takes it away.
+    """Returns the job with other values, by field; `init.` and a field change its image, `init` None removes it.
 
-    Raises ValueError if a job without a picture gets only other fields of one.
+    Raises ValueError if a job without an image gets only other fields of one.
     """
     of_init = {name.removeprefix(_INIT): v for name, v in values.items() if name.startswith(_INIT)}
     own = {name: v for name, v in values.items() if name != "init" and not name.startswith(_INIT)}
@@ -246,7 +246,7 @@ _HELD = {name: replace(setting, strict=False) for name, setting in SETTINGS.item
 
 
 def values_of(job: Job) -> dict[str, Any]:
-    """The values of a job by field, those of its image after `init.`; without an image there are none of these."""
+    """Returns the values of a job by field, those of its image, if it has one, prefixed with `init.`."""
     own = {field.name: getattr(job, field.name) for field in fields(Job) if field.name != "init"}
     return own if job.init is None else own | _values_of_init(job.init)
 
@@ -256,7 +256,7 @@ def _values_of_init(init: Init) -> dict[str, Any]:
 
 
 def read_held(field: str, value: Any) -> Any:
-    """The value as a job holds it, of a field in the text of a file. InputError names the field."""
+    """Reads a field's value, as a job holds it, from the text of a file. InputError names the field."""
     setting = _HELD[field]
     if not setting.fits(value):
         raise InputError(f"job.{field} cannot be {shown(value)}; give {setting.wanted()}")
@@ -264,7 +264,7 @@ def read_held(field: str, value: Any) -> Any:
 
 
 def check_fields(job: Job) -> None:
-    """That every field of a job has a value that it can have, else an InputError that names the field."""
+    """Checks that every field of a job has a valid value, else raises an InputError that names the field."""
     for field, value in values_of(job).items():
         try:
             SETTINGS[field].check(value)
@@ -274,7 +274,7 @@ def check_fields(job: Job) -> None:
 
 
 def check_seed(seed: int, rng: str) -> None:
-    """That a noise generator takes a seed, else an InputError; both are values that their fields can have."""
+    """Checks that a noise generator accepts a seed, else raises InputError; both are valid values of their fields."""
     if seed > MAX_SEEDS[rng]:
         raise InputError(
             f"seed is {seed}, but the noise generator {rng} takes seeds of {MAX_SEEDS[rng].bit_length()} bits; "
@@ -283,5 +283,5 @@ def check_seed(seed: int, rng: str) -> None:
 
 
 def count_up(seed: int, n: int, rng: str) -> int:
-    """The seed that comes `n` images after (below 0: before) `seed`; 0 follows the generator's highest."""
+    """Returns the seed `n` images after (below 0: before) `seed`; 0 follows the generator's highest."""
     return (seed + n) % (MAX_SEEDS[rng] + 1)

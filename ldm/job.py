@@ -1,4 +1,4 @@
-"""The one thing that flows through the toolkit: an image that somebody asked for."""
+"""A job: one image to make, and everything that describes it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin")
 EMBEDDING_ENDINGS = (*MODEL_ENDINGS, ".png")
-DEFAULT_STRENGTH = 0.75  # of an image to start from that comes without one
+DEFAULT_STRENGTH = 0.75  # of a starting image without a given strength
 RESIZES = ("fit", "fill", "stretch", "pad", "none")
 
 Sampler = Literal["ddim", "plms", "dpm_solver"]
@@ -54,14 +54,14 @@ class MemoryImage(str):
 
 @dataclass(frozen=True, slots=True)
 class Init:
-    """The image that a job starts from: a file, and how it becomes the canvas.
+    """The image that a job starts from: a file, and how it is fitted to the canvas.
 
     `image` and `mask` are paths; PIL images and uint8 arrays [H, W, 3] are accepted too and become `MemoryImage`.
-    `width` and `height` in pixels (None: the picture's own, or what keeps its proportions) with `resize` say its
-    size: "fit" inside them, "fill" them and crop, "stretch", "pad" with `background`, or "none". `outpaint` adds
-    pixels at the left, top, right and bottom. `mask` is a picture whose white is repainted; with `alpha_mask`
-    and no mask the transparent part of the image is. `mask_blur` is how far, in pixels, the repainted part fades
-    in at its edges.
+    `width` and `height` in pixels (None: the image's size, or the side that keeps its proportions) with `resize` set
+    its size: "fit" inside them, "fill" them and crop, "stretch", "pad" with `background`, or "none". `outpaint` adds
+    pixels at the left, top, right and bottom. `mask` is an image whose white is repainted; with `alpha_mask` and no
+    mask the transparent part of the image is. `mask_blur` is how far, in pixels, the repainted part fades in at its
+    edges.
     """
 
     image: str
@@ -86,24 +86,24 @@ class Init:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One image to make. Whatever asks for images makes jobs; everything after that sees only jobs.
+    """One image to make. Everything that asks for images makes jobs; everything after that sees only jobs.
 
-    Sizes are in pixels, multiples of 8; 0, the default, is the model's own size or that of the image to start
+    Sizes are in pixels, multiples of 8; 0, the default, is the model's default size or that of the image to start
     from, and a finished job has the size it was made in. `steps` counts denoising steps, `scale` is the
-    classifier-free guidance scale (1 turns guidance off), `eta` the DDIM noise factor. With `seed_mode` "image"
-    the job owns the noise stream of `seed`; with "batch" it is entry `batch_index` of the run's one stream from
-    `seed`, drawn in the order of the original scripts.
+    classifier-free guidance scale (1 turns guidance off), `eta` the DDIM noise factor. With `seed_mode` "image" the
+    job owns the noise stream of `seed`; with "batch" it is entry `batch_index` of the run's one stream from `seed`,
+    drawn in the order of the original scripts.
 
-    With `init` the job starts from that picture at `strength`, the share of the steps that run: 0 gives the
-    picture back as the autoencoder keeps it, 1 starts from noise alone. `posterior` says whether its latent is a
-    draw from the autoencoder's distribution, as in the original, or the mean. `paste` puts the picture's own
-    pixels back where its mask repaints nothing.
+    With `init` the job starts from that image at `strength`, the fraction of the steps that run: 0 returns the image
+    as the autoencoder reconstructs it, 1 starts from noise alone. With `posterior` its latent is a sample of the
+    autoencoder's distribution, as in the original, else the mean. `paste` restores the image's original pixels where
+    its mask repaints nothing.
 
-    `loras` are files, or names of files that the pipeline finds, each with its weight on the U-Net and on the
-    text model. `prompt_syntax` "a1111" reads weights and BREAK in the prompts, see `ldm.prompts.weights`.
+    `loras` are files, or names of files that the pipeline finds, each with its weight on the U-Net and on the text
+    encoder. `prompt_syntax` "a1111" reads weights and BREAK in the prompts, see `ldm.prompts.weights`.
 
-    With `upscale` above 1 the finished picture is enlarged by that factor, as pixels or as latents
-    (`upscale_in`), and made again from there at `upscale_strength`.
+    With `upscale` above 1 the finished image is enlarged by that factor, as pixels or as latents (`upscale_in`), and
+    denoised in a second pass at `upscale_strength`.
     """
 
     prompt: str
@@ -131,20 +131,20 @@ class Job:
 
     @property
     def upscaled_size(self) -> tuple[int, int]:
-        """Height and width of the finished picture, multiples of 8."""
+        """Returns height and width of the finished image, multiples of 8."""
         return round(self.height * self.upscale / 8) * 8, round(self.width * self.upscale / 8) * 8
 
 
-V1_DEFAULTS = Job("", width=512, height=512)  # of what the text of a file does not state
+V1_DEFAULTS = Job("", width=512, height=512)  # of settings that the text of a file does not state
 
 
 def batch_key(job: Job) -> Job:
-    """What the jobs of one batch have in common: everything but prompts, guidance scale and seed."""
+    """Returns all values that the jobs of one batch share: everything but prompts, guidance scale and seed."""
     return replace(job, prompt="", negative_prompt="", scale=0.0, seed=0, batch_index=0)
 
 
 def batches_of(jobs: Sequence[Job], size: int) -> list[list[int]]:
-    """Indices of the jobs that are made together, up to `size` with one `batch_key`, in order of their first.
+    """Returns the indices of jobs that share a batch, up to `size` with one `batch_key`, ordered by their first.
 
     One stream of noise ("batch" as the first job's seed mode) is drawn in order, so there only neighbours share
     a batch.
@@ -167,11 +167,10 @@ _LORA = re.compile(rf"<(?:lora|lyco):([^<>:]+)(?::(?:te=)?({_NUMBER}))?(?::(?:un
 
 
 def split_loras(text: str) -> tuple[str, tuple[tuple[str, float, float], ...]]:
-    """A prompt without its `<lora:name:weight>` tags, and the LoRAs they ask for, as `Job.loras` has them.
+    """Returns a prompt without its `<lora:name:weight>` tags, and the LoRAs that they name, as in `Job.loras`.
 
-    As in AUTOMATIC1111's web UI, `<lora:name>` has weight 1, `<lyco:` is another word for `<lora:`, and of two
-    weights `<lora:name:te:unet>` the first is the text encoder's. The space before tags that end a prompt goes
-    with them.
+    As in AUTOMATIC1111's web UI, `<lora:name>` has weight 1, `<lyco:` is a synonym of `<lora:`, and of two weights
+    `<lora:name:te:unet>` the first is the text encoder's. The space before tags that end a prompt is removed too.
     """
     loras, end = [], -1
     for match in _LORA.finditer(text):
@@ -184,11 +183,11 @@ def split_loras(text: str) -> tuple[str, tuple[tuple[str, float, float], ...]]:
 
 
 def lora_name(file: str) -> str:
-    """What the LoRA of a file is called: the file's name without the ending of a model's file."""
+    """Returns the name of a LoRA file: the file's name without the extension of a model file."""
     return next((file.removesuffix(end) for end in MODEL_ENDINGS if file.endswith(end)), file)
 
 
 def lora_tag(name: str, weight: float, text_weight: float) -> str:
-    """The tag from which `split_loras` reads a LoRA back."""
+    """Returns the tag that `split_loras` reads as this LoRA."""
     numbers = [weight] if weight == text_weight else [text_weight, weight]
     return f"<lora:{':'.join([name, *(repr(float(number)).removesuffix('.0') for number in numbers)])}>"

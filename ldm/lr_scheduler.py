@@ -14,10 +14,10 @@ class LambdaLinearScheduler:
     """Learning-rate multiplier: in each cycle a linear warm-up, then a straight line down.
 
     Every list has one entry a cycle; lengths count steps. A cycle climbs from `f_start` to `f_max` within
-    `warm_up_steps`; then it follows the line that runs from `f_max` at the cycle's start to `f_min` at its end, so
-    it steps down a little behind the warm-up, as the original's does. After the last cycle the multiplier
-    stays at its `f_min`. Use it as `lr_lambda` of `torch.optim.lr_scheduler.LambdaLR`. With
-    `verbosity_interval` above 0 the multiplier is logged at every such step.
+    `warm_up_steps`; then it follows the line that runs from `f_max` at the cycle's start to `f_min` at its end, so it
+    steps down a little after the warm-up, as the original's does. After the last cycle the multiplier stays at its
+    `f_min`. Use it as `lr_lambda` of `torch.optim.lr_scheduler.LambdaLR`. With `verbosity_interval` above 0 the
+    multiplier is logged at every such step.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class LambdaLinearScheduler:
         self.verbosity_interval = verbosity_interval
 
     def schedule(self, n: int) -> float:
-        """The multiplier at step `n` (0 is the first)."""
+        """Returns the multiplier at step `n` (0 is the first)."""
         cycle = min(bisect_right(self.ends, n), len(self.ends) - 1)
         warm_up, f_min, f_max, f_start, length = self.cycles[cycle]
         n_cycle = min(n - (self.ends[cycle] - length), length)

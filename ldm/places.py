@@ -1,8 +1,8 @@
-"""Where files are found: those that come with the toolkit, those that the user adds, and caches.
+"""Where files are found: those of the toolkit, those that the user adds, and caches.
 
-Names such as `models/ldm/shapes/model.ckpt` are relative to three folders, of which the first that has the file
-counts: the current folder, the toolkit's own (the checkout, or the files installed with the package), and the
-user's (`$XDG_DATA_HOME/ldm-v1`, usually `~/.local/share/ldm-v1`).
+Names such as `models/ldm/shapes/model.ckpt` are relative to three folders, of which the first that has the file is
+used: the current folder, the toolkit's (the checkout, or the files installed with the package), and the user's
+(`$XDG_DATA_HOME/ldm-v1`, usually `~/.local/share/ldm-v1`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ _APP = "ldm-v1"
 
 
 def find(path: str | Path) -> Path:
-    """The first of the `candidates` of `path` that exists, be it a broken link; `path` as it is if none does."""
+    """Returns the first of the `candidates` of `path` that exists, even as a broken link; else `path` unchanged."""
     return next((place for place in candidates(path) if os.path.lexists(place)), Path(path))
 
 
 def candidates(path: str | Path) -> list[Path]:
-    """Where the file or folder `path` is looked for, in order; an absolute path is only itself."""
+    """Returns the paths where `path` is looked for, in order; an absolute path only as itself."""
     return list(dict.fromkeys(folder / path for folder in folders().values()))
 
 
 def folders() -> dict[str, Path]:
-    """The folders that relative names are looked up in, in order, by what they are called."""
+    """Returns the folders that relative names are looked up in, in order, by their descriptions."""
     installed = _installed_files()
     own = {"checkout": ROOT} if installed is None else {"installed package": installed}
     found = {"current folder": Path(), **own}
@@ -38,13 +38,13 @@ def folders() -> dict[str, Path]:
 
 
 def is_checkout() -> bool:
-    """Whether the package is that of a checkout, with its scripts beside it."""
+    """Returns whether the package is that of a checkout, with its scripts in the same folder."""
     return _installed_files() is None
 
 
 @functools.cache
 def _installed_files() -> Path | None:
-    """The folder of the configs and the model that were installed with the package; None in a checkout."""
+    """Returns the folder of the configs and the model installed with the package; None in a checkout."""
     from importlib.resources import files
 
     assets = Path(str(files("ldm") / "assets"))
@@ -52,9 +52,9 @@ def _installed_files() -> Path | None:
 
 
 def hub_files(repositories: Sequence[str], names: Sequence[str]) -> Iterator[Path]:
-    """Files called by one of `names` of Hugging Face `repositories` ("CompVis/stable-diffusion-v1-4"), if downloaded.
+    """Finds downloaded files, called by one of `names`, of repositories such as "CompVis/stable-diffusion-v1-4".
 
-    They are looked up in the cache of Hugging Face's own library, where HF_HOME or HF_HUB_CACHE may put it: first the
+    They are looked up in the cache of Hugging Face's library, where HF_HOME or HF_HUB_CACHE may put it: first the
     revision that "main" was at the last download, then any other. Nothing is downloaded.
     """
     for repository in repositories:
@@ -66,7 +66,7 @@ def hub_files(repositories: Sequence[str], names: Sequence[str]) -> Iterator[Pat
 
 
 def hub_folder(repository: str) -> Path:
-    """The folder of a Hugging Face repository in the cache of Hugging Face's own library, there or not."""
+    """Returns the folder of a Hugging Face repository in the cache of its library; it need not exist."""
     home = os.environ.get("HF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
     )
@@ -77,7 +77,7 @@ def hub_folder(repository: str) -> Path:
 
 
 def _short_text(path: Path) -> str:
-    """The start of a small text file; empty if it cannot be read."""
+    """Reads the start of a small text file; empty if it cannot be read."""
     if not os.path.isfile(path):
         return ""
     with contextlib.suppress(OSError, UnicodeError), path.open(encoding="utf-8") as file:
@@ -86,12 +86,12 @@ def _short_text(path: Path) -> str:
 
 
 def cache_path(name: str) -> Path:
-    """Where the file or folder `name`, which can be made again, is kept between runs: in the user's cache."""
+    """Returns the path in the user's cache of the file or folder `name`, which can be regenerated."""
     return _user_folder("XDG_CACHE_HOME", ".cache") / name
 
 
 def _user_folder(variable: str, usual: str) -> Path:
-    """This toolkit's folder in the one that an environment variable names, or in `usual` of the home folder.
+    """Returns this toolkit's folder in the one that an environment variable names, or in `usual` of the home folder.
 
     A relative path in the variable is ignored, as the XDG base directory specification asks.
     """

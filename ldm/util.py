@@ -1,4 +1,4 @@
-"""What every room needs: objects from configs, the error users see, safe display of text, files written whole."""
+"""Shared by all packages: objects from configs, the error users see, safe display of text, atomic file writing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LOCK_TRIES = 20
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: one line says what, with which value, and what to do.
+    """Invalid input from the user: one line names the value, the reason and the cure.
 
     The command line turns it into exit code 2 (faults met before anything is generated).
     """
@@ -41,7 +41,7 @@ def need(condition: bool, message: str) -> None:
 
 
 def check_there(path: str | Path, cure: str) -> None:
-    """That there is something at a path, and that it can be read; else an InputError that says what to do."""
+    """Checks that a path exists and can be read, else raises an InputError that names the cure."""
     shown = printable(path)[:200]
     try:
         os.stat(path)
@@ -64,21 +64,21 @@ _NO_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch says so in an error of its own on a GPU, and in the text of others elsewhere."""
+    """Returns whether memory ran out: torch raises a type for it on a GPU, elsewhere it is known by the text."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def printable(text: object) -> str:
-    """`text` with every character that could drive a terminal (controls, bidi marks, surrogates) escaped."""
+    """Returns `text` with every character that could drive a terminal (controls, bidi marks, surrogates) escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a regular file for reading; a folder, pipe, socket, device or broken link is refused and cannot hang us.
+    """Opens a regular file for reading; a folder, pipe, socket, device or broken link is refused without blocking.
 
-    The `InputError` says what is there, and leaves the path to the caller. Raises `OSError` as `open` does.
+    The `InputError` names the kind of file, and leaves the path to the caller. Raises `OSError` as `open` does.
     """
     try:
         mode = os.stat(path).st_mode
@@ -101,14 +101,13 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-MAX_SIDE_FILE = 16 * 2**20  # bytes; the largest honest ones, CLIP's token tables, have one million
+MAX_SIDE_FILE = 16 * 2**20  # bytes; the largest valid ones, CLIP's token tables, have one million
 
 
 def read_side_file(path: str | os.PathLike[str], limit: int = MAX_SIDE_FILE) -> bytes:
-    """The bytes of a small file that describes something: a regular file of at most `limit` bytes.
+    """Reads the bytes of a small file that describes something: a regular file of at most `limit` bytes.
 
-    Anything else, of which nothing is read, and what the system refuses, is an `InputError` that begins with the
-    path.
+    Raises an `InputError` that begins with the path for anything else, unread, and for errors of the system.
     """
     shown = printable(os.fspath(path))
     try:
@@ -127,10 +126,9 @@ def read_side_file(path: str | os.PathLike[str], limit: int = MAX_SIDE_FILE) -> 
 
 
 def files_below(folder: str | os.PathLike[str], what: str) -> list[Path]:
-    """All files in a folder and in its folders, sorted; an `InputError` where `folder` itself cannot be listed.
+    """Returns all files in a folder and its subfolders, sorted; raises `InputError` if `folder` cannot be listed.
 
-    `what` says in the message which folder it is ("the LoRA folder"). Folders in it that cannot be listed are
-    passed over.
+    `what` names the folder in the message ("the LoRA folder"). Subfolders that cannot be listed are skipped.
     """
     try:
         os.listdir(folder)
@@ -149,13 +147,13 @@ _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.E
 
 
 def part_beside(path: Path) -> Path:
-    """A hidden name in the folder of `path`, for what is not whole yet."""
+    """Returns a hidden name in the folder of `path`, for a file that is not complete yet."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 
 @contextlib.contextmanager
 def written_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Within it a file is written under the hidden name it yields; at its end `path` is the whole file.
+    """Yields a hidden name to write the file under; on exit `path` becomes the complete file.
 
     The bytes reach the disk before they get their name. If anything fails, `path` is as it was and the hidden file
     is gone. Raises FileExistsError if `path` exists and `overwrite` is off; where the file system has no hard
@@ -169,7 +167,7 @@ def written_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
             os.fsync(file.fileno())
         _give_name(part, path, overwrite)
     finally:
-        with contextlib.suppress(OSError):  # gone already, or swept by the next run
+        with contextlib.suppress(OSError):  # removed already, or by the next run
             part.unlink()
 
 
@@ -188,11 +186,11 @@ def _give_name(part: Path, path: Path, overwrite: bool) -> None:
 
 
 def sweep_and_stay(folder: Path, sweep: Callable[[], None]) -> int | None:
-    """Marks `folder` as in use by a living process, after `sweep` has removed what killed ones left there.
+    """Marks `folder` as in use by a living process, after `sweep` has removed files of killed processes.
 
-    A shared lock on the folder itself says so, which the kernel frees even after a kill. Whoever gets the lock for
-    himself alone knows that nothing unfinished in there has a living writer. Returns the descriptor that holds the
-    lock, or None where folders cannot be locked (then nothing is swept).
+    The mark is a shared lock on the folder, which the kernel frees even after a kill. Whoever gets the exclusive lock
+    knows that no unfinished file in it has a living writer. Returns the descriptor that holds the lock, or None where
+    folders cannot be locked (then nothing is removed).
     """
     try:
         import fcntl
@@ -206,9 +204,7 @@ def sweep_and_stay(folder: Path, sweep: Callable[[], None]) -> int | None:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             sweep()
-        for _ in range(
-            _LOCK_TRIES
-        ):  # somebody who sweeps is done at once; whoever else locks it is not waited for
+        for _ in range(_LOCK_TRIES):  # another process's removal is short; any other lock is not waited for
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return descriptor
@@ -221,7 +217,7 @@ def sweep_and_stay(folder: Path, sweep: Callable[[], None]) -> int | None:
 
 @contextlib.contextmanager
 def temporary_folder(prefix: str, parent: Path) -> Iterator[Path]:
-    """A new folder in `parent` that is gone at the end; those that killed processes left are removed first."""
+    """Yields a new folder in `parent`, removed on exit; those left by killed processes are removed first."""
     own = re.compile(re.escape(prefix) + "[a-z0-9_]{8}")
 
     def is_ours(entry: os.DirEntry[str]) -> bool:
@@ -243,9 +239,9 @@ def temporary_folder(prefix: str, parent: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def without_leftovers(path: Path, names: str | None = None) -> Iterator[None]:
-    """Within it `path` may be written whole; the hidden parts of it that killed processes left are removed first.
+    """Holds the folder of `path` while it is written; hidden parts left by killed processes are removed on entry.
 
-    With `names`, a regular expression, so are those of all files in its folder that are called so.
+    With `names`, a regular expression, so are those of all files in its folder whose names match.
     """
     own = re.compile(rf"\.({names or re.escape(path.name)})\.[0-9a-f]{{8}}\.part")
 
@@ -267,24 +263,24 @@ def without_leftovers(path: Path, names: str | None = None) -> Iterator[None]:
 
 
 def exists(x: object) -> bool:
-    """Whether `x` is anything but None."""
+    """Returns whether `x` is not None."""
     return x is not None
 
 
 def default(val: Any, d: Any) -> Any:
-    """`val` unless it is None, else `d`, or what `d` returns if it is a function."""
+    """Returns `val` unless it is None, else `d`, or the result of `d` if it is a function."""
     if exists(val):
         return val
     return d() if inspect.isfunction(d) else d
 
 
 def ismap(x: Any) -> bool:
-    """Whether `x` is a batch of maps: a tensor [N, C, H, W] of more than three channels."""
+    """Returns whether `x` is a batch of maps: a tensor [N, C, H, W] of more than three channels."""
     return _is_batch(x) and x.shape[1] > 3
 
 
 def isimage(x: Any) -> bool:
-    """Whether `x` is a batch of images: a tensor [N, C, H, W] of one channel or three."""
+    """Returns whether `x` is a batch of images: a tensor [N, C, H, W] of one channel or three."""
     return _is_batch(x) and x.shape[1] in (1, 3)
 
 
@@ -294,12 +290,12 @@ def _is_batch(x: Any) -> bool:
 
 
 def mean_flat(tensor: Any) -> Any:
-    """The mean of each entry of a batch [N, ...]: [N]."""
+    """Returns the mean of each entry of a batch [N, ...]: [N]."""
     return tensor.flatten(1).mean(dim=1)
 
 
 def count_params(model: Any, verbose: bool = False) -> int:
-    """How many parameters a model has; with `verbose` also to the log, in millions."""
+    """Returns the number of parameters of a model; with `verbose` also logs it, in millions."""
     total = sum(p.numel() for p in model.parameters())
     if verbose:
         logger.info("%s has %.2f million parameters", type(model).__name__, total / 1e6)
@@ -307,7 +303,7 @@ def count_params(model: Any, verbose: bool = False) -> int:
 
 
 def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Any:
-    """Texts drawn in black on white images of (width, height): a tensor [N, 3, height, width] in [-1, 1].
+    """Draws texts in black on white images of (width, height): a tensor [N, 3, height, width] in [-1, 1].
 
     Lines break every 40 characters for a width of 256, in proportion for others; `size` is the font's.
     """
@@ -333,12 +329,12 @@ def parallel_data_prefetch(
     cpu_intensive: bool = True,
     use_worker_id: bool = False,
 ) -> Any:
-    """The results of `func` for `n_proc` parts of `data`, in the order of the data, in one array or list.
+    """Runs `func` on `n_proc` parts of `data`; returns the results in the order of the data, in one array or list.
 
-    `data` is an array, which is cut along its first axis, or a sequence. Parts are worked on in processes of their
-    own if `cpu_intensive` (`func` must be a function of a module then), else in threads. With `use_worker_id` the
-    number of the part is the keyword argument `worker_id`. `target_data_type` "ndarray" joins the results along
-    their first axis, "list" into one list; any other gives them part by part. Raises ValueError without data.
+    `data` is an array, which is cut along its first axis, or a sequence. Parts are worked on in separate processes if
+    `cpu_intensive` (`func` must be a function of a module then), else in threads. With `use_worker_id` the number of
+    the part is the keyword argument `worker_id`. `target_data_type` "ndarray" joins the results along their first
+    axis, "list" into one list; any other returns them part by part. Raises ValueError without data.
     """
     import numpy as np
 
@@ -358,7 +354,7 @@ def parallel_data_prefetch(
 
 
 def get_obj_from_str(string: str, reload: bool = False) -> Any:
-    """The object that a dotted name such as `ldm.models.autoencoder.AutoencoderKL` stands for."""
+    """Imports the object that a dotted name such as `ldm.models.autoencoder.AutoencoderKL` refers to."""
     module_name, _, name = string.rpartition(".")
     module = importlib.import_module(module_name)
     if reload:
@@ -366,15 +362,15 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
     return getattr(module, name)
 
 
-_NOTHING = ("__is_first_stage__", "__is_unconditional__")  # a config's words for "no model of its own"
+_NOTHING = ("__is_first_stage__", "__is_unconditional__")  # a config's words for "no separate model"
 
 
 def instantiate_from_config(config: Mapping[str, Any] | str, **overrides: Any) -> Any:
     """Builds `config["target"]` with the keyword arguments in `config["params"]`.
 
-    This function imports whatever the config names. For configs that somebody else wrote, check the targets
-    first (`ldm.config.read_config` does). An unknown parameter is an `InputError` that names it, unless the
-    target is another package's that takes any keyword. "__is_first_stage__" and "__is_unconditional__" give None.
+    This function imports whatever the config names. For configs from an untrusted source, check the targets first
+    (`ldm.config.read_config` does). An unknown parameter is an `InputError` that names it, unless the target is
+    another package's that takes any keyword. "__is_first_stage__" and "__is_unconditional__" give None.
     """
     if config in _NOTHING:
         return None
@@ -410,9 +406,9 @@ def _check_parameters(target: str, cls: Any, params: Mapping[str, Any]) -> None:
 
 
 def _accepted(cls: Any) -> dict[str, inspect.Parameter] | None:
-    """The parameters that `cls` takes, those that it hands on to its bases included; None if that is not known.
+    """Returns the parameters that `cls` accepts, including those passed on to its bases; None if unknown.
 
-    What another package's class does with keywords that it does not name is not known.
+    Keywords that a class of another package does not name have unknown effects.
     """
     accepted: dict[str, inspect.Parameter] = {}
     for base in inspect.getmro(cls) if inspect.isclass(cls) else (cls,):
@@ -435,15 +431,13 @@ def _is_ours(cls: Any) -> bool:
 
 
 def warn_of_ignored(owner: str, names: Iterable[str]) -> None:
-    """A warning that names the keywords of other versions of the original that `owner` does not use, if any."""
+    """Logs a warning that names the keywords of other versions of the original that `owner` does not use, if any."""
     if names := ", ".join(map(printable, names)):
         logger.warning("%s ignores %s", owner, names)
 
 
 def only_with(owner: str, **given: tuple[object, object]) -> None:
-    """An `InputError` if a parameter of the original, as name=(value, neutral), has a value that would need a part
-    that this toolkit does not have.
-    """
+    """Raises `InputError` if a parameter of the original, as name=(value, neutral), has an unsupported value."""
     for name, (value, neutral) in given.items():
         if value != neutral:
             raise InputError(f"{owner}: {name} is {value!r}, which is not supported; it must be {neutral!r}")
@@ -459,7 +453,7 @@ _SCALARS: dict[Any, tuple[type, ...]] = {
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a scalar type, or one of several; other types are not looked at."""
+    """Returns whether a value is of a scalar type, or one of several; other types are not checked."""
     options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if not all(option in _SCALARS for option in options):
         return True
