@@ -1,4 +1,4 @@
-"""The pixels that a job starts from: a picture brought to its size, its mask, and the room around it."""
+"""Prepares the pixels that a job starts from: the resized image, its mask and outpainted borders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldm.util import InputError, printable
 
 logger = logging.getLogger(__name__)
 
-_STEP = 8  # what explicit sizes and outpainted borders are multiples of
+_STEP = 8  # explicit sizes and outpainted borders are multiples of it
 _MASK_ENDING = "_mask"
 _MOST_NAMED = 5
 _SIDES = ("left", "top", "right", "bottom")
@@ -30,11 +30,11 @@ _Borders = tuple[int, int, int, int]  # left, top, right, bottom
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Canvas:
-    """What a job starts from: uint8 `pixels` [H, W, 3], and which of them are made anew.
+    """The image that a job starts from: uint8 `pixels` [H, W, 3], and which of them are repainted.
 
-    `repaint` is bool [H, W], True where pixels are made anew, or None without a mask. `digest` and `mask_digest`
-    are the SHA-256 of the files' bytes in hexadecimal ("" without a mask file). Each of `notes` says in one clause
-    what was changed on the way.
+    `repaint` is bool [H, W], True where pixels are repainted, or None without a mask. `digest` and `mask_digest`
+    are the SHA-256 of the files' bytes in hexadecimal ("" without a mask file). Each of `notes` names in one clause
+    what was changed.
     """
 
     pixels: np.ndarray
@@ -45,11 +45,11 @@ class Canvas:
 
 
 def open_canvas(init: Init, multiple: int = 32, mask_needed: bool = False) -> Canvas:
-    """Reads the picture of `init`, upright and opaque, and brings it and its mask to their size.
+    """Reads the image of `init`, upright and opaque, and brings it and its mask to their size.
 
-    Sides that the user did not give are floored to `multiple`: with "none" the picture is resized to them, as
-    the original's img2img did. Lanczos for the picture, bilinear for the mask, which gets the picture's geometry
-    (a mask of another size is first stretched to the picture's) and repaints where it is at least half white.
+    Sides that the user did not give are floored to `multiple`: with "none" the image is resized to them, as
+    the original's img2img did. Lanczos for the image, bilinear for the mask, which gets the image's geometry
+    (a mask of another size is first stretched to the image's) and repaints where it is at least half white.
     A mask that is transparent around one colour repaints where it is opaque. Padding is kept and outpainted
     borders are repainted, whether the mask is inverted or not.
 
@@ -106,7 +106,7 @@ def _borders(asked: _Borders) -> _Borders:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where a picture goes: its part `box` (left, top, right, bottom) becomes `size`, centred on `canvas`."""
+    """The placement of an image: its part `box` (left, top, right, bottom), scaled to `size`, centred on `canvas`."""
 
     box: tuple[float, float, float, float]
     size: _Size
@@ -159,7 +159,7 @@ def _check_request(init: Init) -> None:
 
 
 def _canvas_size(size: _Size, init: Init, multiple: int) -> _Size:
-    """The size before outpainting; a side is 0 where flooring leaves nothing."""
+    """Returns the size before outpainting; a side is 0 where flooring leaves nothing."""
     width, height = (side - side % multiple for side in _in_proportion(size, init.width, init.height))
     if init.resize == "fit":
         return width, height
@@ -167,7 +167,7 @@ def _canvas_size(size: _Size, init: Init, multiple: int) -> _Size:
 
 
 def _in_proportion(size: _Size, width: int | None, height: int | None) -> _Size:
-    """The largest size with the proportions of `size` inside `width` and `height`; `size` if both are None."""
+    """Returns the largest size in the proportions of `size` within `width` and `height`; `size` if both are None."""
     if height is not None and (width is None or height * size[0] <= width * size[1]):
         return size[0] * height // size[1], height
     if width is not None:
@@ -212,7 +212,7 @@ def _opaque(source: Source, background: tuple[int, int, int]) -> Image.Image:
 
 
 def _mask(init: Init, source: Source) -> tuple[Image.Image | None, str, list[str]]:
-    """The grey mask at the size of the picture (white is repainted; None without one), its digest, and notes."""
+    """Returns the grey mask at the image's size (white is repainted; None without one), its digest, and notes."""
     notes: list[str] = []
     digest = ""
     if init.mask:
@@ -233,7 +233,7 @@ def _mask(init: Init, source: Source) -> tuple[Image.Image | None, str, list[str
 
 
 def _grey(mask: Source) -> Image.Image:
-    """A mask's luminance on black; its alpha channel if all that shows of it has one colour."""
+    """Returns a mask's luminance on black, or its alpha channel if all visible pixels have one colour."""
     if mask.alpha is None:
         return mask.color.convert("L")
     visible = np.asarray(mask.color)[np.asarray(mask.alpha) > 0]
@@ -243,7 +243,7 @@ def _grey(mask: Source) -> Image.Image:
 
 
 def _repainted(mask: Image.Image | None, layout: _Layout) -> np.ndarray | None:
-    """The pixels whose mask is at least 0.5 of white, bool [H, W] in the layout."""
+    """Returns the pixels whose mask is at least half white, as bool [H, W] in the layout."""
     if mask is None:
         return None
     return np.asarray(layout.place(mask, Image.Resampling.BILINEAR, 0)) >= 128
@@ -267,7 +267,7 @@ def _extremes(repaint: np.ndarray | None) -> list[str]:
 
 
 def _grown(pixels: np.ndarray, borders: _Borders) -> np.ndarray:
-    """`pixels` with borders that repeat the nearest pixel of the edge, contiguous and writable."""
+    """Returns `pixels` with borders that repeat the nearest pixel of the edge, contiguous and writable."""
     left, top, right, bottom = borders
     return np.pad(pixels, ((top, bottom), (left, right), (0, 0)), mode="edge")
 
@@ -281,10 +281,10 @@ def _with_borders(repaint: np.ndarray | None, size: _Size, borders: _Borders) ->
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
-    """Picture files: files as they are, and of a folder its pictures by extension, in natural order.
+    """Returns image files: files as given, and the images of a folder by extension, in natural order.
 
     Hidden files and masks (`NAME_mask.png`) of a folder are left out. Raises InputError for a path that does not
-    exist and a folder without pictures.
+    exist and a folder without images.
     """
     return [
         image for path in paths for image in (_images_in(path) if os.path.isdir(path) else [_existing(path)])
@@ -305,7 +305,7 @@ def _existing(path: str) -> str:
 
 
 def _picture_names(folder: str) -> list[str]:
-    """The names of the pictures that are not hidden; img2 comes before img10."""
+    """Returns the names of the images that are not hidden; img2 comes before img10."""
     try:
         with os.scandir(folder) as entries:
             files = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
@@ -335,10 +335,10 @@ def _stem(name: str) -> str:
 
 
 def find_pairs(folder: str) -> list[tuple[str, str]]:
-    """The pictures of a folder that have a mask beside them: `NAME.*` and `NAME_mask.*`, in natural order.
+    """Returns the images of a folder that have a mask in it: `NAME.*` and `NAME_mask.*`, in natural order.
 
-    Pictures without a mask are skipped with one warning. Raises InputError for a folder without pairs and for a
-    mask that belongs to no picture, or to several.
+    Images without a mask are skipped with one warning. Raises InputError for a folder without pairs and for a
+    mask that does not belong to exactly one image.
     """
     names = _picture_names(folder)
     masks = [name for name in names if _stem(name).endswith(_MASK_ENDING)]

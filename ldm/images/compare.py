@@ -1,4 +1,4 @@
-"""How far two images are apart."""
+"""Measures the difference between two images."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far two pictures are apart: pixels that are equal in all channels, and the values' largest difference.
+    """The difference between two images: pixels that are equal in all channels, and the values' largest difference.
 
-    `psnr` is the peak signal-to-noise ratio in decibels, infinite for equal pictures.
+    `psnr` is the peak signal-to-noise ratio in decibels, infinite for equal images.
     """
 
     equal: int
@@ -35,7 +35,7 @@ class Difference:
 
 
 def compare(first: np.ndarray, second: np.ndarray) -> Difference:
-    """How far two uint8 pictures [H, W, 3] are apart. Raises InputError if their sizes differ."""
+    """Compares two uint8 images [H, W, 3]. Raises InputError if their sizes differ."""
     import numpy as np
 
     if first.shape != second.shape:

@@ -1,4 +1,4 @@
-"""Contact sheets of many pictures, put together on disk while the pictures come in."""
+"""Grids of many images, assembled on disk while the images arrive."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from types import TracebackType
 
 import numpy as np
 
-PADDING = 2  # black pixels around every picture, and so between neighbours
+PADDING = 2  # black pixels around every image, and so between neighbours
 MAX_PAGE_PIXELS = 2**26  # below the size at which Pillow warns of a decompression bomb
 
 
 def count_pages(shapes: Iterable[tuple[int, int]], columns: int) -> int:
-    """How many sheets `GridWriter` makes of pictures of these heights and widths, in order."""
+    """Returns how many pages `GridWriter` makes of images of these heights and widths, in order."""
     pages, shape, count = 0, None, 0
     for now in shapes:
         rows = count // columns
@@ -28,12 +28,12 @@ def count_pages(shapes: Iterable[tuple[int, int]], columns: int) -> int:
 
 
 class GridWriter:
-    """Lays out pictures row by row, `columns` in a row, in black frames of 2 pixels, as `make_grid` does.
+    """Lays out images row by row, `columns` in a row, in black frames of 2 pixels, as `make_grid` does.
 
-    `add` takes pictures as they come; `finish` ends the sheet. Every finished sheet goes to `deliver` as a
-    read-only uint8 array [H, W, 3]. One sheet holds a whole run, except that a full page (67 million pixels,
-    252 pictures of 512x512 at 6 columns) or a picture of another size starts a new one. A sheet of one
-    picture has no frame; a last row that is not full is filled with black.
+    `add` accepts images one by one; `finish` ends the page. Every finished page goes to `deliver` as a
+    read-only uint8 array [H, W, 3]. One page holds a whole run, except that a full page (67 million pixels,
+    252 images of 512x512 at 6 columns) or an image of another size starts a new one. A page of one
+    image has no frame; a last row that is not full is filled with black.
 
     Finished rows wait in a nameless temporary file in `folder`: memory holds one row, however long the run.
     """
@@ -53,7 +53,7 @@ class GridWriter:
         self.close()
 
     def add(self, picture: np.ndarray) -> None:
-        """Adds one uint8 picture [H, W, 3]. Raises OSError when the disk is full."""
+        """Adds one uint8 image [H, W, 3]. Raises OSError when the disk is full."""
         if self._page is not None and not self._page.has_room_for(picture):
             self.finish()
         if self._page is None:
@@ -61,21 +61,21 @@ class GridWriter:
         self._page.add(picture)
 
     def finish(self) -> None:
-        """Delivers the sheet in hand, if there is one; the next picture starts another."""
+        """Delivers the unfinished page, if there is one; the next image starts another."""
         if self._page is not None:
             sheet = self._page.sheet()
             self.close()
             self._deliver(sheet)
 
     def close(self) -> None:
-        """Drops the sheet in hand."""
+        """Discards the unfinished page."""
         if self._page is not None:
             self._page.close()
             self._page = None
 
 
 class _Page:
-    """One sheet in the making: full rows in a file, the row in hand in memory."""
+    """An unfinished page: full rows in a file, the current row in memory."""
 
     def __init__(self, folder: Path, columns: int, shape: tuple[int, ...]) -> None:
         self._columns, self._shape = columns, shape
@@ -96,7 +96,7 @@ class _Page:
             self._write_row()
 
     def sheet(self) -> np.ndarray:
-        """The finished sheet, mapped from the file; it stays valid after `close`."""
+        """Returns the finished page, mapped from the file; it remains valid after `close`."""
         if self._row:
             self._write_row()
         self._spool.write(bytes(PADDING * self._width * 3))

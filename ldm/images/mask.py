@@ -1,4 +1,4 @@
-"""Masks as tensors: what the sampler repaints, how new pixels fade in, and the hole that a model is shown.
+"""Masks as tensors: for the sampler, for blending in new pixels, and for inpainting models.
 
 Everywhere 1 (or True) is repainted and 0 is kept.
 """
@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _REACH = 3.0  # the Gaussian is cut off at this many sigmas
-_WHOLE = 1e-5  # what rounding may leave between 1 and the blur of ones
+_WHOLE = 1e-5  # the rounding error allowed between 1 and the blur of ones
 
 
 def to_latent_mask(repaint: Tensor, factor: int, nearest: bool) -> Tensor:
-    """A mask [B, 1, H, W] on the latent's grid: float32 [B, 1, H/factor, W/factor].
+    """Returns a mask [B, 1, H, W] on the latent's grid: float32 [B, 1, H/factor, W/factor].
 
     With `nearest` a cell takes the value of its upper left pixel, as the published inpainting app of Stable
     Diffusion 1.5 does; otherwise it is repainted if any of its pixels is. Raises ValueError for sides that are
-    no multiples of `factor`.
+    not multiples of `factor`.
     """
     height, width = repaint.shape[-2:]
     if height % factor or width % factor:
@@ -31,12 +31,12 @@ def to_latent_mask(repaint: Tensor, factor: int, nearest: bool) -> Tensor:
 
 
 def fade(repaint: Tensor, blur: float) -> Tensor:
-    """The weight of the new picture at each pixel: float32 [B, 1, H, W] in [0, 1], for a mask of that shape.
+    """Returns the weight of the new image at each pixel: float32 [B, 1, H, W] in [0, 1], for a mask of that shape.
 
     With G the Gaussian of sigma `blur` in pixels and P its maximum nearby (1 in wide places, less in narrow ones)
     it is `repaint * clamp(2 G(repaint) / P - 1, 0, 1)`: exactly 0 wherever nothing is repainted, so those pixels
-    can stay as they are, and rising to exactly 1 inside. The mask goes on beyond the picture's borders, so it
-    does not fade there. Blur 0 gives the mask itself.
+    can stay as they are, and rising to exactly 1 inside. The mask extends beyond the image's borders, so it
+    does not fade there. Blur 0 returns the mask itself.
     """
     repaint = repaint.float()
     if blur <= 0:
@@ -54,11 +54,11 @@ def fade(repaint: Tensor, blur: float) -> Tensor:
 
 
 def paste(new: Tensor, original: Tensor, weight: Tensor) -> Tensor:
-    """Float pictures [B, 3, H, W] mixed by `weight` [B, 1, H, W]: bit for bit `original` at 0 and `new` at 1."""
+    """Mixes float images [B, 3, H, W] by `weight` [B, 1, H, W]: bit for bit `original` at 0 and `new` at 1."""
     mixed = torch.lerp(original, new, weight.to(new.dtype))
     return torch.where(weight == 0, original, torch.where(weight == 1, new, mixed))
 
 
 def hide(picture: Tensor, repaint: Tensor) -> Tensor:
-    """A picture [B, 3, H, W] in [-1, 1] whose repainted pixels are mid-grey, as an inpainting model is shown it."""
+    """Returns an image [B, 3, H, W] in [-1, 1] with mid-grey repainted pixels, the input of inpainting models."""
     return picture * (repaint < 0.5)

@@ -1,4 +1,4 @@
-"""From the bytes of a picture to the autoencoder's input, and from its output to bytes."""
+"""Converts 8-bit pixels to the autoencoder's input, and its output to 8-bit pixels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, from_numpy, isfinite, uint8
 
 
 def from_uint8(pixels: np.ndarray) -> Tensor:
-    """Pictures for the autoencoder: uint8 [N, H, W, 3] to float32 [N, 3, H, W] in [-1, 1] in CPU memory.
+    """Converts images for the autoencoder: uint8 [N, H, W, 3] to float32 [N, 3, H, W] in [-1, 1] in CPU memory.
 
     The original's arithmetic: divided by 255 in float32, then doubled, then less 1.
     """
@@ -16,7 +16,7 @@ def from_uint8(pixels: np.ndarray) -> Tensor:
 
 
 def to_uint8(decoded: Tensor) -> np.ndarray:
-    """The pixels of decoded images, cut off rather than rounded, as the original wrote them.
+    """Returns the pixels of decoded images, truncated rather than rounded, as in the original.
 
     `decoded` is [N, 3, H, W] in [-1, 1], any float type, any device (values outside are clamped, NaN has no
     meaning); the result is uint8 [N, H, W, 3] in CPU memory. Computed in float32 on the tensor's device, so
@@ -27,5 +27,5 @@ def to_uint8(decoded: Tensor) -> np.ndarray:
 
 
 def finite(images: Tensor) -> list[bool]:
-    """For each image of [N, ...]: whether it is free of NaN and infinity."""
+    """Returns for each image of [N, ...] whether it is free of NaN and infinity."""
     return isfinite(images).flatten(1).all(dim=1).tolist()

@@ -1,4 +1,4 @@
-"""Enlarging pictures and latents in full float precision."""
+"""Enlarges images and latents in full float precision."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 
 def enlarge_pixels(x: Tensor, height: int, width: int) -> Tensor:
-    """Pictures [N, C, H, W] in [-1, 1] resampled to [N, C, height, width] with Pillow's Lanczos filter.
+    """Resamples images [N, C, H, W] in [-1, 1] to [N, C, height, width] with Pillow's Lanczos filter.
 
-    Nothing is rounded to 8 bits. The filter overshoots at edges, so the result is cut off at -1 and 1. Computed
+    Nothing is rounded to 8 bits. The filter overshoots at edges, so the result is clamped to [-1, 1]. Computed
     in float32 on the CPU; device and dtype of the result are those of `x`.
     """
     channels = x.detach().float().cpu().flatten(0, 1).numpy()
@@ -26,5 +26,5 @@ def _lanczos(channel: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def enlarge_latents(z: Tensor, height: int, width: int) -> Tensor:
-    """Latents [N, C, h, w] interpolated bilinearly to [N, C, height, width] cells, corners not aligned."""
+    """Interpolates latents [N, C, h, w] bilinearly to [N, C, height, width] cells, corners not aligned."""
     return F.interpolate(z, size=(height, width), mode="bilinear", align_corners=False)

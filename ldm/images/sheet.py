@@ -1,4 +1,4 @@
-"""Labelled contact sheets: pictures in a table whose rows and columns have names."""
+"""Labelled contact sheets: images in a table whose rows and columns have names."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw, ImageFont
 from ldm.images.grid import MAX_PAGE_PIXELS
 from ldm.util import InputError, printable
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom lie outside
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive
 
-PADDING = 6  # pixels between pictures, and around texts
+PADDING = 6  # pixels between images, and around texts
 FONT_SIZE = 16
 LINE = 20  # pixels from line to line
 MAX_ROW_LABEL = 220  # pixels across
-MIN_COLUMN = 64  # pixels across, so that a name finds room
+MIN_COLUMN = 64  # pixels across, so that a name fits
 MAX_LINES = 4
 _MAX_CHARACTERS = 400  # of a label; more than any band can show
 _CUT = "..."
@@ -28,7 +28,7 @@ _PAPER, _INK = (255, 255, 255), (0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where everything lies on a sheet of `size` (width, height): the pictures row by row, and the labels."""
+    """The boxes of all images, row by row, and of the labels on a sheet of `size` (width, height)."""
 
     size: tuple[int, int]
     title: Box
@@ -40,10 +40,10 @@ class Layout:
 def sheet(
     pictures: Sequence[np.ndarray | None], rows: Sequence[str], columns: Sequence[str], title: str = ""
 ) -> Image.Image:
-    """Uint8 pictures [H, W, 3], row by row, as a table on white, with a name beside each row and above each column.
+    """Draws uint8 images [H, W, 3], row by row, as a table on white, with names left of rows and above columns.
 
-    Pictures keep their pixels; a smaller one lies at the top left of its cell, and a cell whose picture is None
-    stays white. Texts are wrapped, and cut where they need too much room; controls in them are escaped.
+    Images keep their pixels; a smaller one is at the top left of its cell, and a cell whose image is None
+    is white. Texts are wrapped, and cut where they do not fit; control characters in them are escaped.
     Raises InputError if the sheet would be larger than 67 million pixels.
     """
     placed = layout([None if p is None else (p.shape[1], p.shape[0]) for p in pictures], rows, columns, title)
@@ -64,7 +64,7 @@ def sheet(
 def layout(
     sizes: Sequence[tuple[int, int] | None], rows: Sequence[str], columns: Sequence[str], title: str = ""
 ) -> Layout:
-    """Where `sheet` puts pictures of these sizes (width, height)."""
+    """Returns where `sheet` places images of these sizes (width, height)."""
     if len(sizes) != len(rows) * len(columns) or not sizes:
         raise ValueError(f"{len(sizes)} pictures do not fill {len(rows)} rows of {len(columns)} columns")
     table = [
@@ -98,23 +98,23 @@ def layout(
 
 
 def _starts(first: int, lengths: Sequence[int]) -> list[int]:
-    """Where things of these lengths begin, one behind the other with padding before each."""
+    """Returns the start of each of these lengths laid out in sequence, with padding before each."""
     return list(accumulate((length + PADDING for length in lengths[:-1]), initial=first + PADDING))
 
 
 def _widest(labels: Sequence[str]) -> int:
-    """How many pixels across the names of rows take."""
+    """Returns the width in pixels of the row names."""
     return max(min(int(_length(_plain(label))) + 1, MAX_ROW_LABEL) if label else 0 for label in labels)
 
 
 def _band(labels: Sequence[str], width: int) -> int:
-    """How many pixels high the labels are, in lines that are not wider than `width`."""
+    """Returns the height in pixels of the labels, wrapped to at most `width` pixels."""
     lines = max(len(wrap(label, width, MAX_LINES)) for label in labels)
     return lines * LINE + PADDING if lines else 0
 
 
 def wrap(text: str, width: int, lines: int) -> list[str]:
-    """`text` in at most `lines` lines that are at most `width` pixels across; the last one says if more is cut."""
+    """Wraps `text` to at most `lines` lines of at most `width` pixels; the last one shows whether text was cut."""
     rest, done = _plain(text), []
     while rest and len(done) < lines:
         fitting = _fitting(rest, width)
@@ -131,7 +131,7 @@ def wrap(text: str, width: int, lines: int) -> list[str]:
 
 
 def _fitting(text: str, width: int) -> str:
-    """The longest beginning of a text that is not wider than `width` pixels, but at least one character."""
+    """Returns the longest prefix of a text that is at most `width` pixels wide, at least one character."""
     low, high = 1, len(text)
     while low < high:
         middle = (low + high + 1) // 2

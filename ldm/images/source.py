@@ -1,4 +1,4 @@
-"""A picture file as plain 8-bit pixels: it is read once and whole, and whatever is odd about it ends here."""
+"""Reads image files of several formats, bit depths and colour profiles as plain 8-bit pixels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Signature at the start of a file, what it is: formats that are recognised only to be named.
+# Signature at the start of a file and the format's name: formats that are recognised only to be named in errors.
 _FOREIGN = (
     (b"GIF8", "is a GIF"),
     (b"%PDF", "is a PDF document"),
@@ -58,9 +58,9 @@ _OWN = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Source:
-    """A picture file's pixels, upright: `color` (RGB) and `alpha` (L, 255 is opaque; None if all of it is).
+    """An image file's pixels, upright: `color` (RGB) and `alpha` (L, 255 is opaque; None if all of it is).
 
-    `digest` is the SHA-256 of the file's bytes in hexadecimal; each of `notes` says one thing that was changed.
+    `digest` is the SHA-256 of the file's bytes in hexadecimal; each of `notes` names one thing that was changed.
     The colours under transparent parts are as the file has them.
     """
 
@@ -71,14 +71,14 @@ class Source:
 
 
 def read_picture(path: str) -> Source:
-    """Reads a PNG, JPEG, WEBP, BMP or TIFF file, told by its content, into upright 8-bit pixels.
+    """Reads a PNG, JPEG, WEBP, BMP or TIFF file, identified by its content, into upright 8-bit pixels.
 
-    The first frame of several counts. EXIF's orientation is applied (also where only the file's XMP has it).
-    Whole numbers of 16 bits are divided by 257; floating-point ones must lie in [0, 1]. Colours with an embedded
+    Of several frames the first is used. EXIF's orientation is applied (also where only the file's XMP has it).
+    Whole numbers of 16 bits are divided by 257; floating-point ones must be in [0, 1]. Colours with an embedded
     ICC profile (RGB and CMYK; phones' Display P3) become sRGB; a profile that Pillow cannot use is ignored, and
-    one that is sRGB already changes nothing. No other metadata is looked at, and none leaves this function.
+    one that is sRGB already changes nothing. No other metadata is read, and none is returned.
 
-    Every fault of the file is an `InputError` of one line: more than 64 megapixels (told by the header, before
+    Every fault of the file is an `InputError` of one line: more than 64 megapixels (by the header, before
     anything is decoded) and any truncation or damage that the format can show.
     """
     with reading(path):
@@ -93,9 +93,9 @@ def read_picture(path: str) -> Source:
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Turns whatever goes wrong inside into an `InputError` of one line that begins with the path.
+    """Turns any exception raised inside into an `InputError` of one line that begins with the path.
 
-    A damaged file makes Pillow raise many kinds of exception, so this is the one guard that takes them all.
+    A damaged file makes Pillow raise many kinds of exception, so all of them are caught here.
     """
     try:
         yield
@@ -122,7 +122,7 @@ def _reason(error: Exception) -> str:
 
 
 def read_bytes(path: str) -> bytes:
-    """The content of a regular file of up to 1 GiB; a folder, pipe or device is refused and cannot hang us.
+    """Reads a regular file of up to 1 GiB; a folder, pipe or device is refused, so that it cannot block.
 
     Call it inside `reading`: its `InputError` does not name the file.
     """
@@ -145,7 +145,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def _decode(data: bytes) -> tuple[Image.Image, int, list[str]]:
-    """The decoded first frame, the EXIF orientation that is still to be applied, and notes."""
+    """Returns the decoded first frame, the EXIF orientation that is still to be applied, and notes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about odd metadata: only the pixels matter
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -167,10 +167,10 @@ def _decode(data: bytes) -> tuple[Image.Image, int, list[str]]:
 
 
 def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """A file's picture, its header read and its pixels not yet decoded.
+    """Opens an image file: its header is read and its pixels are not yet decoded.
 
-    Call it inside `reading`: what is not a file of these formats is an `InputError` that says what it is, but not
-    which file.
+    Call it inside `reading`: a file of another format is an `InputError` that names the format, but not
+    the file.
     """
     try:
         return Image.open(io.BytesIO(data), formats=formats)
@@ -189,7 +189,7 @@ def _foreign(data: bytes) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 if the file has none or its EXIF block cannot be read."""
+    """Returns EXIF's orientation, 1 to 8; 1 if the file has none or its EXIF block cannot be read."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except (SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error) as error:
@@ -199,7 +199,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _split(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
-    """Colours in RGB, and the alpha channel unless it is opaque throughout."""
+    """Returns the colours in RGB, and the alpha channel unless it is opaque throughout."""
     if image.mode == "F" or image.mode.startswith("I"):
         return _split_numbers(image, notes)
     alpha = None
@@ -212,7 +212,7 @@ def _split(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Image.Ima
 
 
 def _split_numbers(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
-    """As `_split`, for one channel of wide numbers, which Pillow would clamp instead of scaling."""
+    """Does the same as `_split` for one channel of more than 8 bits, which Pillow would clamp instead of scaling."""
     values = np.asarray(image)
     top = 1 if image.mode == "F" else 65535
     if not (values.min() >= 0 and values.max() <= top):  # NaN is refused too
@@ -236,7 +236,7 @@ def _unless_opaque(alpha: Image.Image | None) -> Image.Image | None:
 
 
 def _srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
-    """`image` in RGB, its colours by its profile where that is usable and is not sRGB."""
+    """Returns `image` in RGB, converted from its profile where that is usable and is not sRGB."""
     if image.mode != "LAB" and not (profile and image.mode in ("RGB", "CMYK")):
         return image.convert("RGB")
     try:
@@ -265,7 +265,7 @@ def _transform(mode: str, profile: bytes | None) -> ImageCms.ImageCmsTransform:
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Whether colours all over the cube stay within 2 of 255 levels: then the profile is sRGB under some name."""
+    """Returns whether the profile is sRGB under some name: it moves no colour of the cube by more than 2 of 255."""
     levels = np.arange(0, 256, 51, dtype=np.uint8)
     cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(6, 36, 3)
     converted = np.asarray(ImageCms.applyTransform(Image.fromarray(cube), transform))

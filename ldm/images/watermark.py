@@ -15,26 +15,26 @@ logger = logging.getLogger(__name__)
 TEXT = "StableDiffusionV1"
 INPAINTING_TEXT = "StableDiffusionV1-Inpainting"  # of the published inpainting app
 METHOD = "dwtDct"
-_MIN_AREA = 256 * 256  # the library refuses pictures below it
+_MIN_AREA = 256 * 256  # the library refuses images below it
 _BLOCK = 8  # pixels of a side of the square that carries one bit
 _STRIP_PIXELS = 2**22
 
 
 class Evidence(NamedTuple):
-    """How far a picture agrees with a watermark text."""
+    """The agreement of an image with a watermark text."""
 
     agreeing_bits: int
     total_bits: int
-    chance: float  # probability that as many bits or more agree in a picture that carries none
+    chance: float  # probability that as many bits or more agree in an image without a watermark
 
 
 def too_small(width: int, height: int) -> bool:
-    """Whether the library refuses to mark a picture of this size (its area counts, not its sides)."""
+    """Returns whether the library refuses to mark an image of this size (its area counts, not its sides)."""
     return width * height < _MIN_AREA
 
 
 class Watermark:
-    """Marks pictures with `text`. Raises InputError at once if the watermark library cannot be imported."""
+    """Marks images with `text`. Raises InputError at once if the watermark library cannot be imported."""
 
     def __init__(self, text: str = TEXT) -> None:
         self._bits = _bits_of(text)
@@ -42,9 +42,9 @@ class Watermark:
         self._noted_small = False
 
     def mark(self, rgb: np.ndarray) -> np.ndarray:
-        """A marked copy of uint8 RGB pixels [H, W, 3]; a picture that is too small comes back as it is.
+        """Returns a marked copy of uint8 RGB pixels [H, W, 3]; an image that is too small is returned unchanged.
 
-        Tall pictures are marked in strips to spare memory. A bit depends on nothing outside its block of 8x8
+        Tall images are marked in strips to spare memory. A bit depends on nothing outside its block of 8x8
         pixels, so the result is the same.
         """
         height, width, _ = rgb.shape
@@ -69,11 +69,11 @@ class Watermark:
 
 
 def detect(rgb: np.ndarray, text: str = TEXT) -> Evidence:
-    """How many bits of `text` the uint8 RGB pixels [H, W, 3] carry, and how likely that is by chance.
+    """Counts the bits of `text` in the uint8 RGB pixels [H, W, 3], and returns how likely that count is by chance.
 
-    A marked picture seldom reads back exactly: setting a bit to 0 can make another place of its block the one
-    that is read. So the answer is a count and the tail of the binomial distribution with one half, not yes or
-    no. Raises InputError if the picture has no room for the text or the library cannot be imported.
+    The watermark of an image can seldom be read exactly: setting a bit to 0 can make another place of its block
+    the one that is read. So the result is a count and the tail of the binomial distribution with one half, not yes or
+    no. Raises InputError if the image has no room for the text or the library cannot be imported.
     """
     expected = _bits_of(text)
     height, width, _ = rgb.shape
@@ -86,7 +86,7 @@ def detect(rgb: np.ndarray, text: str = TEXT) -> Evidence:
 
 
 def _binomial_tail(least: int, total: int) -> float:
-    """The probability of `least` heads or more in `total` tosses of a coin."""
+    """Returns the probability of `least` heads or more in `total` tosses of a coin."""
     return sum(math.comb(total, k) for k in range(least, total + 1)) / 2**total
 
 

@@ -1,4 +1,4 @@
-"""Writing pictures: a file exists whole or not at all, and nothing that exists is ever overwritten."""
+"""Writes images: a file is written completely or not at all, and existing files are never overwritten."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 Kind = Literal["sample", "grid", "sheet"]
 
 MAX_TEXT_BYTES = 64 * 1024
-COMPRESS_LEVEL = 4  # of zlib; 6, its own choice, makes files 0 to 4 % smaller in up to 2.4 times the time
+COMPRESS_LEVEL = 4  # of zlib; 6, its default, makes files 0 to 4 % smaller in up to 2.4 times the time
 _UNFINISHED = "ldm-unfinished"
-# what `part_beside` gives for the files of a run
+# the result of `part_beside` for the files of a run
 _OWN_PART = re.compile(
     r"\.([0-9]{5,}\.png|(grid|sheet)-[0-9]{4,}\.png|run-[0-9]{5,}\.json|gallery\.html|probe)\.[0-9a-f]{8}\.part"
 )
@@ -35,9 +35,9 @@ _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # file systems tha
 
 
 def publish(path: str | Path, data: bytes, overwrite: bool = False) -> None:
-    """Writes `data` to `path` whole or not at all, as `ldm.util.written_whole` does, and its name to the disk too.
+    """Writes `data` to `path` completely or not at all, like `ldm.util.written_whole`, and syncs the folder to disk.
 
-    Raises FileExistsError if `path` exists and `overwrite` is off, and OSError naming `path` if the disk says no.
+    Raises FileExistsError if `path` exists and `overwrite` is off, and OSError naming `path` if writing fails.
     """
     path = Path(path)
     try:
@@ -80,9 +80,9 @@ def encode_png(
     record: str = "",
     unfinished: str = "",
 ) -> bytes:
-    """The PNG file of uint8 pixels [H, W, 3], with `text` under the keyword `parameters`, `record` under `ldm`.
+    """Encodes uint8 pixels [H, W, 3] as PNG, with `text` under the keyword `parameters`, `record` under `ldm`.
 
-    A page that lacks images yet has the name of its run's file as `unfinished`; `unfinished_in` gives it back.
+    For a page that still lacks images `unfinished` is the name of its run's file; `unfinished_in` reads it.
 
     Latin-1 text becomes a tEXt chunk, any other an iTXt chunk. Readers refuse long chunks, so of text above
     64 kB only the last line, the settings, is kept, and nothing if that alone is too long (as of a record, which
@@ -100,7 +100,7 @@ def encode_png(
 
 
 def unfinished_in(path: Path) -> str:
-    """What the page in a file was marked with as unfinished; empty if it was not, or is not a regular file."""
+    """Returns the `unfinished` of the page in a file; empty if it is complete or not a regular file."""
     try:
         with open_regular(path) as file:
             head = file.read(_HEAD_BYTES)
@@ -112,7 +112,7 @@ def unfinished_in(path: Path) -> str:
 
 
 def holds(path: Path, data: bytes) -> bool:
-    """Whether `path` is a regular file of exactly these bytes."""
+    """Returns whether `path` is a regular file of exactly these bytes."""
     try:
         with open_regular(path) as file:
             return os.fstat(file.fileno()).st_size == len(data) and file.read(len(data) + 1) == data
@@ -121,7 +121,7 @@ def holds(path: Path, data: bytes) -> bool:
 
 
 def _within_limit(text: str) -> str:
-    """`text`, or its last line if the whole is too long, or nothing if that is too long as well."""
+    """Returns `text`, or its last line if the text is too long, or nothing if that line is too long as well."""
     size = len(text.encode("utf-8"))
     if size <= MAX_TEXT_BYTES:
         return text
@@ -137,11 +137,11 @@ def _within_limit(text: str) -> str:
 class RunFolder:
     """The output folder of one run: `samples/00000.png`, ..., `grid-0000.png`, ... and `sheet-0000.png`, ...
 
-    Making one creates the folders, tries to write to them, removes what a killed run left half-written and
-    reads the highest numbers; InputError if the folder cannot be used. Numbers go on from the highest plus
-    one, and one that meanwhile exists is passed over, so several processes may write into one folder.
-    `compress_level` is zlib's, 0 to 9; it never changes pixels. With `look_only` nothing is made, tried or removed,
-    and the folder must be there. Use one object from one thread at a time.
+    The constructor creates the folders, tries to write to them, removes the partial files of killed runs and
+    reads the highest numbers; InputError if the folder cannot be used. Numbers continue from the highest plus
+    one, and a number that exists by now is skipped, so several processes may write into one folder.
+    `compress_level` is zlib's, 0 to 9; it never changes pixels. With `look_only` nothing is created or removed,
+    and the folder must exist. Use one object from one thread at a time.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Tells later runs that this one writes here no more (the end of the process does the same)."""
+        """Releases the folder, so that later runs know that this one has ended (so does the end of the process)."""
         if self._presence is not None:
             os.close(self._presence)
             self._presence = None
@@ -186,20 +186,20 @@ class RunFolder:
         return self._files["grid"].publish_next(encode_png(pixels, text, self._compress_level))
 
     def path_of(self, kind: Kind, number: int) -> Path:
-        """The file of this kind and number."""
+        """Returns the path of the file of this kind and number."""
         return self._files[kind].path(number)
 
     def numbers(self, kind: Kind) -> list[int]:
-        """The numbers of the files of a kind that are there now."""
+        """Returns the numbers of the existing files of a kind."""
         return self._files[kind].numbers()
 
     def next_number(self, kind: Kind) -> int:
-        """The number behind the highest of a kind that is there now."""
+        """Returns the highest number of the existing files of a kind, plus one."""
         return self._files[kind].next_number()
 
 
 class _NumberedFiles:
-    """Files `PREFIX` + number + `.png` of one folder, numbered from the highest that is there plus one."""
+    """Files `PREFIX` + number + `.png` of one folder, numbered from the highest existing number plus one."""
 
     def __init__(self, folder: Path, prefix: str, digits: int) -> None:
         self._folder, self._prefix, self._digits = folder, prefix, digits
@@ -231,7 +231,7 @@ class _NumberedFiles:
 
 
 def _require_usable(folder: Path) -> None:
-    """Makes `folder`, tries to write to it and to list it, or says in one line why that cannot be."""
+    """Creates `folder` and tries to write to it and to list it; InputError of one line if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = part_beside(folder / "probe")
@@ -251,6 +251,6 @@ def _remove_parts(*folders: Path) -> None:
     for folder in folders:
         for name in os.listdir(folder):
             if _OWN_PART.fullmatch(name):
-                with contextlib.suppress(OSError):  # somebody else's; it does no harm
+                with contextlib.suppress(OSError):  # another process's; harmless
                     (folder / name).unlink()
                     logger.info("removed %s, left by a run that was cut off", printable(folder / name))

@@ -33,13 +33,13 @@ MAX_BATCH = 1_000  # images that a file can ask for to be made together with its
 
 
 def options(recipe: Recipe, changes: Changes) -> tuple[str, Options]:
-    """The script that makes a recipe's picture again, and its options; defaults of a job are left out.
+    """The script that makes a recipe's image again, and its options; defaults of a job are left out.
 
     Of `changes` the size of its batch counts here, which says how many batches there are. What the script cannot
-    know from the file stays open: which checkpoint `Recipe.model` is, and in which folder the picture, the mask and
-    the LoRAs lie that are named. A picture that was made in a batch is made in one of
+    know from the file stays open: which checkpoint `Recipe.model` is, and in which folder the image, the mask and
+    the LoRAs lie that are named. An image that was made in a batch is made in one of
     that size again, at its place there, since the sums' last bits depend on both (not on what else is in it); of the
-    run's samples `place(recipe)` is the picture.
+    run's samples `place(recipe)` is the image.
     """
     job = recipe.job
     init = job.init
@@ -84,7 +84,7 @@ def remark_alone(recipe: Recipe) -> str:
 
 
 def place(recipe: Recipe, changes: Changes | None = None) -> int:
-    """Which of the samples of a recipe's command is the picture, from 0."""
+    """Which of the samples of a recipe's command is the image, from 0."""
     if recipe.job.seed_mode == "batch":
         return recipe.job.batch_index
     entry = recipe.extras.get("Batch pos", "0")
@@ -93,7 +93,7 @@ def place(recipe: Recipe, changes: Changes | None = None) -> int:
 
 
 def count(recipe: Recipe, changes: Changes) -> int:
-    """How many pictures a recipe's command makes: whole batches of the recorded size, up to the picture's."""
+    """How many images a recipe's command makes: whole batches of the recorded size, up to the image's."""
     per_batch = batch_size(recipe, changes)
     return (place(recipe, changes) // per_batch + 1) * per_batch
 
@@ -116,7 +116,7 @@ def recorded_batch(recipe: Recipe) -> int:
 
 
 def _first_seed(recipe: Recipe, seed: str, changes: Changes) -> str:
-    """The seed of a command's first picture where the picture at its place has `seed`; seeds count up."""
+    """The seed of a command's first image where the image at its place has `seed`; seeds count up."""
     rng = str(changes.get("rng", recipe.job.rng))
     if recipe.job.seed_mode == "batch" or not re.fullmatch("[0-9]{1,20}", seed) or int(seed) > MAX_SEEDS[rng]:
         return seed
@@ -124,7 +124,7 @@ def _first_seed(recipe: Recipe, seed: str, changes: Changes) -> str:
 
 
 def command(recipe: Recipe, changes: Changes | None = None, drop: Sequence[str] = ()) -> str:
-    """The command line that makes a recipe's picture again, on one line that can be pasted into bash or zsh.
+    """The command line that makes a recipe's image again, on one line that can be pasted into bash or zsh.
 
     See `arguments`.
     """
@@ -138,7 +138,7 @@ def _program(script: str) -> list[str]:
 
 
 def arguments(recipe: Recipe, changes: Changes, drop: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """The script that makes a recipe's picture again, and what is typed behind its name.
+    """The script that makes a recipe's image again, and what is typed behind its name.
 
     `changes` replace or add options, `drop` leaves some out. The job's LoRAs are options of their own, whose files
     are expected to lie where the command runs, or with
@@ -236,7 +236,7 @@ def _picture(init: Init) -> Options:
 
 
 def _count(recipe: Recipe, changes: Changes) -> Options:
-    """One batch of the recorded size, or with one stream of noise as many as there are up to the picture's."""
+    """One batch of the recorded size, or with one stream of noise as many as there are up to the image's."""
     per_batch = batch_size(recipe, changes)
     n_iter = count(recipe, changes) // per_batch
     return {"n_samples": str(per_batch), "n_iter": str(n_iter), "skip_grid": None}

@@ -1,4 +1,4 @@
-"""The text that a picture carries, in the form of AUTOMATIC1111's web UI, and the way back to a job.
+"""The text that an image carries, in the form of AUTOMATIC1111's web UI, and the way back to a job.
 
 the prompt, on as many lines as it has
 Negative prompt: the negative prompt          (only if there is one)
@@ -53,7 +53,7 @@ def _table(labels: Mapping[str, str]) -> _Codec:
 
 
 def model_name(path: Path) -> str:
-    """What a picture's text calls a checkpoint: its name without the ending, or its folder's if that is `model`."""
+    """What an image's text calls a checkpoint: its name without the ending, or its folder's if that is `model`."""
     path = path.absolute()
     if path.is_dir():
         return path.name
@@ -108,7 +108,7 @@ _FILE = _Codec(file_name, str)  # its folder is the user's own affair
 
 # Key in the text, field of Job (of its `init` behind a dot), codec. The web UI says GPU where the sampling device
 # draws the noise, and NV where CUDA's Philox noise is computed on another. A text without RNG is taken for NV: as
-# a rule its picture was drawn on a CUDA device, whose noise philox reproduces on every machine.
+# a rule its image was drawn on a CUDA device, whose noise philox reproduces on every machine.
 _ALWAYS = (
     ("Steps", "steps", _INT),
     ("Sampler", "sampler", _table({"ddim": "DDIM", "plms": "PLMS"})),
@@ -231,7 +231,7 @@ def job_from_entries(entries: Mapping[str, str]) -> Job:
 
 
 def _field(job: Job, name: str) -> Any:
-    """The value of a field of a job, or behind a dot of its picture; that field's default without a picture."""
+    """The value of a field of a job, or behind a dot of its image; that field's default without an image."""
     if not name.startswith("init."):
         return getattr(job, name)
     return _DEFAULTS[name] if job.init is None else getattr(job.init, name.removeprefix("init."))

@@ -1,4 +1,4 @@
-"""Pictures of other programs, and of this one, as jobs that can be run again.
+"""Images of other programs, and of this one, as jobs that can be run again.
 
 `read_job` finds the text that a program left in a PNG, JPEG or WebP file; each program's own way of writing has
 a module here. What the text asks for and this toolkit does not do is said in the notes of the `Recipe`.
@@ -35,9 +35,9 @@ _KNOWN = (RECORD_KEYWORD, *(keyword for keyword, _ in _READERS))
 
 
 def read_job(path: str) -> Recipe:
-    """How the picture at `path` was made, by the text in its file.
+    """How the image at `path` was made, by the text in its file.
 
-    Raises InputError, of one line that begins with the path, for a file that is no PNG, JPEG or WebP picture or
+    Raises InputError, of one line that begins with the path, for a file that is no PNG, JPEG or WebP image or
     that holds no settings that are understood.
     """
     texts, size = read_texts(path, _KNOWN)

@@ -11,14 +11,14 @@ from ldm.util import printable
 
 
 def read(text: str, _: Origin = UNKNOWN) -> Recipe:
-    """The recipe of a picture with a record."""
+    """The recipe of an image with a record."""
     job, extras, unknown = read_record(text)
     notes = [f"a newer version wrote {printable(name)[:100]}, which is left out" for name in unknown[:20]]
     return recipe(job, extras, notes)
 
 
 def recipe(job: Job, extras: Mapping[str, str], notes: list[str]) -> Recipe:
-    """The recipe of a picture of this toolkit. Whoever wrote the file cannot choose a folder to read from."""
+    """The recipe of an image of this toolkit. Whoever wrote the file cannot choose a folder to read from."""
     job = checked(job)
     if note := start_note(job):
         notes = [*notes, note]

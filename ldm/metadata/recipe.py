@@ -1,4 +1,4 @@
-"""What is understood of how a picture was made, and what every program's reader needs to say it."""
+"""What is understood of how an image was made, and what every program's reader needs to say it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ UNKNOWN = Origin()
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a picture was made: the `job`, as far as it could be understood, and what else its file says.
+    """How an image was made: the `job`, as far as it could be understood, and what else its file says.
 
     `source` is the program: "ldm", "A1111", "stable-diffusion.cpp", "ComfyUI", "InvokeAI", ... `model` and
     `model_hash` are the checkpoint's as the file names them, or empty. `extras` are this toolkit's own entries
@@ -164,7 +164,7 @@ class Draft:
         self.note("its noise is taken to be an NVIDIA card's; another GPU's would differ")
 
     def lora(self, name: object, weight: object, text_weight: object) -> None:
-        """A LoRA by the name of its file, with its weights on the U-Net and on the text model."""
+        """A LoRA by the name of its file, with its weights on the U-Net and on the text encoder."""
         if isinstance(name, str) and name:
             weights = [
                 float(w) if isinstance(w, (int, float)) and abs(w) < 1e9 else 1.0
@@ -173,7 +173,7 @@ class Draft:
             self.loras.append((lora_name(file_name(name)), weights[0], weights[1]))
 
     def start_from(self, name: str, strength: object) -> None:
-        """A picture that the job starts from; its name may be empty."""
+        """An image that the job starts from; its name may be empty."""
         self.number("strength", strength)
         if name:
             self.values["init"] = Init(name)

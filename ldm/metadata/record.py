@@ -1,4 +1,4 @@
-"""The record that a picture carries beside its infotext: JSON that loses nothing of the job.
+"""The record that an image carries beside its infotext: JSON that loses nothing of the job.
 
 {"version": 1, "job": {"prompt": "...", "seed": 42, "init": null, ...}, "extras": {"Model hash": "...", ...}}
 
@@ -33,7 +33,7 @@ class FieldError(InputError):
 
 
 def record(job: Job, extras: Mapping[str, str]) -> str:
-    """The record of a picture: `job` with `extras` beside it; empty extras are left out.
+    """The record of an image: `job` with `extras` beside it; empty extras are left out.
 
     Of the job's files only the names are told, as in the infotext.
     """

@@ -1,4 +1,4 @@
-"""The autoencoder between pictures and the latents that diffusion works on (Rombach et al. 2022)."""
+"""The autoencoder between images and the latents that diffusion works on (Rombach et al. 2022)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def downsampling(ddconfig: Mapping[str, Any]) -> int:
 
 
 class AutoencoderKL(nn.Module):
-    """Pictures [B, 3, H, W] in [-1, 1] <-> latents [B, embed_dim, H/f, W/f], f being `downsampling`.
+    """Images [B, 3, H, W] in [-1, 1] <-> latents [B, embed_dim, H/f, W/f], f being `downsampling`.
 
     `ddconfig` describes encoder and decoder. `image_key` and `monitor` are for training; `ckpt_path` is not
     read: weights come from the checkpoint that the user names.
@@ -58,11 +58,11 @@ class AutoencoderKL(nn.Module):
         return [level.block[0].conv1.out_channels for level in self.encoder.down]  # type: ignore[union-attr, index]
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
-        """Pictures in [-1, 1] -> the distribution of their latents."""
+        """Images in [-1, 1] -> the distribution of their latents."""
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (unscaled) -> pictures, meant to lie in [-1, 1]."""
+        """Latents (unscaled) -> images, meant to lie in [-1, 1]."""
         assert self.post_quant_conv.bias is not None
         return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.bias.dtype)))
 

@@ -20,9 +20,9 @@ def count_chunks(embedder: nn.Module, prompts: Sequence[str]) -> int:
 def encode_weighted(embedder: nn.Module, prompts: Sequence[str], chunks: int = 1) -> Tensor:
     """Prompts in A1111's syntax -> [N, 77 * C, width], where C is `chunks` or as many as the longest prompt takes.
 
-    Each chunk goes through the text model by itself, so that the result does not depend on the other prompts;
+    Each chunk goes through the text encoder by itself, so that the result does not depend on the other prompts;
     shorter prompts are filled up with chunks of the empty one. A prompt of one chunk without weights gives what
-    `embedder.encode` gives, bit for bit. `InputError` for a text model other than CLIP's.
+    `embedder.encode` gives, bit for bit. `InputError` for a text encoder other than CLIP's.
     """
     rows = _chunked(embedder, prompts)
     count = max(chunks, *map(len, rows))

@@ -261,7 +261,7 @@ class Sweep:
 def parse_sweep(texts: Sequence[str], cap: int = MAX_JOBS) -> Sweep:
     r"""A sweep from texts such as `scale=5,7.5,10`, `steps=10..50:10` and `prompt=a cat,a dog`.
 
-    A name is a field of `Job`, `init.` and one of its picture's, or the command line's. Ranges include both ends
+    A name is a field of `Job`, `init.` and one of its image's, or the command line's. Ranges include both ends
     and go down if the first is larger; their step is 1 if none is given. `\,` is a comma within a value.
     `InputError` for an unknown name, one given twice, a wrong value, and more than `cap` combinations.
     """

@@ -23,7 +23,7 @@ class Line:
 
     `seeds` is empty where the line leaves the seed to the run; a seed is the first of its images', and the next
     ones count up. `overrides` are checked values by field of `Job`, behind `init.` by field of its `Init`; `init`
-    None takes the picture away. `number` counts the source's lines from 1.
+    None takes the image away. `number` counts the source's lines from 1.
     """
 
     number: int

@@ -46,7 +46,7 @@ _LABELS = (
 
 
 def read_jsonl(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
-    """A JSON object a line: names and values of the fields of `Job`, `init` as an object or the picture's path."""
+    """A JSON object a line: names and values of the fields of `Job`, `init` as an object or the image's path."""
     return (line for number, text in numbered(lines) for line in _json_line(number, text, faults))
 
 

@@ -139,7 +139,7 @@ def _merged(section: Sequence[Weighted]) -> list[Weighted]:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What the text model reads at once: token ids from the begin to the end token, padded, and their weights."""
+    """What the text encoder reads at once: token ids from the begin to the end token, padded, and their weights."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]

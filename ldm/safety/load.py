@@ -1,4 +1,4 @@
-"""Finds and loads the safety checker's model: from files that are there, never from the network."""
+"""Finds and loads the safety checker's model: from local files, never from the network."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _ACTIVATION = ("hidden_act", "quick_gelu")
 
 
 def find_safety_model(path: str | os.PathLike[str] | None = None) -> Path | None:
-    """The weights file of a safety model on this computer, or None if there is none.
+    """Finds the weights file of a safety model on this computer; None if there is none.
 
-    `path` is such a file or its folder. Without it the places are `models/safety_checker` (here or
-    in the toolkit's folder) and the Hugging Face cache. A given path or an own folder that holds no weights
-    file is a `CheckpointError`, so that a check somebody set up is not left out silently.
+    `path` is such a file or its folder. By default it searches `models/safety_checker` (here or
+    in the toolkit's folder) and the Hugging Face cache. A given path or `models/safety_checker` without a weights
+    file is a `CheckpointError`, so that a check that the user has set up is not left out silently.
     """
     if path is None and not os.path.lexists(find(OWN_FOLDER)):
         return next(hub_files([REPOSITORY], WEIGHTS), None)
@@ -48,7 +48,7 @@ def find_safety_model(path: str | os.PathLike[str] | None = None) -> Path | None
 
 
 def load_safety_model(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> SafetyChecker:
-    """The safety model of a weights file, or of its folder, in float32 and evaluation mode.
+    """Loads the safety model of a weights file, or of its folder, in float32 and evaluation mode.
 
     Its sizes are those of the `config.json` next to the weights, else those of v1. Missing, unknown and
     misshapen weights, and a config of another kind of model, are a `CheckpointError` of one line.

@@ -1,4 +1,4 @@
-"""Textual inversion: every form of file, and the vectors where the words stand, against transformers' text model."""
+"""Textual inversion: every file format, and the vectors in place of the words, against transformers' text encoder."""
 
 import base64
 import json
@@ -246,7 +246,7 @@ def test_a_folder_may_hold_other_files(encoder, tmp_path, caplog):
 
 @pytest.fixture(scope="module")
 def theirs(shared):
-    """transformers' text model with three more rows in its table of tokens."""
+    """transformers' text encoder with three more rows in its table of tokens."""
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPTextConfig(
         hidden_size=WIDTH,

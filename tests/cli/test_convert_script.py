@@ -1,4 +1,4 @@
-"""Converting on the command line, and pictures from what was converted."""
+"""Converting on the command line, and images from what was converted."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generate(tmp_path: Path, ckpt: object, *others: object) -> tuple[np.ndarray, dict[str, str]]:
-    """Pixels and metadata of one picture."""
+    """Pixels and metadata of one image."""
     out = tmp_path / "out"
     arguments = ["--config", CONFIG, "--ckpt", ckpt, "--outdir", out, *FULL, *others]
     assert txt2img.main([*FAST, *map(str, arguments)]) == 0

@@ -1,4 +1,4 @@
-"""Pictures from pictures: the original's figures through the command line, and what people type."""
+"""Images from images: the original's figures through the command line, and what people type."""
 
 import re
 
@@ -171,7 +171,7 @@ def test_an_image_can_be_made_alone(draw):
     assert np.abs(pixels(many[1]) - pixels(alone)).max() <= 2
 
 
-# --- sizes and several pictures -----------------------------------------------------------------------------
+# --- sizes and several images -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Repainting a part of a picture, and extending it."""
+"""Repainting a part of an image, and extending it."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What a picture was made with is found again: by hash under any name, or by name with a note."""
+"""What an image was made with is found again: by hash under any name, or by name with a note."""
 
 from __future__ import annotations
 
@@ -295,7 +295,7 @@ def test_another_model_is_told_once(
     assert sum("hash" in line for line in lines) <= 1
 
 
-# --- pictures to start from and their masks ------------------------------------------------------------------------
+# --- images to start from and their masks ------------------------------------------------------------------------
 
 
 def begun(image: str, mask: str = "") -> Recipe:

@@ -1,4 +1,4 @@
-"""The command of a picture gives its job back, pictures are compared, a watermark's evidence is worded."""
+"""The command of an image gives its job back, images are compared, a watermark's evidence is worded."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_every_field_of_a_job_is_tried() -> None:
 def test_the_script_fits_the_job() -> None:
     scripts_of = {
         "txt2img": Job("x", width=512, height=512),
-        "img2img": Job("x", strength=0.5, width=512, height=512),  # its picture is not known
+        "img2img": Job("x", strength=0.5, width=512, height=512),  # its image is not known
         "inpaint": Job("x", init=Init("a.png", mask="m.png"), width=512, height=512),
     }
     assert {name: options(Recipe(job, "A1111"), {})[0] for name, job in scripts_of.items()} == {
@@ -580,7 +580,7 @@ def test_from_the_command_line_it_says_the_same(tmp_path: Path) -> None:
 
 
 def forged(path: str, extras: dict[str, str] | None = None, **fields: object) -> str:
-    """A picture with a record that somebody wrote by hand."""
+    """An image with a record that somebody wrote by hand."""
     job = {"prompt": "x", "width": 64, "height": 64, "steps": 1, **fields}
     text = json.dumps({"version": 1, "job": job, "extras": extras or {}})
     Path(path).write_bytes(encode_png(np.zeros((64, 64, 3), np.uint8), record=text))
@@ -657,7 +657,7 @@ def test_typed_options_change_the_job() -> None:
     )
     unknown = Job(
         "x", strength=0.5, width=512, height=512
-    )  # of another program, whose starting picture is not known
+    )  # of another program, whose starting image is not known
     assert changed(unknown, {"init_img": ["a.png"], "W": 32}).init == Init("a.png", width=32, resize="fit")
 
 

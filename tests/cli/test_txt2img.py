@@ -32,7 +32,7 @@ from tests.support.scripts import FAST, interruptible
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
-    """Runs the script with the bundled model in this process: exit code and pictures by name."""
+    """Runs the script with the bundled model in this process: exit code and images by name."""
     monkeypatch.chdir(tmp_path)
 
     def run(*options, outdir="out"):
@@ -89,7 +89,7 @@ def test_v1_draws_512_by_512():
     assert own_size(request_of(options), read_config(known.V1_CONFIG)) == (512, 512)
 
 
-# --- pictures -----------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------
 
 
 def test_files_and_grid(draw):
@@ -312,7 +312,7 @@ def test_an_unforeseen_fault_is_one_line_and_code_1(draw, capsys, monkeypatch):
 
 
 def test_a_batch_begins_before_the_last_one_is_finished(draw, monkeypatch):
-    """So that a device has prompts and steps to go on with while pictures are waited for."""
+    """So that a device has prompts and steps to go on with while images are waited for."""
     begin, finish, begun = Pipeline.begin, Pipeline.finish, [threading.Event() for _ in range(3)]
     order = iter(begun)
 

@@ -28,7 +28,7 @@ Save = Callable[..., str]
 
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
-    """Writes a picture, an array or bytes to a new file and gives its path."""
+    """Writes an image, an array or bytes to a new file and gives its path."""
 
     def write(content: Image.Image | np.ndarray | bytes, name: str = "a.png", **options: Any) -> str:
         path = tmp_path / name
@@ -561,7 +561,7 @@ def test_image_and_mask_are_turned_each_by_its_own_exif(save: Save) -> None:
 
 @pytest.mark.parametrize("resize", ["fit", "fill", "stretch", "pad"])
 def test_the_mask_goes_where_the_picture_goes(save: Save, resize: Any) -> None:
-    """A picture that is its own mask is white exactly where it is repainted."""
+    """An image that is its own mask is white exactly where it is repainted."""
     mask = half(200, 300)
     path = save(mask)
     canvas = open_canvas(Init(path, 128, 160, resize, background="black", mask=path))

@@ -40,9 +40,7 @@ def test_finite_names_the_bad_images_only() -> None:
 
 def test_bytes_become_the_floats_of_the_original() -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (2, 24, 40, 3), dtype=np.uint8)
-    one = (
-        np.array(pixels[1]).astype(np.float32) / 255.0
-    )  # as img2img.py of the original did, picture by picture
+    one = np.array(pixels[1]).astype(np.float32) / 255.0  # as img2img.py of the original did, image by image
     expected = 2.0 * torch.from_numpy(one[None].transpose(0, 3, 1, 2)) - 1.0
     tensor = from_uint8(pixels)
     assert tensor.shape == (2, 3, 24, 40)

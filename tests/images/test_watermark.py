@@ -16,7 +16,7 @@ imwatermark = pytest.importorskip("imwatermark")
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A smooth coloured picture with some grain."""
+    """A smooth coloured image with some grain."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / rng.uniform(20, 60) + y / rng.uniform(20, 60) + c) for c in range(3)]

@@ -1,4 +1,4 @@
-"""Pictures of other programs become jobs; what was written here is read back exactly."""
+"""Images of other programs become jobs; what was written here is read back exactly."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.schedule import StepTable, diffusion_buffers, make_beta_schedule, make_timesteps
 from tests.support.golden_data import TOLERANCE, figure, figures, relative_error, sampled
 
-# long runs that others contain: guidance adds to the unguided ones, and of DDIM 49 steps run from a picture
+# long runs that others contain: guidance adds to the unguided ones, and of DDIM 49 steps run from an image
 SLOW = r"S50_scale1\.0|ddim_S50"
 RUNS = [
     pytest.param(name, marks=pytest.mark.slow if re.search(SLOW, name) else ())

@@ -17,7 +17,7 @@ INPAINT = "tiny_bert_inpaint.npz"
 
 
 def test_published_keys():
-    """The list was made with a text model that keeps no position ids; released files do hold them."""
+    """The list was made with a text encoder that keeps no position ids; released files do hold them."""
     with torch.device("meta"):
         model = instantiate_from_config(read_config("configs/stable-diffusion/v1-inpainting-inference.yaml"))
     shapes = {key: list(value.shape) for key, value in model.state_dict().items()}

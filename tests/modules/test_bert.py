@@ -1,4 +1,4 @@
-"""The LAION-400M text model against the original's figures, its tokenizer against BERT's own algorithm."""
+"""The LAION-400M text encoder against the original's figures, its tokenizer against BERT's own algorithm."""
 
 import string
 

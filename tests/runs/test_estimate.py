@@ -155,7 +155,7 @@ def test_twice_the_pictures_or_steps_take_twice_the_time(work):
     assert seconds(work, {Batch(job, 4, True): 1}) == seconds(work, {Batch(job, 2, True): 2}) == 2 * once
     longer, longest = (seconds(work, {Batch(replace(job, steps=n), 2, True): 1}) for n in (20, 40))
     assert longest - longer == 2 * (longer - once) > 0
-    assert seconds(work, {Batch(job, 4, False): 1}) > once  # the pictures of half as many samples are decoded
+    assert seconds(work, {Batch(job, 4, False): 1}) > once  # the images of half as many samples are decoded
 
 
 def test_the_second_pass_and_the_encoder_are_counted(work):
@@ -303,7 +303,7 @@ def test_a_dry_run_estimates(capsys, tmp_path, monkeypatch):
     *_, memory, time = dry_run(capsys, tmp_path, "--n_iter", "2", "--n_samples", "1", "--ddim_steps", "40")
     assert memory.startswith("memory: about ")
     assert "for decoding 128x128" in memory
-    # 80 guided calls of 2 * 0.70 GFLOP, two pictures of 5.7, two prompts of 0.13
+    # 80 guided calls of 2 * 0.70 GFLOP, two images of 5.7, two prompts of 0.13
     assert time.startswith("time: about 2.1 min on cpu in full (80 steps;")
 
 

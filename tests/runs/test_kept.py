@@ -101,7 +101,7 @@ def test_a_file_of_weights_that_changes_is_read_again(made: Made, loads: Loads) 
 
 
 def a_lora(path: Path) -> Path:
-    """A file that changes a layer of the bundled model's U-Net and one of its text model."""
+    """A file that changes a layer of the bundled model's U-Net and one of its text encoder."""
     random = torch.Generator().manual_seed(0)
     shapes = {
         "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v": (128, 192),
@@ -123,7 +123,7 @@ def a_textual_inversion(path: Path) -> Path:
 
 @pytest.mark.parametrize("options", [(), ("--lowmem", "--precision", "full")])
 def test_nothing_of_a_file_stays_for_the_next(made: Made, loads: Loads, options: tuple[str, ...]) -> None:
-    """Not a LoRA, a textual inversion or a picture to start from: each file's bytes are those of a run of its own."""
+    """Not a LoRA, a textual inversion or an image to start from: each file's bytes are those of a run of its own."""
     Path("loras").mkdir()
     Path("words").mkdir()
     lora, word = a_lora(Path("loras/ink.pt")), a_textual_inversion(Path("words/foil.pt"))

@@ -1,4 +1,4 @@
-"""Finished pictures on their way to files: order, errors, memory, what programs and people are told."""
+"""Finished images on their way to files: order, errors, memory, what programs and people are told."""
 
 import errno
 import hashlib

@@ -48,7 +48,7 @@ def write(tmp_path, monkeypatch):
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
-    """Runs txt2img in this process: exit code and pictures by name."""
+    """Runs txt2img in this process: exit code and images by name."""
     monkeypatch.chdir(tmp_path)
 
     def run(*options, outdir="out"):

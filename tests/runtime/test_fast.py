@@ -142,7 +142,7 @@ def test_odd_sizes_and_different_times(fast):
 
 
 def test_where_nothing_is_packed_parameters_are_half(monkeypatch):
-    """As on a GPU: no autocast, parameters in the precision of the run, the picture encoder in float32."""
+    """As on a GPU: no autocast, parameters in the precision of the run, the image encoder in float32."""
     monkeypatch.setattr("ldm.runtime.kernels.can_pack", lambda dtype: False)
     model, packer = prepared(torch.bfloat16)
     assert packer is None

@@ -1,4 +1,4 @@
-"""What the safety check sees of a picture, and that nothing gets past it."""
+"""What the safety check sees of an image, and that nothing gets past it."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def rebuilt_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def tiny_config() -> dict[str, Any]:
-    """The tiny model's config, with the shape of its text tower."""
+    """The tiny model's config, with the shape of its text encoder."""
     config = OmegaConf.to_container(OmegaConf.load(GOLDEN / "tiny.yaml"))
     assert isinstance(config, dict)
     text = config["model"]["params"]["cond_stage_config"]
@@ -75,7 +75,7 @@ def inpainting_config() -> dict[str, Any]:
 
 
 def laion_config(tokens: int) -> dict[str, Any]:
-    """The tiny model with the LAION-400M text model, for a vocabulary of so many tokens."""
+    """The tiny model with the LAION-400M text encoder, for a vocabulary of so many tokens."""
     config = tiny_config()
     config["params"]["cond_stage_config"] = {
         "target": "ldm.modules.encoders.modules.BERTEmbedder",

@@ -1,4 +1,4 @@
-"""Training of the autoencoder on a few pictures."""
+"""Training of the autoencoder on a few images."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def tiny_autoencoder():
 
 
 def gradients(count=4, side=24):
-    """Smooth pictures: uint8 [count, side, side, 3]."""
+    """Smooth images: uint8 [count, side, side, 3]."""
     y, x = np.mgrid[:side, :side] / side
     return np.stack([np.stack([x, y, np.full_like(x, i / count)], -1) * 255 for i in range(count)]).astype(
         np.uint8

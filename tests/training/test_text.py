@@ -1,4 +1,4 @@
-"""Training of the text tower on what captions say."""
+"""Training of the text encoder on what captions say."""
 
 import numpy as np
 import torch

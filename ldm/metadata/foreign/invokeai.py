@@ -34,7 +34,7 @@ _ON_CANVAS = ("controlLayers", "regionalGuidance", "referenceImages")  # what gu
 
 
 def read_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
-    """The recipe of a picture of version 3 or later."""
+    """The recipe of an image of version 3 or later."""
     content = _object(text)
     draft = Draft("InvokeAI")
     draft.values["prompt"] = _text(content.get("positive_prompt"))
@@ -58,7 +58,7 @@ def read_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
 
 
 def read_sd_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
-    """The recipe of a picture of version 1.15 to 2.3, by its JSON."""
+    """The recipe of an image of version 1.15 to 2.3, by its JSON."""
     content = _object(text)
     images = content.get("images")
     image = content.get("image") or (images[0] if isinstance(images, list) and images else None)
@@ -82,7 +82,7 @@ def read_sd_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
 
 
 def read_dream(text: str, _: Origin = UNKNOWN) -> Recipe:
-    """The recipe of a picture of version 1 or 2, by the command that made it."""
+    """The recipe of an image of version 1 or 2, by the command that made it."""
     prompt, options = _split_command(text)
     content: dict[str, Any] = {}
     draft = Draft("InvokeAI")

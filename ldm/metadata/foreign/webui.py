@@ -33,7 +33,7 @@ _OWN_SCHEDULES = ("automatic", "uniform", "ddim", "ddim_uniform", "discrete", ""
 
 
 def read(text: str, origin: Origin = UNKNOWN) -> Recipe:
-    """The recipe of a picture with an infotext; its `Version` says whose it is."""
+    """The recipe of an image with an infotext; its `Version` says whose it is."""
     if text.lstrip().startswith("{"):
         raise InputError("it is JSON of a program that is not supported")
     entries = parse_infotext(text)
@@ -104,7 +104,7 @@ def _choose_size(entries: Mapping[str, str], origin: Origin, upscale: float, dra
 
 
 def _choose_noise(entries: dict[str, str], draft: Draft) -> None:
-    """A generator for each picture, on the GPU unless it is said; an NVIDIA card's noise is taken for any GPU's."""
+    """A generator for each image, on the GPU unless it is said; an NVIDIA card's noise is taken for any GPU's."""
     rng = entries.get("RNG", "")
     if rng == "CPU" or (not rng and draft.source in _ON_THE_CPU):
         draft.cpu_noise()

@@ -1,4 +1,4 @@
-"""Latent diffusion: the U-Net, the autoencoder and the text model as one (Rombach et al. 2022)."""
+"""Latent diffusion: the U-Net, the autoencoder and the text encoder as one (Rombach et al. 2022)."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ class LatentDiffusion(DDPM):
         return found.expand(batch_size, *found.shape[1:])
 
     def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution:
-        """Pictures [N, 3, H, W] in [-1, 1] -> the distribution of their (unscaled) latents."""
+        """Images [N, 3, H, W] in [-1, 1] -> the distribution of their (unscaled) latents."""
         return self.first_stage_model.encode(x)
 
     def get_first_stage_encoding(
@@ -285,10 +285,10 @@ class LatentDiffusion(DDPM):
 
 
 class LatentInpaintDiffusion(LatentDiffusion):
-    """Latent diffusion whose U-Net also sees what is to be repainted, and the picture with that part hidden.
+    """Latent diffusion whose U-Net also sees what is to be repainted, and the image with that part hidden.
 
     The conditioning is hybrid: beside x the U-Net gets `concat_keys` as channels, by default the mask (1 channel,
-    1 is repainted) and the latent of the masked picture, and the text as context. The parameters of its own
+    1 is repainted) and the latent of the masked image, and the text as context. The parameters of its own
     besides `concat_keys` and `masked_image_key` serve training only.
     """
 

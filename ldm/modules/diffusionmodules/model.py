@@ -1,4 +1,4 @@
-"""The encoder and decoder between pictures and latents."""
+"""The encoder and decoder between images and latents."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class UpLevel(Level):
 
 
 class Encoder(nn.Module):
-    """Pictures [B, in_channels, H, W] in [-1, 1] -> features [B, 2 * z_channels, H/f, W/f], f = 2^(levels - 1).
+    """Images [B, in_channels, H, W] in [-1, 1] -> features [B, 2 * z_channels, H/f, W/f], f = 2^(levels - 1).
 
     `ddconfig` of the published configs describes encoder and decoder at once: `out_ch` is the decoder's.
     `num_groups` is that of every group norm; with one channel a group, a norm wipes out the mean colour. A warning
@@ -233,7 +233,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, z_channels, h, w] -> pictures [B, out_ch, f * h, f * w], meant to lie in [-1, 1].
+    """Latents [B, z_channels, h, w] -> images [B, out_ch, f * h, f * w], meant to lie in [-1, 1].
 
     `up` is stored from the finest level to the coarsest and run the other way round, as published
     checkpoints have it. `in_channels` and `double_z` of the shared `ddconfig` are the encoder's. With

@@ -1,4 +1,4 @@
-"""The text model of the LAION-400M latent diffusion model: BERT's tokenizer and a transformer encoder.
+"""The text encoder of the LAION-400M latent diffusion model: BERT's tokenizer and a transformer encoder.
 
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 4.3.1.
 """
@@ -93,7 +93,7 @@ class BERTTokenizer:
 
     `[CLS]`, the text, `[SEP]`, then `[PAD]`; a text that is cut keeps its `[SEP]`. A vocabulary without these
     tokens, with one token twice, or of BERT's size (30,522) that is not BERT's, is an `InputError`: a wrong one
-    would ruin every picture without a word.
+    would ruin every image without a word.
     """
 
     def __init__(self, vocabulary: Sequence[str], max_length: int, source: str):

@@ -267,7 +267,7 @@ class CLIPTextModel(nn.Module):
 
 
 class CLIPVisionTransformer(nn.Module):
-    """Pictures [N, 3, side, side] -> the class token of the last layer [N, width], after the final layer norm."""
+    """Images [N, 3, side, side] -> the class token of the last layer [N, width], after the final layer norm."""
 
     def __init__(self, side: int, patch: int, width: int, layers: int, heads: int, inner: int):
         super().__init__()
@@ -289,5 +289,5 @@ class CLIPVisionModel(nn.Module):
         self.vision_model = CLIPVisionTransformer(side, patch, width, layers, heads, inner)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Normalised pictures [N, 3, side, side] -> pooled states [N, width]."""
+        """Normalised images [N, 3, side, side] -> pooled states [N, width]."""
         return self.vision_model(pictures)

@@ -179,7 +179,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
 class BERTEmbedder(AbstractEncoder):
     """Prompts -> hidden states of a transformer encoder over BERT's tokens [B, max_seq_len, n_embed].
 
-    The text model of `txt2img --laion400m`: `n_layer` layers of width `n_embed`, of its own weights in spite of
+    The text encoder of `txt2img --laion400m`: `n_layer` layers of width `n_embed`, of its own weights in spite of
     the name. `version` chooses the vocabulary, see `find_vocabulary`. With `use_tokenizer` off it takes ids
     only. `device` is accepted and not used: the model lies where the rest lies.
     """

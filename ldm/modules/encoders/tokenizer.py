@@ -52,7 +52,7 @@ class CLIPTokenizer:
 
     Build it with `openai()` or `from_folder()`. Ids lie in [0, size); `begin_id` is size - 2, `end_id` size - 1.
     A table of OpenAI's size (49,408) that is not OpenAI's, or one that is not laid out as CLIP's, is an
-    `InputError`: a wrong one would ruin every picture without a word.
+    `InputError`: a wrong one would ruin every image without a word.
     """
 
     def __init__(self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], source: str) -> None:
