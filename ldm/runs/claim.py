@@ -1,4 +1,4 @@
-"""A run's claim on its numbers, and everything that its pixels depend on: what --resume compares."""
+"""A run's claim on its image numbers, and everything that its pixels depend on, which --resume compares."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SETTINGS = ("config.json", "adapter_config.json")  # of weights
 
 @dataclass(frozen=True)
 class Source:
-    """What a run's images come from, besides its jobs."""
+    """The model, files and settings that a run's images depend on, besides its jobs."""
 
     config_path: Path
     config: Mapping[str, Any]
@@ -44,9 +44,9 @@ class Source:
 
 
 class Claim:
-    """The run's numbers: new ones, or with --resume those of the run that continues.
+    """Reserves the image numbers of a run, or reopens those of the run being resumed.
 
-    Of several processes the first takes them and tells the others. `columns` are those of the grid.
+    Rank 0 reserves; the others receive. `columns` are those of the grid.
     """
 
     def __init__(self, options: RunOptions, folder: RunFolder, plan: Plan, source: Source) -> None:
@@ -59,11 +59,11 @@ class Claim:
 
     @property
     def run(self) -> RunFile | None:
-        """The run, once it has been taken."""
+        """The run, once it has been claimed."""
         return self._run
 
     def take(self, tiles: TileSides | None = None) -> RunFile:
-        """The run; the first call decides which. A new one notes the `tiles` that were chosen."""
+        """Claims and returns the run; the first call decides which. A new one notes the `tiles` that were chosen."""
         if self._run is None:
             made_from = self._made_from()
             if self._here.rank:
@@ -77,14 +77,14 @@ class Claim:
         return self._run
 
     def find(self) -> RunFile | None:
-        """The run that would continue, without a claim on it; None where the folder is empty."""
+        """Returns the run that would be resumed, without a claim on it; None where the folder is empty."""
         return find_run(self._folder, self._made_from(), *self._numbers(), self._hashes)
 
     def _made_from(self) -> Content:
         return describe(self._plan[:], self._plan.batches(), {"columns": self.columns, **self._settings})
 
     def _numbers(self) -> tuple[int, dict[Page, int]]:
-        """How many images there are, and pages of each kind."""
+        """Returns the number of images, and of pages of each kind."""
         from ldm.images.grid import count_pages
 
         sizes = (job.upscaled_size for job in self._plan)
@@ -96,7 +96,7 @@ class Claim:
 
 
 def settings(options: RunOptions, plan: Plan, source: Source) -> dict[str, Any]:
-    """What the pixels and the files depend on besides the jobs and the weights: options, and digests of files."""
+    """Returns the settings that pixels and files depend on besides jobs and weights: options and digests of files."""
     from ldm.checkpoints.adapters.lora_files import settings_file
 
     inits = dict.fromkeys(job.init for job in plan.kinds() if job.init is not None)
@@ -129,7 +129,7 @@ def settings(options: RunOptions, plan: Plan, source: Source) -> dict[str, Any]:
 
 
 def _names(embeddings: Sequence[tuple[str, str | None]]) -> dict[str, str]:
-    """What each file of a textual inversion is called, where it is not called by its own name."""
+    """Returns the name of each textual inversion that is not called by its file's name."""
     named: dict[str, list[str]] = {}
     for path, name in embeddings:
         if name is not None:
@@ -142,7 +142,7 @@ def _digests(files: list[Path]) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
-    """The SHA-256 of a file; one that describes others is refused unread if it is of a size that none has."""
+    """Returns the SHA-256 of a side file; one larger than any valid one is refused unread."""
     from ldm.checkpoints.hashing import file_sha256
 
     small = path.name in (*_TABLES, *_SETTINGS)
@@ -150,7 +150,7 @@ def _digest(path: Path) -> str:
 
 
 def _config_files(config: Mapping[str, Any]) -> list[Path]:
-    """The files that a config names, such as the token tables of the text encoder's `version`."""
+    """Returns the files that a config names, such as the token tables of the text encoder's `version`."""
     from ldm.config import section
     from ldm.modules.encoders.bert import UNCASED, find_vocabulary
 
@@ -165,7 +165,7 @@ def _config_files(config: Mapping[str, Any]) -> list[Path]:
 
 
 def _texts(node: Any) -> Iterator[str]:
-    """Every text in a config that can be a path; `ckpt_path` is never read."""
+    """Yields every text in a config that can be a path, without `ckpt_path`, which is never read."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             if key not in ("target", "ckpt_path"):
@@ -178,7 +178,7 @@ def _texts(node: Any) -> Iterator[str]:
 
 
 def _foreign_classes(config: Mapping[str, Any]) -> dict[str, str]:
-    """For each package of others whose classes a config uses, the digest of its source."""
+    """Returns the digest of the source of each foreign package whose classes a config uses."""
     import importlib
 
     from ldm.config import targets
@@ -192,7 +192,7 @@ def _foreign_classes(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _source_digest(package: ModuleType) -> str:
-    """The SHA-256 of the source of a module, or of a package's modules in the order of their names."""
+    """Returns the SHA-256 of the source of a module, or of a package's modules in the order of their names."""
     files = [Path(package.__file__)] if package.__file__ else []
     for folder in getattr(package, "__path__", []):
         files += sorted(Path(folder).rglob("*.py"))
@@ -200,7 +200,7 @@ def _source_digest(package: ModuleType) -> str:
 
 
 def _vocabulary(ckpt: Path, text_encoder: str | None) -> list[Path]:
-    """The token tables that a folder of weights brings along."""
+    """Returns the token tables in a folder of weights."""
     from ldm.checkpoints.model_files import vocabulary_folder
 
     folder = vocabulary_folder(ckpt, text_encoder)
@@ -217,7 +217,7 @@ def _safety_files(options: RunOptions) -> list[Path]:
 
 
 def _hashes(options: RunOptions, ckpt: Path) -> dict[str, Callable[[], str]]:
-    """The SHA-256 of the files of weights; for large ones it takes seconds, so it is computed alongside the rest."""
+    """Returns the SHA-256 of the files of weights, computed in the background: large ones take seconds."""
     from ldm.checkpoints.hashing import files_sha256
 
     parts = files_by_part(options, ckpt).items()
@@ -225,7 +225,7 @@ def _hashes(options: RunOptions, ckpt: Path) -> dict[str, Callable[[], str]]:
 
 
 def files_by_part(options: RunOptions, ckpt: Path) -> dict[str, list[Path]]:
-    """The files of weights, by what the metadata calls them."""
+    """Returns the files of weights, by their names in the metadata."""
     from ldm.checkpoints.model_files import model_files
 
     files = {"Model": model_files(ckpt)}
@@ -237,9 +237,9 @@ def files_by_part(options: RunOptions, ckpt: Path) -> dict[str, list[Path]]:
 
 
 def _in_background(function: Callable[[list[Path]], str], paths: list[Path]) -> Callable[[], str]:
-    """Starts `function(paths)` on a thread that never holds up the end of the process; the call waits for it.
+    """Starts `function(paths)` on a thread that never delays the end of the process; the call waits for it.
 
-    What went wrong there is raised by the call; a file that cannot be read is an `InputError`.
+    The call raises errors of the thread; a file that cannot be read is an `InputError`.
     """
     results: list[str] = []
     errors: list[BaseException] = []

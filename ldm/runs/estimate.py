@@ -1,4 +1,4 @@
-"""How long a plan takes and how much memory it needs, by the work of its networks and the pace of the machine."""
+"""Estimates the time and memory of a plan, from the work of its networks and the pace of the machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROGRAM = 350 * 2**20  # bytes of Python, torch and what they import; measured o
 
 @dataclass(frozen=True)
 class Batch:
-    """A kind of batch: what its jobs have in common, how many they are, and whether any of them is guided."""
+    """A kind of batch: what its jobs share, their number, and whether any of them is guided."""
 
     job: Job
     images: int
@@ -40,23 +40,23 @@ class Batch:
 
     @property
     def samples(self) -> int:
-        """How many samples the U-Net has before it at once."""
+        """The number of samples in a call of the U-Net."""
         return self.images * (2 if self.guided else 1)
 
     @property
     def encodes_again(self) -> bool:
-        """Whether the pictures pass through the autoencoder between the passes."""
+        """Whether the images pass through the autoencoder between the passes."""
         return self.job.upscale > 1 and self.job.upscale_in == "pixels"
 
     def passes(self) -> list[tuple[tuple[int, int], int]]:
-        """Height and width, and the number of steps, of each pass."""
+        """Returns height and width, and the number of steps, of each pass."""
         from ldm.models.diffusion.schedule import passes_of
 
         return [(one.size, one.steps) for one in passes_of(self.job)]
 
 
 def batch_kinds(plan: Plan, missing: Sequence[Sequence[int]] | None = None) -> Counter[Batch]:
-    """How often a run has each kind of batch, or those that are `missing` of it."""
+    """Counts the batches of each kind in a run, or in its `missing` ones."""
     return Counter(
         Batch(batch_key(plan[batch[0]]), len(batch), any(plan[i].scale != 1 for i in batch))
         for batch in (plan.batches() if missing is None else missing)
@@ -64,7 +64,7 @@ def batch_kinds(plan: Plan, missing: Sequence[Sequence[int]] | None = None) -> C
 
 
 def count_texts(plan: Plan) -> int:
-    """How many different prompts a run reads, negative ones among them."""
+    """Counts the different prompts of a run, negative ones included."""
     texts = {(job.prompt, job.loras) for job in plan.kinds()}
     return len(texts | {(job.negative_prompt, job.loras) for job in plan.kinds() if job.scale != 1})
 
@@ -79,9 +79,9 @@ def run_seconds(
     pace: Callable[[torch.dtype], Pace],
     dtype: torch.dtype,
 ) -> float:
-    """How long one device takes for so many batches of each kind, in `dtype`; loading and writing apart.
+    """Returns the seconds that one device takes for all batches in `dtype`, without loading and writing.
 
-    `pace` gives that of a precision: pictures are encoded in float32.
+    `pace` returns that of a precision: images are encoded in float32.
     """
     inits = {(batch.job.init, batch.size) for batch in batches if batch.job.init is not None}
     return (
@@ -109,7 +109,7 @@ def _encode_seconds(size: tuple[int, int], work: NetworkWork, pace: Callable[[to
 
 
 def parallel(options: RunOptions, device: torch.device, batches: int) -> int:
-    """How many batches are made at a time. Processes on the CPU of one machine share its cores."""
+    """Returns how many batches run at the same time. Processes on the CPU of one machine share its cores."""
     import torch
 
     devices, nodes = asked_for(options)
@@ -123,7 +123,7 @@ def parallel(options: RunOptions, device: torch.device, batches: int) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of weights, and of what is computed with them at the peak; `peak` says what that is."""
+    """Bytes of weights, and of what is computed with them at the peak; `peak` names the stage of the peak."""
 
     weights: int
     computed: float
@@ -138,7 +138,7 @@ def needed_memory(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Memory:
-    """What one device needs at most."""
+    """Returns the peak memory of one device."""
     from ldm.models.diffusion.ddpm import LatentInpaintDiffusion
     from ldm.pipeline import LOW_MEMORY
     from ldm.runtime import tiling
@@ -173,9 +173,9 @@ def needed_memory(
 def check_batches(
     options: RunOptions, plan: Plan, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Refuses a run with a batch that this machine has not the memory for; an `InputError` says what would fit.
+    """Refuses a run with a batch that exceeds this machine's memory; the `InputError` names what would fit.
 
-    The estimate takes seconds, so it is only made where a bound on it is not far below what there is.
+    The estimate takes seconds, so it is made only if an upper bound is close to the available memory.
     """
     from ldm.checkpoints.load import build_model
     from ldm.config import section
@@ -199,7 +199,7 @@ def check_batches(
 
 
 def beyond_memory(memory: Memory, device: torch.device, images: int) -> str | None:
-    """What to say of batches of up to so many `images` where they need more memory than there is; else None."""
+    """Returns the message for batches of up to `images` images that need more memory than there is; else None."""
     from ldm.runtime.tiling import total_memory
 
     total, program = total_memory(device), program_bytes(device)
@@ -220,14 +220,14 @@ def beyond_memory(memory: Memory, device: torch.device, images: int) -> str | No
 
 
 def program_bytes(device: torch.device) -> int:
-    """What all takes that is no tensor, from the memory that the tensors are in."""
+    """Returns the bytes of everything that is not a tensor, from the memory that the tensors are in."""
     return PROGRAM if device.type == "cpu" else 0
 
 
 def _share_at_once(
     options: RunOptions, model: LatentDiffusion, size: tuple[int, int], device: torch.device
 ) -> float:
-    """How much of a picture the autoencoder sees at once: all of it, or one tile."""
+    """Returns the fraction of an image that the autoencoder processes at a time: 1, or one tile's."""
     from ldm.runtime.tiling import available_memory, choose_tile
 
     widths, factor = model.first_stage_model.widths, model.first_stage_model.downsampling

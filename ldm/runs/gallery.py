@@ -1,4 +1,4 @@
-"""A page that shows a run's pictures and how each was made: one file, offline, safe whatever the prompts say."""
+"""A page that shows a run's images and how each was made: one file, offline, safe for any text in the prompts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ summary { padding: .3rem 0; cursor: pointer; }
 button { font: inherit; font-size: .85rem; min-width: 9rem; cursor: pointer; float: right; }
 """
 
-# The part of the address behind # is the filter as well, so that a search can be bookmarked.
+# The fragment of the address is the filter too, so that a search can be bookmarked.
 _SCRIPT = """
 "use strict";
 const filter = document.getElementById("filter");
@@ -80,11 +80,11 @@ Words = Callable[[Recipe], str]
 
 
 def gallery(folder: str | Path, command: Words, remark: Words = lambda recipe: "") -> str:
-    """The HTML text of a page that lies in `folder` and shows the images of its folder `samples`, by number.
+    """Returns the HTML of a page in `folder` that shows the images of its folder `samples`, by number.
 
-    `command` gives the line that makes an image, to be pasted, and `remark` what may differ then. The page
-    loads images from its own place and nothing else, and runs no script but its own (its content security policy says
-    so). Texts are escaped for HTML, and controls in them shown as escapes. Raises InputError if there are no images.
+    `command` returns the command line that makes an image, and `remark` what may differ then. The content security
+    policy of the page allows images of its folder and its inline script, and nothing else. Texts are escaped for
+    HTML, and controls in them shown as escapes. Raises InputError if there are no images.
     """
     samples = Path(folder) / "samples"
     try:
@@ -139,7 +139,9 @@ def _figure(path: Path, command: Words, remark: Words) -> str:
         caption = f'<p class="settings">{_shown(str(error))}</p>'
     else:
         caption = _caption(recipe, command(recipe), remark(recipe))
-        sides = f' width="{recipe.job.width}" height="{recipe.job.height}"'  # room for it before it is there
+        sides = (
+            f' width="{recipe.job.width}" height="{recipe.job.height}"'  # room for it before it has loaded
+        )
     return (
         f'<figure><a href="{source}"><img src="{source}"{sides} alt="{name}" loading="lazy"></a><figcaption>\n'
         f'<p class="file">{name}</p>\n{caption}</figcaption></figure>'
@@ -164,5 +166,5 @@ def _caption(recipe: Recipe, command: str, remark: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """A text for HTML; its lines stay lines, and other controls are shown as escapes."""
+    """Escapes a text for HTML; its lines stay lines, and other controls are shown as escapes."""
     return "\n".join(escape(printable(line)) for line in text.split("\n"))

@@ -1,4 +1,4 @@
-"""A plan of jobs that are known already, such as those of an image that is made again."""
+"""A plan of jobs that are known already, such as those of an image that is recreated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class GivenJobs(Plan):
     """A plan of jobs that are known already, in batches of `size`; only the last batch is made.
 
-    With `stream` its noise is that of an image at this place in the stream of another run.
+    With `stream` its noise is that of an image at this position in the noise stream of another run.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Whether a job can be made by a model, and in how many steps."""
+"""Checks whether a model can make a job, and counts its steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm.util import check_there, need
 
 
 def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Path]) -> None:
-    """That a job can be made by a config's model, else an `InputError`."""
+    """Checks that a config's model can make a job, else raises InputError."""
     from ldm.models.diffusion.schedule import check_sampling
 
     check_sampling(job.sampler, job.steps, job.timestep_spacing, job.eta)
@@ -26,14 +26,14 @@ def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Pat
 
 
 def count_steps(job: Job) -> int:
-    """How many denoising steps a job takes, in both passes."""
+    """Counts the denoising steps of a job, in both passes."""
     from ldm.models.diffusion.schedule import passes_of
 
     return sum(one.steps for one in passes_of(job))
 
 
 def check_syntax(job: Job) -> None:
-    """That the weights in a job's prompts can be read, else an `InputError`."""
+    """Checks that the weights in a job's prompts can be parsed, else raises InputError."""
     from ldm.prompts.weights import parse_weights
 
     for prompt in (job.prompt, job.negative_prompt):

@@ -1,4 +1,4 @@
-"""A run's model, ready to make images, and what the metadata says of it."""
+"""Loads a run's model, and collects what the metadata records of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger("ldm")
 
 
 def load(options: RunOptions, plan: Plan, source: Source) -> tuple[Pipeline, Embeddings | None]:
-    """The model on its device, with the LoRAs of the run read and its textual inversions known."""
+    """Loads the model to its device, with the LoRAs and textual inversions of the run."""
     from ldm.checkpoints.cache import identity
     from ldm.pipeline import Pipeline, load_model
 
@@ -62,7 +62,7 @@ def load(options: RunOptions, plan: Plan, source: Source) -> tuple[Pipeline, Emb
 
 
 def _weights_cache(options: RunOptions, device: torch.device, precision: Precision) -> Path | None:
-    """The folder of cached weights, if they are wanted and of use."""
+    """Returns the folder of cached weights, if they are enabled and of use."""
     if options.cache_weights is None:
         return None
     if device.type != "cpu" or precision.name != "bf16":
@@ -80,7 +80,7 @@ def extras_of(
     hashes: Mapping[str, Callable[[], str]],
     embeddings: Embeddings | None,
 ) -> Callable[[Job], dict[str, str]]:
-    """What else the metadata of a job's picture says, so that the command can be typed again.
+    """Returns the model's part of an image's metadata, from which the command can be typed again.
 
     LoRAs and textual inversions are named as AUTOMATIC1111's web UI does it.
     """
@@ -121,7 +121,7 @@ def extras_of(
 
 
 def _embeddings(options: RunOptions, model: LatentDiffusion) -> Embeddings | None:
-    """The textual inversions that prompts can use; None if there are none."""
+    """Returns the textual inversions that prompts can use; None if there are none."""
     if not options.embedding and options.embedding_dir is None:
         return None
     from ldm.checkpoints.adapters.embeddings import Embeddings

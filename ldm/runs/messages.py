@@ -1,4 +1,4 @@
-"""Where messages go: to stderr, above a progress bar, with the number of the process where several write."""
+"""Logging to stderr: above a progress bar, with the number of the process where several write."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import sys
 
 logger = logging.getLogger("ldm")
 
-OF_EACH = 25  # the level of what each of several processes has to say for itself
+OF_EACH = 25  # the level of messages that each of several processes logs for itself
 
 
 class _Lines(logging.Formatter):
-    """Plain text for what is going on, the level in front of warnings, and who speaks where several do."""
+    """Formats messages as plain text: warnings with their level, and with the process's number where several log."""
 
     def __init__(self, speaker: str = "") -> None:
         super().__init__("%(message)s")
@@ -25,7 +25,7 @@ class _Lines(logging.Formatter):
 
 
 def name_process(rank: int, world: int, quiet: bool, debug: bool) -> None:
-    """Puts its number in front of what one of several processes says; only the first says what all would say."""
+    """Prefixes this process's messages with its number, if it is one of several; only the first logs shared ones."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _Stderr):
             handler.setFormatter(_Lines(f"process {rank} of {world}: "))

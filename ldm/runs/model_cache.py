@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 
 class ModelCache:
-    """Keeps one pipeline with what tells it from others; there is never a second one in memory."""
+    """Keeps one pipeline and the key that identifies it; there is never a second one in memory."""
 
     def __init__(self) -> None:
         self._key: object = None
         self._pipeline: Pipeline | None = None
 
     def get(self, key: object, load: Callable[[], Pipeline]) -> Pipeline:
-        """The pipeline that was kept under an equal key, as its last run left it; else a new one, which is kept."""
+        """Returns the pipeline cached under an equal key, as its last run left it; else caches a new one."""
         if self._pipeline is None or self._key != key:
             self._pipeline = None
-            gc.collect()  # a pipeline and its caches hold each other
+            gc.collect()  # a pipeline and its caches refer to each other
             self._pipeline, self._key = load(), key
         return self._pipeline

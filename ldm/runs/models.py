@@ -1,4 +1,4 @@
-"""Which model a run uses: config and checkpoint, LoRAs and textual inversions, and what the config says of it.
+"""Chooses a run's model: config and checkpoint, LoRAs and textual inversions; and reads facts from the config.
 
 Every fault is an `InputError` that names the option.
 """
@@ -40,7 +40,7 @@ _NOT_DOWNLOADED = (
 
 
 def choose_model(options: RunOptions) -> tuple[Path, Path]:
-    """Config and checkpoint, both there: the user's, a published one at its place, or the bundled model's."""
+    """Returns existing config and checkpoint files: the user's, a published model's, or the bundled model's."""
     for option, path in (("vae", options.vae), ("text_encoder", options.text_encoder)):
         if path is not None:
             check_there(path, f"give another --{option}")
@@ -63,7 +63,7 @@ def choose_model(options: RunOptions) -> tuple[Path, Path]:
 
 
 def _is_hub_name(ckpt: str | None) -> bool:
-    """Whether a checkpoint that is not there is named as on Hugging Face, such as CompVis/stable-diffusion-v1-4."""
+    """Returns whether a missing checkpoint has a name of Hugging Face, such as CompVis/stable-diffusion-v1-4."""
     if ckpt is None or ckpt.endswith(MODEL_ENDINGS) or not re.fullmatch(r"[\w-]+/[\w.-]+", ckpt):
         return False
     return not find(ckpt.partition("/")[0]).is_dir()
@@ -84,12 +84,12 @@ def _usual_model(inpaint: bool) -> tuple[str, str]:
 
 
 def _ckpt_of(options: RunOptions) -> Path:
-    """Where the checkpoint of a config lies if none is given; an InputError if nothing is there."""
+    """Returns the default checkpoint of a config; raises InputError if it does not exist."""
     from ldm.config import read_config
 
     if options.config is None:
         return find(LAION_CKPT)
-    read_config(options.config, options.allow_targets)  # what is wrong with it is said first
+    read_config(options.config, options.allow_targets)  # faults of the config are reported first
     usual = {V1_CONFIG: V1_CKPT, INPAINTING_CONFIG: INPAINTING_CKPT, BUNDLED_CONFIG: BUNDLED_CKPT}
     usual |= {LAION_CONFIG: LAION_CKPT}
     same = (
@@ -104,28 +104,28 @@ def _ckpt_of(options: RunOptions) -> Path:
 
 
 def _config_of(ckpt: Path) -> str:
-    """The published config that a checkpoint needs, told by its content."""
+    """Returns the published config that a checkpoint needs, recognised by its content."""
     from ldm.checkpoints.model_files import read_model
 
     return config_for(read_model(ckpt).state_dict)
 
 
 def _check_vocabulary() -> None:
-    """That the LAION-400M model's vocabulary is there, before the model is read."""
+    """Checks that the LAION-400M model's vocabulary exists, before the model is read."""
     from ldm.modules.encoders.bert import find_vocabulary
 
     find_vocabulary()
 
 
 def find_loras(options: RunOptions) -> LoraFiles:
-    """Where the run's LoRAs are found."""
+    """Returns the files and the folder in which LoRAs are found by name."""
     from ldm.checkpoints.adapters.lora_files import LoraFiles
 
     return LoraFiles([path for path, _, _ in options.lora], options.lora_dir)
 
 
 def check_additions(options: RunOptions) -> None:
-    """That the files of LoRAs and textual inversions are there, else an `InputError`."""
+    """Checks that the files of LoRAs and textual inversions exist, else raises InputError."""
     for path, _, _ in options.lora if options.lora_dir is None else ():
         check_there(path, "give a file, or a folder that PEFT saved")
     for path, _ in options.embedding:
@@ -133,7 +133,7 @@ def check_additions(options: RunOptions) -> None:
 
 
 def check_latents(options: RunOptions, model: Mapping[str, Any]) -> None:
-    """That --C and --f are the config's."""
+    """Checks that --C and --f agree with the config."""
     channels = _param(model, "channels", options.channels)
     factor = latent_factor(model)
     need(
@@ -155,7 +155,7 @@ def _param(model: Mapping[str, Any], name: str, default: int) -> int:
 
 
 def latent_factor(model: Mapping[str, Any]) -> int:
-    """How many pixels one latent value spans along each side."""
+    """Returns how many pixels one latent value spans along each side."""
     from ldm.config import ConfigError, section
     from ldm.models.autoencoder import downsampling
 
@@ -169,5 +169,5 @@ def latent_factor(model: Mapping[str, Any]) -> int:
 
 
 def own_side(model: Mapping[str, Any]) -> int:
-    """The side in pixels of the pictures that a config's model was made for."""
+    """Returns the side in pixels of the images that a config's model was trained for."""
     return _param(model, "image_size", 64) * latent_factor(model)

@@ -1,4 +1,4 @@
-"""What a model will not do well of what is asked of it, told before it is tried."""
+"""Warns of requests that a model does not handle well, before sampling."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ldm.util import printable, read_side_file
 logger = logging.getLogger("ldm")
 
 BUNDLED_CARD = "models/ldm/shapes/README.md"
-_PLMS_STEPS = 25  # below it PLMS, whose first steps are of lower order, draws much wrong
+_PLMS_STEPS = 25  # below it PLMS, whose first steps are of lower order, is inaccurate
 _MOST_WORDS = 10
 
 
 def note_jobs(jobs: Iterable[Job], model: Mapping[str, Any]) -> None:
-    """Prints what a model will not do well of what is asked of it: sizes, few steps, words that it does not know."""
+    """Prints warnings for jobs that a model does not handle well: sizes, few steps, words that it does not know."""
     side, words = own_side(model), _known_words(model)
     largest, few, unknown = (0, 0), None, dict[str, None]()
     for job in jobs:
@@ -49,7 +49,7 @@ def note_jobs(jobs: Iterable[Job], model: Mapping[str, Any]) -> None:
 
 
 def _known_words(model: Mapping[str, Any]) -> frozenset[str] | None:
-    """The words that a model was taught, if its vocabulary's folder lists them; None for all others."""
+    """Returns the words that a model was trained on, if its vocabulary's folder lists them; else None."""
     from ldm.config import section
 
     version = section(model, "cond_stage_config").get("version")

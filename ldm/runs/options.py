@@ -1,4 +1,4 @@
-"""What a run is asked for, as typed values: nothing after the command line knows how options are written."""
+"""The options of a run as typed values, independent of the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RunOptions:
     """How a run is made: everything that it depends on besides its jobs. The fields have the names of the options.
 
     `lora` holds files with their weights on the U-Net and on the text encoder, `embedding` files with the word that
-    they replace (None: the name of the file). `channels` and `factor` are what --C and --f expect of the model.
+    names them (None: the name of the file). `channels` and `factor` are what --C and --f expect of the model.
     `cache_weights` is a folder, "" for the user's cache folder, None for no cache.
     """
 
@@ -71,12 +71,12 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Which images are asked for: the job that all begin as, and where prompts and images to start from come from.
+    """The images that are requested: the job that all are based on, and the source of prompts and starting images.
 
-    `job` has the values of the options; a width or height of 0 is the model's own. `start` says how each of `images`
-    (files and folders), or of the pairs of image and mask in `folder`, becomes a canvas; its own `image` is empty.
-    `from_file` is a list of prompts in `prompt_format` ("-" for standard input) and replaces the job's prompt. With
-    `expand` {a|b} in prompts is written out. `sweep` holds texts such as "scale=1,2".
+    `job` has the values of the options; a width or height of 0 is the model's default. `start` sets how each of
+    `images` (files and folders), or of the pairs of image and mask in `folder`, is fitted to the canvas; its `image`
+    is empty. `from_file` is a list of prompts in `prompt_format` ("-" for standard input) and replaces the job's
+    prompt. With `expand` {a|b} in prompts is expanded. `sweep` holds texts such as "scale=1,2".
     """
 
     job: Job = field(default_factory=lambda: Job(""))

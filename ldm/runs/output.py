@@ -1,4 +1,4 @@
-"""Finished pictures to files, beside the sampling: checked, marked, written with the text that makes them again."""
+"""Writes finished images to files during sampling: checked, watermarked, with the metadata that recreates them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ldm")
 
 WAITING_BATCHES = 4  # finished batches that may wait for the disk before sampling waits too
-LAST_WRITE_SECONDS = 5  # how long a run that is told twice to stop waits for the file in hand
+LAST_WRITE_SECONDS = 5  # seconds that a run that is interrupted twice waits for the file being written
 GALLERY_MARK = "<!-- written by ldm -->\n"
 
 Mark = Callable[["np.ndarray"], "np.ndarray"]
 
 
 def make_mark(options: RunOptions) -> Mark:
-    """What marks a picture; a missing library is found out before the model is loaded."""
+    """Returns the function that watermarks an image; a missing library is reported before the model is loaded."""
     if options.no_watermark:
         return lambda rgb: rgb
     from ldm.images.watermark import INPAINTING_TEXT, TEXT, Watermark
@@ -49,7 +49,7 @@ def make_mark(options: RunOptions) -> Mark:
 
 
 def make_screen(options: RunOptions, device: torch.device) -> Screen:
-    """The safety check, by --safety."""
+    """Returns the safety check that --safety selects."""
     from ldm.safety.load import OWN_FOLDER, find_safety_model, load_safety_model
     from ldm.safety.screen import Screen
 
@@ -65,10 +65,10 @@ def make_screen(options: RunOptions, device: torch.device) -> Screen:
 
 
 class Background:
-    """One thread that does what it is given, in order, a few things behind; the first error ends it.
+    """Runs tasks in order on one thread, with a short queue; the first error ends it.
 
-    The error is raised by the next `put` or `wait`, in the thread that calls it. The thread never holds up the
-    end of the process.
+    The error is raised by the next `put` or `wait`, in the thread that calls it. The thread never delays the end of
+    the process.
     """
 
     def __init__(self, size: int = WAITING_BATCHES) -> None:
@@ -79,22 +79,22 @@ class Background:
         self._thread.start()
 
     def put(self, task: Callable[[], object]) -> None:
-        """Leaves `task` to the thread; waits while too many are waiting."""
+        """Queues `task`; waits while the queue is full."""
         self._raise()
         self._tasks.put(task)
 
     def wait(self) -> None:
-        """Returns when everything is done."""
+        """Returns when all tasks are done."""
         self._tasks.join()
         self._raise()
 
     def recover(self) -> None:
-        """Returns when everything is done, and forgets the fault that ended it."""
+        """Returns when all tasks are done, and clears the error that ended the thread."""
         self._tasks.join()
         self._error = None
 
     def stop(self) -> None:
-        """Drops what has not begun, and gives what has a few seconds."""
+        """Drops the tasks that have not begun, and waits a few seconds for the current one."""
         self._stopped = True
         with contextlib.suppress(queue.Full):  # then the thread is busy, and will see the flag
             self._tasks.put_nowait(lambda: None)
@@ -117,7 +117,7 @@ class Background:
 
 
 class Present:
-    """The images of a run that have their files: `whole` ones, and with `verify` those that are `damaged`."""
+    """The images of a run whose files exist: `whole` ones, and with `verify` those that are `damaged`."""
 
     def __init__(self, run: RunFile, verify: bool) -> None:
         there = run.existing()
@@ -127,19 +127,19 @@ class Present:
             logger.warning("%s is damaged and will be replaced", printable(run.sample_path(i)))
 
     def lacks(self, indices: Sequence[int]) -> bool:
-        """Whether an image of a batch is missing."""
+        """Returns whether an image of a batch is missing."""
         return any(i not in self.whole for i in indices)
 
 
 class Output:
-    """Takes finished pictures to files: image i of the run to the file of its number, and a grid of all of them.
+    """Writes finished images: image i of the run to the file of its number, and a grid of all of them.
 
-    Everything is done on a background thread: `add` returns at once unless several batches wait already, and
-    raises what went wrong there. Where torch computes on the CPU (`on_cpu`), its part is done by `add`: a second
-    thread would bring a second set of torch's own, and all of them would fight for the cores. Used as a context
-    manager, it ends what is waiting, except where the process is told to leave. With `screen`, `mark` and `extras`
-    as they come from the run, `run` the claim on numbers and `present` what of it is there; `shared` says that other
-    processes make images of the run too, `name_files` that each file's path is printed.
+    Everything is done on a background thread: `add` returns at once unless several batches are queued, and raises
+    errors of earlier ones. Where torch computes on the CPU (`on_cpu`), its part is done by `add`: a second thread
+    would start a second pool of torch's threads, and both would compete for the cores. As a context manager it
+    completes the queue on exit, except when the process is interrupted. `screen`, `mark` and `extras` come from the
+    run, `run` is the claim on numbers and `present` its existing images; with `shared` other processes make images of
+    the run too, with `name_files` each file's path is printed.
     """
 
     def __init__(
@@ -171,14 +171,14 @@ class Output:
 
     @property
     def complete(self) -> bool:
-        """Whether no image of the run is missing."""
+        """Returns whether no image of the run is missing."""
         repaired = all(_is_whole(self._run.sample_path(i)) for i in self._present.damaged)
         return repaired and len(self._run.existing()) == self._run.jobs
 
     def add(self, indices: Sequence[int], finish: Callable[[], Sequence[Picture]]) -> None:
-        """Leaves the pictures of a batch, the run's images `indices`, to be finished, checked and written.
+        """Queues the images of a batch, the run's images `indices`, to be finished, checked and written.
 
-        Raises what happened to earlier ones: OSError, InputError.
+        Raises errors of earlier batches: OSError, InputError.
         """
         if self._on_cpu:
             checked = self._check(indices, finish())
@@ -187,26 +187,25 @@ class Output:
             self._background.put(lambda: self._take(self._check(indices, finish())))
 
     def wait(self) -> None:
-        """Returns when all that was added is written."""
+        """Returns when everything that was added is written."""
         self._background.wait()
 
     def give_up(self, error: InputError) -> None:
-        """Counts a fault that ended the sampling as a failure; raises it where no image was saved."""
+        """Counts an error that ended the sampling as a failure; raises it if no image was saved."""
         self._background.recover()
         if not self.saved:
             raise error
         self.fail("error: %s", error)
 
     def fail(self, message: str, *values: object) -> None:
-        """Reports one thing that could not be made."""
+        """Reports and counts one failure."""
         self.failed += 1
         logger.error(message, *values)
 
     def finish(self, pages: bool = True) -> bool:
-        """Ends what is waiting, then writes the grid of all that is there unless `pages` is off, and the gallery.
+        """Completes the queue, then writes the grid of all existing images unless `pages` is off, and the gallery.
 
-        What is wrong with the files that these are made of is a failure of its own. Of several processes the last
-        does it; False from the others.
+        Damaged image files count as a failure. Of several processes the last does it; the others return False.
         """
         self.wait()
         if self._shared:
@@ -225,7 +224,7 @@ class Output:
         return True
 
     def _in_grid(self, work: Callable[[_Sheet], None]) -> None:
-        """Works on the grid; where a file that it needs is damaged, there is none."""
+        """Works on the grid; if a file that it needs is damaged, no grid is written."""
         if self._sheet is None:
             return
         try:
@@ -241,7 +240,7 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and issubclass(kind, Exception):  # what is finished is kept
+        if kind is not None and issubclass(kind, Exception):  # finished images are kept
             with contextlib.suppress(Exception):  # one error is under way already
                 self._background.wait()
         self._background.stop()
@@ -251,7 +250,7 @@ class Output:
     def _check(
         self, indices: Sequence[int], pictures: Sequence[Picture]
     ) -> list[tuple[int, Picture, Verdict]]:
-        """What the safety check says of pictures; nothing is left of them if it fails."""
+        """Returns the result of the safety check for images; if the check fails, none of them is kept."""
         from ldm.safety.screen import SafetyError
 
         try:
@@ -278,7 +277,7 @@ class Output:
         )
 
     def _write(self, index: int, picture: Picture, pixels: np.ndarray, notes: Mapping[str, str]) -> None:
-        """Writes what was passed of a picture, marked wherever it is not the user's own."""
+        """Writes an image that passed the check, watermarked except in the user's original pixels."""
         if notes["Safety"] == "flagged":
             logger.warning("the safety check flagged seed %d, so its picture is blank", picture.job.seed)
         marked = self._mark(pixels)
@@ -288,12 +287,12 @@ class Output:
             return
         in_file = (
             not self._options.skip_save
-        )  # the grid shows what the files show, so that it is the same after a break
+        )  # the grid shows the pixels of the files, so that it is the same after a resume
         self.saved += 1
         self._in_grid(lambda sheet: sheet.add(index, marked, in_file))
 
     def _publish(self, index: int, job: Job, pixels: np.ndarray, notes: Mapping[str, str]) -> bool:
-        """Gives a picture its file, or compares it with the one that is there; False where neither can be."""
+        """Publishes an image under its name, or compares it with the existing file; False if neither is possible."""
         from ldm.images.writer import encode_png, holds, publish
         from ldm.metadata.infotext import infotext
         from ldm.metadata.record import record
@@ -323,16 +322,16 @@ class Output:
 
 
 def _batch_notes(job: Job, entry: int, size: int) -> dict[str, str]:
-    """The size of the batch that an image was made in and its place there: the last bits depend on both."""
-    if job.seed_mode == "batch":  # the pipeline says where in the run's stream it is
+    """Returns the size of an image's batch and its position there: the last bits depend on both."""
+    if job.seed_mode == "batch":  # the pipeline records its position in the run's stream
         return {}
     return {"Batch size": str(size), "Batch pos": str(entry)} if size > 1 else {"Batch size": "1"}
 
 
 class _Sheet:
-    """The run's grid, in the order of the images whatever order they come in.
+    """The run's grid, in the order of the images, whatever order they arrive in.
 
-    What comes out of turn is read again from its file when its turn has come; what has no file waits in memory.
+    An image out of order is read from its file at its turn; an image without a file waits in memory.
     """
 
     def __init__(self, folder: Path, run: RunFile, columns: int, mark: Mark) -> None:
@@ -344,7 +343,7 @@ class _Sheet:
         self._grid = GridWriter(folder, columns, self._deliver)
 
     def expect(self, indices: set[int]) -> None:
-        """Takes these images from their files when it is their turn, even if they come again."""
+        """Reads these images from their files at their turn, even if they arrive later."""
         self._waiting |= dict.fromkeys(indices)
 
     def add(self, index: int, pixels: np.ndarray, in_file: bool) -> None:
@@ -360,7 +359,7 @@ class _Sheet:
             self._turn += 1
 
     def finish(self) -> None:
-        """Writes the last page, of what is there."""
+        """Writes the last page, of the images that there are."""
         for index in sorted(self._waiting):
             self._add_waiting(index)
             self._turn += 1
@@ -379,7 +378,7 @@ class _Sheet:
 
 
 def read_pixels(path: Path) -> np.ndarray:
-    """The uint8 pixels [H, W, 3] of an image of this run; InputError if the file is damaged."""
+    """Reads the uint8 pixels [H, W, 3] of an image of this run; InputError if the file is damaged."""
     import numpy as np
     from PIL import Image
 
@@ -394,7 +393,7 @@ def read_pixels(path: Path) -> np.ndarray:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a PNG file is undamaged: every checksum, and the pixels."""
+    """Returns whether a PNG file is undamaged: every checksum, and the pixels."""
     from PIL import Image
 
     try:
@@ -407,7 +406,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def write_gallery(folder: Path) -> None:
-    """Writes gallery.html, over an older one of its own only."""
+    """Writes gallery.html; replaces only a gallery of this toolkit."""
     from ldm.images.writer import publish
     from ldm.metadata.command import command_alone, remark_alone
     from ldm.runs.gallery import gallery
@@ -421,7 +420,7 @@ def write_gallery(folder: Path) -> None:
 
 
 def _is_own_page(path: Path) -> bool:
-    """Whether a file ends as the pages do that are written here."""
+    """Returns whether a file ends like the galleries written here."""
     mark = GALLERY_MARK.encode()
     try:
         with open_regular(path) as file:

@@ -1,4 +1,4 @@
-"""What a run makes: prompts, sweeps and starting pictures to jobs, numbered, seeded and put into batches."""
+"""Plans a run: prompts, sweeps and starting images become jobs, numbered, seeded and grouped into batches."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ldm")
 
 MAX_IMAGES = 1_000_000
-OF_THE_RUN = ("seed_mode", "batch_index")  # no line can set these
+OF_THE_RUN = ("seed_mode", "batch_index")  # fields that a line cannot set
 _OF_PROMPTS = ("prompt", "negative_prompt", "prompt_syntax")
 _MOST_FAULTS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What is asked for: the lines of the list, or of --prompt, and the sweep over them; `faults` are the lines'."""
+    """The requested prompts, as lines of the list or of --prompt, and the sweep; `faults` are of the lines."""
 
     faults: Faults
     lines: Sequence[Line]
@@ -45,12 +45,12 @@ class Wishes:
 
     @property
     def combinations(self) -> list[dict[str, Any]]:
-        """What each job of an image changes, by field; one that changes nothing without a sweep."""
+        """The changes of each job of an image, by field; one without changes if there is no sweep."""
         return list(self.sweep.overrides()) if self.sweep else [{}]
 
 
 def read_wishes(options: RunOptions, request: Request) -> Wishes:
-    """The prompt of the request, or those of its file, expanded. The plan names all faults of them at once."""
+    """Reads the prompt of the request, or those of its file, expanded. The plan reports all their faults at once."""
     sweep = parse_sweep(request.sweep) if request.sweep else None
     if request.from_file is None:
         faults = Faults()
@@ -64,12 +64,12 @@ def read_wishes(options: RunOptions, request: Request) -> Wishes:
 
 
 class Plan(Sequence[Job]):
-    """The jobs of a run, made when they are asked for; that of image i of the run is `plan[i]`.
+    """The jobs of a run, made on access; that of image i of the run is `plan[i]`.
 
-    Each of `starts` is gone through n_iter times, in rounds. A round holds the images of the lines one after
-    another, and each image once for every combination of the sweep. Image number i, sweeps not counted, has the
-    seed of the run + i unless its line or the sweep says another.
-    Raises InputError, with all faults of the lines, for jobs that cannot be made.
+    Each of `starts` is repeated n_iter times, in rounds. A round holds the images of the lines in order, and each
+    image once for every combination of the sweep. Image number i, sweeps not counted, has the seed of the run + i
+    unless its line or the sweep sets another. Raises InputError, with all faults of the lines, for jobs that cannot
+    be made.
     """
 
     stream: StreamPlace | None = None
@@ -116,7 +116,7 @@ class Plan(Sequence[Job]):
         return replace(job, seed=seed, batch_index=index if self._request.job.seed_mode == "batch" else 0)
 
     def _seed(self, number: int, image: int, job: Job) -> int:
-        """The seed of an image of a round, both counted from 0; `job` is the image's but for the seed."""
+        """Returns the seed of an image of a round, both counted from 0; `job` is the image's but for the seed."""
         own, first = self._seeds[image], self._request.job.seed
         if "seed" in self.combinations[0]:
             return job.seed
@@ -129,11 +129,11 @@ class Plan(Sequence[Job]):
         return count_up(first, number * len(self._seeds) + image, job.rng)
 
     def batches(self) -> list[list[int]]:
-        """The images that are made together, up to n_samples that differ in prompts, seeds and scales at most."""
+        """Returns the batches: up to n_samples images that differ in prompts, seeds and scales at most."""
         return self._batches
 
     def wanted(self) -> list[list[int]]:
-        """The batches that are made; the noise of the others is passed over where all share one stream."""
+        """Returns the batches to be made; the noise of the others is skipped where all share one stream."""
         return self.batches()
 
     @cached_property
@@ -147,16 +147,16 @@ class Plan(Sequence[Job]):
         ]
 
     def kinds(self) -> Iterator[Job]:
-        """The jobs of the run but for their seeds, each at least once."""
+        """Yields the jobs of the run but for their seeds, each at least once."""
         for start in range(len(self._starts)):
             yield from self._round(start)
 
     def loras(self) -> list[str]:
-        """The names of all LoRAs of the run."""
+        """Returns the names of all LoRAs of the run."""
         return list(dict.fromkeys(name for job in self.kinds() for name, _, _ in job.loras))
 
     def sheets(self) -> Iterator[tuple[str, list[int]]]:
-        """The title and the images, row by row, of each sheet of a sweep."""
+        """Returns the title and the images, row by row, of each sheet of a sweep."""
         sweep = self.wishes.sweep
         if sweep is None:
             return
@@ -171,7 +171,7 @@ class Plan(Sequence[Job]):
     # --- from lines to jobs ---------------------------------------------------------------------------------
 
     def _make_round(self, start: int) -> list[Job]:
-        """The jobs of a round by their places; those of one line and combination are the same object."""
+        """Returns the jobs of a round by their positions; those of one line and combination are the same object."""
         base = self._base(self._starts[start])
         jobs: list[Job] = []
         for line in self.wishes.lines:
@@ -180,12 +180,12 @@ class Plan(Sequence[Job]):
         return jobs
 
     def _base(self, start: Start) -> Job:
-        """The job of a start that a line and a combination change."""
+        """Returns the job of a start, which a line and a combination change."""
         job = replace(self._request.job, width=start.width, height=start.height, loras=self._given)
         return replace(job, init=start.init) if start.init is not None else replace(job, strength=1.0)
 
     def _job(self, line: Line, combination: Mapping[str, Any], base: Job) -> Job:
-        """The job of a line and a combination, without its seed. Raises ValueError, `InputError` among them."""
+        """Returns the job of a line and a combination, without its seed. Raises ValueError or `InputError`."""
         values = {"prompt": line.prompt, **line.overrides, **combination}
         if self._options.lora_dir is not None:
             values["prompt"], loras = _split_tags(values["prompt"])
@@ -196,7 +196,7 @@ class Plan(Sequence[Job]):
         return self._with_picture(override(base, values), values, base)
 
     def _with_picture(self, job: Job, values: Mapping[str, Any], base: Job) -> Job:
-        """The job in the size of its own picture, if it has one: --W and --H then say what becomes of that."""
+        """Returns the job in the size of its starting image, if it has one, fitted to --W and --H."""
         need(
             job.init is not None or "strength" not in values,
             "a strength needs a picture to start from; give one with --init-img or leave it out",
@@ -217,7 +217,7 @@ class Plan(Sequence[Job]):
         return replace(job, init=init, width=width, height=height)
 
     def _check(self, check: Callable[[Job], None]) -> None:
-        """Raises one InputError with all that is wrong with the lines and their jobs."""
+        """Raises one InputError with all faults of the lines and their jobs."""
         faults: dict[tuple[int, str], None] = {}
         bases = {(start.width, start.height): self._base(start) for start in self._starts}.values()
         refusal = lru_cache(maxsize=1024)(lambda job: _refusal(check, job))
@@ -236,7 +236,7 @@ class Plan(Sequence[Job]):
         self._warn_of_notations()
 
     def _warn_of_notations(self) -> None:
-        """Warns of what the prompts hold that is text here and means something in other programs."""
+        """Warns of notations in the prompts that are plain text here but have a meaning in other programs."""
         request, wishes = self._request, self.wishes
         swept = {name: {c[name] for c in self.combinations if name in c} for name in _OF_PROMPTS}
         tagged = self._options.lora_dir is not None
@@ -293,9 +293,9 @@ class Plan(Sequence[Job]):
 
 
 def _own_seeds(line: Line) -> Iterable[tuple[int, int] | None]:
-    """The seeds that a line gives its images, as the one that it names and how far after that an image is.
+    """Returns the seeds of a line's images: the seed that it names and the offset of each image from it.
 
-    None where it leaves them to the run.
+    Returns None where the line names no seed.
     """
     if not line.seeds:
         return itertools.repeat(None, line.count)

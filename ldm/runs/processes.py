@@ -1,9 +1,9 @@
-"""One run by several processes, on several devices and machines: who takes part, and what each of them makes.
+"""One run by several processes, on several devices and machines: which take part, and which images each makes.
 
-`--devices N` starts N processes here and waits for them. Where torchrun, SLURM, LSF or MPI has started the
-processes, Lightning's Fabric finds this one's place among them. They meet twice before the first picture, so that
-all know the run's numbers and what of it is there already. From then on none waits for another and none is needed by
-another: each makes every world-th batch, and the last one that ends writes what is made of all pictures.
+`--devices N` starts N processes here and waits for them. Where torchrun, SLURM, LSF or MPI has started the processes,
+Lightning's Fabric finds this one's rank. They synchronise twice before the first image, so that all know the run's
+numbers and its existing images. After that they are independent: each makes every world-th batch, and the last one to
+end writes the files that need all images.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _LAUNCHERS = (
     "MPI_",
     "MV2_",
     "HYDRA_",
-)  # what their variables begin with
-_TEMPORARY = "ldm-v1-processes-"  # what the names of temporary folders begin with
+)  # prefix of their variables
+_TEMPORARY = "ldm-v1-processes-"  # prefix of the names of temporary folders
 _MEETING, _PARENT = "LDM_MEETING", "LDM_PARENT"  # set for the processes that are started here
 _Item = TypeVar("_Item")
 
@@ -58,11 +58,11 @@ class ProcessInfo:
         self.device = device
 
     def share(self, batches: Sequence[_Item]) -> Sequence[_Item]:
-        """What this process makes of what is to be made."""
+        """Returns this process's share of the batches."""
         return batches[self.rank :: self.world]
 
     def agree(self, number: int = 0) -> int:
-        """The first process's number, for all of them."""
+        """Returns the number of rank 0, on all ranks."""
         return number
 
     def barrier_then_detach(self) -> None:
@@ -70,18 +70,18 @@ class ProcessInfo:
 
     @property
     def supervised(self) -> bool:
-        """Whether another process waits for this one, and says what follows from its end."""
+        """Returns whether another process waits for this one, and reports its result."""
         return self.world > 1 and _is_started_here()
 
     @property
     def deserted(self) -> bool:
-        """Whether the process that started this one is gone, so that nobody would stop it."""
+        """Returns whether the parent process is gone, so that no process would stop this one."""
         parent = os.environ.get(_PARENT, "") if self.supervised else ""
         return parent.isdigit() and int(parent) != os.getppid()
 
 
 class DistributedProcess(ProcessInfo):
-    """One process of several. Raises InputError where they cannot meet."""
+    """One process of several. Raises InputError if they cannot connect."""
 
     def __init__(self, options: RunOptions, device: torch.device) -> None:
         from lightning_fabric import Fabric
@@ -92,7 +92,7 @@ class DistributedProcess(ProcessInfo):
             _meet_by_file(devices)
         strategy = DDPStrategy(process_group_backend="gloo", timeout=PATIENCE)
         try:
-            # numbers are all that they exchange, so the CPU is where they meet, whatever computes
+            # they exchange only numbers, so they connect on the CPU, whatever device computes
             self._fabric = Fabric(accelerator="cpu", devices=devices, num_nodes=nodes, strategy=strategy)
             self._fabric.launch()
         except (ValueError, RuntimeError, KeyError) as error:
@@ -103,7 +103,7 @@ class DistributedProcess(ProcessInfo):
     def agree(self, number: int = 0) -> int:
         import torch
 
-        with _together():  # added up, and only the first adds something: no pickle goes over the wire
+        with _together():  # a sum to which only rank 0 contributes: no pickle is sent
             agreed = self._fabric.all_reduce(torch.tensor(0 if self.rank else number), reduce_op="sum")
         assert isinstance(agreed, torch.Tensor)
         return int(agreed)
@@ -119,7 +119,7 @@ class DistributedProcess(ProcessInfo):
 
 
 def join(options: RunOptions, device: torch.device) -> ProcessInfo:
-    """This process's place in the run, and its device."""
+    """Returns this process's rank in the run, and its device."""
     return DistributedProcess(options, device) if is_one_of_several(options) else ProcessInfo(device)
 
 
@@ -130,26 +130,26 @@ def silence_other_ranks(options: RunOptions) -> None:
 
 
 def _is_started_here() -> bool:
-    """Whether this process is one of those that `start` starts."""
+    """Returns whether this process is one of those that `start` starts."""
     return _PARENT in os.environ and _MEETING in os.environ
 
 
 def is_one_of_several(options: RunOptions) -> bool:
-    """Whether more than one process is to make the run."""
+    """Returns whether several processes make the run."""
     devices, nodes = asked_for(options)
     return devices * nodes > 1
 
 
 def starts_all(options: RunOptions) -> bool:
-    """Whether this process is the one that starts all others of the run."""
+    """Returns whether this process starts all others of the run."""
     return asked_for(options)[1] == 1 and not _started_by_another()
 
 
 def check(options: RunOptions, device: torch.device, reads_input: bool = False) -> str | None:
-    """That what is asked for goes together, else an `InputError`.
+    """Checks that the options go together, else raises InputError.
 
-    A run that `reads_input` gets its prompts from standard input. Where this process will start others, the input is
-    copied to a file for them: its name.
+    A run that `reads_input` gets its prompts from standard input. If this process will start others, it copies the
+    input to a file for them and returns its name.
     """
     for name in ("devices", "num_nodes"):
         value = getattr(options, name)
@@ -170,7 +170,7 @@ def check(options: RunOptions, device: torch.device, reads_input: bool = False) 
 
 
 def asked_for(options: RunOptions) -> tuple[int, int]:
-    """Devices a machine, and machines; torchrun says both itself."""
+    """Returns the number of devices per machine, and of machines; torchrun sets both itself."""
     local, world = (os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and local.isdigit() and world.isdigit()
     devices = options.devices or (int(local) if by_torchrun else 1)
@@ -193,7 +193,7 @@ def _own_device(device: torch.device, local_rank: int) -> torch.device:
 
 
 def _meet_by_file(world: int) -> None:
-    """Processes of one machine that were started here meet without the network."""
+    """Connects the processes that were started on this machine through a file, without the network."""
     import torch
 
     torch.distributed.init_process_group(
@@ -204,7 +204,7 @@ def _meet_by_file(world: int) -> None:
 
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
-    """Says in one line that another process is missing."""
+    """Raises an error of one line if another process is missing."""
     try:
         yield
     except RuntimeError as error:
@@ -222,9 +222,9 @@ def _line(error: Exception) -> str:
 
 
 def start(options: RunOptions, command: Sequence[str] | None, stdin_copy: str | None = None) -> int | None:
-    """Starts the processes of this machine and waits for them: the exit code; None where this is one of them.
+    """Starts the processes of this machine and waits for them; returns the exit code, or None in one of them.
 
-    Each runs this Python with `command`, and reads the file `stdin_copy` as its standard input.
+    Each runs this Python with the arguments `command`, and reads the file `stdin_copy` as its standard input.
     """
     if not is_one_of_several(options) or _started_by_another():
         return None
@@ -246,12 +246,12 @@ def start(options: RunOptions, command: Sequence[str] | None, stdin_copy: str | 
 
 
 def _begun(meeting: str) -> Path:
-    """The file that says that the processes have met and begun."""
+    """Returns the file whose existence means that all processes have connected and begun."""
     return Path(meeting, "begun")
 
 
 def _started_by_another() -> bool:
-    """Whether the processes are there already."""
+    """Returns whether a launcher has started the processes already."""
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return True
     if not any(name.startswith(_LAUNCHERS) for name in os.environ):  # importing Fabric takes seconds
@@ -263,7 +263,7 @@ def _started_by_another() -> bool:
 
 
 def _copy_input() -> str:
-    """Puts a file in the place of standard input, so that every process can read it: its name."""
+    """Replaces standard input with a copy in a file, so that every process can read it; returns its name."""
     keeper = contextlib.ExitStack()  # until the end
     atexit.register(keeper.close)
     kept = keeper.enter_context(temporary_folder(_TEMPORARY, Path(tempfile.gettempdir()))) / "input"
@@ -277,10 +277,10 @@ def _copy_input() -> str:
 def _supervise(
     command: Sequence[str], environment: Mapping[str, str], count: int, given: str, begun: Path
 ) -> int:
-    """Runs `command` in `count` processes, hands signals on, and waits: the exit code for all of them.
+    """Runs `command` in `count` processes, forwards signals, and waits; returns the exit code for all of them.
 
-    `given` is the file that they read as standard input. One that ends badly before the file `begun` is there ends
-    all of them; later it leaves the others alone.
+    `given` is the file that they read as standard input. A failure before the file `begun` exists ends all of them; a
+    later one does not affect the others.
     """
     processes: list[subprocess.Popen[bytes]] = []
     received: list[int] = []
@@ -299,7 +299,7 @@ def _supervise(
                         command,
                         stdin=stdin,
                         env={**environment, "LOCAL_RANK": str(local_rank)},
-                        start_new_session=True,  # Ctrl-C comes here, and once to each of them
+                        start_new_session=True,  # Ctrl-C arrives here, and is forwarded once to each of them
                     )
                 )
         while any(process.poll() is None for process in processes):
@@ -307,7 +307,7 @@ def _supervise(
             if any(process.poll() for process in processes) and not begun.exists():
                 break
         codes = [code for process in processes if (code := process.poll()) is not None]
-        for process in processes:  # those that are left would wait long for the one that is lost
+        for process in processes:  # the others would wait long for the one that is lost
             process.kill()
             process.wait()
     for code in codes:
@@ -321,7 +321,7 @@ def _supervise(
 
 
 def _joint_code(codes: Sequence[int], received: Sequence[int]) -> int:
-    """0 if all is done, 2 if nothing was, 128 + n after a signal, else 1."""
+    """Returns 0 if all is done, 2 if nothing was, 128 + n after a signal, else 1."""
     if received and any(codes):
         return 128 + received[0]
     return codes[0] if len(set(codes)) == 1 and codes[0] >= 0 else 1

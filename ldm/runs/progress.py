@@ -1,4 +1,4 @@
-"""How far a run is: a bar or lines for people, JSON events for programs, and the signals that end it."""
+"""Progress of a run: a bar or lines for people, JSON events for programs; and the signals that end it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("ldm")
 
 
 class Interrupts:
-    """The first Ctrl-C (or TERM, HUP) asks to stop behind the batch in hand, the second stops at once."""
+    """Handles signals: the first Ctrl-C (or TERM, HUP) stops the run after the current batch, the second at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -28,7 +28,7 @@ class Interrupts:
             number = getattr(signal, name, None)
             # a run under nohup goes on when the terminal closes
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                with contextlib.suppress(ValueError):  # not in the main thread: somebody else's signals
+                with contextlib.suppress(ValueError):  # not in the main thread: others handle signals
                     self._old[number] = signal.signal(number, self._receive)
         return self
 
@@ -48,9 +48,9 @@ EVENT_SECONDS = 1  # between events that count steps
 
 
 class Progress:
-    """A bar over all denoising steps on a terminal; elsewhere a line for each batch, and within long ones.
+    """A bar over all denoising steps on a terminal; elsewhere a line for each batch, and during long ones.
 
-    All say the time left. For programs the steps are events too, at most one a second.
+    All show the time left. For programs the steps are events too, at most one a second.
     """
 
     def __init__(self, images: int, steps: int, quiet: bool, events: Events) -> None:
@@ -73,7 +73,7 @@ class Progress:
         self._bar.set_description_str(f"{which} of {self.images}", refresh=True)
 
     def more_steps(self, count: int) -> None:
-        """Counts steps that come on top of those that were expected."""
+        """Adds steps to the expected total."""
         self._steps += count
         self._bar.total = self._steps
 
@@ -101,7 +101,7 @@ class Progress:
 
 
 def in_words(seconds: float) -> str:
-    """A time as people say it: 45 s, 12 min, 3 h 20 min."""
+    """Formats a time for people: 45 s, 12 min, 3 h 20 min."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
@@ -109,9 +109,9 @@ def in_words(seconds: float) -> str:
 
 
 class Events:
-    """What happens, for programs: one JSON object a line on stdout. A stdout that is gone never stops the run.
+    """Writes events for programs: one JSON object a line on stdout. A closed stdout never stops the run.
 
-    Each event has what `about` says.
+    Each event contains the values of `about`.
     """
 
     def __init__(self, enabled: bool, about: Mapping[str, Any] | None = None) -> None:
@@ -133,7 +133,7 @@ class Events:
             return
         line = json.dumps({"event": event, **self.about, **values}) + "\n"
         try:
-            with self._alone:  # in one piece, as other processes write to the same place
+            with self._alone:  # in one piece, as other processes write to the same stream
                 sys.stdout.write(line)
                 sys.stdout.flush()
         except (OSError, ValueError) as error:
@@ -144,7 +144,7 @@ class Events:
 
 
 def silence_stdout() -> None:
-    """Sends what is still in stdout's buffer nowhere, so that the end of the process does not fail on it."""
+    """Discards the content of stdout's buffer, so that the end of the process does not fail on it."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         try:
@@ -154,7 +154,7 @@ def silence_stdout() -> None:
 
 
 class _Warnings(logging.Handler):
-    """Tells warnings and errors as events too."""
+    """Emits warnings and errors as events too."""
 
     def __init__(self, events: Events) -> None:
         super().__init__(logging.WARNING)

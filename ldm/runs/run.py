@@ -43,7 +43,7 @@ Planner = Callable[[Mapping[str, Any], "LoraFiles"], Plan]  # from a checked con
 
 @dataclass
 class Report:
-    """What a run reports: its events, what there was before it, what it has made so far, and since when."""
+    """The state of a run for its reports: events, images before it, images made so far, and the start time."""
 
     events: Events
     existing: int = 0
@@ -68,7 +68,7 @@ class Prepared:
     stdin_copy: str | None
 
     def source(self, here: ProcessInfo) -> Source:
-        """What the images of one process come from."""
+        """Returns the source of the images of one process."""
         from ldm.runtime.device import resolve_precision
 
         precision = resolve_precision(self.options.precision, here.device)
@@ -81,7 +81,7 @@ class Prepared:
 def prepare(
     options: RunOptions, planner: Planner, cache: ModelCache | None = None, reads_input: bool = False
 ) -> Prepared:
-    """Finds the model and the device, and makes the plan. Raises InputError for what cannot be made.
+    """Finds the model and the device, and makes the plan. Raises InputError for invalid requests.
 
     `cache` holds the model between runs of one process. With `reads_input` the prompts come from standard input.
     """
@@ -105,7 +105,7 @@ def prepare(
 def plan_request(
     options: RunOptions, request: Request, config: Mapping[str, Any], find_lora: LoraFiles
 ) -> Plan:
-    """The plan of what is requested of a config's model."""
+    """Makes the plan of what is requested of a config's model."""
     wishes, canvases = read_wishes(options, request), Canvases(mask_needed=options.inpaint)
     starts = read_starts(request, options.inpaint, config, canvases)
     plan = Plan(options, request, wishes, starts, canvases, lambda job: check_job(job, config, find_lora))
@@ -116,10 +116,10 @@ def plan_request(
 def run(
     prepared: Prepared, report: Report, name_files: bool = True, command: Sequence[str] | None = None
 ) -> int:
-    """Makes the images of a prepared run: the exit code.
+    """Makes the images of a prepared run; returns the exit code.
 
-    Where several processes share the run, this one starts them with `command`, the arguments of this Python, and
-    waits. With `name_files` the path of each file is logged.
+    If several processes share the run, this one starts them with `command`, the arguments of this Python, and waits.
+    With `name_files` the path of each file is logged.
     """
     options, plan = prepared.options, prepared.plan
     code = start(options, command, prepared.stdin_copy)
@@ -148,7 +148,7 @@ def run(
 
 
 def _make(options: RunOptions, plan: Plan, source: Source, report: Report, name_files: bool) -> int:
-    """Makes and writes what this process has to make of a plan: the exit code."""
+    """Makes and writes this process's share of a plan; returns the exit code."""
     from ldm.images.writer import RunFolder
     from ldm.safety.screen import Screen
 
@@ -156,7 +156,7 @@ def _make(options: RunOptions, plan: Plan, source: Source, report: Report, name_
     on_cpu = here.device.type == "cpu"
     with RunFolder(options.outdir) as folder, Interrupts() as interrupts:
         claim = Claim(options, folder, plan, source)
-        # what is refused is refused before the model is loaded, and what is there is not made again
+        # invalid requests are refused before the model is loaded, and existing images are not repeated
         present = Present(claim.take(), options.verify) if options.resume else None
         missing = [batch for batch in plan.wanted() if present is None or present.lacks(batch)]
         mark, screen, pipeline, embeddings = make_mark(options), Screen(None), None, None
@@ -211,7 +211,7 @@ def _make(options: RunOptions, plan: Plan, source: Source, report: Report, name_
                         making = generate(options, pipeline, plan, batches, progress, halves, stopped)
                         for indices, pending in making:
                             output.add(indices, partial(pipeline.finish, pending))
-                except InputError as error:  # an image to start from went away meanwhile
+                except InputError as error:  # a starting image was removed meanwhile
                     output.give_up(error)
                 except Exception as error:
                     if not (options.compile and interrupts.received):
@@ -238,9 +238,9 @@ def _make(options: RunOptions, plan: Plan, source: Source, report: Report, name_
 
 
 def _settle_tiles(pipeline: Pipeline, plan: Plan, claim: Claim, here: ProcessInfo) -> None:
-    """Lets all processes, and a run that continues, use the tiles that were chosen at its beginning.
+    """Makes all processes, and a resumed run, use the tiles that were chosen at its beginning.
 
-    The choice depends on the memory that is free at that moment.
+    The choice depends on the memory that is free at that time.
     """
     kinds = plan.kinds()
     sizes = {size for job in kinds for size in ((job.height, job.width), job.upscaled_size)}
@@ -256,7 +256,7 @@ def _settle_tiles(pipeline: Pipeline, plan: Plan, claim: Claim, here: ProcessInf
 
 
 def log_steps(job: Job) -> None:
-    """Says how many denoising steps a picture takes where it is not what was asked for."""
+    """Logs the number of denoising steps of an image if it differs from the requested one."""
     from ldm.models.diffusion.schedule import passes_of, schedule_length
 
     rows, (first, *second) = schedule_length(job), passes_of(job)

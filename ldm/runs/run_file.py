@@ -1,7 +1,7 @@
-"""What a run is made from, in a file of its folder: the claim on its numbers, and what --resume compares.
+"""The file in a run's folder that describes it: the claim on its numbers, and the settings that --resume compares.
 
-`run-00000.json` belongs to the run whose first image is samples/00000.png. It is written before the first image
-and says nothing of progress: the images themselves do. The process that holds it locked is the run's.
+`run-00000.json` belongs to the run whose first image is samples/00000.png. It is written before the first image and
+does not record progress: the images themselves do. The process that holds its lock is the run's.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ logger = logging.getLogger("ldm")
 
 VERSION = 3
 READ_VERSIONS = (2, 3)
-# what files of version 2 did not note: it counts as unchanged, since nobody can say
+# fields that files of version 2 lack: they count as unchanged
 NOTED_SINCE_3 = ("classes", "config_files", "embedding_names", "lora_settings", "safety_model", "vocabulary")
 MAX_FILE_BYTES = 64 * 2**20  # a million images have 8 MB of digests
 MAX_NUMBER = 10**9  # of a file
 _MAX_DEPTH = 6
 MAX_TILE = 4096  # latent cells a side
 SHOWN_DIFFERENCES = 8
-NEWS_SECONDS = 60  # after which a network file system shows what another machine wrote
+NEWS_SECONDS = 60  # after which a network file system shows files of another machine
 _NAME = re.compile(r"run-([0-9]{5,})\.json")
 _DIGEST = re.compile(", digest [0-9a-f]{16}$")  # of values that differ among the jobs
-_DIGEST_LENGTH = 8  # hex digits of a prompt's SHA-256: only to say which of them was changed
+_DIGEST_LENGTH = 8  # hex digits of a prompt's SHA-256: only to find which of them changed
 
 Content = dict[str, Any]
 Page = Literal["grid", "sheet"]
@@ -52,10 +52,10 @@ TileSides = Mapping[tuple[int, int], int | None]  # by height and width of the i
 
 
 def describe(jobs: Sequence[Job], batches: Sequence[Sequence[int]], settings: Mapping[str, Any]) -> Content:
-    """What the pixels of a run depend on, by name, as JSON has it.
+    """Describes everything that a run's pixels depend on, by name, as JSON values.
 
-    A field of the jobs has its value where all agree, else the first one and a digest of all. `settings` are what
-    the jobs do not hold. The jobs are looked at once, in order.
+    A field of the jobs has its value if all agree, else the first one and a digest of all. `settings` are the values
+    that jobs do not hold. The jobs are read once, in order.
     """
     values = {field.name: _Values() for field in fields(Job)}
     digests = []
@@ -101,7 +101,7 @@ def _sha256(text: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What the last bits and the files' bytes depend on besides: libraries, processor, threads."""
+    """Returns what else the last bits and the files' bytes depend on: libraries, processor, threads."""
     import numpy
     import PIL
     import torch
@@ -120,7 +120,7 @@ def versions() -> dict[str, str]:
 
 
 def differences(old: Content, new: Content) -> list[str]:
-    """What differs between two descriptions, an entry each: name, old value, new value. Controls are escaped."""
+    """Returns the differences of two descriptions: name, old value and new value of each. Controls are escaped."""
     found = []
     for name in dict.fromkeys([*old, *new]):
         before, after = old.get(name), new.get(name)
@@ -139,7 +139,7 @@ def differences(old: Content, new: Content) -> list[str]:
 
 
 def _prompt_difference(before: str, after: str) -> str:
-    # lists of prompts can differ in length; that is said where no line differs
+    # lists of prompts can differ in length; that is reported if no line differs
     pairs = zip(*(re.findall(f".{{{_DIGEST_LENGTH}}}", text) for text in (before, after)), strict=False)
     number = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if number is None:
@@ -154,7 +154,7 @@ def _shown(value: Any, longest: int = 60) -> str:
 
 
 class RunFile:
-    """A run's claim on the numbers of its images and grids; `close` ends it, as does the end of the process."""
+    """A run's claim on the numbers of its images and grids; `close` or the end of the process releases it."""
 
     def __init__(self, folder: RunFolder, content: Content, hashes: Mapping[str, Callable[[], str]]) -> None:
         self._folder, self._content, self._hashes = folder, content, hashes
@@ -166,7 +166,7 @@ class RunFile:
 
     @property
     def hashes(self) -> Mapping[str, Callable[[], str]]:
-        """What gives the SHA-256 of each file of weights."""
+        """For each file of weights, a function that returns its SHA-256."""
         return self._hashes
 
     @property
@@ -174,16 +174,16 @@ class RunFile:
         return _path(self._folder, self.first)
 
     def sample_path(self, index: int) -> Path:
-        """The file of the run's image `index`."""
+        """Returns the file of the run's image `index`."""
         return self._folder.path_of("sample", self.first + index)
 
     def existing(self) -> set[int]:
-        """The images that have a file already."""
+        """Returns the images whose files exist."""
         numbers = self._folder.numbers("sample")
         return {number - self.first for number in numbers if 0 <= number - self.first < self.jobs}
 
     def complete(self) -> None:
-        """Notes the hashes, which take a while for large files; called before the first image is written."""
+        """Adds the hashes, which take a while for large files; called before the first image is written."""
         if self._content["sha256"] is None:
             sha256 = {name: digest() for name, digest in self._hashes.items()}
             with self._writing:
@@ -192,14 +192,14 @@ class RunFile:
 
     @property
     def tiles(self) -> TileSides | None:
-        """The tiles that the run's first process chose, by the images' height and width; None before it has."""
+        """Returns the tiles that the run's first process chose, by the images' height and width; None before."""
         noted = self._content.get("tiles")
         if noted is None:
             return None
         return {_size(words): side for words, side in noted.items()}
 
     def note_tiles(self, sides: TileSides, leads: bool = True, shared: bool = False) -> None:
-        """Notes the chosen tiles; of several processes the one that `leads` writes them."""
+        """Records the chosen tiles; of several processes the one that `leads` writes them."""
         self._content["tiles"] = {f"{width}x{height}": side for (height, width), side in sides.items()}
         if leads:
             self.write()
@@ -207,13 +207,13 @@ class RunFile:
                 self.share()
 
     def parts_of(self, first: int) -> list[int] | None:
-        """The sizes of the parts in which the batch that begins with image `first` was made; None if it was whole."""
+        """Returns the sizes of the parts of the batch that begins with image `first`; None if it was undivided."""
         return self._content.get("parts", {}).get(str(first))
 
     def note_parts(self, first: int, sizes: Sequence[int]) -> None:
-        """Notes that the batch that begins with image `first` is made in parts of these sizes.
+        """Records that the batch that begins with image `first` is made in parts of these sizes.
 
-        A run of several processes, which share the file, has it in the images' own text only.
+        A run of several processes, which share the file, records it only in the images' metadata.
         """
         if self._shared or self.parts_of(first) == list(sizes):
             return
@@ -222,7 +222,7 @@ class RunFile:
             self.write()
 
     def has_pages(self) -> bool:
-        """Whether every page and sheet of the run is there, of all images."""
+        """Returns whether every page and sheet of the run exists, of all images."""
         from ldm.images.writer import unfinished_in
 
         claimed: Mapping[Page, list[int]] = self._content["pages"]
@@ -234,10 +234,10 @@ class RunFile:
         return all(path.is_file() and not unfinished_in(path) for path in paths)
 
     def publish_page(self, kind: Page, page: int, pixels: np.ndarray, whole: bool) -> None:
-        """Writes one page of the grid, or one sheet; what a broken run made of what it had is replaced.
+        """Writes one page of the grid, or one sheet; an incomplete one of an interrupted run is replaced.
 
-        Such a page says in itself that it is unfinished, and of which run, so no run file can have another
-        image overwritten.
+        The metadata of such a page state that it is unfinished, and its run, so no run file can cause another image
+        to be overwritten.
         """
         from ldm.images.writer import encode_png, holds, publish, unfinished_in
 
@@ -245,7 +245,7 @@ class RunFile:
         data = encode_png(pixels, unfinished="" if whole else self.path.name)
         with contextlib.suppress(
             FileExistsError
-        ):  # of another process of this run, which ended as this one did
+        ):  # of another process of this run, which ended in the same state
             if not os.path.lexists(path):
                 publish(path, data)
                 return
@@ -257,27 +257,27 @@ class RunFile:
             logger.warning("%s was not written by this run and is left alone", printable(path))
 
     def lock(self) -> None:
-        """Marks an existing file as this process's; InputError if it is another's."""
+        """Locks an existing file for this process; InputError if another process holds it."""
         self._lock = _open(self.path)
         if not _try_lock(self._lock):
             self.close()
             raise InputError(f"another process is still working on {printable(self.path)}; wait for it")
 
     def share(self) -> None:
-        """Lets the other processes of the run hold it too; nobody writes it from then on."""
+        """Lets the other processes of the run share the lock; the file is not written after that."""
         self.complete()
         with _alone_in(self._folder.samples_path):
             self.hold()
 
     def hold(self) -> None:
-        """Marks the file as in use by this process, as by others."""
+        """Takes a shared lock on the file."""
         self.close()
         self._shared = True
         self._lock = _open(self.path)
         _try_lock(self._lock, shared=True)
 
     def write(self) -> None:
-        """Writes the file whole, locked before it has its name."""
+        """Writes the file, locked before it gets its name."""
         with self._writing:
             with written_whole(self.path, overwrite=True) as part:
                 part.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
@@ -301,11 +301,11 @@ def open_run(
     resume: bool,
     tiles: TileSides | None = None,
 ) -> RunFile:
-    """A new run after the highest number, or with `resume` the newest one in the folder made from the same.
+    """Opens a new run after the highest number, or with `resume` the newest one in the folder with equal settings.
 
-    `pages` says how many pages the grid has and how many sheets there are, `hashes` gives the SHA-256 of the files
-    of weights, `tiles` are those of a new run. Raises InputError where nothing matches, naming what differs from
-    the newest run, or where the run's own process still lives.
+    `pages` are the numbers of pages of the grid and of sheets, `hashes` returns the SHA-256 of the files of weights,
+    `tiles` are those of a new run. Raises InputError if no run matches, naming the differences from the newest run,
+    or if the run's process is still alive.
     """
     with _alone_in(folder.samples_path):
         if resume:
@@ -329,7 +329,7 @@ def find_run(
     pages: Mapping[Page, int],
     hashes: Mapping[str, Callable[[], str]],
 ) -> RunFile | None:
-    """The newest run in a folder that was made from the same; None where the folder is empty. Nothing is written.
+    """Finds the newest run in a folder with equal settings; None where the folder is empty. Nothing is written.
 
     Raises InputError as `open_run` does with `resume`.
     """
@@ -362,7 +362,7 @@ def find_run(
 
 
 def _as_now(content: Content, new: Content) -> Content:
-    """What a run file says that its images were made from, in the terms of this version."""
+    """Converts the settings in a run file to the terms of this version."""
     old = {**content["made_from"], "sha256": content["sha256"] or new["sha256"]}
     if content["version"] == VERSION:
         return old
@@ -375,13 +375,13 @@ def _as_now(content: Content, new: Content) -> Content:
 
 
 def _digest_of(value: object) -> object:
-    """The digest in what stands for several values, which versions word differently; else the value itself."""
+    """Returns the digest of several values, which versions word differently; else the value itself."""
     found = _DIGEST.search(value) if isinstance(value, str) else None
     return found[0] if found else value
 
 
 def last_seed(folder: Path) -> int | None:
-    """The seed of a folder's newest run; None where there is none. Nothing is written."""
+    """Returns the seed of a folder's newest run; None where there is none. Nothing is written."""
     known = [content for path in folder.glob("run-*.json") if (content := _read(path)) is not None]
     if not known:
         return None
@@ -391,9 +391,9 @@ def last_seed(folder: Path) -> int | None:
 
 
 def join_run(folder: RunFolder, first: int, made_from: Content) -> RunFile:
-    """The run whose first image is number `first`, which another process shares with this one.
+    """Opens the run whose first image is number `first`, which another process shares with this one.
 
-    Raises InputError where that one makes something else.
+    Raises InputError if that process has other settings.
     """
     path, patience = _path(folder, first), time.monotonic() + NEWS_SECONDS
     while not path.exists() and time.monotonic() < patience:
@@ -413,7 +413,7 @@ def join_run(folder: RunFolder, first: int, made_from: Content) -> RunFile:
 def _new_content(
     folder: RunFolder, known: Sequence[Content], made_from: Content, jobs: int, pages: Mapping[Page, int]
 ) -> Content:
-    """Numbers continue after the highest file, and after what a living process has claimed."""
+    """Makes the content of a new run file: numbers follow the highest file and all claims of living processes."""
     living = [run for run in known if _lives(_path(folder, run["first"]))]
     first = max([folder.next_number("sample"), *(run["first"] + run["jobs"] for run in living)])
     claimed = {
@@ -424,7 +424,7 @@ def _new_content(
         "version": VERSION,
         "first": first,
         "jobs": jobs,
-        "pages": claimed,  # by kind: the first number, and how many
+        "pages": claimed,  # by kind: the first number, and the count
         "made_from": made_from,
         "sha256": None,
         "versions": versions(),
@@ -435,7 +435,7 @@ def _new_content(
 def _check_numbers(
     folder: RunFolder, content: Content, known: Sequence[Content], jobs: int, pages: Mapping[Page, int]
 ) -> None:
-    """That a run file claims what its run needs, and that no later run has it."""
+    """Checks that a run file claims all numbers that its run needs, and that no later run has them."""
     first = content["first"]
     claimed: Mapping[str, list[int]] = content["pages"]
     if content["jobs"] != jobs or any(n and claimed.get(kind, [0, 0])[1] != n for kind, n in pages.items()):
@@ -461,7 +461,7 @@ def _read_all(folder: RunFolder) -> list[Content]:
 
 
 def _read(path: Path) -> Content | None:
-    """What a run file says; one that is none, or of another version, is passed over with a warning."""
+    """Reads a run file; one that is invalid, or of another version, is skipped with a warning."""
     try:
         content = json.loads(read_side_file(path, MAX_FILE_BYTES))
         if _is_sound(content) and _path_number(path) == content["first"]:
@@ -473,7 +473,7 @@ def _read(path: Path) -> Content | None:
 
 
 def _is_sound(content: object) -> bool:
-    """Whether everything in a run file, which a stranger may have written, is of its kind and range."""
+    """Returns whether everything in a run file, which may be untrusted, has a valid type and range."""
     if not isinstance(content, dict) or content.get("version") not in READ_VERSIONS:
         return False
     first, jobs, pages, tiles = (content.get(name) for name in ("first", "jobs", "pages", "tiles"))
@@ -508,7 +508,7 @@ def _is_tile(entry: tuple[str, object]) -> bool:
 
 
 def _size(words: str) -> tuple[int, int]:
-    """Height and width of WIDTHxHEIGHT."""
+    """Parses height and width from WIDTHxHEIGHT."""
     width, height = words.split("x")
     return int(height), int(width)
 
@@ -518,7 +518,7 @@ def _has_only(value: object, kind: type) -> bool:
 
 
 def _depth(tree: object) -> int:
-    """How deep lists and mappings lie in one another, looked at no deeper than is allowed."""
+    """Returns the nesting depth of lists and mappings, followed no deeper than is allowed."""
     level, depth = [tree], 0
     while level and depth <= _MAX_DEPTH:
         inner = [node for node in level if isinstance(node, dict | list)]
@@ -528,7 +528,7 @@ def _depth(tree: object) -> int:
 
 
 def _open(path: Path) -> int:
-    """Opens a file to lock it; a pipe cannot hang us."""
+    """Opens a file to lock it, without blocking on a pipe."""
     return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -539,7 +539,7 @@ def _path_number(path: Path) -> int:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Within it no other process chooses numbers in this folder. Where folders cannot be locked, that is luck."""
+    """Holds an exclusive lock on the folder while numbers are chosen; a no-op where folders cannot be locked."""
     try:
         import fcntl
 
@@ -567,7 +567,7 @@ def _lives(path: Path) -> bool:
 
 
 def _try_lock(descriptor: int, shared: bool = False) -> bool:
-    """Locks a file until its descriptor is closed; False if another has it. Without locks, always True."""
+    """Locks a file until its descriptor is closed; False if another process holds it. Without locks, always True."""
     try:
         import fcntl
 

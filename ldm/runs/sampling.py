@@ -1,4 +1,4 @@
-"""A plan's batches, one after another, in the making; with --on_oom halve in halves where memory runs out."""
+"""Samples the batches of a plan in order; with --on_oom halve in halves if memory runs out."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Begin = Callable[[Sequence[int]], "list[Pending]"]
 
 
 class Halves:
-    """Makes a batch at once, or where memory runs out and it is allowed, in halves, and those in halves.
+    """Makes a batch whole or, if memory runs out and it is allowed, in halves, recursively.
 
-    What was made in parts is noted in the run's file, since the last bits depend on it: --resume makes it so again.
+    The parts are recorded in the run's file, since the last bits depend on them: --resume repeats them.
     """
 
     def __init__(self, options: RunOptions, run: RunFile, progress: Progress) -> None:
@@ -40,7 +40,7 @@ class Halves:
     def make(
         self, indices: Sequence[int], job: Job, begin: Begin
     ) -> Iterator[tuple[list[int], list[Pending]]]:
-        """The parts of a batch of such jobs, each begun."""
+        """Yields the parts of a batch of jobs, each begun."""
         sizes = self._sizes(indices)
         if len(sizes) > 1:
             self._progress.more_steps((len(sizes) - 1) * count_steps(job))
@@ -64,14 +64,14 @@ class Halves:
             self._progress.more_steps(expected)
 
     def _sizes(self, indices: Sequence[int]) -> list[int]:
-        """The sizes of the parts that a batch is begun in."""
+        """Returns the sizes of the parts in which a batch is begun."""
         noted = self._run.parts_of(indices[0])
         if noted and sum(noted) == len(indices):
             return list(noted)
         return _in_parts(len(indices), self._fitting or len(indices))
 
     def _try(self, part: list[int], begin: Begin) -> list[Pending] | None:
-        """What a part is begun with; None where memory ran out, which is free again then."""
+        """Begins a part and returns its result; None if memory ran out, after it has been freed."""
         try:
             return begin(part)
         except Exception as error:
@@ -86,7 +86,7 @@ class Halves:
 
 
 def _in_parts(count: int, size: int) -> list[int]:
-    """So many images in parts of a size, the last of what is left."""
+    """Splits a number of images into parts of one size; the last has the rest."""
     return [min(size, count - start) for start in range(0, count, size)]
 
 
@@ -99,7 +99,7 @@ def generate(
     halves: Halves,
     stopped: Callable[[], bool],
 ) -> Iterator[tuple[list[int], list[Pending]]]:
-    """The numbers and images of these batches of a plan, in the making, until the run is `stopped`.
+    """Yields the numbers and the begun images of the given batches of a plan, until the run is `stopped`.
 
     In seed mode "batch" one stream of noise serves all.
     """

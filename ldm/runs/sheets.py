@@ -1,4 +1,4 @@
-"""A sweep's pictures as labelled sheets, from their files."""
+"""Shows the images of a sweep as labelled sheets, read from their files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ logger = logging.getLogger("ldm")
 
 
 def write_sheets(plan: Plan, run: RunFile, mark: Mark, fail: Callable[[str, object], None]) -> None:
-    """Writes every sheet of a sweep of which an image is there; one that would be too large is named and left out.
+    """Writes every sheet of a sweep that has an image; one that would be too large is named and left out.
 
-    `fail` is told of each image whose file is damaged; its place stays empty.
+    `fail` is called for each image whose file is damaged; its cell stays empty.
     """
     sweep = plan.wishes.sweep
     if sweep is None:

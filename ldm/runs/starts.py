@@ -1,4 +1,4 @@
-"""Where jobs start: at text alone, or at images brought to size."""
+"""The starts of jobs: text alone, or images fitted to the canvas."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("ldm")
 
 @dataclass(frozen=True)
 class Start:
-    """What the jobs of one picture, or of none, have in common: the picture and their size in pixels."""
+    """The values shared by the jobs of one starting image, or of none: the image and their size in pixels."""
 
     init: Init | None
     width: int
@@ -29,7 +29,7 @@ class Start:
 
 
 class Canvases:
-    """Opens the pictures that jobs start from; the last few are kept. One that changes during a run is refused."""
+    """Opens the starting images of jobs; the last few are cached. One that changes during a run is refused."""
 
     def __init__(self, mask_needed: bool) -> None:
         from ldm.images.canvas import open_canvas
@@ -50,7 +50,7 @@ class Canvases:
 def read_starts(
     request: Request, masked: bool, model: Mapping[str, Any], canvases: Callable[[Init], Canvas]
 ) -> list[Start]:
-    """Where the jobs start: each image, brought to size, or text alone, which is refused where a mask is needed."""
+    """Returns the starts of the jobs: each image, fitted to the canvas, or text alone unless a mask is needed."""
     if not (request.images or request.folder):
         need(not masked, "give a picture with --init-img, or a folder of pairs with --indir")
         return [Start(None, *own_size(request, model))]
@@ -65,7 +65,7 @@ def read_starts(
 
 
 def inits_of(request: Request, masked: bool) -> list[Init]:
-    """Each image to start from; with `masked` one without a mask has it in its transparency."""
+    """Returns each starting image; with `masked` one without a mask uses its transparency."""
     from ldm.images.canvas import find_images, find_pairs
 
     start, folder = request.start, request.folder
@@ -75,7 +75,7 @@ def inits_of(request: Request, masked: bool) -> list[Init]:
 
 
 def own_size(request: Request, model: Mapping[str, Any]) -> tuple[int, int]:
-    """Width and height of an image from text, by default the config's, checked against its factor."""
+    """Returns width and height of an image from text, by default the config's, checked against its factor."""
     factor, size = latent_factor(model), []
     for name, given in (("W", request.job.width), ("H", request.job.height)):
         side = given or own_side(model)
