@@ -7,6 +7,7 @@ from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.runtime import kernels
 from ldm.runtime.fast import FastUNet, PackedConv2d, PackedLinear, Packer, prepare
 from tests.support.golden_data import TOLERANCE, figure, figures, relative_error, sampled, tiny_model
+from tests.support.precision import EACH_PACKED, needs_bf16_kernels
 
 # the original under bf16 autocast on another CPU, against its own float32; CPUs differ in how they sum
 BF16_BUDGET = {
@@ -28,7 +29,7 @@ def prepared(dtype, forget=lambda weight: None, budget=None):
     return model, prepare(model, dtype, forget, budget)
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.fixture(scope="module", params=EACH_PACKED, ids=["float32", "bf16"])
 def fast(request):
     return request.param, prepared(request.param)[0]
 
@@ -164,6 +165,7 @@ def test_bf16_needs_kernels_that_this_cpu_has(monkeypatch):
     assert prepared(torch.bfloat16)[1] is None
 
 
+@needs_bf16_kernels
 def test_the_state_dict_stays_the_files():
     model, before = tiny_model(), tiny_model().state_dict()
     prepare(model, torch.bfloat16, lambda weight: None)

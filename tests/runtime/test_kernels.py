@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 from ldm.runtime import kernels
 from tests.support.golden_data import TOLERANCE, relative_error
+from tests.support.precision import EACH_PACKED
 
 ROUNDING = {torch.float32: TOLERANCE, torch.bfloat16: 8e-3}
 DTYPES = list(ROUNDING)
@@ -14,7 +15,7 @@ def seeded():
     torch.manual_seed(3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EACH_PACKED)
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding"), [(3, 1, 1), (1, 1, 0), (3, 2, 1), (3, 2, 0), (2, 1, 1)]
@@ -33,7 +34,7 @@ def test_convolution(dtype, add, kernel, stride, padding):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EACH_PACKED)
 def test_matrix_products(dtype):
     x, weight, bias = torch.randn(2, 5, 24), torch.randn(40, 24) / 5, torch.randn(40)
     other, packed = torch.randn(2, 5, 40).to(dtype), kernels.pack_linear(weight, dtype)
