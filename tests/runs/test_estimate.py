@@ -34,6 +34,7 @@ from ldm.runs.plan import Plan, read_wishes
 from ldm.runs.starts import Start
 from ldm.runtime.device import BF16
 from ldm.runtime.estimate import NetworkWork, Pace, Work, count_work, measure_pace, weight_bytes
+from tests.support.precision import needs_bf16_kernels
 
 CPU = torch.device("cpu")
 SIDE = (128, 128)
@@ -248,6 +249,7 @@ def test_weights_in_float32_are_all_parameters(model):
     assert sum(weight_bytes(model, torch.float32, encodes=False).values()) == 4 * (numbers - unused)
 
 
+@needs_bf16_kernels
 def test_weights_in_bf16_are_what_a_run_packs(model):
     loaded = load_model(read_config(BUNDLED_CONFIG), BUNDLED_CKPT)
     pipeline = Pipeline(loaded, BF16)
