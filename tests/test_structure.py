@@ -163,3 +163,9 @@ def test_each_name_of_a_test_file_is_used_once():
 def test_each_test_that_a_readme_names_exists(readme):
     named = re.findall(r"\btests/[\w./]*\w", readme.read_text(encoding="utf-8"))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_folders_of_tests_are_those_of_the_package():
+    rooms = {path.relative_to(ROOT / "ldm").parts[0] for path in (ROOT / "ldm").glob("*/**/*.py")}
+    folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in TESTS} - {"."}
+    assert folders == rooms - {"__pycache__"}
