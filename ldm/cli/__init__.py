@@ -1,4 +1,4 @@
-"""The command line: what all commands share."""
+"""The command line: shared by all commands."""
 
 import sys
 
@@ -27,7 +27,7 @@ try:
         add_version_option,
         make_parser,
     )
-except KeyboardInterrupt:  # before anything has begun
+except KeyboardInterrupt:  # before any work has begun
     raise SystemExit(130) from None
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The frame of every command: options parsed, and one line and an exit code for every outcome.
+"""The frame of every command: parses options and turns every outcome into one line and an exit code.
 
 0: all done. 1: some image failed, or a resource ran out. 2: bad input, nothing generated. 128 + n: ended by
 signal n.
@@ -24,7 +24,7 @@ from ldm.util import InputError, printable
 
 logger = logging.getLogger("ldm")
 
-# what packages are called where they are installed from, if not as they are imported
+# the names of packages in the registry, if they differ from the imported names
 _PACKAGES = {
     "PIL": "pillow",
     "clip": "openai-clip",
@@ -40,40 +40,40 @@ _NO_MEMORY = ("can't allocate memory", "could not create a primitive")  # torch'
 def main(
     parser: argparse.ArgumentParser, script: Callable[[argparse.Namespace], int], argv: Sequence[str] | None
 ) -> int:
-    """Parses, runs and turns every outcome into one line and an exit code."""
+    """Parses the options, runs the command and turns every outcome into one line and an exit code."""
     fill_closed_streams()
     try:
         allow_interrupts()
         opt = _parse(parser, argv)
-        if argv is None:  # the command line's own: nothing has been imported or opened yet
+        if argv is None:  # a fault of the command line: nothing has been imported or opened yet
             restart_tuned()
             opt.typed = sys.orig_argv[1:]
         set_up_messages(opt.quiet, opt.debug)
         with contextlib.suppress(
             AttributeError, ValueError, OSError, RuntimeError
-        ):  # stderr can be no real file
-            faulthandler.enable()  # a checkpoint that shrinks while it is mapped ends the process without a word
+        ):  # stderr may not be a real file
+            faulthandler.enable()  # a checkpoint that shrinks while it is mapped would end the process silently
         return outcome(lambda: script(opt), opt.debug)
-    except KeyboardInterrupt:  # before anything has begun
+    except KeyboardInterrupt:  # before any work has begun
         return 130
     finally:
         _flush_stdout()
 
 
 def fill_closed_streams() -> None:
-    """Puts the null device where standard streams are closed: else files that are opened later take their places."""
+    """Opens the null device in place of closed standard streams, whose numbers later files would get otherwise."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process
 
 
 def _flush_stdout() -> bool:
-    """Whether what was printed has left; where nobody reads it any more, the rest of it goes nowhere."""
+    """Flushes stdout and returns whether that succeeded; the rest is discarded if the reader is gone."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -83,7 +83,7 @@ def _flush_stdout() -> bool:
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options; where a run's are wrong and it is a program that reads stdout, that is an event too."""
+    """Parses the options; faults of a run's are also an event if a program reads stdout."""
     makes_images = parser.get_default("dry_run") is False
     if not makes_images or "--json" not in (sys.argv[1:] if argv is None else argv):
         return parser.parse_args(argv)
@@ -102,17 +102,17 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 
 def _reader_left() -> bool:
-    """Whether stdout is a pipe whose other end is closed."""
+    """Returns whether stdout is a pipe whose other end is closed."""
     try:
         pipe = select.poll()
         pipe.register(sys.stdout.fileno(), 0)
         return bool(pipe.poll(0))
-    except (AttributeError, OSError, ValueError):  # Windows has no poll; a stdout need not be a file
+    except (AttributeError, OSError, ValueError):  # Windows has no poll; stdout may not be a file
         return False
 
 
 def outcome(task: Callable[[], int], debug: bool) -> int:
-    """The exit code of a task; any fault of it becomes one line."""
+    """Returns the exit code of a task; any fault of it becomes one line."""
     code = 0
     try:
         code = task()
@@ -129,7 +129,7 @@ def outcome(task: Callable[[], int], debug: bool) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
             silence_stdout()
-            return code  # whoever read stdout has seen enough
+            return code  # the reader of stdout has closed it
         where = f"{printable(error.filename)}: " if error.filename else ""
         return _fail(f"error: {where}{error.strerror or error}", 1, debug)
     except Exception as error:  # noqa: BLE001 - the one place where any fault becomes one line
@@ -144,7 +144,7 @@ def outcome(task: Callable[[], int], debug: bool) -> int:
 
 
 def missing_package(error: ImportError) -> str:
-    """What an import that fails means for the user."""
+    """Explains to the user why an import failed."""
     name = (error.name or "").partition(".")[0]
     package = printable(_PACKAGES.get(name, name))
     if name in sys.stdlib_module_names:

@@ -1,4 +1,4 @@
-"""What the user typed to change of a job that was read from a file."""
+"""Options that change a job that was read from a file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _OF_A_MASK = ("invert_mask", "mask_blur", "no_paste")
 
 
 def as_changes(parser: argparse.ArgumentParser) -> None:
-    """Makes the options that a parser has so far changes: only what is typed is kept."""
+    """Removes the defaults of a parser's options: only typed options are in its result."""
     parser._defaults.clear()
     for action in parser._actions:
         action.default = argparse.SUPPRESS
 
 
 def texts_of(typed: Mapping[str, Any]) -> Options:
-    """Parsed options, as they are typed."""
+    """Converts parsed options to the texts that were typed."""
     return {name: None if value is True else _typed(name, value) for name, value in typed.items()}
 
 
@@ -36,7 +36,7 @@ def _typed(name: str, value: Any) -> str | list[str]:
 
 
 def job_values(typed: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a job that typed options set."""
+    """Returns the fields of a job that typed options set."""
     values: dict[str, Any] = {}
     for name, value in typed.items():
         if name in SETTINGS["sampler"].choices:  # a switch
@@ -53,9 +53,9 @@ def job_values(typed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed(job: Job, typed: Mapping[str, Any]) -> Job:
-    """A job with the options that were typed. InputError for those that need an image to start from, or a mask.
+    """Returns a job with the typed options. InputError for those that need a starting image, or a mask.
 
-    The size of a job that starts from an image stays open: it is that of the canvas.
+    The size of a job that starts from an image stays unset: it is that of the canvas.
     """
     values = job_values(typed)
     begins = job.init is not None or "init_img" in typed or job.strength != 1
@@ -84,7 +84,7 @@ def changed(job: Job, typed: Mapping[str, Any]) -> Job:
 
 
 def _new_start(job: Job, values: Mapping[str, Any], masked: bool) -> dict[str, Any]:
-    """What a job from text alone lacks where it is to start from an image: that fills its size."""
+    """Returns the values that turn a job from text into one that starts from an image, which fills its size."""
     if job.init is not None or job.strength != 1:
         return {}
     size = {"init.width": job.width, "init.height": job.height, "init.resize": "fill"}
@@ -92,7 +92,7 @@ def _new_start(job: Job, values: Mapping[str, Any], masked: bool) -> dict[str, A
 
 
 def _as_canvas(job: Job, values: dict[str, Any]) -> dict[str, Any]:
-    """A typed size as that of the canvas, with a way to resize."""
+    """Converts a typed size to the canvas's size, with a way to resize."""
     sides = {f"init.{name}": values.pop(name) for name in ("width", "height") if name in values}
     if not sides or "init.resize" in values or (job.init is not None and job.init.resize != "none"):
         return sides

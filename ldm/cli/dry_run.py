@@ -1,4 +1,4 @@
-"""What a run would make, in words, without its model: --dry_run."""
+"""--dry_run: describes what a run would make, without loading its model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SHOWN = 50  # batches, and prompts that are cut
 
 
 def show(prepared: Prepared, events: Events) -> int:
-    """Prints the plan of a run, or with --json gives it as an event: the exit code."""
+    """Prints the plan of a run, or with --json emits it as an event; returns the exit code."""
     facts: dict[str, Any] = {}
     options = prepared.options
     lines = preview(options, prepared.plan, prepared.source(ProcessInfo(prepared.device)), facts)
@@ -56,9 +56,9 @@ def show(prepared: Prepared, events: Events) -> int:
 def preview(
     options: RunOptions, plan: Plan, source: Source, facts: dict[str, Any] | None = None
 ) -> Iterator[str]:
-    """Images, batches, sizes, cut prompts, memory and time, a line each. No weights are read, nothing is written.
+    """Yields a line each on images, batches, sizes, cut prompts, memory and time. Reads no weights, writes nothing.
 
-    With --resume it is what is missing of the run that would continue. `facts` gets the numbers in it, by name.
+    With --resume only the missing images of the run that would continue count. `facts` receives the numbers, by name.
     """
     from ldm.checkpoints.load import build_model
 
@@ -88,7 +88,7 @@ def preview(
 
 
 def _begun(options: RunOptions, plan: Plan, source: Source) -> tuple[int, set[int]]:
-    """The number of the run's first image, and the images that are there, which only --resume can know of."""
+    """Returns the number of the run's first image, and the existing images, which only --resume can have."""
     if options.resume and (Path(options.outdir) / "samples").is_dir():
         from ldm.images.writer import RunFolder
 
@@ -115,7 +115,7 @@ def _batch(plan: Plan, batch: Sequence[int], first: int) -> str:
 
 
 def _numbers(numbers: Sequence[int]) -> str:
-    """Names of files, as a range where they follow one another."""
+    """Formats names of files, as a range if they are consecutive."""
     return ", ".join(f"{a:05d}.png" if a == b else f"{a:05d}.png to {b:05d}.png" for a, b in _runs(numbers))
 
 
@@ -124,14 +124,14 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """First and last of each stretch in which numbers count up by one."""
+    """Yields first and last of each stretch of consecutive numbers."""
     for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         stretch = [number for _, number in run]
         yield stretch[0], stretch[-1]
 
 
 def _next_number(outdir: Path) -> int:
-    """The number after the highest sample that is there now."""
+    """Returns the number after the highest existing sample."""
     try:
         names = os.listdir(outdir / "samples")
     except OSError:
@@ -146,7 +146,7 @@ def _next_number(outdir: Path) -> int:
 
 
 def _starting_pictures(plan: Plan) -> Iterator[str]:
-    """What becomes of the sizes of pictures to start from."""
+    """Yields how starting images are resized."""
     inits = dict.fromkeys(job.init for job in plan.kinds() if job.init is not None)
     for init in inits:
         canvas = plan.canvases(init)
@@ -156,8 +156,10 @@ def _starting_pictures(plan: Plan) -> Iterator[str]:
 
 
 def _cut_prompts(plan: Plan, model: LatentDiffusion) -> Iterator[str]:
-    """Prompts that are too long."""
-    cut_words = getattr(model.cond_stage_model, "cut_words", None)  # another package's text model may lack it
+    """Yields the prompts that are too long."""
+    cut_words = getattr(
+        model.cond_stage_model, "cut_words", None
+    )  # another package's text encoder may lack it
     prompts = dict.fromkeys(job.prompt for job in plan.kinds() if job.prompt_syntax == "plain")
     cuts = [(prompt, cut) for prompt in prompts if cut_words and (cut := cut_words(prompt))]
     for prompt, cut in cuts[:SHOWN]:
@@ -178,7 +180,7 @@ def _costs(
     precision: Precision,
     facts: dict[str, Any],
 ) -> Iterator[str]:
-    """What the run takes, by the model without weights and a trial of the device."""
+    """Yields the cost of the run, from the model without weights and a trial of the device."""
     from ldm.runtime.estimate import NetworkWork, measure_pace
 
     batches, work = batch_kinds(plan, missing), NetworkWork(model)
@@ -208,7 +210,7 @@ def _costs(
 
 
 def tell_memory(memory: Memory, program: int) -> str:
-    """In words; `program` are the bytes of all that is no tensor."""
+    """Describes the memory in words; `program` are the bytes of everything that is not a tensor."""
     total = memory.weights + memory.computed + program
     unit, size = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
     parts = [
@@ -220,7 +222,7 @@ def tell_memory(memory: Memory, program: int) -> str:
 
 
 def tell_time(seconds: float, where: str, steps: int, compiles: bool = False) -> str:
-    """In words; loading the model is not in the seconds, nor is compiling it."""
+    """Describes the time in words; the seconds exclude loading and compiling the model."""
     units = (("s", 1), ("min", 60), ("h", 3600))
     unit, size = next((unit for unit in units if seconds < 99.5 * unit[1]), units[-1])
     without = "without loading the model" + (" and compiling it" if compiles else "")
@@ -231,6 +233,6 @@ def tell_time(seconds: float, where: str, steps: int, compiles: bool = False) ->
 
 
 def _short(value: float) -> str:
-    """A number with two digits, and nothing after the point from 10 on."""
+    """Formats a number with two digits, without decimals from 10 on."""
     rounded = float(f"{value:.2g}")
     return f"{rounded:.1f}" if 0.1 <= rounded < 10 else f"{rounded:g}"

@@ -1,4 +1,4 @@
-"""Options that another one, or the lack of it, leaves without effect."""
+"""Options that have no effect because of another option, or of its absence."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _OPTIONS_WITHOUT_EFFECT: tuple[tuple[str, Callable[[argparse.Namespace], bool]],
 
 
 def warn_of_options_without_effect(opt: argparse.Namespace) -> None:
-    """A warning for each pair of options of which one disables the other; a list or a sweep may set the rest."""
+    """Warns of each pair of options of which one disables the other; a list or a sweep may set the rest."""
     for message, applies in _OPTIONS_WITHOUT_EFFECT:
         if applies(opt):
             logger.warning("%s", message)

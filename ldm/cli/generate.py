@@ -1,4 +1,4 @@
-"""The scripts that make images: what was typed becomes a request and the options of a run."""
+"""The scripts that generate images: typed options become a request and the options of a run."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from ldm.util import InputError, need, printable
 
 logger = logging.getLogger("ldm")
 
-RANDOM = -1  # the --seed that asks for any
-# options that set a field of every job, by the field whose range holds for them
+RANDOM = -1  # the value of --seed for a random one
+# options that set a field of every job, by the field whose range applies to them
 _CHECKED = {name: OWN_NAMES.get(name, name) for name in (
     "ddim_steps", "seed", "scale", "ddim_eta", "strength", "upscale", "upscale_strength", "mask_blur", "outpaint",
 )}  # fmt: skip
 
 
 def run(opt: argparse.Namespace, cache: ModelCache | None = None) -> int:
-    """Text and images to images: the exit code. With --json every outcome ends in the event `done`.
+    """Generates images from text and images; returns the exit code. With --json the last event is always `done`.
 
     `cache` holds the model for the next run in this process.
     """
@@ -47,7 +47,7 @@ def run(opt: argparse.Namespace, cache: ModelCache | None = None) -> int:
 
 
 def reported(json: bool, debug: bool, task: Callable[[Report], int]) -> int:
-    """The exit code of a task; with `json` its faults are events too, and the last event is `done`."""
+    """Returns the exit code of a task; with `json` its faults are events too, and the last event is `done`."""
     with Events(json) as events:
         report = Report(events)
         if not json:
@@ -55,7 +55,7 @@ def reported(json: bool, debug: bool, task: Callable[[Report], int]) -> int:
         code = 1
         try:
             code = outcome(lambda: task(report), debug)
-        except SystemExit as left:  # asked twice to stop
+        except SystemExit as left:  # interrupted twice
             code = left.code if isinstance(left.code, int) else 1
             raise
         finally:
@@ -85,7 +85,7 @@ def _run(opt: argparse.Namespace, report: Report, cache: ModelCache | None) -> i
 
 
 def options_of(opt: argparse.Namespace) -> RunOptions:
-    """What was typed of a run."""
+    """Returns the typed options of a run."""
     typed = {field.name: getattr(opt, field.name) for field in fields(RunOptions) if hasattr(opt, field.name)}
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()
@@ -94,7 +94,7 @@ def options_of(opt: argparse.Namespace) -> RunOptions:
 
 
 def request_of(opt: argparse.Namespace) -> Request:
-    """What was typed of images. Raises InputError for a text or a size that cannot be used."""
+    """Returns the request for images. Raises InputError for invalid texts and sizes."""
     for name in ("W", "H"):
         side = getattr(opt, name)
         need(side is None or side > 0, f"--{name} is {side}; give a multiple of {opt.f}, at least {opt.f}")
@@ -144,7 +144,7 @@ def request_of(opt: argparse.Namespace) -> Request:
 
 
 def _text(option: str, text: str) -> str:
-    """A command-line text as UTF-8 even where the locale is ASCII, and not too long, else an `InputError`."""
+    """Returns a text as UTF-8 even where the locale is ASCII; raises InputError if it is too long."""
     need(len(text) <= MAX_LINE, f"{option} is {too_long()}")
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8")
@@ -153,7 +153,7 @@ def _text(option: str, text: str) -> str:
 
 
 def check_options(opt: argparse.Namespace) -> None:
-    """Numbers in range and options that go together, else an `InputError` that names the option."""
+    """Checks ranges and combinations of options; raises an InputError that names the option."""
     chosen_sampler(opt)
     if opt.from_file == "-" and sys.stdin is not None and sys.stdin.isatty():
         logger.info("reading prompts from this terminal: one a line, then Ctrl-D")
@@ -194,7 +194,7 @@ def check_options(opt: argparse.Namespace) -> None:
 
 
 def chosen_sampler(opt: argparse.Namespace) -> Sampler:
-    """The sampler that --sampler or a switch asks for."""
+    """Returns the sampler that --sampler or a switch selects."""
     switches: list[Sampler] = [name for name in get_args(Sampler) if getattr(opt, name, False)]
     for name in switches:
         need(
@@ -205,12 +205,12 @@ def chosen_sampler(opt: argparse.Namespace) -> Sampler:
 
 
 def _random_seed(options: RunOptions) -> int:
-    """Any seed, or with --resume that of the folder's newest run; processes that this one starts get it too."""
+    """Returns a random seed, or with --resume that of the folder's newest run; started processes receive it too."""
     need(
         not is_one_of_several(options) or starts_all(options),
         "--seed random would be another seed in each process; give a number",
     )
     last = last_seed(Path(options.outdir)) if options.resume else None
-    seed = secrets.randbits(32) if last is None else last  # every generator takes 32 bits
+    seed = secrets.randbits(32) if last is None else last  # every generator accepts 32 bits
     logger.info("seed %d (%s)", seed, "random" if last is None else "that of the run that continues")
     return seed

@@ -1,4 +1,4 @@
-"""The files that a picture was made with, found again by their recorded names and hashes."""
+"""Finds the files that an image was made with by their recorded names and hashes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 _CHECKPOINTS = Path("models/ldm")
 _HASH = re.compile("[0-9a-f]{8,64}")  # of a LoRA or a textual inversion
-_SHA256 = re.compile("[0-9a-f]{10,64}")  # an older rule's 8 digits are of another sum
+_SHA256 = re.compile("[0-9a-f]{10,64}")  # 8 digits of an older rule are from another hash
 
 
 @dataclass
 class Located:
-    """What is known of a recipe's files, in lines where something differs or is missing.
+    """The files of a recipe that were found, and lines on those that differ or are missing.
 
     `changes` are parsed options that name the files.
     """
@@ -34,11 +34,11 @@ class Located:
 
 
 def locate(recipe: Recipe, folder: Path, given: Mapping[str, object]) -> Located:
-    """The files of a recipe: checkpoint, other parts, LoRAs, textual inversions, and the picture and its mask.
+    """Finds the files of a recipe: checkpoint, other parts, LoRAs, textual inversions, the image and its mask.
 
-    `folder` is where the recipe's own file lies; a picture to start from may lie beside it. `given` are the
-    options that the user typed: they come first, and `lora_dir`, `embedding_dir`, and folders under `init_img`
-    and `mask` are searched. Files are known by hash where one was recorded, else by name.
+    `folder` is the folder of the recipe's file, which may also hold the starting image. `given` are the options that
+    the user typed: they take precedence, and `lora_dir`, `embedding_dir`, and folders under `init_img` and `mask` are
+    searched. Files are identified by hash if one was recorded, else by name.
     """
     located = Located()
     _locate_checkpoint(recipe, given, located)
@@ -52,9 +52,9 @@ def locate(recipe: Recipe, folder: Path, given: Mapping[str, object]) -> Located
 def choose(
     name: str, digest: str, files: Sequence[tuple[str, Path]], *hashes_of: Callable[[Path], str]
 ) -> tuple[Path | None, bool]:
-    """The file with this hash, else of this name, among `files` with their names; and whether the hash agrees.
+    """Chooses the file with this hash, else of this name, among named `files`; and returns whether the hash agrees.
 
-    Of several ways to compute a hash, any may agree.
+    If a hash can be computed in several ways, any may agree.
     """
     named = [path for own, path in files if own == name]
     named += [path for own, path in files if own != name and own.lower() == name.lower()]
@@ -69,7 +69,7 @@ def choose(
 def _agrees(path: Path, digest: str, *hashes_of: Callable[[Path], str]) -> bool:
     try:
         return any(hash_of(path).startswith(digest) for hash_of in hashes_of)
-    except (InputError, OSError):  # not a file that anything could be made with
+    except (InputError, OSError):  # not a file that an image could be made with
         return False
 
 
@@ -106,7 +106,7 @@ def _checkpoint_hash(path: Path) -> str:
 
 
 def _checkpoints() -> Iterator[tuple[str, Path]]:
-    """The checkpoints in models/ldm and in its folders, with their names."""
+    """Returns the checkpoints in models/ldm and its subfolders, with their names."""
     for place in dict.fromkeys(folder.resolve() for folder in candidates(_CHECKPOINTS)):
         for path in sorted([*place.glob("*"), *place.glob("*/*")]):
             of_diffusers = (path / "model_index.json").is_file()
@@ -115,13 +115,13 @@ def _checkpoints() -> Iterator[tuple[str, Path]]:
 
 
 def _config(stem: str) -> Path | None:
-    """The published config of this name."""
+    """Returns the published config of this name."""
     own = [path for folder in candidates("configs")[1:] for path in sorted(folder.rglob("*.yaml"))]
     return next((path for path in own if path.stem == stem), None)
 
 
 def _check_parts(recipe: Recipe, given: Mapping[str, object], located: Located) -> None:
-    """What took the place of a part of the checkpoint: nothing but the user knows where it lies."""
+    """Checks the replacements of parts of the checkpoint, whose paths only the user knows."""
     for option, key in (("vae", "VAE"), ("text_encoder", "Text encoder")):
         name, digest = recipe.extras.get(key, ""), recipe.extras.get(f"{key} hash", "")
         path = given.get(option)
@@ -195,7 +195,7 @@ def _files_below(folder: object, endings: tuple[str, ...] = MODEL_ENDINGS) -> li
 
 
 def _hashes(listed: str) -> dict[str, str]:
-    """`name: hash, name: hash` as a table; a hash that is missing, or too short to tell files apart, is empty."""
+    """Parses `name: hash, name: hash`; a hash that is missing, or too short to identify a file, is empty."""
     table = {}
     for part in listed.split(", "):
         name, _, digest = part.rpartition(":") if ":" in part else (part, "", "")
@@ -206,11 +206,11 @@ def _hashes(listed: str) -> dict[str, str]:
 
 
 def _plain(name: str) -> str:
-    """A name as it is compared: without what lists of hashes leave out, and without regard to case."""
+    """Normalises a name for comparison: without the characters that lists of hashes omit, in lower case."""
     return re.sub("[:,]", "", name).lower()
 
 
-# --- the picture that it started from ----------------------------------------------------------------------------
+# --- the image that it started from ------------------------------------------------------------------------------
 
 
 def _locate_pictures(recipe: Recipe, folder: Path, given: Mapping[str, object], located: Located) -> None:
@@ -227,7 +227,7 @@ def _locate_pictures(recipe: Recipe, folder: Path, given: Mapping[str, object], 
 def _locate_picture(
     option: str, name: str, digest: str, folder: Path, given: Mapping[str, object], located: Located
 ) -> None:
-    """A picture that the user gave, as itself or by its folder, or the recorded one beside the recipe's file."""
+    """Finds an image that the user gave, as a file or by its folder, or the recorded one near the recipe's file."""
     from ldm.checkpoints.hashing import file_sha256
 
     what = "mask" if option == "mask" else "picture it started from"

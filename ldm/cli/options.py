@@ -1,4 +1,4 @@
-"""The options of the scripts, in groups. Nothing heavy is imported, so that `--help` is instant."""
+"""The options of the scripts, in groups. Imports nothing heavy, so that `--help` is instant."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ldm.prompts.dialects import FORMATS
 
 LAION_OUTDIR = "outputs/txt2img-samples-laion400m"
 
-# the defaults of options that not every script offers; the shared code reads all of them
+# the defaults of options that not every script has; the shared code reads all of them
 _DEFAULTS: dict[str, Any] = {
     "laion400m": False,
     "keep_going": False,
@@ -44,8 +44,8 @@ _DEFAULTS: dict[str, Any] = {
     "sampler": None,
     "devices": None,
     "num_nodes": None,
-    "kept_input": None,  # the file that took the place of standard input
-    "typed": None,  # what stands behind the interpreter on the command line, if that started the script
+    "kept_input": None,  # the file that replaces standard input
+    "typed": None,  # the arguments of the interpreter, if that started the script
     "upscale": 1.0,
     "images_per_prompt": None,
     "upscale_in": "pixels",
@@ -55,20 +55,20 @@ _DEFAULTS: dict[str, Any] = {
 
 _SWEPT = [
     name for name in SETTINGS if name not in ("seed_mode", "batch_index", "loras")
-]  # those are the run's
+]  # those belong to the run
 
 
 def make_parser(
     description: str, usage: str = "[options]", examples: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
-    """A parser with grouped help, whose `usage` follows the script's name; `examples` are whole command lines."""
+    """Creates a parser with grouped help; `usage` follows the script's name, `examples` are whole command lines."""
     parser = Parser(description, usage, examples)
     parser.set_defaults(**_DEFAULTS)
     return parser
 
 
 def add_prompt_options(parser: argparse.ArgumentParser, prompt: str) -> None:
-    """What is drawn."""
+    """Adds the options of the prompt."""
     parser.set_defaults(default_prompt=prompt)
     group = parser.add_argument_group("prompt")
     group.add_argument("--prompt", metavar="TEXT", default=prompt, help="what to draw")
@@ -113,7 +113,7 @@ def _seed(text: str) -> int:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, scale: float) -> None:
-    """How it is drawn."""
+    """Adds the options of sampling."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--ddim_steps", metavar="N", type=int, default=50, help="denoising steps, 1 to 999")
     group.add_argument(
@@ -159,12 +159,12 @@ def add_sampling_options(parser: argparse.ArgumentParser, scale: float) -> None:
 
 
 def _word(text: str) -> str:
-    """A choice as it is written here: DPM-Solver is dpm_solver."""
+    """Spells a choice as here: DPM-Solver is dpm_solver."""
     return "_".join(text.lower().replace("-", " ").split())
 
 
 def add_size_options(parser: argparse.ArgumentParser, own: str = "the model's own size") -> None:
-    """How large; `own` says in words what is taken by default."""
+    """Adds the options of size; `own` describes the default in words."""
     group = parser.add_argument_group("size")
     group.add_argument("--H", metavar="N", type=int, help=f"height in pixels (default: {own})")
     group.add_argument("--W", metavar="N", type=int, help=f"width in pixels (default: {own})")
@@ -179,7 +179,7 @@ def add_size_options(parser: argparse.ArgumentParser, own: str = "the model's ow
 
 
 def add_image_options(parser: argparse.ArgumentParser, strength: float, required: bool) -> None:
-    """Which pictures to start from, and how they are brought to size."""
+    """Adds the options of starting images, and of fitting them to the canvas."""
     group = parser.add_argument_group("picture to start from")
     group.add_argument(
         "--init-img",
@@ -215,7 +215,7 @@ def add_image_options(parser: argparse.ArgumentParser, strength: float, required
 
 
 def add_mask_options(parser: argparse.ArgumentParser) -> None:
-    """What is repainted."""
+    """Adds the options of masks."""
     parser.set_defaults(inpaint=True)
     group = parser.add_argument_group("mask")
     group.add_argument(
@@ -253,7 +253,7 @@ def _four_numbers(text: str) -> tuple[int, int, int, int]:
 
 
 def add_upscale_options(parser: argparse.ArgumentParser) -> None:
-    """A second pass at a larger size."""
+    """Adds the options of the second pass at a larger size."""
     group = parser.add_argument_group("upscaling")
     group.add_argument(
         "--upscale", metavar="X", type=float, help="enlarge the finished picture and refine it"
@@ -268,7 +268,7 @@ def add_upscale_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_batch_options(parser: argparse.ArgumentParser, n_iter: int, n_samples: int) -> None:
-    """How many."""
+    """Adds the options of batches and their number."""
     group = parser.add_argument_group("batches")
     group.add_argument(
         "--n_iter", metavar="N", type=int, default=n_iter, help="how often to repeat everything"
@@ -303,7 +303,7 @@ def add_batch_options(parser: argparse.ArgumentParser, n_iter: int, n_samples: i
 
 
 def add_output_options(parser: argparse.ArgumentParser, outdir: str) -> None:
-    """Where the pictures go."""
+    """Adds the options of output files."""
     group = parser.add_argument_group("output")
     group.add_argument("--outdir", metavar="DIR", default=outdir, help="folder for samples and grids")
     group.add_argument(
@@ -334,7 +334,7 @@ def add_output_options(parser: argparse.ArgumentParser, outdir: str) -> None:
 
 
 def add_laion_option(parser: argparse.ArgumentParser) -> None:
-    """The original's other model."""
+    """Adds the option for the LAION-400M model of the original."""
     parser.add_argument_group("LAION-400M").add_argument(
         "--laion400m",
         action=_Laion,
@@ -346,7 +346,7 @@ def add_laion_option(parser: argparse.ArgumentParser) -> None:
 
 
 class _Laion(argparse.Action):
-    """Sets the flag and the folder that goes with it, unless another folder was given."""
+    """Sets the flag and its folder, unless another folder was given."""
 
     def __call__(
         self,
@@ -361,7 +361,7 @@ class _Laion(argparse.Action):
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which weights, where and how they run."""
+    """Adds the options of weights, device and precision."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--ckpt",
@@ -407,7 +407,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_rank_options(parser: argparse.ArgumentParser) -> None:
-    """How many devices share the work."""
+    """Adds the options that set how many devices share the work."""
     group = parser.add_argument_group("several devices")
     group.add_argument(
         "--devices",
@@ -421,7 +421,7 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_parts_options(parser: argparse.ArgumentParser) -> None:
-    """What a checkpoint is taken for, and what takes the place of its parts."""
+    """Adds the options for the checkpoint's kind, and for replacements of its parts."""
     group = parser.add_argument_group("parts of the model")
     group.add_argument(
         "--config", metavar="FILE", help=f"model config (default: {V1_CONFIG}, or what fits the checkpoint)"
@@ -442,7 +442,7 @@ def add_parts_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_addition_options(parser: argparse.ArgumentParser) -> None:
-    """What is added to the weights."""
+    """Adds the options of LoRAs and textual inversions."""
     group = parser.add_argument_group("LoRA and textual inversion")
     group.add_argument(
         "--lora",
@@ -471,7 +471,7 @@ def _add_addition_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _lora(text: str) -> tuple[str, float, float]:
-    """A file with its weights on the U-Net and the text model; only numbers are split off, from the right."""
+    """Parses a file with its weights on U-Net and text encoder; only numbers are split off, from the right."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; is a variable of the shell not set?")
     path, weights = text, []
@@ -485,20 +485,20 @@ def _lora(text: str) -> tuple[str, float, float]:
 
 
 def _embedding(text: str) -> tuple[str, str | None]:
-    """A file and the name for it; a file whose own name holds a `=` is taken whole."""
+    """Parses a file and its name; an existing file whose name contains `=` is kept whole."""
     path, sign, name = text.rpartition("=")
     return (path, name) if sign and path and not os.path.exists(text) else (text, None)
 
 
 def add_telling_options(parser: argparse.ArgumentParser) -> None:
-    """What is printed instead of, or besides, making images."""
+    """Adds the options of reports that are printed instead of, or in addition to, generating images."""
     group = parser.add_argument_group("progress")
     group.add_argument("--dry_run", action="store_true", help="print what would be made, and make nothing")
     group.add_argument("--json", action="store_true", help="print progress events to stdout as JSON lines")
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
-    """How much is logged."""
+    """Adds the options of logging."""
     group = parser.add_argument_group("report")
     group.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
     group.add_argument("--debug", action="store_true", help="show tracebacks and details")
@@ -506,5 +506,5 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_version_option(parser: argparse._ActionsContainer) -> None:
-    """Prints the version of this toolkit, and ends."""
+    """Adds the option that prints the version of this toolkit and exits."""
     parser.add_argument("--version", action="version", version=f"ldm {__version__}", help="print the version")

@@ -1,8 +1,8 @@
-"""How options are spelt: one parser for all scripts, which knows other programs' names and says what was meant.
+"""The spelling of options: one parser for all scripts, which accepts other programs' names and explains faults.
 
-A hyphen and an underscore are the same in an option's name, names of other programs lead to the option here, and
-what was unique among the original's options may be shortened as it could be there. Everything behind the parser sees
-an option's own name only.
+A hyphen and an underscore are the same in an option's name, names of other programs select the option here, and
+abbreviations that are unique among the original's options are accepted as they were there. Code after the parser sees
+only an option's canonical name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ldm.util import printable
 
-# Names of one thing: InvokeAI's short ones, then those of other programs. A parser takes all for the one that it has.
+# Synonyms: InvokeAI's short ones, then those of other programs. A parser takes all for the one that it has.
 SAME = (
     ("--prompt", "-p"),
     ("--negative_prompt", "--negative"),
@@ -38,7 +38,7 @@ SAME = (
 )
 _SHOWN = 2  # of an option's other names in --help
 
-# the options of the original, by which a shortened name is understood where later ones begin alike
+# the options of the original, which resolve abbreviations that later options would make ambiguous
 _ORIGINAL = {
     *(
         "prompt",
@@ -54,14 +54,14 @@ _ORIGINAL = {
     *("n_iter", "H", "W", "C", "f", "n_samples", "n_rows", "scale", "from_file", "config", "ckpt", "seed"),
     *("precision", "init_img", "strength"),
 }
-# what a script without them is asked for now and then
+# options that are often passed to scripts without them
 _ELSEWHERE = {
     "init_img": "img2img.py and inpaint.py",
     "strength": "img2img.py and inpaint.py",
     "mask": "inpaint.py",
     "outpaint": "inpaint.py",
 }
-_FILES = ("FILE", "DIR", "PATH")  # what an option whose value names one has for a metavar
+_FILES = ("FILE", "DIR", "PATH")  # the metavars of options whose value is a name of an option
 _NAME = re.compile(r"--?[A-Za-z][\w-]*")
 _Kind = TypeVar("_Kind", int, float)
 
@@ -77,12 +77,12 @@ def _number(kind: Callable[[str], _Kind], what: str) -> Callable[[str], _Kind]:
 
 
 def _key(option: str) -> str:
-    """What hyphens, underscores and leading dashes make no difference to."""
+    """Normalises an option's name: hyphens, underscores and leading dashes."""
     return option[2:].replace("-", "_") if option.startswith("--") else option
 
 
 def _beginning(names: Mapping[str, str], key: str) -> list[str]:
-    """The options whose names begin with `key`."""
+    """Returns the options whose names begin with `key`."""
     return sorted({option for name, option in names.items() if name.startswith(key)})
 
 
@@ -94,7 +94,7 @@ _MEANINGS = {_key(name): names for names in SAME for name in names}
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes every spelling of an option, and says in one line what is wrong with what was typed."""
+    """Accepts every spelling of an option, and reports faults in one line."""
 
     def __init__(self, description: str, usage: str, examples: Sequence[str]) -> None:
         prog = os.path.basename(sys.argv[0])
@@ -117,7 +117,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         typed = self._spelt(sys.argv[1:] if args is None else args)
         self._refuse_unknown(typed)
-        # positions need not be in one piece: replay.py a.png --seed 5 b.png
+        # positional arguments need not be adjacent: replay.py a.png --seed 5 b.png
         mixed = any(action.nargs in ("*", "+") for action in self._get_positional_actions())
         parse = self.parse_intermixed_args if mixed else super().parse_args
         parsed = parse(typed, namespace)
@@ -130,7 +130,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(self._spelt(sys.argv[1:] if args is None else args), namespace)
 
     def _spelt(self, typed: Sequence[str]) -> list[str]:
-        """What was typed, with the options' own names."""
+        """Returns the typed arguments with the options' canonical names."""
         end = typed.index("--") if "--" in typed else len(typed)
         return [*map(self._own_name, typed[:end]), *typed[end:]]
 
@@ -147,7 +147,7 @@ class Parser(argparse.ArgumentParser):
         return typed
 
     def _find(self, name: str) -> str | None:
-        """The option that a name stands for: a spelling of it, another program's name, or its beginning."""
+        """Finds the option of a name: a spelling of it, another program's name, or its beginning."""
         own, key = self._options(), _key(name)
         if key in own:
             return own[key]
@@ -161,11 +161,11 @@ class Parser(argparse.ArgumentParser):
         return found[0] if len(found) == 1 else None
 
     def _options(self) -> dict[str, str]:
-        """The long options, by what makes no difference to their spelling."""
+        """Returns the long options, by normalised spelling."""
         return {_key(option): option for option in self._option_string_actions if option.startswith("--")}
 
     def _names(self) -> list[list[str]]:
-        """Each option here that has other names, and those."""
+        """Returns each option here that has synonyms, with those."""
         own = self._options()
         known = [[name for name in names if _key(name) in own] for names in SAME]
         return [
@@ -192,7 +192,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {printable(message)}{end}\n")
 
     def _refuse_unknown(self, typed: Sequence[str]) -> None:
-        """Ends with one line for all that looks like an option and is none, whatever else is wrong."""
+        """Exits with one line for every unknown option, whatever else is wrong."""
         end = typed.index("--") if "--" in typed else len(typed)
         unknown = {}
         for text, before in zip(typed[:end], ["", *typed], strict=False):
@@ -240,7 +240,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults that say something, and other names of an option."""
+    """Shows only meaningful defaults, and the synonyms of an option."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default in (argparse.SUPPRESS, None, "", [], (0, 0, 0, 0)) or action.default is False

@@ -1,6 +1,6 @@
-"""Images made again from their own files: shown as a command, made, or made and compared.
+"""Recreates images from their files: prints the command, makes the image, or makes it and compares.
 
-What a file says is data: its job is run as it is. Only what the user typed is parsed.
+The content of a file is data: its job is run as it is. Only typed options are parsed.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ldm")
 
 OUTDIR = "outputs/replay"
-SURE = 1e-6  # below this probability, chance is no explanation of a watermark
-UNSURE = 1e-2  # above it, it is a good one
+SURE = 1e-6  # below this probability, a watermark is not explained by chance
+UNSURE = 1e-2  # above it, chance is a good explanation
 _OWN = ("files", "outdir", "show", "verify", "tolerance", "json", "dry_run", "quiet", "debug", "typed")
 _FOR_RUNS = {
     "from_file": "--from-file",
@@ -71,10 +71,10 @@ _FOR_RUNS = {
 
 
 def add_replay_options(parser: argparse.ArgumentParser) -> None:
-    """Which files, and what is done with them. Options of whole runs, which the parser has already, are hidden."""
+    """Adds the options for files and actions. Options of whole runs, which the parser has already, are hidden."""
     for action in parser._actions:
         action.help = argparse.SUPPRESS if action.dest in _FOR_RUNS else action.help
-    parser.conflict_handler = "resolve"  # what is of this name in a run is another thing
+    parser.conflict_handler = "resolve"  # an option of this name in a run has another meaning
     parser.add_argument(
         "files", metavar="FILE", nargs="+", help="PNG, JPEG or WebP files that were generated"
     )
@@ -103,9 +103,9 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
 
 
 def replay(opt: argparse.Namespace, usual: Mapping[str, Any]) -> int:
-    """Every file in turn: 0, 1 if some failed or differ, 2 if all were refused.
+    """Replays every file in turn; returns 0, or 1 if some failed or differ, 2 if all were refused.
 
-    `opt` holds what was typed, and `usual` the options of a run as they are if nothing is typed.
+    `opt` holds the typed options, and `usual` the default options of a run.
     """
     typed = {name: value for name, value in vars(opt).items() if name not in _OWN}
     for name, option in _FOR_RUNS.items():
@@ -124,7 +124,7 @@ def replay(opt: argparse.Namespace, usual: Mapping[str, Any]) -> int:
 def _one(
     file: Path, opt: argparse.Namespace, typed: Mapping[str, Any], usual: Mapping[str, Any], cache: ModelCache
 ) -> int:
-    """One file; a fault's line begins with its name."""
+    """Replays one file; a fault's line begins with its name."""
     from ldm.metadata.read import read_job
 
     shown = printable(file)
@@ -138,7 +138,7 @@ def _one(
 
 
 def _readable(recipe: Recipe) -> Recipe:
-    """`recipe`, with its prompts as plain text where another program read more in them than is done here."""
+    """Returns `recipe` with prompts as plain text where another program parsed notations not supported here."""
     from ldm.prompts.weights import parse_weights
 
     job = recipe.job
@@ -154,7 +154,7 @@ def _readable(recipe: Recipe) -> Recipe:
 
 
 def _show(file: Path, recipe: Recipe, typed: Mapping[str, Any], as_json: bool) -> int:
-    """Prints what a file says, without looking for anything but its watermark."""
+    """Prints the content of a file, without searching for anything but its watermark."""
     recipe = replace(recipe, job=changed(recipe.job, typed))
     changes = texts_of({name: value for name, value in typed.items() if not job_values({name: value})})
     script, words = arguments(recipe, changes)
@@ -182,7 +182,7 @@ def _show(file: Path, recipe: Recipe, typed: Mapping[str, Any], as_json: bool) -
 
 
 def _command_notes(recipe: Recipe) -> list[str]:
-    """Where the command alone may not make the same image."""
+    """Returns notes on why the command alone may not make the same image."""
     if recipe.job.seed_mode == "image" or "Stream" not in recipe.extras:
         return _stream_notes(recipe)
     return [IN_A_STREAM]
@@ -196,7 +196,7 @@ def _maker(recipe: Recipe) -> str:
 
 
 def _batch_notes(recipe: Recipe, changes: Mapping[str, Any]) -> list[str]:
-    """What cannot be had of the batch that a file asks for."""
+    """Returns notes on a recorded batch that cannot be repeated."""
     size = recorded_batch(recipe)
     if size <= MAX_BATCH or "n_samples" in changes:
         return []
@@ -204,7 +204,7 @@ def _batch_notes(recipe: Recipe, changes: Mapping[str, Any]) -> list[str]:
 
 
 def _stream_notes(recipe: Recipe) -> list[str]:
-    """What is not known of the run whose one stream of noise an image took part in."""
+    """Returns notes on the unknown rest of a run whose one stream of noise an image was part of."""
     if recipe.job.seed_mode == "image" or recipe.source != "ldm" or "Stream" in recipe.extras:
         return []
     return [
@@ -214,7 +214,7 @@ def _stream_notes(recipe: Recipe) -> list[str]:
 
 
 def _place_in_stream(recipe: Recipe) -> StreamPlace | None:
-    """Where in the stream of its run an image got its noise, if that counts and its file says it."""
+    """Returns the position of an image in the noise stream of its run, if it matters and is recorded."""
     if recipe.job.seed_mode == "image" or "Stream" not in recipe.extras:
         return None
     from ldm.models.diffusion.noise import StreamPlace
@@ -237,7 +237,7 @@ def _watermark(file: Path, script: str) -> dict[str, object]:
 
 
 def describe_watermark(evidence: Evidence, text: str) -> str:
-    """What a search for the watermark `text` found, in one line."""
+    """Describes the result of a search for the watermark `text` in one line."""
     if evidence.chance < SURE:
         verdict = "is there"
     elif evidence.chance > UNSURE:
@@ -266,7 +266,7 @@ def _make(
     usual: Mapping[str, Any],
     cache: ModelCache,
 ) -> int:
-    """Makes the image of a file again, and compares the two if that was asked for."""
+    """Recreates the image of a file, and compares the two if that was requested."""
     from ldm.metadata.read_own import start_note
 
     located = locate(recipe, file.parent, typed)
@@ -290,7 +290,7 @@ def _make(
     )
     run_opt.n_iter, run_opt.n_samples = 1, batch_size(recipe, typed)
     rewritten = not typed.keys().isdisjoint(("prompt", "negative_prompt"))
-    # else an image of this toolkit has said which textual inversions its words are
+    # else the textual inversions are recorded by an image of this toolkit
     if not (rewritten or (recipe.source != "ldm" and not run_opt.embedding)):
         run_opt.embedding_dir = None
     check_options(run_opt)
@@ -305,7 +305,7 @@ def _make(
 
 
 def _job(recipe: Recipe, options: Mapping[str, Any]) -> Job:
-    """The job that is run; its LoRAs are known by the names of the files that were found or typed."""
+    """Returns the job to run; its LoRAs are named after the files that were found or typed."""
     job = changed(recipe.job, options)
     if "lora" in options:
         loras = tuple((lora_name(Path(path).name), *weights) for path, *weights in options["lora"])
@@ -319,9 +319,9 @@ def _job(recipe: Recipe, options: Mapping[str, Any]) -> Job:
 
 
 def _jobs(recipe: Recipe, typed: Mapping[str, Any]) -> tuple[list[Job], int]:
-    """The jobs up to the recipe's, which are all the same, and which of them is the recipe's.
+    """Returns the jobs up to the recipe's, which are all equal, and the recipe's index.
 
-    What else is in a batch changes nothing of an image.
+    The other jobs of a batch do not change an image.
     """
     wanted = place(recipe, typed)
     need(
@@ -335,7 +335,7 @@ def _jobs(recipe: Recipe, typed: Mapping[str, Any]) -> tuple[list[Job], int]:
 
 
 def _of_replay(opt: argparse.Namespace, job: Job) -> dict[str, Any]:
-    """The options of a run that the job, or this script, decides."""
+    """Returns the options of a run that the job or this script determines."""
     inpaint = job.init is not None and bool(job.init.mask or job.init.alpha_mask)
     chosen = {"seed_mode": job.seed_mode, "inpaint": inpaint, "quiet": opt.quiet, "debug": opt.debug}
     return {**chosen, "skip_grid": True}
@@ -348,7 +348,7 @@ def _planner(
     config: Mapping[str, Any],
     find_lora: LoraFiles,
 ) -> GivenJobs:
-    """The plan of jobs, in the size of the image that they start from."""
+    """Plans the jobs, in the size of their starting image."""
     canvases = Canvases(mask_needed=options.inpaint)
     init = jobs[0].init
     if init is not None:
@@ -361,7 +361,7 @@ def _planner(
 def _run_aside(
     options: RunOptions, planner: Planner, cache: ModelCache, folder: Path, wanted: int, stem: str
 ) -> Path | int:
-    """Runs in a hidden folder and keeps one sample, as a new file of `folder`: its path, or the run's exit code."""
+    """Runs in a hidden folder and moves one sample to a new file of `folder`; returns its path, or the exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     with temporary_folder(".replay-", folder) as hidden:
         prepared = prepare(replace(options, outdir=str(hidden)), planner, cache)
@@ -370,7 +370,7 @@ def _run_aside(
 
 
 def _keep(sample: Path, folder: Path, stem: str) -> Path:
-    """Gives a copy of a sample the first free name of STEM.png, STEM-1.png, ..."""
+    """Copies a sample to the first free name of STEM.png, STEM-1.png, ..."""
     from ldm.images.writer import publish
 
     data, number = sample.read_bytes(), 0

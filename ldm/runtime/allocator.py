@@ -7,9 +7,9 @@ import platform
 import signal
 import sys
 
-SWITCH = "LDM_MALLOC"  # "system" leaves the allocator as it is
-# Huge pages, and freed blocks kept for the next step instead of given back; either half alone gains little. Larger
-# blocks, which only decoding needs, are given back: kept, they would lie between others and double its memory.
+SWITCH = "LDM_MALLOC"  # "system" keeps the default allocator
+# Huge pages, and freed blocks kept for the next step instead of returned; either half alone gains little. Larger
+# blocks, which only decoding needs, are returned: kept, they would fragment the memory and double it.
 TUNABLES = {
     "glibc.malloc.hugetlb": 1,
     "glibc.malloc.mmap_threshold": 2**25,
@@ -25,11 +25,10 @@ _OWN_CHOICES = (
 
 
 def restart_tuned() -> None:
-    """Starts this very command again with glibc's allocator set up for large tensors, which it reads at start only.
+    """Restarts this command with glibc's allocator tuned for large tensors, which it reads only at process start.
 
-    Returns where that has happened already, where the environment chooses an allocator of its own, where
-    `LDM_MALLOC` is set, and where there is no glibc. Call it before anything is done: the process stays, its
-    memory does not.
+    Returns if that has happened already, if the environment selects another allocator, if `LDM_MALLOC` is set, and
+    without glibc. Call it before anything else: the process keeps its id, but loses its memory.
     """
     chosen = [SWITCH, *_OWN_CHOICES]
     if (
@@ -40,16 +39,16 @@ def restart_tuned() -> None:
         return
     tunables = ":".join(f"{name}={value}" for name, value in TUNABLES.items())
     environment = {**os.environ, SWITCH: "tuned", "GLIBC_TUNABLES": tunables}
-    # a Ctrl-C meanwhile waits for `allow_interrupts`: the new process could not say anything sensible about it
+    # a Ctrl-C meanwhile waits for `allow_interrupts`: the new process could not report it properly
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     except OSError:
-        allow_interrupts()  # it only costs time
+        allow_interrupts()  # a failure only costs time
 
 
 def allow_interrupts() -> None:
-    """Ends what `restart_tuned` began: a Ctrl-C since then is a KeyboardInterrupt here."""
+    """Unblocks Ctrl-C after `restart_tuned`: one since then raises KeyboardInterrupt here."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

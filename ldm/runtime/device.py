@@ -1,4 +1,4 @@
-"""Where a model runs and in which precision."""
+"""Selects device and precision."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` takes the first GPU there is.
+    """Returns the device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` is the first GPU, if there is one.
 
-    A device that is not there is an `InputError` if it was asked for by name.
+    Raises `InputError` if a device was requested by name and is not available.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -45,7 +45,7 @@ def resolve_device(name: str) -> torch.device:
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """What weights and activations of the networks are held in; a name for reports.
+    """The dtype of the networks' weights and activations, and its name for reports.
 
     The schedule, the sampler's arithmetic, guidance and the statistics of norms are float32 in any case.
     """
@@ -54,7 +54,7 @@ class Precision:
     dtype: torch.dtype
 
     def context(self, device: torch.device) -> AbstractContextManager:
-        """What model calls run in: on a CPU, layers of other packages are cast on the way."""
+        """Returns the context for model calls: on a CPU, it casts in layers of other packages."""
         half_on_cpu = device.type == "cpu" and self.dtype != torch.float32
         return torch.autocast("cpu", self.dtype) if half_on_cpu else nullcontext()
 
@@ -65,7 +65,7 @@ FP16 = Precision("fp16", torch.float16)
 
 
 def resolve_precision(requested: str, device: torch.device) -> Precision:
-    """`full` is float32; `autocast` is fp16 on a GPU, and bf16 on a CPU that has instructions for it.
+    """Resolves a name: `full` is float32; `autocast` is fp16 on a GPU, and bf16 on a CPU with instructions for it.
 
     `bf16` and `fp16` are themselves; fp16 on a CPU is an `InputError`, as it would take hours.
     """
@@ -93,7 +93,7 @@ def resolve_precision(requested: str, device: torch.device) -> Precision:
 
 @contextmanager
 def widened(*networks: nn.Module) -> Iterator[None]:
-    """Within it networks in half precision are float32, which holds the same weights exactly."""
+    """Holds networks in half precision as float32, which is exact, and restores their dtype on exit."""
     dtypes = [next(network.parameters()).dtype for network in networks]
     for network in networks:
         network.float()

@@ -1,7 +1,7 @@
-"""What a run will take: the work of its networks, counted without weights, and how fast this machine does it.
+"""Estimates the cost of a run: the work of its networks, counted without weights, and the pace of this machine.
 
-The work is that of the networks as they stand in `ldm/modules`: what `fast.py` shares or fuses is counted in full, so
-an estimate errs on the long side. Attention counts as one operation that keeps no scores.
+The work is that of the networks as written in `ldm/modules`: operations that `fast.py` shares or fuses are counted in
+full, so an estimate errs on the long side. Attention counts as one operation that keeps no scores.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ldm.models.keys import FIRST_STAGE_PREFIX
 from ldm.runtime import kernels
 from ldm.runtime.fast import Packer, accelerate, halved
 
-TRIAL, MOST_TRIALS = 0.1, 50  # seconds that an operation is tried for, and how often at most
-CHANNELS, HEADS = 320, 8  # of what is tried: those of v1's finest level
+TRIAL, MOST_TRIALS = 0.1, 50  # seconds of trials of an operation, and their greatest number
+CHANNELS, HEADS = 320, 8  # sizes of the trials: those of v1's finest level
 
 _aten = torch.ops.aten
 _ENCODER = f"{FIRST_STAGE_PREFIX}encoder.", f"{FIRST_STAGE_PREFIX}quant_conv."
@@ -42,7 +42,7 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a call computes.
+    """The operations and memory of a call.
 
     `products` are floating-point operations by kind ("convolution", "matrix", "attention"), two for each
     multiplication and its addition. `written` counts the numbers that all other operations write, `operations`
@@ -55,7 +55,7 @@ class Work:
     alive: int
 
     def scaled(self, ratio: float) -> Work:
-        """The work for so many times the pixels: attention grows with their square."""
+        """Returns the work for `ratio` times the pixels: attention grows with their square."""
         products = {
             kind: round(count * ratio ** (2 if kind == "attention" else 1))
             for kind, count in self.products.items()
@@ -64,14 +64,14 @@ class Work:
 
 
 def count_work(call: Callable[[], object]) -> Work:
-    """The work of a call, whose tensors may lie on the meta device, where nothing is computed."""
+    """Counts the work of a call, whose tensors may be on the meta device, where nothing is computed."""
     with torch.inference_mode(), _Tally() as tally:
         call()
     return Work(dict(tally.products), tally.written, tally.operations, tally.most)
 
 
 class _Tally(TorchDispatchMode):
-    """Looks at each operation on tensors and adds up what it takes."""
+    """Intercepts each operation on tensors and adds up its work."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class _Tally(TorchDispatchMode):
             self.written += new
 
     def _keep(self, result: Tensor) -> int:
-        """How many numbers a result adds to those that were there: none if it is a view."""
+        """Returns how many numbers a result adds to memory: none if it is a view."""
         storage, size = result.untyped_storage(), result.numel()
         if storage in self._known:
             return 0
@@ -128,7 +128,7 @@ class _Tally(TorchDispatchMode):
 
 
 def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
-    """The tensors among values and lists of values."""
+    """Yields the tensors among values and lists of values."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -137,10 +137,10 @@ def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
 
 
 class NetworkWork:
-    """The work of a model's networks for one sample, by a model on the meta device; sizes are in pixels.
+    """The work of a model's networks for one sample, counted on the meta device; sizes are in pixels.
 
-    `predict` is one call of the U-Net, `decode` latents to a picture, `encode` a picture to the distribution of its
-    latents, `read` one prompt. With the number of samples all grows but the number of operations.
+    `predict` is one call of the U-Net, `decode` latents to an image, `encode` an image to the distribution of its
+    latents, `read` one prompt. Everything but the number of operations grows with the number of samples.
     """
 
     def __init__(self, model: LatentDiffusion) -> None:
@@ -176,7 +176,7 @@ class NetworkWork:
 
 
 class _BySize:
-    """Work by height and width: counted for the first size asked for, in proportion for others."""
+    """Work by height and width: counted for the first size requested, in proportion for others."""
 
     def __init__(self, count: Callable[[int, int], Work]) -> None:
         self._count = count
@@ -194,22 +194,22 @@ class _BySize:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Seconds that a machine takes for one operation of a product of each kind, to write a number, and to begin."""
+    """Seconds that a machine takes for one operation of a product of each kind, to write a number, and to launch."""
 
     product: Mapping[str, float]
     number: float
     operation: float
 
     def seconds(self, work: Work, samples: int = 1) -> float:
-        """How long a call with this work for each of its samples takes."""
+        """Returns the seconds of a call with this work for each of its samples."""
         products = sum(self.product[kind] * count for kind, count in work.products.items())
         return samples * (products + self.number * work.written) + self.operation * work.operations
 
 
 def measure_pace(device: torch.device, dtype: torch.dtype) -> Pace:
-    """The pace of a device in a precision, by a few operations done as the runtime does them; takes half a second.
+    """Measures the pace of a device in a precision with a few of the runtime's operations, in half a second.
 
-    A GPU is given larger ones, and what it takes to begin one is what the CPU takes to ask for it.
+    On a GPU they are larger, and the time to launch one is the time that the CPU takes to queue it.
     """
     side = 32 if device.type == "cpu" else 128
     with torch.random.fork_rng(devices=[]):
@@ -244,7 +244,7 @@ def measure_pace(device: torch.device, dtype: torch.dtype) -> Pace:
 def _prepare(
     layers: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
-    """Does to layers what `prepare` does to those of a model: the attention that goes with them."""
+    """Sets up layers as `prepare` does for those of a model, with its attention."""
     if device.type == "cpu" and kernels.can_pack(dtype):
         accelerate(layers, Packer(dtype, lambda weight: None))
         return kernels.attend
@@ -258,7 +258,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """How long a call takes: the median of as many as fit into the time of a trial, behind two that do not count."""
+    """Returns the seconds of a call: the median of as many as fit into a trial, after two warm-up calls."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -276,9 +276,9 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def weight_bytes(model: LatentDiffusion, dtype: torch.dtype, encodes: bool = True) -> Mapping[str, int]:
-    """The bytes of each network's weights as they are run in `dtype` on a CPU, some of them in float32 all the same.
+    """Returns the bytes of each network's weights as run in `dtype` on a CPU, including those kept in float32.
 
-    The picture encoder's count only where it `encodes`: what is not used stays in its file.
+    Those of the autoencoder's encoder count only if it `encodes`: unused weights stay in their file.
     """
     narrow = halved(model)
     sizes: Counter[str] = Counter()

@@ -1,7 +1,7 @@
-"""Makes a loaded model fast where it lies: the same layers under the same names, computed in fewer passes.
+"""Makes a loaded model fast in place: the same layers under the same names, computed in fewer passes.
 
-`accelerate` changes the classes of a model's layers to those of this module; their parameters stay what the
-checkpoint's file says. On a CPU each layer keeps a copy of its weights, cast and packed for the kernels, beside
+`accelerate` changes the classes of a model's layers to those of this module; their parameters keep the values of the
+checkpoint's file. On a CPU each layer keeps a copy of its weights, cast and packed for the kernels, in addition to
 parameters that cost no memory as long as they are views of a file. Results differ by rounding only.
 """
 
@@ -36,7 +36,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """What was made of a weight, and its size in bytes."""
+    """The packed form of a weight, and its size in bytes."""
 
     weight: Tensor
     version: int
@@ -47,7 +47,7 @@ class _Kept:
 class Packer:
     """Casts and packs weights, once for each layer, within a `budget` in bytes (None: no limit).
 
-    What does not fit is made again at each use. `forget` is told of each weight that was read, so that a
+    Weights that do not fit are packed at each use. `forget` is called with each weight that was read, so that a
     file's pages can leave memory.
     """
 
@@ -58,7 +58,7 @@ class Packer:
         self._kept: dict[nn.Module, _Kept] = {}
 
     def get(self, user: nn.Module, weight: Tensor, make: Callable[[Tensor], Made]) -> Made:
-        """`make(weight)` for `user`, made again once the weight is another object or was changed in place."""
+        """Returns `make(weight)` for `user`, cached until the weight is another object or was changed in place."""
         version = 0 if weight.is_inference() else weight._version
         kept = self._kept.get(user)
         if kept is not None and kept.weight is weight and kept.version == version:
@@ -73,11 +73,11 @@ class Packer:
 
     @property
     def size(self) -> int:
-        """Bytes of what is kept."""
+        """The bytes of the cached weights."""
         return sum(kept.size for kept in self._kept.values())
 
     def drop(self, module: nn.Module) -> None:
-        """Frees what is kept for the layers of `module`."""
+        """Frees the cached weights of the layers of `module`."""
         for layer in module.modules():
             self._kept.pop(layer, None)
 
@@ -88,7 +88,7 @@ class PackedConv2d(nn.Conv2d):
     packer: Packer
 
     def forward(self, input: Tensor, add: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """`add` like the output; `shift` [1, out_channels] is the same for all samples and pixels."""
+        """Convolves; `add` has the output's shape, `shift` [1, out_channels] is equal for all samples and pixels."""
         stride, padding = self.stride, cast(tuple[int, ...], self.padding)
         packed = self.packer.get(
             self,
@@ -101,7 +101,7 @@ class PackedConv2d(nn.Conv2d):
         return kernels.convolve(input, packed, bias, stride, padding, add)
 
     def doubled(self, x: Tensor, user: nn.Module) -> Tensor:
-        """The convolution of x at twice its size (nearest neighbour), without the large map. For 3x3 kernels."""
+        """Convolves x at twice its size (nearest neighbour), without the large map. For 3x3 kernels."""
         packed = self.packer.get(
             user,
             self.weight,
@@ -126,7 +126,7 @@ class PackedLinear(nn.Linear):
 
 
 class WideEmbedding(nn.Embedding):
-    """An embedding that gives float32, whatever its file holds."""
+    """An embedding that returns float32, whatever its file holds."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).float()
@@ -154,7 +154,7 @@ class FastFeedForward(FeedForward):
 
 
 class FastCrossAttention(CrossAttention):
-    """Keys and values of a context are made once; the residual is added inside the last product."""
+    """Computes keys and values of a context once; adds the residual inside the last product."""
 
     _context: tuple[Tensor, Tensor, Tensor] | None = None
     _keys_values: tuple[Tensor, Tensor] | None = None
@@ -185,7 +185,7 @@ class FastCrossAttention(CrossAttention):
 
 
 class FastTransformerBlock(BasicTransformerBlock):
-    """Residuals are added inside products. Where the context has twice x's samples, x is doubled behind attn1."""
+    """Adds residuals inside products. If the context has twice x's samples, x is doubled after attn1."""
 
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         x = self.attn1(self.norm1(x), add=x)
@@ -232,7 +232,7 @@ class FastUpsample(unet.Upsample):
 
 
 class FastUNet(unet.UNetModel):
-    """Does once what is the same for both halves of a guided batch: all before the text is first looked at."""
+    """Computes once what both halves of a guided batch share: everything before the first cross-attention."""
 
     def forward(
         self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: None = None, **kwargs: Any
@@ -283,7 +283,7 @@ def _norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def _repeated(x: Tensor, samples: int) -> Tensor:
-    """`x` once more behind itself until it has so many samples."""
+    """Repeats `x` along its first axis until it has the given number of samples."""
     return x if len(x) == samples else x.repeat(samples // len(x), *[1] * (x.dim() - 1))
 
 
@@ -306,10 +306,10 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def accelerate(network: nn.Module, packer: Packer) -> None:
-    """Changes the layers of a network on the CPU to the fast ones. Subclasses from elsewhere stay what they are.
+    """Changes the layers of a network on the CPU to the fast ones. Subclasses from elsewhere are left unchanged.
 
-    Such a subclass may walk the blocks of its network as before: every block takes and gives what it did,
-    in the packer's dtype. Parameters that are not packed become float32.
+    Such a subclass may call the blocks of its network as before: every block takes and returns the same values, in
+    the packer's dtype. Parameters that are not packed become float32.
     """
     for layer in network.modules():
         fast = _FAST.get(type(layer))
@@ -331,9 +331,9 @@ def prepare(
     budget: int | None = None,
     compiled: bool = False,
 ) -> Packer | None:
-    """Brings a loaded model's networks to `dtype`: packed beside their parameters on a CPU, else the parameters.
+    """Converts a loaded model's networks to `dtype`: packed copies on a CPU, else the parameters themselves.
 
-    Parts that matter for precision more than for speed stay in float32, see `_parts`. Returns what holds the
+    Parts that matter for precision more than for speed stay in float32, see `_parts`. Returns the holder of the
     packed weights; `forget` and `budget` are as in `Packer`. With `compiled` the U-Net is left to torch's compiler.
     """
     fast, exact = _parts(model)
@@ -354,14 +354,14 @@ def prepare(
 
 
 def _compile(network: nn.Module, dtype: torch.dtype) -> None:
-    """Half precision and channels last as parameters, the code compiled at its first call and kept on disk."""
+    """Converts parameters to half precision and channels last; the code is compiled at its first call and cached."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_path("compiled")))
     network.to(dtype=dtype).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     network.compile(options={"freezing": True})
 
 
 def halved(model: LatentDiffusion) -> set[str]:
-    """The keys of the weights that `prepare` only ever uses rounded to its `dtype`, on a CPU."""
+    """Returns the keys of the weights that `prepare` only ever uses rounded to its `dtype`, on a CPU."""
     fast, exact = _parts(model)
     doubling = (unet.Upsample, autoencoder.Upsample)
     wide = {id(layer) for part in exact for layer in part.modules()}
@@ -379,10 +379,10 @@ def halved(model: LatentDiffusion) -> set[str]:
 
 
 def _parts(model: LatentDiffusion) -> tuple[list[nn.Module], list[nn.Module]]:
-    """What runs in the precision of the run, and what of it runs in float32 all the same.
+    """Returns the parts that run in the precision of the run, and those of them that run in float32 regardless.
 
-    The picture encoder does as in the original; the embedding of timesteps and the last layer cost nothing, and
-    the rounding of the last is what guidance would amplify.
+    The autoencoder's encoder does as in the original; the embedding of timesteps and the last layer cost nothing, and
+    guidance would amplify the rounding of the last.
     """
     vae, network = model.first_stage_model, model.model.diffusion_model
     fast = [network, model.cond_stage_model, vae.decoder, vae.post_quant_conv]

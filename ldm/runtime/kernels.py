@@ -1,4 +1,4 @@
-"""Products on the CPU with weights in the layout that its kernels want, and with what follows fused in.
+"""Matrix products on the CPU with packed weights and fused operations.
 
 Everything here changes rounding only. Maps are [N, C, H, W] in channels-last memory; weights are cast and packed
 once. The operations are oneDNN's, under the names by which torch's own compiler calls them.
@@ -17,13 +17,13 @@ SCORES = 2**20
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this build of torch has the kernels, and this CPU what they need for `dtype`."""
+    """Returns whether this build of torch has the kernels, and this CPU supports them for `dtype`."""
     available = torch.backends.mkldnn.is_available()
     return available and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 numbers faster than float32."""
+    """Returns whether this CPU multiplies bf16 numbers faster than float32."""
     known = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return known and can_pack(torch.bfloat16)
 
@@ -31,7 +31,7 @@ def fast_bf16() -> bool:
 def pack_convolution(
     weight: Tensor, dtype: torch.dtype, stride: Sequence[int], padding: Sequence[int], size: Sequence[int]
 ) -> Tensor:
-    """A convolution's weight [out, in, kh, kw] for `convolve` on maps of about `size` [N, C, H, W]."""
+    """Packs a convolution's weight [out, in, kh, kw] for `convolve` on maps of about `size` [N, C, H, W]."""
     weight = weight.detach().to(dtype)
     return torch.ops.mkldnn._reorder_convolution_weight.default(weight, padding, stride, [1, 1], 1, size)
 
@@ -44,7 +44,7 @@ def convolve(
     padding: Sequence[int],
     add: Tensor | None = None,
 ) -> Tensor:
-    """The convolution of x, plus `add`, rounded once."""
+    """Returns the convolution of x, plus `add`, rounded once."""
     x = x.to(packed.dtype).contiguous(memory_format=torch.channels_last)
     if add is None:
         return torch.ops.mkldnn._convolution_pointwise.default(
@@ -57,7 +57,7 @@ def convolve(
 
 
 def pack_linear(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix [out, in] for `multiply`."""
+    """Packs a matrix [out, in] for `multiply`."""
     return torch.ops.mkldnn._reorder_linear_weight.default(weight.detach().to(dtype).contiguous(), None)
 
 
@@ -69,7 +69,7 @@ def multiply(
     times: Tensor | None = None,
     gelu: bool = False,
 ) -> Tensor:
-    """x [..., in] times the matrix, plus bias; then the GELU, or plus `add`, or times `times`; rounded once."""
+    """Returns x [..., in] times the matrix, plus bias; then GELU, or plus `add`, or times `times`; rounded once."""
     x = x.to(packed.dtype)
     if add is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(
@@ -81,16 +81,16 @@ def multiply(
 
 
 def _like(bias: Tensor | None, packed: Tensor) -> Tensor | None:
-    """The bias for a kernel with two inputs, which wants one dtype throughout."""
+    """Returns the bias for a kernel with two inputs, which requires one dtype throughout."""
     return None if bias is None else bias.to(packed.dtype)
 
 
 def parity_weights(weight: Tensor) -> list[Tensor]:
-    """A kernel [out, in, 3, 3] behind a doubling of the size, as four [out, in, 2, 2] for the small map.
+    """Splits a kernel [out, in, 3, 3] after a doubling of the size into four [out, in, 2, 2] for the small map.
 
-    An output pixel sees two of the small map's rows and columns, one of them twice; which, depends on whether
-    its own row and column are even. So weights are added up beforehand, in float32, for pixels at an even row
-    and column, an odd column, an odd row, and both odd.
+    An output pixel sees two of the small map's rows and columns, one of them twice; which, depends on whether its row
+    and column are even. So weights are added up beforehand, in float32, for pixels at an even row and column, an odd
+    column, an odd row, and both odd.
     """
 
     def pairs(kernel: Tensor, axis: int) -> list[Tensor]:
@@ -101,7 +101,7 @@ def parity_weights(weight: Tensor) -> list[Tensor]:
 
 
 def convolve_doubled(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """A 3x3 convolution of x [N, C, h, w] at twice its size (nearest neighbour), by packed `parity_weights`."""
+    """Convolves x [N, C, h, w] at twice its size (nearest neighbour) with a 3x3 kernel as packed `parity_weights`."""
     n, _, h, w = x.shape
     out: Tensor | None = None
     for part, kernel in enumerate(packed):
@@ -116,10 +116,10 @@ def convolve_doubled(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None) -
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Multi-head attention of q [B, N, heads * d] on k and v [B, M, heads * d] -> [B, N, heads * d].
+    """Computes multi-head attention of q [B, N, heads * d] on k and v [B, M, heads * d] -> [B, N, heads * d].
 
-    torch's kernel is the fastest for float32, and for bf16 on CPUs that have matrix units; elsewhere it
-    multiplies bf16 numbers no faster than float32, and three products of its own kind in slices are faster.
+    torch's kernel is the fastest for float32, and for bf16 on CPUs that have matrix units; elsewhere it multiplies
+    bf16 numbers no faster than float32, and separate products in slices are faster.
     """
     if q.dtype != torch.bfloat16 or torch.cpu._is_amx_tile_supported():
         q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
@@ -128,7 +128,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def attend_in_slices(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """`attend` with a few heads and rows of scores at a time, so that they never leave the cache."""
+    """Computes `attend` with a few heads and rows of scores at a time, so that they never leave the cache."""
     batch, queries, width = q.shape
     d, keys = width // heads, k.shape[1]
     q, k, v = (

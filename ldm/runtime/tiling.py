@@ -1,7 +1,7 @@
-"""The autoencoder in bounded memory: a large picture passes it in overlapping tiles.
+"""The autoencoder in bounded memory: a large image is processed in overlapping tiles.
 
-What the autoencoder sees of the whole picture (its group norms, its attention at the lowest level) it then sees
-of a tile only, so tiles are an approximation; nothing else differs, and the tiles are blended without a seam.
+Operations on the whole image (group norms, attention at the lowest level) are then limited to a tile, so tiles are an
+approximation; nothing else differs, and the tiles are blended without a seam.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 Network = Callable[[Tensor], Tensor]
 Tiling = Literal["auto", "on", "off"]
 
-TILES = 64, 32  # sides in latent cells, and what is taken where even the first does not fit
-SHARE = 0.75  # of the available memory that a decoding may take: the pictures themselves need some as well
+TILES = 64, 32  # sides in latent cells, and the one used if even the first does not fit
+SHARE = 0.75  # of the available memory that a decoding may use: the images themselves need some as well
 # Measured on a CPU, in float32 (autocast takes half): the peak grows by 7.6 to 10.4 times ch * pixels * 4 bytes for
 # widths of ch and 2 ch, of which 6 are tensors and the rest the convolutions' own copies.
 LIVE_MAPS = 5.25
@@ -29,20 +29,20 @@ LIVE_MAPS = 5.25
 
 
 def decode_in_tiles(decode: Network, z: Tensor, factor: int, tile: int = 64, overlap: int = 16) -> Tensor:
-    """Latents [N, C, h, w] -> pictures [N, 3, factor * h, factor * w], `decode` seeing one tile at a time.
+    """Decodes latents [N, C, h, w] to images [N, 3, factor * h, factor * w]; `decode` sees one tile at a time.
 
-    Tiles are `tile` latent cells a side and overlap by at least `overlap` cells. Latents that fit into one tile
-    go through `decode` as they are; otherwise the result is float32. Raises ValueError if the overlap is no
-    smaller than the tile.
+    Tiles are `tile` latent cells a side and overlap by at least `overlap` cells. Latents that fit into one tile go
+    through `decode` as they are; otherwise the result is float32. Raises ValueError unless the overlap is smaller
+    than the tile.
     """
     return _in_tiles(decode, z, tile, overlap, enter=1, leave=factor)
 
 
 def encode_in_tiles(encode: Network, x: Tensor, factor: int, tile: int = 64, overlap: int = 16) -> Tensor:
-    """Pictures [N, 3, H, W] -> the moments [N, 2C, H / factor, W / factor] of their latents, tile by tile.
+    """Encodes images [N, 3, H, W] to the moments [N, 2C, H / factor, W / factor] of their latents, tile by tile.
 
-    `encode` gives the moments as one tensor: `lambda x: autoencoder.encode(x).parameters`. `tile` and `overlap`
-    count latent cells, as in `decode_in_tiles`. Raises ValueError if a side is no multiple of `factor`.
+    `encode` returns the moments as one tensor: `lambda x: autoencoder.encode(x).parameters`. `tile` and `overlap`
+    count latent cells, as in `decode_in_tiles`. Raises ValueError if a side is not a multiple of `factor`.
     """
     if any(side % factor for side in x.shape[-2:]):
         raise ValueError(f"a picture of {tuple(x.shape[-2:])} pixels cannot be cut into cells of {factor}")
@@ -50,7 +50,7 @@ def encode_in_tiles(encode: Network, x: Tensor, factor: int, tile: int = 64, ove
 
 
 def _in_tiles(network: Network, x: Tensor, tile: int, overlap: int, enter: int, leave: int) -> Tensor:
-    """`network` over `x`, where a latent cell spans `enter` values a side in `x` and `leave` in the result."""
+    """Applies `network` to `x`, where a latent cell spans `enter` values a side in `x` and `leave` in the result."""
     if not 0 <= overlap < tile:
         raise ValueError(f"tiles of {tile} cells cannot overlap by {overlap}")
     height, width = (side // enter for side in x.shape[-2:])
@@ -75,7 +75,7 @@ def _scaled(cells: slice, by: int) -> slice:
 
 
 def _strips(size: int, tile: int, overlap: int, scale: int) -> Iterator[tuple[slice, Tensor]]:
-    """The tiles along one axis of `size` cells, and the weight of each at its `scale` values a cell."""
+    """Returns the tiles along one axis of `size` cells, and the weight of each at its `scale` values a cell."""
     tile = min(tile, size)
     starts = tile_starts(size, tile, overlap)
     weights = blending_weights(starts, tile, scale)
@@ -83,7 +83,7 @@ def _strips(size: int, tile: int, overlap: int, scale: int) -> Iterator[tuple[sl
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where as few tiles as possible start that cover `size` cells and overlap by `overlap` or more, evenly."""
+    """Returns the even starts of the fewest tiles that cover `size` cells and overlap by `overlap` or more."""
     if size <= tile:
         return [0]
     count = 1 - (tile - size) // (tile - overlap)
@@ -91,10 +91,10 @@ def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
 
 
 def blending_weights(starts: Sequence[int], tile: int, scale: int) -> Tensor:
-    """Weights [tiles, tile * scale] that sum to 1 wherever tiles lie over one another along an axis.
+    """Returns weights [tiles, tile * scale] that sum to 1 wherever tiles overlap along an axis.
 
-    A tile's weight rises from 0 at its end in a half period of the cosine, over all that it shares with its
-    neighbour: where it lacks context it counts least, and the weight has no kink.
+    A tile's weight rises from 0 at its end in a half period of the cosine, over the whole overlap with its neighbour:
+    where it lacks context it counts least, and the weight has no kink.
     """
     length, last = tile * scale, starts[-1]
     from_start = torch.arange(length, dtype=torch.float64) + 0.5
@@ -110,7 +110,7 @@ def blending_weights(starts: Sequence[int], tile: int, scale: int) -> Tensor:
 
 
 def _half_cosine(x: Tensor) -> Tensor:
-    """0 at 0 and below, 1 at 1 and above."""
+    """Returns 0 at 0 and below, 1 at 1 and above, and half a period of the cosine between."""
     return (1.0 - torch.cos(torch.pi * x.clamp(0.0, 1.0))) / 2.0
 
 
@@ -118,7 +118,7 @@ def _half_cosine(x: Tensor) -> Tensor:
 
 
 def needed_memory(widths: Sequence[int], pixels: int) -> int:
-    """About how many bytes the decoding of one picture of `pixels` takes in float32, beside the weights.
+    """Estimates the bytes for decoding one image of `pixels` in float32, without the weights.
 
     `widths` are the channels of the autoencoder's levels, the finest first: `ch` times each of `ch_mult`. The peak
     is where the finest level is entered, with the channels of the next one at full size.
@@ -127,7 +127,7 @@ def needed_memory(widths: Sequence[int], pixels: int) -> int:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """How many bytes can be had on `device`, or None where that is unknown."""
+    """Returns how many bytes are available on `device`, or None if that is unknown."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -135,7 +135,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def total_memory(device: torch.device) -> int | None:
-    """How many bytes `device`, or the control group of this process, has at all; None where that is unknown."""
+    """Returns the total bytes of `device`, or of the control group of this process; None if that is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     if device.type != "cpu":
@@ -145,7 +145,7 @@ def total_memory(device: torch.device) -> int | None:
 
 
 def _system_memory(root: Path) -> int | None:
-    """What Linux would give, or the control group of this process if that is less."""
+    """Returns the bytes available on Linux, or in the control group of this process if that is less."""
     free = _field(root / "proc/meminfo", "MemAvailable:")
     if free is None:
         return None
@@ -153,7 +153,7 @@ def _system_memory(root: Path) -> int | None:
 
 
 def _group_memory(root: Path) -> Iterator[int]:
-    """What each limited control group (v2) around this process has left; page cache can be given up."""
+    """Yields the bytes left in each limited control group (v2) around this process; page cache counts as free."""
     for limit, folder in _groups(root):
         with suppress(OSError, ValueError):
             used = int((folder / "memory.current").read_text())
@@ -161,7 +161,7 @@ def _group_memory(root: Path) -> Iterator[int]:
 
 
 def _groups(root: Path) -> Iterator[tuple[int, Path]]:
-    """The limit of each limited control group (v2) around this process, and its folder."""
+    """Yields the limit of each limited control group (v2) around this process, and its folder."""
     group = "/"
     with suppress(OSError):
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -176,7 +176,7 @@ def _groups(root: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _field(path: Path, name: str) -> int | None:
-    """The number behind `name` in a file of the kernel, if both are there."""
+    """Returns the number after `name` in a file of the kernel, if both exist."""
     with suppress(OSError):
         for line in path.read_text().splitlines():
             key, value = line.split()[:2]
@@ -186,7 +186,7 @@ def _field(path: Path, name: str) -> int | None:
 
 
 def choose_tiles(needed: int, available: int | None) -> bool:
-    """Whether to decode in tiles: `needed` bytes are more than the usual share of those available."""
+    """Returns whether to decode in tiles: `needed` bytes are more than the usual share of those available."""
     return available is not None and needed > SHARE * available
 
 
@@ -197,9 +197,9 @@ def choose_tile(
     size: tuple[int, int],
     available: int | None,
 ) -> int | None:
-    """The side in latent cells of the tiles for pictures of a height and width; None if they are not cut.
+    """Returns the side in latent cells of the tiles for images of a height and width; None for no tiles.
 
-    `widths` are the channels of the autoencoder's levels, `factor` is its downsampling, `available` bytes can be had.
+    `widths` are the channels of the autoencoder's levels, `factor` is its downsampling, `available` the free bytes.
     """
     large, small = TILES
     height, width = size
