@@ -1,4 +1,4 @@
-"""The command line that makes an image again, for people: no program here reads it.
+"""Writes the command line that recreates an image, for people: no program of this toolkit reads it.
 
 Nothing here prints, loads a model or touches a file.
 """
@@ -28,18 +28,17 @@ Changes = Mapping[str, str | list[str] | None]
 
 _REPEATED = ("lora", "embedding", "allow_targets")  # options that are given once for each value
 _SWITCHES = ("plms", "dpm_solver")  # samplers that are options themselves
-MAX_PLACE = 20_000  # images of a run whose noise can be drawn before that of one
-MAX_BATCH = 1_000  # images that a file can ask for to be made together with its own
+MAX_PLACE = 20_000  # images of a run whose noise can be drawn before that of the image
+MAX_BATCH = 1_000  # the largest batch that a file can ask for
 
 
 def options(recipe: Recipe, changes: Changes) -> tuple[str, Options]:
-    """The script that makes a recipe's image again, and its options; defaults of a job are left out.
+    """Returns the script that recreates a recipe's image, and its options; defaults of a job are left out.
 
-    Of `changes` the size of its batch counts here, which says how many batches there are. What the script cannot
-    know from the file stays open: which checkpoint `Recipe.model` is, and in which folder the image, the mask and
-    the LoRAs lie that are named. An image that was made in a batch is made in one of
-    that size again, at its place there, since the sums' last bits depend on both (not on what else is in it); of the
-    run's samples `place(recipe)` is the image.
+    Of `changes` only the batch size matters here, which determines the number of batches. The file does not
+    determine the checkpoint of `Recipe.model`, nor the folders of the image, the mask and the LoRAs.
+    An image that was made in a batch is recreated in one of that size, at its place there, since rounding depends
+    on both (not on the other images); of the run's samples, `place(recipe)` is the image.
     """
     job = recipe.job
     init = job.init
@@ -70,12 +69,12 @@ def options(recipe: Recipe, changes: Changes) -> tuple[str, Options]:
 
 
 def command_alone(recipe: Recipe) -> str:
-    """The command that makes a recipe's image and no other; those before it where the run shares its noise."""
+    """Returns the command for a recipe's image alone, or with those before it where they share a noise stream."""
     return command(recipe, {} if recipe.job.seed_mode == "batch" else {"n_samples": "1"})
 
 
 def remark_alone(recipe: Recipe) -> str:
-    """What may differ in what `command_alone` makes, or nothing."""
+    """Returns a remark on what may differ in the image of `command_alone`; empty if nothing does."""
     if recipe.job.seed_mode == "batch":
         return IN_A_STREAM
     if (size := recorded_batch(recipe)) == 1:
@@ -84,7 +83,7 @@ def remark_alone(recipe: Recipe) -> str:
 
 
 def place(recipe: Recipe, changes: Changes | None = None) -> int:
-    """Which of the samples of a recipe's command is the image, from 0."""
+    """Returns the index of the image among the samples of a recipe's command, from 0."""
     if recipe.job.seed_mode == "batch":
         return recipe.job.batch_index
     entry = recipe.extras.get("Batch pos", "0")
@@ -93,13 +92,13 @@ def place(recipe: Recipe, changes: Changes | None = None) -> int:
 
 
 def count(recipe: Recipe, changes: Changes) -> int:
-    """How many images a recipe's command makes: whole batches of the recorded size, up to the image's."""
+    """Returns how many images a recipe's command makes: whole batches of the recorded size, up to the image's."""
     per_batch = batch_size(recipe, changes)
     return (place(recipe, changes) // per_batch + 1) * per_batch
 
 
 def batch_size(recipe: Recipe, changes: Changes) -> int:
-    """How many images are made together with a recipe's."""
+    """Returns the size of the batch in which a recipe's image is recreated."""
     if "n_samples" not in changes:
         size = recorded_batch(recipe)
         return size if size <= MAX_BATCH else 1
@@ -110,13 +109,13 @@ def batch_size(recipe: Recipe, changes: Changes) -> int:
 
 
 def recorded_batch(recipe: Recipe) -> int:
-    """How many images were made together with a recipe's, by its file: a number that anybody may have written."""
+    """Returns the batch size that a recipe's file records: an untrusted number."""
     size = recipe.extras.get("Batch size", "1")
     return int(size) if re.fullmatch("[1-9][0-9]{0,6}", size) else 1
 
 
 def _first_seed(recipe: Recipe, seed: str, changes: Changes) -> str:
-    """The seed of a command's first image where the image at its place has `seed`; seeds count up."""
+    """Returns the seed of a command's first image where the image at its place has `seed`; seeds count up."""
     rng = str(changes.get("rng", recipe.job.rng))
     if recipe.job.seed_mode == "batch" or not re.fullmatch("[0-9]{1,20}", seed) or int(seed) > MAX_SEEDS[rng]:
         return seed
@@ -124,7 +123,7 @@ def _first_seed(recipe: Recipe, seed: str, changes: Changes) -> str:
 
 
 def command(recipe: Recipe, changes: Changes | None = None, drop: Sequence[str] = ()) -> str:
-    """The command line that makes a recipe's image again, on one line that can be pasted into bash or zsh.
+    """Returns the command that recreates a recipe's image, on one line that can be pasted into bash or zsh.
 
     See `arguments`.
     """
@@ -133,16 +132,16 @@ def command(recipe: Recipe, changes: Changes | None = None, drop: Sequence[str] 
 
 
 def _program(script: str) -> list[str]:
-    """A script of the checkout, or the same subcommand where the package is installed without one."""
+    """Returns a script of the checkout, or the same subcommand where the package is installed without one."""
     return ["python", f"scripts/{script}.py"] if is_checkout() else ["ldm", script]
 
 
 def arguments(recipe: Recipe, changes: Changes, drop: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """The script that makes a recipe's image again, and what is typed behind its name.
+    """Returns the script that recreates a recipe's image, and its arguments.
 
-    `changes` replace or add options, `drop` leaves some out. The job's LoRAs are options of their own, whose files
-    are expected to lie where the command runs, or with
-    `lora_dir` among the changes tags in the prompt; `lora` among them replaces them all.
+    `changes` replace or add options, `drop` leaves some out. The job's LoRAs are separate options, whose files
+    are expected in the folder where the command runs. With `lora_dir` among the changes they are tags in the
+    prompt instead; `lora` among the changes replaces them all.
     """
     script, chosen = options(recipe, changes)
     loras = recipe.job.loras
@@ -158,12 +157,12 @@ def arguments(recipe: Recipe, changes: Changes, drop: Sequence[str] = ()) -> tup
 
 
 def lora_option(file: str, weight: float, on_text: float) -> str:
-    """A value of the option that takes LoRAs; the weights are always there, so that no name is read as one."""
+    """Returns a value of the option for LoRAs; the weights are always given, so that no name is read as one."""
     return f"{file}:{_number(weight)}:{_number(on_text)}"
 
 
 def quoted(argument: str) -> str:
-    """An argument as bash and zsh read it back. Controls, which a terminal might obey on pasting, are escaped.
+    """Quotes an argument for bash and zsh. Control characters, which a terminal might obey on pasting, are escaped.
 
     NUL, which no argument can hold, becomes a space.
     """
@@ -182,7 +181,7 @@ def _ansi_c(character: str) -> str:
 
 
 def _arguments(chosen: Options) -> list[str]:
-    """Options as arguments; a value that begins with a dash is joined to its option, else it would pose as one."""
+    """Returns options as arguments; a value that begins with a dash is joined to its option by an equals sign."""
     typed: list[str] = []
     for name, value in chosen.items():
         option = "--" + {"init_img": "init-img", "from_file": "from-file"}.get(name, name)
@@ -203,7 +202,7 @@ def _script(job: Job) -> str:
 
 
 def _unless_default(job: Job | Init, names: Mapping[str, str]) -> Options:
-    """Options by the names of the fields they set, where those are not the default."""
+    """Returns the options whose fields do not have the default value."""
     default = Job("") if isinstance(job, Job) else Init("")
     values = {option: (getattr(job, field), getattr(default, field)) for option, field in names.items()}
     return {option: text_of(value) for option, (value, usual) in values.items() if value != usual}
@@ -236,14 +235,14 @@ def _picture(init: Init) -> Options:
 
 
 def _count(recipe: Recipe, changes: Changes) -> Options:
-    """One batch of the recorded size, or with one stream of noise as many as there are up to the image's."""
+    """Returns one batch of the recorded size, or with one noise stream per run all batches up to the image's."""
     per_batch = batch_size(recipe, changes)
     n_iter = count(recipe, changes) // per_batch
     return {"n_samples": str(per_batch), "n_iter": str(n_iter), "skip_grid": None}
 
 
 def of_the_run(recipe: Recipe) -> dict[str, Any]:
-    """The options, parsed, that this toolkit notes of a run besides the job."""
+    """Returns the options, parsed, that this toolkit records of a run besides the job."""
     extras = recipe.extras
     chosen: dict[str, Any] = {}
     if extras.get("Precision"):

@@ -1,4 +1,4 @@
-"""The text that NovelAI and extensions of web UIs hide in the lowest bits of an image's alpha channel or colours."""
+"""Reads the text that NovelAI and web UI extensions hide in the lowest bits of an image's alpha or colours."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _GZIP = 31  # zlib's number for its format
 
 
 def hidden_text(image: Image.Image, most: int) -> str:
-    """The text hidden in an image's pixels, of at most `most` bytes; empty if there is none.
+    """Returns the text hidden in an image's pixels, of at most `most` bytes; empty if there is none.
 
     The bits go column by column: a mark of 15 bytes, their count in 32 bits (most significant first), the text in
-    UTF-8, compressed by gzip where the mark says so.
+    UTF-8, compressed by gzip if the mark is one of compressed text.
     """
     if image.mode not in ("RGB", "RGBA") or image.width * image.height > MAX_PIXELS:
         return ""
@@ -41,7 +41,7 @@ def hidden_text(image: Image.Image, most: int) -> str:
 
 
 def _bytes(channels: np.ndarray, start: int, count: int) -> bytes:
-    """Bytes of the lowest bits of pixels [height, width, channels], column by column."""
+    """Returns bytes of the lowest bits of pixels [height, width, channels], column by column."""
     height, _, depth = channels.shape
     columns = -(-8 * (start + count) // (height * depth))
     bits = (channels[:, :columns] & 1).transpose(1, 0, 2).reshape(-1)

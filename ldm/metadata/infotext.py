@@ -1,4 +1,4 @@
-"""The text that an image carries, in the form of AUTOMATIC1111's web UI, and the way back to a job.
+"""Writes a job as the text of an image, in the form of AUTOMATIC1111's web UI, and reads it.
 
 the prompt, on as many lines as it has
 Negative prompt: the negative prompt          (only if there is one)
@@ -21,7 +21,7 @@ NEGATIVE = "Negative prompt:"
 _EXACT_PROMPT, _EXACT_NEGATIVE = "Exact prompt", "Exact negative prompt"
 _LORAS = "Loras"
 _NOT_FOR_EXTRAS = ("Prompt", "Negative prompt", "Size-1", "Size-2", _EXACT_PROMPT, _EXACT_NEGATIVE, _LORAS)
-_FEWEST_PAIRS = 3  # a line with fewer pairs is a part of the prompt
+_FEWEST_PAIRS = 3  # a line with fewer pairs is part of the prompt
 _STEPS = ("steps", "sampling steps", "num_inference_steps")  # one of them is in every line of settings
 
 _KEY = re.compile(r"\w[\w \-/]{1,80}")
@@ -40,20 +40,20 @@ _UNSTORABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # contr
 
 
 class _Codec(NamedTuple):
-    """How values of one `Job` field are written and read."""
+    """The writer and the reader of values of one `Job` field."""
 
     write: Callable[[Any], str]
     read: Callable[[str], Any]
 
 
 def _table(labels: Mapping[str, str]) -> _Codec:
-    """Names that have a label of their own in the text; any other name stands for itself."""
+    """Returns a codec for names with special labels in the text; any other name is written unchanged."""
     names = {label: name for name, label in labels.items()}
     return _Codec(lambda name: labels.get(name, name), lambda label: names.get(label, label))
 
 
 def model_name(path: Path) -> str:
-    """What an image's text calls a checkpoint: its name without the ending, or its folder's if that is `model`."""
+    """Returns a checkpoint's name in an image's text: without the suffix, or its folder's name if that is `model`."""
     path = path.absolute()
     if path.is_dir():
         return path.name
@@ -61,7 +61,7 @@ def model_name(path: Path) -> str:
 
 
 def file_name(path: str) -> str:
-    """The last part of a path, of Windows or another system."""
+    """Returns the last part of a path, of Windows or another system."""
     return PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
 
 
@@ -92,7 +92,7 @@ def _read_loras(text: str) -> tuple[tuple[str, float, float], ...]:
 
 
 def _named_loras(job: Job) -> tuple[tuple[str, float, float], ...]:
-    """The job's LoRAs by the names alone of their files."""
+    """Returns the job's LoRAs by file name, without folders."""
     return tuple((lora_name(file_name(name)), weight, on_text) for name, weight, on_text in job.loras)
 
 
@@ -104,11 +104,11 @@ _UPSCALER = _Codec(
     _table({"pixels": "Lanczos", "latents": "Latent"}).write,
     lambda label: "latents" if label.startswith("Latent") else "pixels",
 )
-_FILE = _Codec(file_name, str)  # its folder is the user's own affair
+_FILE = _Codec(file_name, str)  # its folder is private to the user
 
-# Key in the text, field of Job (of its `init` behind a dot), codec. The web UI says GPU where the sampling device
-# draws the noise, and NV where CUDA's Philox noise is computed on another. A text without RNG is taken for NV: as
-# a rule its image was drawn on a CUDA device, whose noise philox reproduces on every machine.
+# Key in the text, field of Job (of its `init` after a dot), codec. The web UI says GPU where the sampling device
+# draws the noise, and NV where CUDA's Philox noise is computed on another. A text without RNG is read as NV: as
+# a rule its noise was drawn on a CUDA device, and philox reproduces that on every machine.
 _ALWAYS = (
     ("Steps", "steps", _INT),
     ("Sampler", "sampler", _table({"ddim": "DDIM", "plms": "PLMS"})),
@@ -147,11 +147,11 @@ _DEFAULTS = {field.name: field.default for field in fields(Job)} | {
 
 
 def infotext(job: Job, extras: Mapping[str, str]) -> str:
-    """The text from which `job` can be made again, with `extras` (Model hash, Model, Version, ...) beside it.
+    """Returns the text from which `job` can be recreated, with the entries `extras` (Model hash, Version, ...).
 
-    LoRAs stand as `<lora:name:weight>` at the end of the prompt. Where the plain form would lose something of a
+    LoRAs are written as `<lora:name:weight>` at the end of the prompt. Where the plain form would lose something of a
     prompt (control characters, a line in it that begins with `Negative prompt:`), the entries `Exact prompt`
-    (with `Loras`) and `Exact negative prompt` carry it as JSON. Empty extras are left out. Raises ValueError for
+    (with `Loras`) and `Exact negative prompt` hold it as JSON. Empty extras are left out. Raises ValueError for
     an extra whose name cannot be written or belongs to the job.
     """
     pairs = _pairs(job, {key: value for key, value in extras.items() if value})
@@ -171,9 +171,9 @@ def infotext(job: Job, extras: Mapping[str, str]) -> str:
 
 
 def parse_infotext(text: str) -> dict[str, str]:
-    """The entries of an infotext by name, with the prompts under `Prompt` and `Negative prompt`.
+    """Returns the entries of an infotext by name, with the prompts under `Prompt` and `Negative prompt`.
 
-    The prompt's LoRA tags are taken out of it and stand under `Loras`, as JSON. A size such as `Size: 512x768`
+    The prompt's LoRA tags are moved to `Loras`, as JSON. A size such as `Size: 512x768`
     becomes `Size-1` and `Size-2`. Lines after the settings, which extensions write, add what the settings lack. A
     text without a line of settings is all prompt.
     """
@@ -188,22 +188,22 @@ def parse_infotext(text: str) -> dict[str, str]:
 
 
 def has_settings(text: str) -> bool:
-    """Whether a text has a line of settings."""
+    """Returns whether a text has a line of settings."""
     lines = text.strip().splitlines() or [""]
     pairs = _settings(lines[_settings_at(lines) :])
     return any(key.lower() in (*_STEPS, "seed", "sampler") for (key, _), _ in pairs)
 
 
 def job_from_infotext(text: str) -> Job:
-    """The job that an infotext describes; what it does not say is as in `V1_DEFAULTS`.
+    """Returns the job that an infotext describes; fields that it lacks are as in `V1_DEFAULTS`.
 
-    Raises InputError for a text without settings or with a value that is none.
+    Raises InputError for a text without settings or with an invalid value.
     """
     return job_from_entries(parse_infotext(text))
 
 
 def job_from_entries(entries: Mapping[str, str]) -> Job:
-    """`job_from_infotext`, from the entries that `parse_infotext` gives."""
+    """Does the same as `job_from_infotext`, from the entries that `parse_infotext` returns."""
     if "Steps" not in entries:
         raise InputError("the text holds no generation settings: its last line should begin with `Steps: `")
     codecs = (
@@ -231,14 +231,14 @@ def job_from_entries(entries: Mapping[str, str]) -> Job:
 
 
 def _field(job: Job, name: str) -> Any:
-    """The value of a field of a job, or behind a dot of its image; that field's default without an image."""
+    """Returns a field of a job, or, after a dot, of its image (the field's default without an image)."""
     if not name.startswith("init."):
         return getattr(job, name)
     return _DEFAULTS[name] if job.init is None else getattr(job.init, name.removeprefix("init."))
 
 
 def _pairs(job: Job, extras: Mapping[str, str]) -> dict[str, str]:
-    """All entries as written, in the web UI's order."""
+    """Returns all entries as written, in the web UI's order."""
     own = {key: codec.write(getattr(job, name)) for key, name, codec in _ALWAYS}
     own["Size"] = f"{job.width}x{job.height}"
     later = {
@@ -261,7 +261,7 @@ def _line(pairs: Mapping[str, str]) -> str:
 
 
 def _split(text: str) -> tuple[str, str, dict[str, str]]:
-    """Prompt, negative prompt, and the entries of the settings."""
+    """Returns prompt, negative prompt, and the entries of the settings."""
     lines = text.rstrip("\n").split("\n")
     at = _settings_at(lines)
     entries: dict[str, str] = {}
@@ -276,10 +276,10 @@ def _split(text: str) -> tuple[str, str, dict[str, str]]:
 
 
 def _settings_at(lines: Sequence[str]) -> int:
-    """Which line begins the settings: the last with enough pairs and a count of steps; else there is none.
+    """Returns the index of the first line of settings: the last with enough pairs and a count of steps.
 
-    Extensions write more lines after it. Without such a line the settings may begin with the steps and go on line by
-    line, or the very last line counts, as in the web UI, if it has enough pairs.
+    Extensions write more lines after it. Without such a line the settings may begin with the steps and continue
+    line by line, or are the last line, as in the web UI, if it has enough pairs.
     """
     places = [i for i, line in enumerate(lines) if "steps" in line.lower() and not _TEMPLATE.match(line)]
     for at in reversed(places):
@@ -296,14 +296,14 @@ def _is_enough(pairs: Sequence[object]) -> bool:
 
 
 def _settings(lines: Sequence[str]) -> Iterator[tuple[tuple[str, str], bool]]:
-    """The pairs of the settings and of the lines after them, which say whether they are of those lines."""
+    """Yields the pairs of the settings and of the lines after them, with a flag that marks the latter."""
     end = next((i for i, line in enumerate(lines) if _TEMPLATE.match(line)), len(lines))
     for key, value, start in _pairs_in("\n".join(lines[:end])):
         yield (key, value), start > len(lines[0])
 
 
 def _pairs_in(text: str) -> list[tuple[str, str, int]]:
-    """The pairs `key: value`, between commas or bars, with the places of their keys.
+    """Returns the pairs `key: value`, between commas or bars, with the positions of their keys.
 
     A value is a string, list or object of JSON, or all up to the next comma, bar or end of line.
     """
@@ -332,14 +332,14 @@ def _json_end(text: str, start: int) -> int | None:
 
 
 def _entry(key: str, value: str) -> dict[str, str]:
-    """The value or, for a size, the two values that a pair of the text stands for."""
+    """Returns the value of a pair of the text, or the two values of a size."""
     if size := _SIZE.fullmatch(value):
         return {f"{key}-1": size[1], f"{key}-2": size[2]}
     return {key: _unquoted(value)}
 
 
 def _quoted(value: str) -> str:
-    """`value`, as a JSON string if the plain form could not be read back."""
+    """Returns `value`, as a JSON string if the plain form could not be read back."""
     plain = value == value.strip() and not value.startswith('"') and not re.search("[,:\n]", value)
     return value if plain and not _SIZE.fullmatch(value) and not _UNSTORABLE.search(value) else to_json(value)
 
@@ -354,12 +354,12 @@ def _unquoted(value: str) -> str:
 
 
 def to_json(value: Any) -> str:
-    """JSON on one line that can stand in any file: characters that could drive a terminal are escaped."""
+    """Returns JSON on one line; characters that could control a terminal are escaped."""
     return _UNSTORABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
 def _plain_json(value: str) -> str:
-    """JSON without a comma or colon in it, at which simpler readers than ours would split it."""
+    """Returns JSON with commas and colons escaped, at which simpler readers would split it."""
     return to_json(value).replace(",", "\\u002c").replace(":", "\\u003a")
 
 

@@ -1,7 +1,7 @@
-"""Images of other programs, and of this one, as jobs that can be run again.
+"""Reads images of this and other programs as jobs that can be repeated.
 
-`read_job` finds the text that a program left in a PNG, JPEG or WebP file; each program's own way of writing has
-a module here. What the text asks for and this toolkit does not do is said in the notes of the `Recipe`.
+`read_job` finds the text that a program wrote into a PNG, JPEG or WebP file; each program's format has
+a module here. Settings that this toolkit does not support are listed in the notes of the `Recipe`.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from ldm.util import InputError, printable
 
 __all__ = ["Recipe", "read_job"]
 
-# The first keyword that a file has and that can be read counts. ComfyUI's graph stands before the infotext,
-# since extensions of ComfyUI write both, and the graph says how the noise was drawn.
+# The first keyword that a file has and that can be read is used. ComfyUI's graph comes before the infotext,
+# since extensions of ComfyUI write both, and the graph determines how the noise was drawn.
 _READERS: tuple[tuple[str, Callable[[str, Origin], Recipe]], ...] = (
     ("prompt", comfyui.read),
     (INFOTEXT_KEYWORD, webui.read),
     ("invokeai_metadata", invokeai.read_metadata),
     ("sd-metadata", invokeai.read_sd_metadata),
     ("Dream", invokeai.read_dream),
-    ("workflow", comfyui.read),  # the editor's form, which is not read: it is named
+    ("workflow", comfyui.read),  # the editor's form, which is not read but named in the error
 )
 _KNOWN = (RECORD_KEYWORD, *(keyword for keyword, _ in _READERS))
 
 
 def read_job(path: str) -> Recipe:
-    """How the image at `path` was made, by the text in its file.
+    """Reads how the image at `path` was made from the text in its file.
 
-    Raises InputError, of one line that begins with the path, for a file that is no PNG, JPEG or WebP image or
-    that holds no settings that are understood.
+    Raises InputError, of one line that begins with the path, for a file that is not a PNG, JPEG or WebP image or
+    that holds no known settings.
     """
     texts, size = read_texts(path, _KNOWN)
     origin = Origin(file_name(path), size)
@@ -60,7 +60,7 @@ def read_job(path: str) -> Recipe:
 
 
 def _read(texts: Mapping[str, str], origin: Origin) -> tuple[Recipe | None, list[str]]:
-    """What the first of these texts that can be read says, and what is wrong with those before it."""
+    """Returns the recipe of the first of these texts that can be read, and the errors of those before it."""
     faults: list[str] = []
     for name, read in _ways(texts, origin):
         try:
@@ -74,7 +74,7 @@ def _read(texts: Mapping[str, str], origin: Origin) -> tuple[Recipe | None, list
 
 
 def _ways(texts: Mapping[str, str], origin: Origin) -> Iterator[tuple[str, Callable[[], Recipe | None]]]:
-    """The ways to read these texts, the best first, each with the keyword of its text if there is one."""
+    """Yields the readers of these texts, the best first, each with the keyword of its text if there is one."""
     if RECORD_KEYWORD in texts:
         yield RECORD_KEYWORD, partial(own.read, texts[RECORD_KEYWORD], origin)
     yield "", partial(programs.read, texts, origin)

@@ -1,4 +1,4 @@
-"""The record of this toolkit."""
+"""Reads the record of this toolkit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ldm.util import printable
 
 
 def read(text: str, _: Origin = UNKNOWN) -> Recipe:
-    """The recipe of an image with a record."""
+    """Reads the recipe of an image with a record."""
     job, extras, unknown = read_record(text)
     notes = [f"a newer version wrote {printable(name)[:100]}, which is left out" for name in unknown[:20]]
     return recipe(job, extras, notes)
 
 
 def recipe(job: Job, extras: Mapping[str, str], notes: list[str]) -> Recipe:
-    """The recipe of an image of this toolkit. Whoever wrote the file cannot choose a folder to read from."""
+    """Returns the recipe of an image of this toolkit. Folders in the file are dropped: it is untrusted."""
     job = checked(job)
     if note := start_note(job):
         notes = [*notes, note]
@@ -27,7 +27,7 @@ def recipe(job: Job, extras: Mapping[str, str], notes: list[str]) -> Recipe:
 
 
 def start_note(job: Job) -> str:
-    """What a file lacks of the image that its job starts from, or nothing."""
+    """Returns a note on the start image that a file does not contain; empty without a start image."""
     if job.init is None:
         return ""
     return f"it starts from the image {printable(job.init.image)}, which the file does not hold"

@@ -1,4 +1,4 @@
-"""What is understood of how an image was made, and what every program's reader needs to say it."""
+"""The recipe of an image, and the draft with which every program's reader builds it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_NOTES, _MAX_NOTE = 40, 300
 _WEIGHTS = re.compile(r"(?<!\\)[()\[\]]|\bBREAK\b|\bAND\b|\w[+-]{1,9}(?=\s|,|$)")
 _TAG = re.compile(r"<(lora|lyco|hypernet):[^<>]{1,200}>")
 
-# Part of a sampler's name, the sampler here that is nearest, the eta with which it is. The first match counts.
+# Part of a sampler's name, the nearest sampler here, and its eta. The first match is used.
 _NEAREST = (
     ("plms", "plms", 0.0),
     ("pndm", "plms", 0.0),
@@ -38,7 +38,7 @@ _SAME = {"ddim": "ddim", "plms": "plms"}
 
 
 class Origin(NamedTuple):
-    """The file that a text comes from, as far as it is known: its name, and its width and height in pixels."""
+    """The file of a text, as far as it is known: its name, and its width and height in pixels."""
 
     name: str = ""
     size: tuple[int, int] | None = None
@@ -49,11 +49,11 @@ UNKNOWN = Origin()
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How an image was made: the `job`, as far as it could be understood, and what else its file says.
+    """How an image was made: the `job`, as far as it was understood, and the other entries of its file.
 
     `source` is the program: "ldm", "A1111", "stable-diffusion.cpp", "ComfyUI", "InvokeAI", ... `model` and
-    `model_hash` are the checkpoint's as the file names them, or empty. `extras` are this toolkit's own entries
-    (`Config`, `Precision`, ...); of other programs, `Lora hashes` and `TI hashes`. Each of `notes` says one thing
+    `model_hash` are the checkpoint's in the file, or empty. `extras` are this toolkit's entries
+    (`Config`, `Precision`, ...); of other programs, `Lora hashes` and `TI hashes`. Each of `notes` is one thing
     that will differ, in a printable line. Of files that the job starts from only the names are known.
     """
 
@@ -66,13 +66,13 @@ class Recipe:
 
 
 def checked(job: Job) -> Job:
-    """`job` without folders. Raises InputError for a value that its field cannot have, and names the field."""
+    """Returns `job` without folders. Raises InputError, which names the field, for an invalid value."""
     job = without_folders(job)
     return override(job, {name: read_held(name, value) for name, value in values_of(job).items()})
 
 
 class Draft:
-    """A recipe in the making: fields of the job as they are found, and notes."""
+    """An unfinished recipe: fields of the job as they are found, and notes."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -83,7 +83,7 @@ class Draft:
         self.extras: dict[str, str] = {}
 
     def note(self, text: str) -> None:
-        """Says one thing that will differ; said twice, it stands once."""
+        """Adds a note on one thing that will differ; repeated notes are kept once."""
         text = printable(text)[:_MAX_NOTE]
         if text not in self.notes and len(self.notes) < _MAX_NOTES:
             self.notes.append(text)
@@ -96,14 +96,14 @@ class Draft:
             )
 
     def whole(self, name: str, value: object) -> None:
-        """A field that is a whole number; anything else is noted."""
+        """Sets a field that is a whole number; any other value is noted."""
         if type(value) is int:
             self.values[name] = value
         else:
             self._refuse(name, value)
 
     def number(self, name: str, value: object) -> None:
-        """A field that is a finite number; anything else is noted."""
+        """Sets a field that is a finite number; any other value is noted."""
         if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf:
             self.values[name] = value
         else:
@@ -114,7 +114,7 @@ class Draft:
         self.note(f"{name} {said}; using {getattr(V1_DEFAULTS, name)}")
 
     def _check(self) -> None:
-        """Takes out, and notes, every value that its field cannot have; InputError for a number that is none."""
+        """Removes and notes invalid values; InputError for a number that is not finite."""
         for name in ("width", "height"):
             if type(side := self.values.get(name)) is int and side > 8 and side % 8:
                 self.values[name] = side - side % 8
@@ -128,7 +128,7 @@ class Draft:
                 self._refuse(name, self.values.pop(name))
 
     def sampler(self, name: str) -> None:
-        """The sampler of a foreign name, or the nearest one."""
+        """Sets the sampler of another program's name, or the nearest one."""
         plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))[:100].removeprefix("k")
         own, eta = next((own, eta) for part, own, eta in _NEAREST if part in plain)
         self.values["sampler"] = own
@@ -139,7 +139,7 @@ class Draft:
             self.values["eta"] = eta
 
     def spacing_of_compvis(self) -> None:
-        """DDIM or PLMS on the original's timesteps, where those can be had for this count of steps."""
+        """Sets the original's timesteps for DDIM or PLMS, where they exist for this count of steps."""
         steps, sampler = self.values.get("steps", V1_DEFAULTS.steps), self.values["sampler"]
         if sampler == "dpm_solver" or not 1 <= steps <= 999 or 1000 % steps == 0:
             return
@@ -150,7 +150,7 @@ class Draft:
             self.note(f"its timesteps for {steps} steps are not supported; using evenly spaced ones")
 
     def cpu_noise(self) -> None:
-        """Noise of torch's generator on the CPU. Of a longer seed it uses the lower 32 bits, so they are kept."""
+        """Sets noise of torch's generator on the CPU. It uses the lower 32 bits of a seed, so only those are kept."""
         self.values["rng"] = "cpu"
         seed = self.values.get("seed", 0)
         if MAX_SEEDS["cpu"] < seed <= SETTINGS["seed"].high:
@@ -160,11 +160,11 @@ class Draft:
             )
 
     def gpu_noise(self) -> None:
-        """Noise of torch's generator on a GPU, which uses all 64 bits of a seed; an NVIDIA card's is taken for it."""
+        """Notes that the noise is assumed to be an NVIDIA card's, whose generator uses all 64 bits of a seed."""
         self.note("its noise is taken to be an NVIDIA card's; another GPU's would differ")
 
     def lora(self, name: object, weight: object, text_weight: object) -> None:
-        """A LoRA by the name of its file, with its weights on the U-Net and on the text encoder."""
+        """Adds a LoRA by the name of its file, with its weights on the U-Net and on the text encoder."""
         if isinstance(name, str) and name:
             weights = [
                 float(w) if isinstance(w, (int, float)) and abs(w) < 1e9 else 1.0
@@ -173,14 +173,14 @@ class Draft:
             self.loras.append((lora_name(file_name(name)), weights[0], weights[1]))
 
     def start_from(self, name: str, strength: object) -> None:
-        """An image that the job starts from; its name may be empty."""
+        """Sets the image that the job starts from; its name may be empty."""
         self.number("strength", strength)
         if name:
             self.values["init"] = Init(name)
         self.note(f"it starts from an image{f', {name},' if name else ''} that is not in the file")
 
     def hashes(self, loras: Mapping[str, str], inversions: Mapping[str, str]) -> None:
-        """The hashes of LoRAs and textual inversions by name, empty ones included, by which files are searched."""
+        """Adds hashes of LoRAs and textual inversions by name, empty ones included, by which files are searched."""
         for key, listed in (("Lora hashes", loras), ("TI hashes", inversions)):
             if listed:
                 self.extras[key] = ", ".join(f"{name}: {digest}" for name, digest in listed.items())
@@ -188,7 +188,7 @@ class Draft:
             self.note(f"it needs the textual inversion {name}")
 
     def finish(self) -> Recipe:
-        """The recipe, and notes on what stands in its prompts."""
+        """Returns the recipe, with notes on the syntax of its prompts."""
         for prompt in (self.values["prompt"], self.values.get("negative_prompt", "")):
             for tag in _TAG.finditer(prompt):
                 self.note(f"left out: {tag[0]}")

@@ -1,4 +1,4 @@
-"""The record that an image carries beside its infotext: JSON that loses nothing of the job.
+"""Writes and reads the record of an image, in addition to its infotext: JSON that loses nothing of the job.
 
 {"version": 1, "job": {"prompt": "...", "seed": 42, "init": null, ...}, "extras": {"Model hash": "...", ...}}
 
@@ -21,7 +21,7 @@ VERSION = 1
 
 
 class Record(NamedTuple):
-    """What a record holds. `unknown` names entries of the job that a newer version of this toolkit wrote."""
+    """The content of a record. `unknown` names entries of the job that a newer version of this toolkit wrote."""
 
     job: Job
     extras: dict[str, str]
@@ -29,22 +29,22 @@ class Record(NamedTuple):
 
 
 class FieldError(InputError):
-    """A record of this toolkit in which a field has a value that it cannot have."""
+    """A record of this toolkit has a field with an invalid value."""
 
 
 def record(job: Job, extras: Mapping[str, str]) -> str:
-    """The record of an image: `job` with `extras` beside it; empty extras are left out.
+    """Returns the record of an image: `job` and `extras`; empty extras are left out.
 
-    Of the job's files only the names are told, as in the infotext.
+    Of the job's files only the names are recorded, as in the infotext.
     """
     held = {key: value for key, value in extras.items() if value}
     return to_json({"version": VERSION, "job": asdict(without_folders(job)), "extras": held})
 
 
 def read_record(text: str) -> Record:
-    """What a record says, exactly; fields that it lacks have those of `V1_DEFAULTS`.
+    """Reads a record; fields that it lacks have the values of `V1_DEFAULTS`.
 
-    Raises InputError for a text that is no record, and `FieldError` for a value that its field cannot have.
+    Raises InputError for a text that is not a record, and `FieldError` for an invalid value of a field.
     """
     try:
         content = json.loads(text)
@@ -64,7 +64,7 @@ def read_record(text: str) -> Record:
 
 
 def without_folders(job: Job) -> Job:
-    """`job` with the names alone of its files, as the infotext has them: their folders are the user's own affair."""
+    """Returns `job` with file names without folders, as in the infotext: folders are private to the user."""
     loras = tuple((lora_name(file_name(name)), *weights) for name, *weights in job.loras)
     job = replace(job, loras=loras)
     if job.init is None:
@@ -75,7 +75,7 @@ def without_folders(job: Job) -> Job:
 
 
 def _decoded(content: Mapping[str, Any], unknown: list[str]) -> Job:
-    """The job of a JSON object, its unknown entries left out and named. Raises ValueError."""
+    """Returns the job of a JSON object, without unknown entries, and their names. Raises ValueError."""
     if "prompt" not in content:
         raise ValueError("job lacks prompt")
     init = content.get("init")

@@ -1,4 +1,4 @@
-"""The texts that an image file carries, by keyword, without decoding its pixels where that can be avoided."""
+"""Reads the texts of an image file by keyword, without decoding its pixels where that can be avoided."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ _MOCHI_FIELD = re.compile(
     r"ML Compute Unit|Generator|Date): ?"
 )
 _DECLARED = re.compile(rb"<!(?:DOCTYPE|ENTITY)", re.IGNORECASE)  # entities may grow without end
-_IN_XMP = ("UserComment", "parameters", "description")  # the first says most, in Draw Things' files
+_IN_XMP = ("UserComment", "parameters", "description")  # the first is the most complete in Draw Things' files
 
 
 def read_texts(path: str, known: Collection[str] = ()) -> tuple[dict[str, str], tuple[int, int]]:
-    """The texts of an image by keyword, and its width and height in pixels.
+    """Reads the texts of an image by keyword, and its width and height in pixels.
 
-    A PNG's chunks have their keywords. What EXIF fields, XMP and a JPEG's comments hold gets the keyword that it
-    carries itself, or `parameters`, where the web UI puts it, if it looks like settings. Chunks after the pixels
+    A PNG's chunks have their keywords. A text of an EXIF field, XMP or a JPEG's comment gets the keyword that it
+    contains, or `parameters`, the web UI's keyword, if it looks like settings. Chunks after the pixels
     are read, and texts hidden in the pixels, where none before them has a keyword of `known`.
 
     Raises InputError for a file that is not an image; text that is too long or cannot be decoded is left out.
@@ -87,7 +87,7 @@ def read_texts(path: str, known: Collection[str] = ()) -> tuple[dict[str, str], 
 
 
 def read_texts_beside(path: str) -> tuple[str, dict[str, str]]:
-    """The name and the texts of a file beside an image, in which Easy Diffusion and the web UI keep its settings.
+    """Reads the sidecar file of an image, in which Easy Diffusion and the web UI keep its settings: name and texts.
 
     It has the image's name with the ending .json or .txt. Both are empty if there is none that holds settings.
     """
@@ -110,10 +110,10 @@ def read_texts_beside(path: str) -> tuple[str, dict[str, str]]:
 
 
 def _chunks(image: Image.Image) -> dict[str, str]:
-    """A PNG's texts. Many programs write UTF-8 where the standard has Latin-1."""
+    """Returns a PNG's texts. Many programs write UTF-8 where the standard has Latin-1."""
     texts = {}
     for key, text in image.info.items():
-        if isinstance(text, str):  # Pillow's iTXt texts, which are UTF-8, are of a class of their own
+        if isinstance(text, str):  # Pillow has a separate class for iTXt texts, which are UTF-8
             is_latin = not isinstance(text, iTXt) and key != RECORD_KEYWORD
             plain = _text(text) if is_latin else str(text)
             name = INFOTEXT_KEYWORD if str(key).lower() == INFOTEXT_KEYWORD else str(key)
@@ -122,7 +122,7 @@ def _chunks(image: Image.Image) -> dict[str, str]:
 
 
 def _exif(image: Image.Image) -> dict[int, Any]:
-    """EXIF's fields, those of its first directory and of its own together."""
+    """Returns the fields of EXIF's first directory and of its Exif directory."""
     fields: dict[int, Any] = {}
     with contextlib.suppress(SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error):
         exif = image.getexif()
@@ -132,7 +132,7 @@ def _exif(image: Image.Image) -> dict[int, Any]:
 
 
 def _free_texts(image: Image.Image, exif: dict[int, Any]) -> Iterator[str]:
-    """Texts without a keyword of their own: EXIF's comment, which may be empty, then all others."""
+    """Yields texts without a keyword: EXIF's comment, which may be empty, then all others."""
     yield _comment(exif.get(_USER_COMMENT, b""))
     for kind, content in getattr(image, "applist", []):
         if kind == "COM":
@@ -146,7 +146,7 @@ def _free_texts(image: Image.Image, exif: dict[int, Any]) -> Iterator[str]:
 
 
 def _parts(text: str) -> Iterator[tuple[str, str]]:
-    """Keywords and texts that one text stands for."""
+    """Yields the keywords and texts contained in one text."""
     if label := _LABEL.match(text):
         key = label[1].lower() if label[1].lower() in ("prompt", "workflow", INFOTEXT_KEYWORD) else label[1]
         yield key, text[label.end() :].strip("\0")
@@ -174,7 +174,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _xmp(packet: bytes) -> Iterator[str]:
-    """The texts of an XMP packet that can hold settings."""
+    """Yields the texts of an XMP packet that can hold settings."""
     packet = packet.strip(b"\0 \r\n")
     if not packet or len(packet) > MAX_TEXT or b"\0" in packet or _DECLARED.search(packet):
         return
@@ -192,7 +192,7 @@ def _xmp(packet: bytes) -> Iterator[str]:
 
 
 def _first(element: ElementTree.Element) -> str:
-    """What an element holds, or the first of several languages."""
+    """Returns the text of an element, or of the first of several languages."""
     items = (item.text for item in element.iter() if _local(item.tag) == "li" and item.text)
     return next(items, element.text or "")
 
@@ -205,7 +205,7 @@ def _local(name: object) -> str:
 
 
 def _comment(value: object) -> str:
-    """EXIF's UserComment, which begins with the name of its character set, or should."""
+    """Decodes EXIF's UserComment, which should begin with the name of its character set."""
     data = value if isinstance(value, bytes) else str(value).encode("latin-1", "replace")
     code, rest = data[:_CODE_LENGTH].upper(), data[_CODE_LENGTH:]
     if code == _CODES[2] and b"\x1b" in rest:
@@ -216,7 +216,7 @@ def _comment(value: object) -> str:
 
 
 def _text(value: object) -> str:
-    """The text that bytes are, or that Pillow took for Latin-1: UTF-8, UTF-16 of either order, or Latin-1."""
+    """Decodes bytes, or text that Pillow read as Latin-1: UTF-8, UTF-16 of either order, or Latin-1."""
     if isinstance(value, str):
         if value.isascii():
             return value.strip("\0")
@@ -239,11 +239,11 @@ def _text(value: object) -> str:
 
 
 def _of_windows(control: re.Match[str]) -> str:
-    """What programs on Windows mean by a byte that Latin-1 has for a control: quotes, dashes, the euro sign."""
+    """Decodes bytes that are controls in Latin-1 as Windows-1252: quotes, dashes, the euro sign."""
     return control[0].encode("latin-1").decode("cp1252", "replace")
 
 
 def _utf_16(data: bytes) -> str:
-    """UTF-16 without a byte order mark: its zeros are the upper halves of Latin letters. Big-endian if none shows."""
+    """Decodes UTF-16 without a byte order mark, by the zero bytes of Latin letters; big-endian if there are none."""
     order = "le" if data[1::2].count(0) > data[0::2].count(0) else "be"
     return data[: len(data) // 2 * 2].decode(f"utf-16-{order}", "replace").removeprefix("\ufeff").strip("\0")

@@ -1,6 +1,6 @@
-"""ComfyUI's graph: nodes by id, each with a class and inputs that are values or links to other nodes' outputs.
+"""Reads ComfyUI's graph: nodes by id, each with a class and inputs that are values or links to nodes' outputs.
 
-What the image was made from is found by walking from the node that saved it back to what it starts from. Each node
+The graph is followed from the node that saved the image back to the initial latent or image. Each node
 on the way is understood, or named in a note.
 """
 
@@ -45,7 +45,7 @@ _KEEP_SIZE = _SAMPLERS | _ENCODERS | {
     "ImageFromBatch", "SetLatentNoiseMask", "ImageSharpen", "ImageBlur",
 }  # fmt: skip
 _MASKED = {"VAEEncodeForInpaint", "SetLatentNoiseMask", "InpaintModelConditioning"}
-_NOTHING = {"", "none", "[none]", "baked vae"}  # names of files that stand for no file
+_NOTHING = {"", "none", "[none]", "baked vae"}  # file names that mean "no file"
 _ANNOTATION = re.compile(r"\s*\[(input|output|temp)\]$")
 # Names that loaders give to a LoRA's weights, on the U-Net and on the text encoder.
 _LORA = re.compile(r"lora(?:_name)?(_?[0-9]{1,2})?")
@@ -64,14 +64,14 @@ Size = tuple[int, int]
 
 
 def read(text: str, origin: Origin = UNKNOWN) -> Recipe:
-    """The recipe of an image with a graph in ComfyUI's API form."""
+    """Reads the recipe of an image with a graph in ComfyUI's API form."""
     graph = read_graph(text)
     end = _end(graph, origin)
     return _Reader(Graph(graph.nodes), end, origin).recipe()
 
 
 class _End(NamedTuple):
-    """A node that may have saved the image, the nodes from there to the start, and the size that they make."""
+    """A node that may have saved the image, the nodes from there to the start, and the resulting image size."""
 
     way: tuple[Node, ...]
     size: Size | None
@@ -79,7 +79,7 @@ class _End(NamedTuple):
 
 
 def _end(graph: Graph, origin: Origin) -> _End:
-    """The end of the graph that made the file: of its size, saved rather than shown, of its name."""
+    """Finds the end of the graph that made the file: by its size, saved rather than previewed, and by its name."""
     values = (value for node in graph.nodes.values() for value in node.inputs.values())
     used = {link[0] for value in values if (link := as_link(value))}
     ends = [
@@ -114,7 +114,7 @@ def _rank(end: Node, size: Size | None, goes_on: bool, origin: Origin) -> tuple[
 
 
 def _size(graph: Graph, way: Sequence[Node], size: Size | None = None) -> Size | None:
-    """The size of what comes out of the nodes from an end to a start of `size`; None if they do not say it."""
+    """Returns the output size of the nodes from an end to a start of `size`; None if it is not determined."""
     for node in reversed(way):
         if empty := _empty(graph, node):
             size = empty
@@ -126,7 +126,7 @@ def _size(graph: Graph, way: Sequence[Node], size: Size | None = None) -> Size |
 
 
 def _empty(graph: Graph, node: Node) -> Size | None:
-    """The size of the empty latent that a node makes, in pixels."""
+    """Returns the size in pixels of the empty latent that a node makes."""
     if not (node.kind.startswith("Empty") or "empty_latent_width" in node.inputs):
         return None
     width, height = (graph.number(node, side, f"empty_latent_{side}") for side in ("width", "height"))
@@ -136,7 +136,7 @@ def _empty(graph: Graph, node: Node) -> Size | None:
 
 
 def _resized(graph: Graph, node: Node, size: Size) -> Size | None:
-    """The size that a node brings `size` to; None if it depends on a file, as an upscaling network's does."""
+    """Returns the size to which a node resizes `size`; None if it depends on a file, such as an upscaling network."""
     factor = graph.number(node, "scale_by")
     if factor is not None and 0 < factor <= 64:
         cell = 8 if node.kind.startswith("Latent") else 1
@@ -151,7 +151,7 @@ def _resized(graph: Graph, node: Node, size: Size) -> Size | None:
 
 
 class _Reader:
-    """What is read on the way from the end of a graph to its start."""
+    """Collects a recipe on the way from the end of a graph to its start."""
 
     def __init__(self, graph: Graph, end: _End, origin: Origin) -> None:
         self.graph, self.way, self.size, self.origin = graph, end.way, end.size, origin
@@ -163,7 +163,7 @@ class _Reader:
         self.draft = Draft("ComfyUI")
 
     def recipe(self) -> Recipe:
-        """The recipe of the graph's first pass, a second one as upscaling, and notes on everything else."""
+        """Returns the recipe of the first pass, a second pass as upscaling, and notes on everything else."""
         draft = self.draft
         self._settings()
         encoders = self._prompts()
@@ -239,7 +239,7 @@ class _Reader:
         return encoders
 
     def _encoder(self, role: str) -> Node | None:
-        """The node that holds the text of a role, or makes zeros of it."""
+        """Returns the node that holds the text of a role, or sets its conditioning to zero."""
         node, passed = self.sampler, {self.sampler.name}
         while True:
             names = (role, *_TOWARDS_TEXT)
@@ -260,7 +260,7 @@ class _Reader:
 
     @staticmethod
     def _is_pair(node: Node) -> bool:
-        """Whether a node's outputs 0 and 1 are the conditionings of both roles, which come in as links."""
+        """Returns whether both roles are linked inputs of a node, so that they are its outputs 0 and 1."""
         return all(as_link(node.inputs.get(role)) for role in ("positive", "negative"))
 
     def _text(self, node: Node, role: str) -> str | None:
@@ -300,7 +300,7 @@ class _Reader:
         return all(found == names[0] for found in names)
 
     def _clip(self, chain: Sequence[Node], loader: Node | None) -> None:
-        """Notes what the text encoder is that reads a prompt, if it is not the checkpoint's own."""
+        """Notes the text encoder of a prompt if it is not the checkpoint's."""
         for node in chain[1:]:
             self._expect(node)
         for node in chain:
@@ -316,12 +316,12 @@ class _Reader:
             self.draft.leave_out("text encoder", file_name(name) if name else f"of node {end.kind}")
 
     def _differs(self, node: Node, loader: Node) -> bool:
-        """Whether a node loads from another file than the checkpoint's loader."""
+        """Returns whether a node loads from another file than the checkpoint's loader."""
         own = self.graph.text(node, "ckpt_name")
         return node.name != loader.name and (own is None or own != self.graph.text(loader, "ckpt_name"))
 
     def _vae(self, loader: Node | None) -> None:
-        """Notes a VAE that is not the checkpoint's own."""
+        """Notes a VAE that is not the checkpoint's."""
         for node in self.way:
             for end in list(
                 self.graph.walk(self.graph.linked(node, "vae", "optional_vae"), "vae", "basic_pipe")
@@ -334,7 +334,7 @@ class _Reader:
                     self.draft.leave_out("VAE", file_name(name))
 
     def _loras(self, node: Node, acts_on_text: bool) -> list[tuple[str, float, float]]:
-        """The LoRAs of a loader, with their weights on the U-Net and on the text encoder; what is off is left out."""
+        """Returns a loader's LoRAs with their weights on U-Net and text encoder; those turned off are left out."""
         found = []
         for name, weight, on_text in self._named_loras(node):
             if name.lower() in _NOTHING:
@@ -354,7 +354,7 @@ class _Reader:
         return found
 
     def _named_loras(self, node: Node) -> Iterator[tuple[str, int | float | None, int | float]]:
-        """Names of LoRAs, weights on the U-Net (None if it is not said) and on the text encoder."""
+        """Returns names of LoRAs, weights on the U-Net (None if not given) and on the text encoder."""
         for stack in reversed(list(self.graph.walk(self.graph.linked(node, "lora_stack"), "lora_stack"))):
             self._expect(stack)
             yield from self._own_loras(stack, True)
@@ -382,7 +382,7 @@ class _Reader:
     # --- what the first pass starts from
 
     def _start(self) -> None:
-        """An empty latent of a size and a batch, or an image, and how much of the schedule is run."""
+        """Reads the start, an empty latent of a size and a batch or an image, and how much of the schedule runs."""
         graph, draft = self.graph, self.draft
         nodes = self.way[self.first + 1 :]
         batch, resized, name = 1, None, ""
@@ -440,7 +440,7 @@ class _Reader:
             draft.values["init"] = init
 
     def _mask(self, mask: Node, init: Init | None) -> Init | None:
-        """A mask from the image's own transparency or from another image; the repainted part has hard edges there."""
+        """Reads a mask, the image's transparency or another image; the repainted part has hard edges in ComfyUI."""
         inverted, draft = False, self.draft
         node = mask
         for node in self.graph.walk(mask, "mask", "image"):
@@ -462,7 +462,7 @@ class _Reader:
         return replace(init, mask=name, invert_mask=inverted, mask_blur=0.0)
 
     def _part_of_the_schedule(self, from_image: bool) -> None:
-        """The share of the steps that run. ComfyUI runs as many as it is told: the last of a longer schedule."""
+        """Returns the fraction of the steps that run. ComfyUI runs all of them, as the last of a longer schedule."""
         graph, draft, sampler = self.graph, self.draft, self.sampler
         steps = draft.values.get("steps", 50)
         start, end = (graph.number(sampler, name) for name in ("start_at_step", "end_at_step"))
@@ -494,7 +494,7 @@ class _Reader:
             draft.note("its first pass adds no noise; here it does")
 
     def _noise(self, batch: int) -> None:
-        """One stream for the whole batch; a node that takes one entry of a batch says which.
+        """Reads the noise: one stream for the whole batch, of which a node may select one entry.
 
         Nodes of the Inspire Pack can draw on the GPU, and with a seed for each image, which counts up.
         """
@@ -523,7 +523,7 @@ class _Reader:
     # --- what comes after the first pass
 
     def _second_pass(self) -> None:
-        """Upscaling, where that is what is on the way from the second pass's sampler to the first's."""
+        """Reads upscaling, if nothing else is between the second pass's sampler and the first's."""
         graph, draft = self.graph, self.draft
         between = self.second[1:]
         for node in between:
@@ -563,5 +563,5 @@ class _Reader:
 
 
 def _whole(value: Any) -> Any:
-    """A number without its fraction, as ComfyUI reads one where a whole number is wanted."""
+    """Returns a number without its fraction, as ComfyUI reads integers."""
     return int(value) if isinstance(value, float) and abs(value) < 2**64 else value

@@ -19,7 +19,7 @@ _BESIDE_SAMPLER = ("noise", "guider", "sampler", "sigmas", *_PIPES)
 _NUMBERS = ("value", "int", "float", "number", "seed", "noise_seed")
 _TEXTS = ("populated_text", "text", "string", "value", "prompt")
 _PARTS = re.compile(r"(text|string|prompt)_?([a-z]|[0-9]{1,2})")  # inputs of a node that joins texts
-# Nodes that hold one value, or pass one on, and do nothing to it.
+# Nodes that hold one value or pass it on unchanged.
 _HOLDERS = {
     "PrimitiveNode", "PrimitiveInt", "PrimitiveFloat", "PrimitiveBoolean", "PrimitiveString",
     "PrimitiveStringMultiline", "Reroute", "Int", "Float", "String", "Text", "Seed", "Int Literal", "Float Literal",
@@ -41,7 +41,7 @@ class Node(NamedTuple):
 
 
 class Graph:
-    """The nodes of a workflow. Whatever it links to what, a walk passes each node once.
+    """The nodes of a workflow. A walk visits each node once, even if links form a circle.
 
     `foreign` collects the kinds of nodes that gave a value and may have computed it, `lost` the links that lead
     to no node.
@@ -53,7 +53,7 @@ class Graph:
         self.lost: dict[str, None] = {}
 
     def linked(self, node: Node, *names: str) -> Node | None:
-        """The node before the first of these inputs that is a link."""
+        """Returns the node linked to the first of these inputs that is a link."""
         for name in names:
             if link := as_link(node.inputs.get(name)):
                 if link[0] in self.nodes:
@@ -62,15 +62,15 @@ class Graph:
         return None
 
     def output(self, node: Node, *names: str) -> int:
-        """Which of the other node's outputs the first of these inputs that is a link uses."""
+        """Returns the other node's output that the first of these inputs that is a link uses."""
         return next((link[1] for name in names if (link := as_link(node.inputs.get(name)))), 0)
 
     def before(self, node: Node, *names: str) -> Node | None:
-        """The node before these inputs, or before the one that a switch has chosen, or before the only link."""
+        """Returns the node linked to these inputs, to the input that a switch has chosen, or to the only link."""
         return self.linked(node, *names) or self.linked(node, *_chosen(node))
 
     def walk(self, node: Node | None, *names: str) -> Iterator[Node]:
-        """`node`, and what comes before these inputs of it, and so on; each node once, so that a circle ends."""
+        """Yields `node`, the node linked to these inputs, and so on; each node once, so that a circle ends."""
         passed: set[str] = set()
         while node is not None and node.name not in passed:
             passed.add(node.name)
@@ -78,11 +78,11 @@ class Graph:
             node = self.before(node, *names)
 
     def number(self, node: Node, *names: str) -> int | float | None:
-        """The first of these inputs that is a number, written as one or as text, or is linked to one; else None."""
+        """Returns the first of these inputs that is or links to a number, written as one or as text; else None."""
         return self._value(node, names, _NUMBERS, as_number, [_MAX_VALUE_LINKS])
 
     def text(self, node: Node, *names: str) -> str | None:
-        """The first of these inputs that is text, or is linked to a node that holds or joins text; else None."""
+        """Returns the first of these inputs that is text or linked to a node that holds or joins text; else None."""
         return self._value(node, names, _TEXTS, as_text, [_MAX_VALUE_LINKS])
 
     def _value(
@@ -108,7 +108,7 @@ class Graph:
         return None
 
     def _joined(self, node: Node, left: list[int]) -> str | None:
-        """What a node that joins texts makes of them."""
+        """Returns the text that a joining node makes."""
         names = sorted(name for name in node.inputs if _PARTS.fullmatch(name))
         if not names or not re.search("concat|join", node.kind, re.IGNORECASE):
             return None
@@ -119,7 +119,7 @@ class Graph:
         return between.join(part for part in parts if part is not None)[:_MAX_TEXT]
 
     def sampler(self, node: Node) -> Node:
-        """A sampler with the settings of the nodes linked to it, where it has any, as its own."""
+        """Returns a sampler whose inputs include the settings of the nodes linked to it."""
         inputs = dict(node.inputs)
         for name in _BESIDE_SAMPLER:
             for beside in itertools.islice(self.walk(self.linked(node, name), name), _MAX_BESIDE):
@@ -134,7 +134,7 @@ class Graph:
         return Node(node.name, node.kind, inputs)
 
     def samples(self, node: Node) -> bool:
-        """Whether a node is a sampler: what it needs is in it or in the nodes linked to it."""
+        """Returns whether a node is a sampler: it or the nodes linked to it have a sampler's settings."""
         if "latent_image" not in node.inputs:
             return False
         inputs = self.sampler(node).inputs
@@ -142,7 +142,7 @@ class Graph:
 
 
 def read_graph(text: str) -> Graph:
-    """The graph in a text; `InputError` for what is not a graph in the form that ComfyUI runs."""
+    """Reads the graph in a text; `InputError` for a text that is not a graph in ComfyUI's API form."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -167,21 +167,21 @@ def read_graph(text: str) -> Graph:
 
 
 def as_link(value: Any) -> tuple[str, int] | None:
-    """Another node's id, and which of its outputs, if that is what an input is; else None."""
+    """Returns the node id and the output index of an input that is a link; else None."""
     if not isinstance(value, list) or not 0 < len(value) <= 2 or not isinstance(value[0], (str, int)):
         return None
     return str(value[0]), value[1] if len(value) > 1 and type(value[1]) is int else 0
 
 
 def as_text(value: Any) -> str | None:
-    """A text, also one that a widget keeps with its preview; else None."""
+    """Returns a text, also one that a widget keeps with its preview; else None."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
 
 
 def as_number(value: Any) -> int | float | None:
-    """A number, also one that is written as text, as ComfyUI reads it; else None."""
+    """Returns a number, also one written as text, as ComfyUI reads it; else None."""
     if isinstance(value, str) and len(value) < 50:
         try:
             return int(value) if re.fullmatch(r"\s*[+-]?[0-9]+\s*", value) else float(value)
@@ -191,7 +191,7 @@ def as_number(value: Any) -> int | float | None:
 
 
 def _chosen(node: Node) -> list[str]:
-    """The input that a switch has chosen, or the only one of a node that has no other."""
+    """Returns the input that a switch has chosen, or a node's only input."""
     links = [name for name, value in node.inputs.items() if as_link(value)]
     if len(node.inputs) == 1 or node.kind == "Any Switch (rgthree)":
         return sorted(links)[:1]

@@ -1,4 +1,4 @@
-"""ComfyUI's prompts: weights in round brackets, escaped brackets, and embeddings by name."""
+"""Reads ComfyUI's prompts: weights in round brackets, escaped brackets, and embeddings by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TOKENS_AT_ONCE = 75
 
 
 class Prompt(NamedTuple):
-    """A prompt's texts with their weights, the embeddings that it names, and its tags, which do nothing there."""
+    """A prompt's texts with their weights, the embeddings that it names, and its tags, which ComfyUI ignores."""
 
     parts: tuple[Weighted, ...]
     embeddings: tuple[str, ...] = ()
@@ -30,7 +30,7 @@ class Prompt(NamedTuple):
 
     @property
     def is_weighted(self) -> bool:
-        """Whether a weight is other than 1."""
+        """Whether any weight differs from 1."""
         return any(weight != 1 for _, weight in self.parts)
 
     @property
@@ -58,7 +58,7 @@ class Prompt(NamedTuple):
 
 
 def parse_prompt(prompt: str) -> Prompt:
-    """What ComfyUI's text encoder reads in a prompt.
+    """Parses a prompt as ComfyUI's text encoder does.
 
     (x) is times 1.1, nested ones multiply, but (x:1.2) is 1.2 whatever is around it; a bracket that is not closed
     is text, and so are square brackets, braces, BREAK and AND. A prompt of more than 20,000 characters is text.
@@ -93,7 +93,7 @@ def _weighted(text: str, weight: float, depth: int) -> Iterator[Weighted]:
 
 
 def _groups(text: str) -> Iterator[str]:
-    """The outermost bracketed parts of a text, and what is between them."""
+    """Yields the outermost bracketed parts of a text, and the text between them."""
     level, start = 0, 0
     for i, sign in enumerate(text):
         if sign == "(":
@@ -123,7 +123,7 @@ def _embedding(name: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text in which the web UI's signs stand for themselves; a tokenizer reads capital letters as small ones."""
+    """Returns text in which the web UI's syntax is literal; keywords in lower case give the same tokens."""
     text = _SIGNS_OF_A1111.sub(lambda match: f"\\{match[0]}", text)
     return _WORDS_OF_A1111.sub(lambda match: match[0].lower(), text)
 

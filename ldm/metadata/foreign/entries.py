@@ -1,4 +1,4 @@
-"""The entries of infotexts under one name each: what programs and people write, tidied."""
+"""Normalises the entries of infotexts, which programs and people write under various names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from ldm.metadata.infotext import JOB_KEYS, NEGATIVE
 
-# entries that change nothing, or that are read; every other one that the job has no field for is noted
+# entries that change nothing, or that are read; all others without a field of the job are noted
 SILENT = {
     "Version", "User", "Model", "Model hash", "Schedule type", "Lora hashes", "TI hashes", "Hashes", "Lora weights",
     "Embeddings", "Used embeddings", "Guidance", "Batch size", "Batch pos", "Batch", "Index", "App", "Operations",
@@ -32,7 +32,7 @@ FOREIGN_KEYS = JOB_KEYS & {
     "Denoising strength", "Hires upscale", "Hires upscaler", "Loras",
 }  # fmt: skip
 
-# What an entry is called here, by its name in lower case without anything but letters and digits
+# The name of an entry here, by its name in lower case with letters and digits only
 SPELLINGS = {re.sub("[^a-z0-9]", "", name.lower()): name for name in (
     *SILENT, *FOREIGN_KEYS, *(name for name, _ in HARMLESS), "Size", "Eta", "VAE", "Hires resize", "Hires fixed",
     "Hires scale", "Hires steps", "Hires strength", "Hires size", "Hires force", "First pass size", "Init image hash",
@@ -53,15 +53,15 @@ _NEGATIVE_AFTER_STOP = re.compile(r"(?i)[,.]\s?negative[ _]prompt:\s*")
 _STEPS_FIRST = re.compile(r"(?im)^[^\S\n]*(?:\w[\w ]{1,20}:[^\n:]*[,|][^\S\n]*)*(?:sampling )?steps:")
 _STEPS_WITHIN = re.compile(r"(?i)[\s,.](?=steps: ?[0-9]+[,|])")
 _SETTING = re.compile(r"\b(?:Seed|Sampler|CFG scale|Size|Model):", re.IGNORECASE)
-_USED = re.compile(r"(?m)^(Used embeddings): ([^\"\n]+)$")  # a line of its own after the settings, unquoted
+_USED = re.compile(r"(?m)^(Used embeddings): ([^\"\n]+)$")  # a separate line after the settings, unquoted
 
 
 def tidy(text: str) -> str:
-    """`text` with its ends of line and spaces at them as the web UI reads it, and each part on lines of its own."""
+    """Returns `text` with the web UI's line ends and stripped lines, and each part on separate lines."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").strip()
     within = None if _STEPS_FIRST.search(text) else _STEPS_WITHIN.search(text, text.rfind("\n") + 1)
     if within and not _SETTING.search(text, text.rfind("\n") + 1, within.start()):
-        # some programs write all on one line, with or without a full stop between
+        # some programs write one line, with or without full stops between the parts
         prompts = _NEGATIVE_WITHIN.split(text[: within.start()], maxsplit=1)
         text = "\n".join(
             [f"\n{NEGATIVE} ".join(part.rstrip(" ,.") for part in prompts), text[within.end() :]]
@@ -74,7 +74,7 @@ def tidy(text: str) -> str:
 
 
 def named_entries(entries: Mapping[str, str]) -> dict[str, str]:
-    """The entries under the web UI's names, whatever their case; a size is split into its sides."""
+    """Returns the entries under the web UI's names, whatever their case; a size is split into its sides."""
     named: dict[str, str] = {}
     for key, value in entries.items():
         name, side = (key[:-2], key[-2:]) if key.endswith(("-1", "-2")) else (key, "")
@@ -88,7 +88,7 @@ def named_entries(entries: Mapping[str, str]) -> dict[str, str]:
         if re.fullmatch(r"-?[0-9]+\.0+", named.get(key, "")):
             named[key] = named[key].partition(".")[0]
     for key in FOREIGN_KEYS - {"Prompt", "Negative prompt"}:
-        if named.get(key, "").lower() == "none":  # as programs write what is not set
+        if named.get(key, "").lower() == "none":  # programs write these for settings that are not set
             del named[key]
     named["Prompt"] = named["Prompt"].strip()
     named["Negative prompt"] = re.sub(f"(?m)^{NEGATIVE} ?", "", named["Negative prompt"]).strip()
@@ -96,7 +96,7 @@ def named_entries(entries: Mapping[str, str]) -> dict[str, str]:
 
 
 def positive(text: str) -> float:
-    """The number above 0 that a text is, else 0."""
+    """Returns the number in a text if it is above 0, else 0."""
     try:
         number = float(text)
     except ValueError:

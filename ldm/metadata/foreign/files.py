@@ -1,4 +1,4 @@
-"""The files that an infotext names: LoRAs, textual inversions, the VAE, with their hashes and weights."""
+"""Finds the files that an infotext names: LoRAs, textual inversions, the VAE, with their hashes and weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm.metadata.recipe import Draft
 
 
 def find_files(entries: Mapping[str, str], draft: Draft) -> None:
-    """What the text says of LoRAs, textual inversions and the VAE: names, hashes, weights."""
+    """Reads names, hashes and weights of LoRAs, textual inversions and the VAE from the text."""
     hashes = _object(entries.get("Hashes", ""))
     loras = listed_hashes(entries, "Lora hashes") | {
         k[5:]: v for k, v in hashes.items() if k.startswith("lora:")
@@ -54,7 +54,7 @@ def find_files(entries: Mapping[str, str], draft: Draft) -> None:
 
 
 def listed_hashes(entries: Mapping[str, str], key: str) -> dict[str, str]:
-    """What a list `name: hash, name: hash` says; more of it may follow unquoted as entries of its own."""
+    """Reads a list `name: hash, name: hash`; more of it may follow unquoted as separate entries."""
     listed = {}
     for part in entries.get(key, "").replace('"', "").split(","):
         name, sign, digest = (
@@ -71,13 +71,13 @@ def listed_hashes(entries: Mapping[str, str], key: str) -> dict[str, str]:
 
 
 def _names(entries: Mapping[str, str]) -> list[str]:
-    """The textual inversions that are listed by name alone, some with the web UI's old checksum."""
+    """Returns the textual inversions that are listed by name alone, some with the web UI's old checksum."""
     listed = ", ".join(entries.get(key, "") for key in ("Embeddings", "Used embeddings"))
     return [re.sub(r"\s*\[[0-9a-f]*\]$", "", name) for name in listed.split(", ") if name.strip()]
 
 
 def _of_additional_networks(entries: Mapping[str, str]) -> list[tuple[str, float, float, str]]:
-    """LoRAs of the extension Additional Networks: name, weight on the U-Net and on the text encoder, hash."""
+    """Reads LoRAs of the extension Additional Networks: name, weights on U-Net and text encoder, hash."""
     found = []
     for i in range(1, 6):
         model = re.fullmatch(r"(.+?)(?:\(([0-9a-f]*)\))?", entries.get(f"AddNet Model {i}", ""))
@@ -89,7 +89,7 @@ def _of_additional_networks(entries: Mapping[str, str]) -> list[tuple[str, float
 
 
 def _of_cpp(entries: Mapping[str, str]) -> list[tuple[str, Any]]:
-    """LoRAs and weights in the JSON of stable-diffusion.cpp, whose server takes them outside the prompt."""
+    """Reads LoRAs and weights in the JSON of stable-diffusion.cpp, whose server accepts them outside the prompt."""
     try:
         content: Any = json.loads(entries.get("SDCPP", "{}"))
     except (ValueError, RecursionError):
@@ -100,7 +100,7 @@ def _of_cpp(entries: Mapping[str, str]) -> list[tuple[str, Any]]:
 
 
 def _of_civitai(entries: Mapping[str, str], asked: set[str]) -> list[str]:
-    """What Civitai's list of resources names besides checkpoints and the LoRAs that the prompt asks for."""
+    """Reads Civitai's list of resources, except checkpoints and the LoRAs in the prompt."""
     try:
         listed: Any = json.loads(entries.get("Civitai resources", "[]"))
     except (ValueError, RecursionError):

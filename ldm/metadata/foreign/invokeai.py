@@ -1,4 +1,4 @@
-"""InvokeAI: JSON since version 3, and the command line and JSON of versions before."""
+"""Reads InvokeAI's metadata: JSON since version 3, and the command line and JSON of earlier versions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldm.metadata.infotext import file_name
 from ldm.metadata.recipe import UNKNOWN, Draft, Origin, Recipe
 from ldm.util import InputError
 
-_UNWANTED = re.compile(r"\[([^\[\]]*)\]")  # the negative prompt of version 2 stands within the prompt
+_UNWANTED = re.compile(r"\[([^\[\]]*)\]")  # the negative prompt of version 2 is part of the prompt
 _CLOSING = re.compile(r'(?<!\\)"(?=\s*$|\s+--?[A-Za-z])')
 _FIRST_OPTION = re.compile(r"(?:^|\s)-s ?[0-9]{1,6}(?=\s|$)")  # every version wrote the steps first
 _ANY_OPTION = re.compile(r"(?:^|\s)--?[A-Za-z]")
@@ -30,11 +30,11 @@ _NOT_HERE = (
     "postprocessing", "hires_fix", "regions", "ref_images", "control_layers", "positive_style_prompt",
     "negative_style_prompt", "hrf_strength", "facetool_strength",
 )  # fmt: skip
-_ON_CANVAS = ("controlLayers", "regionalGuidance", "referenceImages")  # what guides an image of version 5
+_ON_CANVAS = ("controlLayers", "regionalGuidance", "referenceImages")  # what guides version 5
 
 
 def read_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
-    """The recipe of an image of version 3 or later."""
+    """Reads the recipe of an image of version 3 or later."""
     content = _object(text)
     draft = Draft("InvokeAI")
     draft.values["prompt"] = _text(content.get("positive_prompt"))
@@ -58,7 +58,7 @@ def read_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
 
 
 def read_sd_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
-    """The recipe of an image of version 1.15 to 2.3, by its JSON."""
+    """Reads the recipe of an image of version 1.15 to 2.3 from its JSON."""
     content = _object(text)
     images = content.get("images")
     image = content.get("image") or (images[0] if isinstance(images, list) and images else None)
@@ -82,7 +82,7 @@ def read_sd_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
 
 
 def read_dream(text: str, _: Origin = UNKNOWN) -> Recipe:
-    """The recipe of an image of version 1 or 2, by the command that made it."""
+    """Reads the recipe of an image of version 1 or 2 from the command that made it."""
     prompt, options = _split_command(text)
     content: dict[str, Any] = {}
     draft = Draft("InvokeAI")
@@ -103,7 +103,7 @@ def read_dream(text: str, _: Origin = UNKNOWN) -> Recipe:
 
 
 def _options(text: str) -> list[tuple[str, str]]:
-    """Options and their values, long names by their letters; the space after a letter may be missing."""
+    """Returns options and their values, long names by their letters; the space after a letter may be missing."""
     found = []
     words = text.split()[:200]
     for i, word in enumerate(words):
@@ -148,7 +148,7 @@ def _settings(content: dict[str, Any], sampler: str, draft: Draft) -> None:
 
 
 def _split_command(text: str) -> tuple[str, str]:
-    """The prompt of a command, and its options. Versions 1.x put it in quotes and left those in it as they are."""
+    """Splits a command into prompt and options. Versions 1.x quoted the prompt without escaping quotes in it."""
     text = text.strip()
     if text.startswith('"'):
         for match in itertools.islice(_CLOSING.finditer(text, 1), 200):

@@ -1,4 +1,4 @@
-"""What an infotext says of a second pass, or of an image to start from: one is not told by the other's absence."""
+"""Detects in an infotext a second pass and a start image, which do not exclude each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ldm.metadata.foreign.entries import NOTHING, positive
 from ldm.metadata.recipe import Draft, Origin
 from ldm.util import InputError, printable
 
-# entries that only a job with an image to start from has; a denoising strength is not one of them
+# entries that only a job with a start image has; a denoising strength is not one of them
 _OF_A_START = (
     "Init image hash", "Init image size-1", "Mask blur", "Mask mode", "Masked content", "Inpaint area",
     "Masked area padding", "Mask weight", "Resize mode", "Image CFG scale", "Noise multiplier",
@@ -22,7 +22,7 @@ _USUAL_STRENGTH, _USUAL_FACTOR = 0.75, 2.0  # of the web UI
 
 
 def second_pass(entries: dict[str, str], origin: Origin, draft: Draft) -> bool:
-    """Whether there is a second pass; a size that it is brought to becomes a factor of the first pass's."""
+    """Returns whether there is a second pass; its size becomes a factor of the first pass's."""
     first = _sides(entries, "First pass size")  # versions before 2023
     resize = [_sides(entries, key) for key in ("Hires resize", "Hires fixed")]
     target = next((sides for sides in resize if any(sides)), (0, 0))
@@ -68,12 +68,12 @@ def second_pass(entries: dict[str, str], origin: Origin, draft: Draft) -> bool:
 
 
 def _operations(entries: Mapping[str, str]) -> set[str]:
-    """What SD.Next says that it did."""
+    """Returns the operations that SD.Next lists."""
     return set(re.split(r"[;,\s]+", entries.get("Operations", "").lower())) - {"", "none"}
 
 
 def _sides(entries: Mapping[str, str], key: str) -> tuple[int, int]:
-    """A size's width and height, 0 for what is not given."""
+    """Returns a size's width and height, 0 for a side that is not given."""
     sides = [entries.get(f"{key}-{side}", "0") for side in (1, 2)]
     width, height = (int(side) if re.fullmatch("[0-9]{1,5}", side) else 0 for side in sides)
     return width, height
@@ -85,13 +85,13 @@ def _size(entries: Mapping[str, str], origin: Origin) -> tuple[int, int]:
 
 
 def _old_first_pass(width: int, height: int) -> tuple[int, int]:
-    """The size that the web UI of 2022 chose by itself: about 512x512 pixels, in multiples of 64."""
+    """Returns the first pass's size that the web UI of 2022 chose: about 512x512 pixels, in multiples of 64."""
     scale = math.sqrt(512 * 512 / max(1, width * height))
     return math.ceil(scale * width / 64) * 64, math.ceil(scale * height / 64) * 64
 
 
 def choose_start(entries: Mapping[str, str], strength: float, draft: Draft) -> None:
-    """An image to start from, where the text says so, or has a strength and nothing that speaks against it."""
+    """Adds a start image if the text names one, or has a denoising strength and nothing that contradicts it."""
     said = "Denoising strength" in entries
     operations = _operations(entries)
     marks = [key for key in entries if key in _OF_A_START or key.startswith(_SCRIPTS_OF_A_START)]

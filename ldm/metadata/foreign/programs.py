@@ -1,4 +1,4 @@
-"""Programs that write a flat table of settings: as JSON, as PNG chunks of their own, or into XMP."""
+"""Reads programs that write a flat table of settings: as JSON, as separate PNG chunks, or into XMP."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm.metadata.infotext import file_name
 from ldm.metadata.recipe import Draft, Origin, Recipe
 from ldm.util import InputError
 
-Content = dict[str, Any]  # names in lower case without anything but letters and digits
+Content = dict[str, Any]  # names in lower case with letters and digits only
 
 _OBJECTS = ("Comment", INFOTEXT_KEYWORD, "parameters-json", "generation_data")  # texts that may be JSON
 _NAMES = {
@@ -50,7 +50,7 @@ _NUMBER = r"[+-]?[0-9]*\.?[0-9]+"
 
 
 class _Program(NamedTuple):
-    """What a program is called, how its table is known, where its noise comes from, and how it weighs words."""
+    """A program: its name, how its table is recognised, its noise source, and its syntax of prompt weights."""
 
     name: str
     is_its: Callable[[Content], bool]
@@ -89,9 +89,9 @@ _PROGRAMS = (
 
 
 def read(texts: Mapping[str, str], origin: Origin) -> Recipe | None:
-    """The recipe of an image by a table of settings among its texts; None if there is no table that is known.
+    """Reads the recipe of an image from a table of settings among its texts; None if no table is recognised.
 
-    Raises InputError for a program whose tables are not read, by its name.
+    Raises InputError, with the program's name, for a program whose tables are not supported.
     """
     content = _content(texts)
     program = next((program for program in _PROGRAMS if program.is_its(content)), None)
@@ -139,7 +139,7 @@ def read(texts: Mapping[str, str], origin: Origin) -> Recipe | None:
 
 
 def _content(texts: Mapping[str, str]) -> Content:
-    """The texts, and the entries of those that are JSON, in one table."""
+    """Returns the texts, and the entries of those that are JSON, in one table."""
     content = _folded({name.removeprefix("SD:"): text for name, text in texts.items()})  # Sygil's prefix
     for keyword in _OBJECTS:
         found = _object(texts.get(keyword, ""))
@@ -162,7 +162,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _found(content: Content, names: tuple[str, ...]) -> Any:
-    """The first of these entries that says something."""
+    """Returns the first of these entries that is set."""
     return next((content[name] for name in names if content.get(name) not in (None, "", [], {})), None)
 
 
@@ -171,14 +171,14 @@ def _text(value: object) -> str:
 
 
 def _prompt(value: object) -> str:
-    """A prompt, or the parts of one."""
+    """Returns a prompt, joined if it is a list of parts."""
     if isinstance(value, list):
         return ", ".join(part for part in value if isinstance(part, str))
     return _text(value)
 
 
 def _number(value: object) -> object:
-    """What a number in quotes is; anything else stays."""
+    """Converts a number in quotes; any other value is returned unchanged."""
     if not isinstance(value, str) or not re.fullmatch(f"{_NUMBER}(?:e[+-]?[0-9]+)?", value.strip()):
         return value
     return int(value) if re.fullmatch("-?[0-9]{1,20}", value.strip()) else float(value)
@@ -220,18 +220,18 @@ def _choose_noise(content: Content, program: _Program, draft: Draft) -> None:
 
 
 def _choose_start(content: Content, program: _Program, draft: Draft) -> None:
-    """An image to start from, by what each program writes of it."""
+    """Adds a start image, by the entries of each program."""
     strength = _number(_found(content, ("promptstrength", "initimagecreativity", "strength")))
     image = file_name(_text(_found(content, ("initimage", "initimagefilename"))))
     kind = _text(content.get("requesttype")).lower()
     if program.name == "NovelAI" and "img2img" not in kind and "infill" not in kind:
-        return  # a strength stands there also for text to image
+        return  # a strength is written for text to image, too
     if (isinstance(strength, (int, float)) and strength < 1) or (image and len(image) < 256):
         draft.start_from(image if len(image) < 256 else "", 0.75 if strength is None else strength)
 
 
 def _loras(content: Content) -> Iterator[tuple[str, Any, str]]:
-    """LoRAs, in each program's way: name, weight, hash."""
+    """Reads LoRAs in each program's notation: name, weight, hash."""
     inner = content.get("v2")
     listed = _found(content, ("loras", "uselorasmodel", "useloramodel", "loramodel", "lora"))
     listed = listed or (inner.get("loras") if isinstance(inner, dict) else None)

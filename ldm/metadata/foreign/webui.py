@@ -1,8 +1,8 @@
-"""The infotext: of this toolkit, of AUTOMATIC1111's web UI and its forks, and of programs that write it as well.
+"""Reads the infotext of this toolkit, of AUTOMATIC1111's web UI and its forks, and of other programs.
 
 The web UI and stable-diffusion.cpp read weights, BREAK and more than 75 tokens in every prompt, so their jobs have
-the syntax "a1111" always: a prompt without any of it gives the same conditioning bit for bit in either syntax, and
-whether it has more tokens than 75 only a model's tokenizer can say.
+the syntax "a1111" always: a prompt without these has the same conditioning bit for bit in either syntax, and
+only a model's tokenizer can count its tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OWN_SCHEDULES = ("automatic", "uniform", "ddim", "ddim_uniform", "discrete", ""
 
 
 def read(text: str, origin: Origin = UNKNOWN) -> Recipe:
-    """The recipe of an image with an infotext; its `Version` says whose it is."""
+    """Reads the recipe of an image with an infotext; its `Version` identifies the program."""
     if text.lstrip().startswith("{"):
         raise InputError("it is JSON of a program that is not supported")
     entries = parse_infotext(text)
@@ -66,7 +66,7 @@ def _recipe(entries: dict[str, str], source: str, origin: Origin) -> Recipe:
     }
     _choose_size(entries, origin, job.upscale, draft)
     if source not in _ON_THE_CPU:
-        # the emphasis None is the web UI's word for brackets that are text
+        # with the emphasis None the web UI reads brackets as text
         draft.values["prompt_syntax"] = "plain" if entries.get("Emphasis") == "None" else "a1111"
     draft.loras += job.loras
     draft.sampler(entries.get("Sampler", ""))
@@ -89,7 +89,7 @@ def _recipe(entries: dict[str, str], source: str, origin: Origin) -> Recipe:
 
 
 def _choose_size(entries: Mapping[str, str], origin: Origin, upscale: float, draft: Draft) -> None:
-    """The image's own size, before the second pass, where the text does not give one."""
+    """Uses the image's size, before the second pass, if the text does not give one."""
     if "Size-1" in entries and "Size-2" in entries:
         return
     if origin.size is None:
@@ -104,7 +104,7 @@ def _choose_size(entries: Mapping[str, str], origin: Origin, upscale: float, dra
 
 
 def _choose_noise(entries: dict[str, str], draft: Draft) -> None:
-    """A generator for each image, on the GPU unless it is said; an NVIDIA card's noise is taken for any GPU's."""
+    """Chooses a generator per image, on the GPU unless stated otherwise; any GPU is assumed to be NVIDIA's."""
     rng = entries.get("RNG", "")
     if rng == "CPU" or (not rng and draft.source in _ON_THE_CPU):
         draft.cpu_noise()
@@ -127,13 +127,13 @@ def _choose_timesteps(entries: dict[str, str], draft: Draft) -> None:
 
 
 def _version(entries: dict[str, str]) -> tuple[int, ...]:
-    """The web UI's version, from v1.10.1 or v1.10.1-12-gabcdef; forks' and unknown ones count as new."""
+    """Returns the web UI's version, from v1.10.1 or v1.10.1-12-gabcdef; forks' and unknown ones count as new."""
     parts = entries.get("Version", "").removeprefix("v").partition("-")[0].split(".")
     return tuple(map(int, parts)) if all(part.isdecimal() and len(part) < 5 for part in parts) else (1, 6)
 
 
 def _leave_out(entries: Mapping[str, str], draft: Draft) -> None:
-    """Notes what has no counterpart here."""
+    """Notes settings without a counterpart here."""
     steady = draft.values.get("eta", 0) == 0 and draft.values["sampler"] in ("ddim", "plms")
     hashes = {*listed_hashes(entries, "Lora hashes"), *listed_hashes(entries, "TI hashes")}
     harmless = {
@@ -166,7 +166,7 @@ def _leave_out(entries: Mapping[str, str], draft: Draft) -> None:
 
 
 def _as_web_ui(entries: dict[str, str]) -> dict[str, str]:
-    """The entries of the web UI's forks and older versions, as the web UI now writes them."""
+    """Returns the entries of forks and older versions of the web UI under its present names."""
     entries = dict(entries)
     if "Hires upscale" not in entries and "Hires scale" in entries:
         entries["Hires upscale"] = entries.pop("Hires scale")
@@ -181,7 +181,7 @@ def _as_web_ui(entries: dict[str, str]) -> dict[str, str]:
 
 
 def _draw_things_as_web_ui(entries: dict[str, str]) -> dict[str, str]:
-    """The entries of Draw Things' description, in which a line that begins with a dash is the negative prompt."""
+    """Returns the entries of Draw Things' description, whose negative prompt is a line that begins with a dash."""
     prompt, _, negative = f"\n{entries['Prompt']}".rpartition("\n-")
     own = {"Prompt": prompt.strip(), "Negative prompt": negative} if prompt else {}
     mode = entries["Seed Mode"].lower()
@@ -194,7 +194,7 @@ def _is_eta(text: str) -> bool:
 
 
 def _cpp_as_web_ui(entries: dict[str, str]) -> dict[str, str]:
-    """The entries under the web UI's names; one that has no counterpart stays, and is noted later."""
+    """Returns the entries under the web UI's names; one without a counterpart is kept, and noted later."""
     entries = dict(entries)
     sampler, _, schedule = entries.get("Sampler", "").partition(" ")
     entries |= {"Sampler": sampler, "Schedule type": schedule or "Automatic"}
