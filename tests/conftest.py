@@ -54,5 +54,8 @@ def _shared_pace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tiny():
-    """The tiny model with rebuilt weights, on the CPU in float32. Tests must leave it as it is."""
+    """The tiny model with rebuilt weights, on the CPU in float32; to copy or change one, build it.
+
+    Runs pack its weights, and packed ones cannot be copied.
+    """
     return build_tiny_model()

@@ -1,6 +1,5 @@
 """LoRA and textual inversion from the command line to the image, and against diffusers' own network."""
 
-import copy
 import hashlib
 import json
 import re
@@ -22,7 +21,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.pipeline import Pipeline, load_model
 from ldm.places import ROOT
 from ldm.util import InputError
-from tests.support.golden_data import figure, relative_error
+from tests.support.golden_data import figure, relative_error, tiny_model
 
 safetensors = pytest.importorskip("safetensors.torch")
 FAST = ["--ddim_steps", "2", "--n_iter", "1", "--n_samples", "1", "--device", "cpu", "--quiet", "--skip_grid",
@@ -324,7 +323,7 @@ def test_ten_steps_agree_with_diffusers_on_merged_weights(tiny, tmp_path):
     context, uncond = (torch.randn(2, 77, 64, generator=seeds) for _ in range(2))
     expected = their_latents(diffusers, unet, x, context, uncond, 5.0)
 
-    model = copy.deepcopy(tiny)
+    model = tiny_model()
     path = save(tmp_path / "x.safetensors", tensors)
     options = {"S": 10, "batch_size": 2, "shape": x.shape[1:], "conditioning": context, "x_T": x, "verbose": False,
                "unconditional_guidance_scale": 5.0, "unconditional_conditioning": uncond}  # fmt: skip

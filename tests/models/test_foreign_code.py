@@ -1,6 +1,5 @@
 """The original's Python API as scripts and extensions use it, in lines like theirs."""
 
-import copy
 import functools
 import itertools
 
@@ -15,7 +14,7 @@ from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.util import InputError, instantiate_from_config
-from tests.support.golden_data import TOLERANCE, figure, relative_error, tiny_config
+from tests.support.golden_data import TOLERANCE, figure, relative_error, tiny_config, tiny_model
 
 SAMPLERS = [DDIMSampler, PLMSSampler, DPMSolverSampler]
 
@@ -202,7 +201,7 @@ def test_the_text_encoder_is_frozen_unless_it_is_trained(trainable):
 
 def test_a_frozen_part_stays_itself(tiny):
     assert tiny.first_stage_model.eval() is tiny.first_stage_model
-    other = copy.deepcopy(tiny.cond_stage_model)
+    other = tiny_model().cond_stage_model
     assert other.train() is other and not other.training
     part = nn.Linear(1, 1)
     part.train = ddpm.disabled_train.__get__(part)
@@ -352,8 +351,8 @@ def test_a_text_encoder_of_bert_takes_one_text(tmp_path):
 
 
 @pytest.fixture
-def embedder(tiny):
-    return copy.deepcopy(tiny.cond_stage_model)
+def embedder():
+    return tiny_model().cond_stage_model
 
 
 PROMPT = "a photograph of an astronaut riding a horse"
