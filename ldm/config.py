@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ldm.files import read_side_file
 from ldm.places import find
-from ldm.util import InputError, get_obj_from_str, printable, read_side_file
+from ldm.util import InputError, get_obj_from_str, printable
 
 _OUR_TARGETS = (
     "ldm.models.diffusion.ddpm.LatentDiffusion",

@@ -89,7 +89,7 @@ def test_the_top_level_holds_what_it_should_and_dotfiles():
 
 def test_nothing_is_installed_from_a_second_copy():
     """The data of the package are files of the folders beside it, all in the repository, and no others."""
-    metadata, known = setup_metadata(None), {*tracked()}
+    metadata, known = setup_metadata(), {*tracked()}
     for package, folder in metadata["package_dir"].items():
         assert package.startswith("ldm.assets.") and package in metadata["packages"]
         patterns = metadata["package_data"][package]
@@ -114,7 +114,7 @@ def test_ci_the_hooks_and_the_guide_run_the_same_tools(command):
 
 
 def test_the_version_has_a_section_in_the_changelog():
-    version = setup_metadata(None)["version"]
+    version = setup_metadata()["version"]
     sections = re.findall(
         r"^## (\S+)", (ROOT / ".github/CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
     )

@@ -12,7 +12,9 @@ from tests.support.paths import ROOT
 
 FILES = sorted((ROOT / "ldm").rglob("*.py"))
 RANKS = [
-    {"util", "places", "job", "lr_scheduler"},
+    {"util", "job", "lr_scheduler"},
+    {"files"},
+    {"places"},
     {"fields"},
     {"config"},
     {"modules"},

@@ -7,18 +7,15 @@ import re
 import numpy as np
 import pytest
 
-from ldm.util import (
-    InputError,
-    default,
-    exists,
+from ldm.files import (
     files_below,
-    parallel_data_prefetch,
     part_beside,
     read_side_file,
     temporary_folder,
     without_leftovers,
     written_whole,
 )
+from ldm.util import InputError, default, exists, parallel_data_prefetch
 
 
 def test_a_file_appears_at_the_end(tmp_path):

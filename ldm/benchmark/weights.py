@@ -16,9 +16,9 @@ import torch
 from ldm.checkpoints.convert import convert
 from ldm.checkpoints.load import build_model
 from ldm.checkpoints.model_files import read_model
+from ldm.files import without_leftovers, written_whole
 from ldm.images.writer import encode_png, publish
 from ldm.models.keys import COND_STAGE_PREFIX, FIRST_STAGE_PREFIX, UNET_PREFIX
-from ldm.util import without_leftovers, written_whole
 
 NETWORKS = (UNET_PREFIX, FIRST_STAGE_PREFIX, COND_STAGE_PREFIX)
 PICTURE_SIDE = 512

@@ -18,8 +18,9 @@ from ldm.checkpoints.formats.read import Checkpoint, read_checkpoint
 from ldm.checkpoints.formats.write import write_safetensors
 from ldm.checkpoints.layouts.recognise import EMA_PREFIX
 from ldm.checkpoints.load import Ema, load_into
+from ldm.files import without_leftovers, written_whole
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import printable, without_leftovers, written_whole
+from ldm.util import printable
 
 logger = logging.getLogger(__name__)
 

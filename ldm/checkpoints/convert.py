@@ -28,10 +28,11 @@ from ldm.checkpoints.load import (
     load_into,
     use_vocabulary,
 )
+from ldm.files import part_beside, without_leftovers, written_whole
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.keys import EMA_PREFIX
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
-from ldm.util import InputError, part_beside, printable, without_leftovers, written_whole
+from ldm.util import InputError, printable
 
 Layout = Literal["compvis", "ckpt", "diffusers"]
 

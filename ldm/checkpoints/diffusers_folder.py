@@ -15,10 +15,10 @@ from ldm.checkpoints.layouts.names import CLASSES, Component, to_diffusers
 from ldm.checkpoints.layouts.recognise import INPAINTING_CHANNELS
 from ldm.checkpoints.layouts.settings import component_configs
 from ldm.checkpoints.model_files import MODEL_INDEX
+from ldm.files import written_whole
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import BEGIN, END
-from ldm.util import written_whole
 
 _VERSION = "0.20.0"  # of diffusers, whose names are written
 _WEIGHTS: Mapping[Component, str] = {

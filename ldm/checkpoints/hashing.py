@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.files import written_whole
 from ldm.places import cache_path
-from ldm.util import written_whole
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from ldm.checkpoints.formats.read import Checkpoint, Scalar, read_checkpoint
 from ldm.checkpoints.layouts.names import CLASSES, PREFIXES, WORDS, Component, parts_in, to_compvis
 from ldm.checkpoints.layouts.prediction import config_beside, foreign_prediction
 from ldm.checkpoints.layouts.recognise import kind_of
+from ldm.files import read_side_file
 from ldm.job import MODEL_ENDINGS
-from ldm.util import read_side_file
 
 _MAX_NAMED = 5  # files in a message
 MODEL_INDEX = "model_index.json"

@@ -21,9 +21,9 @@ from ldm.runs.estimate import (
     program_bytes,
     run_seconds,
 )
+from ldm.runs.existing import Present
 from ldm.runs.jobs import count_steps
 from ldm.runs.options import RunOptions
-from ldm.runs.output import Present
 from ldm.runs.plan import Plan
 from ldm.runs.processes import ProcessInfo
 from ldm.runs.progress import Events

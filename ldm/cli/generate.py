@@ -26,7 +26,7 @@ from ldm.runs.processes import is_one_of_several, silence_other_ranks, starts_al
 from ldm.runs.progress import Events
 from ldm.runs.run import Report, log_steps, plan_request, prepare
 from ldm.runs.run import run as make_images
-from ldm.runs.run_file import last_seed
+from ldm.runs.run_folder import last_seed
 from ldm.util import InputError, need, printable
 
 logger = logging.getLogger("ldm")

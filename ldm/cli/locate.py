@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.files import files_below
 from ldm.job import EMBEDDING_ENDINGS, MODEL_ENDINGS, lora_name
 from ldm.metadata.infotext import model_name
 from ldm.places import candidates
-from ldm.util import InputError, files_below, printable
+from ldm.util import InputError, printable
 
 if TYPE_CHECKING:
     from ldm.metadata.read import Recipe

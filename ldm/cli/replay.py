@@ -20,6 +20,7 @@ from ldm.cli.changes import changed, job_values, texts_of
 from ldm.cli.generate import check_options, options_of
 from ldm.cli.locate import locate
 from ldm.fields import check_fields
+from ldm.files import temporary_folder
 from ldm.images.compare import compare
 from ldm.job import Job, lora_name, split_loras
 from ldm.metadata.command import (
@@ -42,7 +43,7 @@ from ldm.runs.options import RunOptions
 from ldm.runs.progress import Events
 from ldm.runs.run import Planner, Report, prepare, run
 from ldm.runs.starts import Canvases
-from ldm.util import InputError, need, printable, temporary_folder
+from ldm.util import InputError, need, printable
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.files import open_regular, part_beside, sweep_and_stay, written_whole
 from ldm.images.keywords import INFOTEXT_KEYWORD, RECORD_KEYWORD
-from ldm.util import InputError, open_regular, part_beside, printable, sweep_and_stay, written_whole
+from ldm.util import InputError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # file systems tha
 
 
 def publish(path: str | Path, data: bytes, overwrite: bool = False) -> None:
-    """Writes `data` to `path` completely or not at all, like `ldm.util.written_whole`, and syncs the folder to disk.
+    """Writes `data` to `path` completely or not at all, like `ldm.files.written_whole`, and syncs the folder to disk.
 
     Raises FileExistsError if `path` exists and `overwrite` is off, and OSError naming `path` if writing fails.
     """

@@ -14,11 +14,12 @@ from xml.etree import ElementTree
 from PIL import Image
 from PIL.PngImagePlugin import iTXt
 
+from ldm.files import read_side_file
 from ldm.images.keywords import INFOTEXT_KEYWORD, RECORD_KEYWORD
 from ldm.images.source import FORMATS, open_image, read_bytes, reading
 from ldm.metadata.hidden import hidden_text
 from ldm.metadata.infotext import has_settings
-from ldm.util import InputError, read_side_file
+from ldm.util import InputError
 
 MAX_TEXT = 4_000_000  # characters; ComfyUI's graphs are the longest, some 100,000
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF")  # the last where Pillow was built with it

@@ -10,14 +10,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ldm.files import files_below, read_side_file
 from ldm.job import Init
 from ldm.places import find
+from ldm.runs.description import Content, describe
 from ldm.runs.model_cache import ModelCache
 from ldm.runs.options import RunOptions
 from ldm.runs.plan import Plan
 from ldm.runs.processes import ProcessInfo
-from ldm.runs.run_file import Content, Page, RunFile, TileSides, describe, find_run, join_run, open_run
-from ldm.util import InputError, files_below, printable, read_side_file
+from ldm.runs.run_file import Page, RunFile, TileSides
+from ldm.runs.run_folder import find_run, join_run, open_run
+from ldm.util import InputError, printable
 
 if TYPE_CHECKING:
     from ldm.checkpoints.adapters.lora_files import LoraFiles

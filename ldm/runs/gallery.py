@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from ldm.files import open_regular
 from ldm.metadata.read import Recipe, read_job
 from ldm.util import InputError, printable
 
+logger = logging.getLogger("ldm")
+
+GALLERY_MARK = "<!-- written by ldm -->\n"
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 _STYLE = """
@@ -168,3 +173,27 @@ def _caption(recipe: Recipe, command: str, remark: str) -> str:
 def _shown(text: str) -> str:
     """Escapes a text for HTML; its lines stay lines, and other controls are shown as escapes."""
     return "\n".join(escape(printable(line)) for line in text.split("\n"))
+
+
+def write_gallery(folder: Path) -> None:
+    """Writes gallery.html; replaces only a gallery of this toolkit."""
+    from ldm.images.writer import publish
+    from ldm.metadata.command import command_alone, remark_alone
+
+    path = folder / "gallery.html"
+    if os.path.lexists(path) and not _is_own_page(path):
+        logger.warning("%s was not written by this tool and is left alone", printable(path))
+        return
+    text = gallery(folder, command_alone, remark_alone) + GALLERY_MARK
+    publish(path, text.encode("utf-8", "backslashreplace"), overwrite=True)
+
+
+def _is_own_page(path: Path) -> bool:
+    """Returns whether a file ends like the galleries written here."""
+    mark = GALLERY_MARK.encode()
+    try:
+        with open_regular(path) as file:
+            file.seek(-len(mark), os.SEEK_END)
+            return file.read(len(mark)) == mark
+    except (OSError, InputError):
+        return False

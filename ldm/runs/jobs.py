@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.files import check_there
 from ldm.job import Job
 from ldm.runs.models import latent_factor
-from ldm.util import check_there, need
+from ldm.util import need
 
 
 def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Path]) -> None:

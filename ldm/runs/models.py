@@ -23,10 +23,11 @@ from ldm.checkpoints.configs import (
     V1_CONFIG,
     config_for,
 )
+from ldm.files import check_there
 from ldm.job import MODEL_ENDINGS
 from ldm.places import find
 from ldm.runs.options import RunOptions
-from ldm.util import check_there, need, printable
+from ldm.util import need, printable
 
 if TYPE_CHECKING:
     from ldm.checkpoints.adapters.lora_files import LoraFiles

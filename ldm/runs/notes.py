@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ldm.files import read_side_file
 from ldm.job import Job
 from ldm.places import find
 from ldm.runs.models import own_side
-from ldm.util import printable, read_side_file
+from ldm.util import printable
 
 logger = logging.getLogger("ldm")
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
-import queue
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ldm.job import Job
+from ldm.runs.background import Background
+from ldm.runs.existing import Present, is_whole
+from ldm.runs.grids import Mark, OrderedGrid
 from ldm.runs.messages import OF_EACH
 from ldm.runs.options import RunOptions
-from ldm.util import InputError, need, open_regular, printable
+from ldm.util import InputError, need, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,12 +30,6 @@ if TYPE_CHECKING:
     from ldm.safety.screen import Screen, Verdict
 
 logger = logging.getLogger("ldm")
-
-WAITING_BATCHES = 4  # finished batches that may wait for the disk before sampling waits too
-LAST_WRITE_SECONDS = 5  # seconds that a run that is interrupted twice waits for the file being written
-GALLERY_MARK = "<!-- written by ldm -->\n"
-
-Mark = Callable[["np.ndarray"], "np.ndarray"]
 
 
 def make_mark(options: RunOptions) -> Mark:
@@ -62,73 +55,6 @@ def make_screen(options: RunOptions, device: torch.device) -> Screen:
     if options.safety == "auto":
         logger.info("safety check: no model found, images are unchecked; %s", where)
     return Screen(None)
-
-
-class Background:
-    """Runs tasks in order on one thread, with a short queue; the first error ends it.
-
-    The error is raised by the next `put` or `wait`, in the thread that calls it. The thread never delays the end of
-    the process.
-    """
-
-    def __init__(self, size: int = WAITING_BATCHES) -> None:
-        self._tasks: queue.Queue[Callable[[], object]] = queue.Queue(size)
-        self._error: BaseException | None = None
-        self._stopped = False
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-
-    def put(self, task: Callable[[], object]) -> None:
-        """Queues `task`; waits while the queue is full."""
-        self._raise()
-        self._tasks.put(task)
-
-    def wait(self) -> None:
-        """Returns when all tasks are done."""
-        self._tasks.join()
-        self._raise()
-
-    def recover(self) -> None:
-        """Returns when all tasks are done, and clears the error that ended the thread."""
-        self._tasks.join()
-        self._error = None
-
-    def stop(self) -> None:
-        """Drops the tasks that have not begun, and waits a few seconds for the current one."""
-        self._stopped = True
-        with contextlib.suppress(queue.Full):  # then the thread is busy, and will see the flag
-            self._tasks.put_nowait(lambda: None)
-        self._thread.join(LAST_WRITE_SECONDS)
-
-    def _work(self) -> None:
-        while not self._stopped:
-            task = self._tasks.get()
-            try:
-                if self._error is None and not self._stopped:
-                    task()
-            except BaseException as error:  # noqa: BLE001 - it is raised where the run can end in order
-                self._error = error
-            finally:
-                self._tasks.task_done()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-
-class Present:
-    """The images of a run whose files exist: `whole` ones, and with `verify` those that are `damaged`."""
-
-    def __init__(self, run: RunFile, verify: bool) -> None:
-        there = run.existing()
-        self.damaged = {i for i in there if verify and not _is_whole(run.sample_path(i))}
-        self.whole = there - self.damaged
-        for i in sorted(self.damaged):
-            logger.warning("%s is damaged and will be replaced", printable(run.sample_path(i)))
-
-    def lacks(self, indices: Sequence[int]) -> bool:
-        """Returns whether an image of a batch is missing."""
-        return any(i not in self.whole for i in indices)
 
 
 class Output:
@@ -160,7 +86,7 @@ class Output:
         self._options, self._run, self._mark, self._screen, self._extras = options, run, mark, screen, extras
         self._folder, self._events = folder, events
         self._present, self._name_files = present, name_files
-        self._new_sheet = partial(_Sheet, folder.path, run, columns, mark)
+        self._new_sheet = partial(OrderedGrid, folder.path, run, columns, mark)
         self._on_cpu, self._shared = on_cpu, shared
         self._sheet = None if options.skip_grid or shared else self._new_sheet()
         self._background = Background()
@@ -172,7 +98,7 @@ class Output:
     @property
     def complete(self) -> bool:
         """Returns whether no image of the run is missing."""
-        repaired = all(_is_whole(self._run.sample_path(i)) for i in self._present.damaged)
+        repaired = all(is_whole(self._run.sample_path(i)) for i in self._present.damaged)
         return repaired and len(self._run.existing()) == self._run.jobs
 
     def add(self, indices: Sequence[int], finish: Callable[[], Sequence[Picture]]) -> None:
@@ -217,13 +143,15 @@ class Output:
         if pages:
             self._in_grid(lambda sheet: sheet.finish())
         if self._options.gallery and self._run.existing():
+            from ldm.runs.gallery import write_gallery
+
             try:
                 write_gallery(self._folder.path)
             except InputError as error:
                 self.fail("error: no gallery: %s", error)
         return True
 
-    def _in_grid(self, work: Callable[[_Sheet], None]) -> None:
+    def _in_grid(self, work: Callable[[OrderedGrid], None]) -> None:
         """Works on the grid; if a file that it needs is damaged, no grid is written."""
         if self._sheet is None:
             return
@@ -326,105 +254,3 @@ def _batch_notes(job: Job, entry: int, size: int) -> dict[str, str]:
     if job.seed_mode == "batch":  # the pipeline records its position in the run's stream
         return {}
     return {"Batch size": str(size), "Batch pos": str(entry)} if size > 1 else {"Batch size": "1"}
-
-
-class _Sheet:
-    """The run's grid, in the order of the images, whatever order they arrive in.
-
-    An image out of order is read from its file at its turn; an image without a file waits in memory.
-    """
-
-    def __init__(self, folder: Path, run: RunFile, columns: int, mark: Mark) -> None:
-        from ldm.images.grid import GridWriter
-
-        self._run, self._mark = run, mark
-        self._waiting: dict[int, np.ndarray | None] = {}
-        self._turn = self._pages = 0
-        self._grid = GridWriter(folder, columns, self._deliver)
-
-    def expect(self, indices: set[int]) -> None:
-        """Reads these images from their files at their turn, even if they arrive later."""
-        self._waiting |= dict.fromkeys(indices)
-
-    def add(self, index: int, pixels: np.ndarray, in_file: bool) -> None:
-        if index < self._turn:  # its turn came before its batch was made again
-            return
-        if self._turn == index and index not in self._waiting:
-            self._grid.add(pixels)
-            self._turn += 1
-        else:
-            self._waiting.setdefault(index, None if in_file else pixels)
-        while self._turn in self._waiting:
-            self._add_waiting(self._turn)
-            self._turn += 1
-
-    def finish(self) -> None:
-        """Writes the last page, of the images that there are."""
-        for index in sorted(self._waiting):
-            self._add_waiting(index)
-            self._turn += 1
-        self._grid.finish()
-
-    def close(self) -> None:
-        self._grid.close()
-
-    def _add_waiting(self, index: int) -> None:
-        pixels = self._waiting.pop(index)
-        self._grid.add(read_pixels(self._run.sample_path(index)) if pixels is None else pixels)
-
-    def _deliver(self, sheet: np.ndarray) -> None:
-        page, self._pages = self._pages, self._pages + 1
-        self._run.publish_page("grid", page, self._mark(sheet), whole=self._turn == self._run.jobs)
-
-
-def read_pixels(path: Path) -> np.ndarray:
-    """Reads the uint8 pixels [H, W, 3] of an image of this run; InputError if the file is damaged."""
-    import numpy as np
-    from PIL import Image
-
-    try:
-        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
-            return np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = printable(error).replace(printable(path), "it")
-        raise InputError(
-            f"{printable(path)} cannot be read ({reason}); --resume --verify makes it again"
-        ) from None
-
-
-def _is_whole(path: Path) -> bool:
-    """Returns whether a PNG file is undamaged: every checksum, and the pixels."""
-    from PIL import Image
-
-    try:
-        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
-            image.verify()
-        read_pixels(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
-    return True
-
-
-def write_gallery(folder: Path) -> None:
-    """Writes gallery.html; replaces only a gallery of this toolkit."""
-    from ldm.images.writer import publish
-    from ldm.metadata.command import command_alone, remark_alone
-    from ldm.runs.gallery import gallery
-
-    path = folder / "gallery.html"
-    if os.path.lexists(path) and not _is_own_page(path):
-        logger.warning("%s was not written by this tool and is left alone", printable(path))
-        return
-    text = gallery(folder, command_alone, remark_alone) + GALLERY_MARK
-    publish(path, text.encode("utf-8", "backslashreplace"), overwrite=True)
-
-
-def _is_own_page(path: Path) -> bool:
-    """Returns whether a file ends like the galleries written here."""
-    mark = GALLERY_MARK.encode()
-    try:
-        with open_regular(path) as file:
-            file.seek(-len(mark), os.SEEK_END)
-            return file.read(len(mark)) == mark
-    except (OSError, InputError):
-        return False

@@ -24,8 +24,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ldm.files import temporary_folder
 from ldm.runs.options import RunOptions
-from ldm.util import InputError, need, temporary_folder
+from ldm.util import InputError, need
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.files import FULL_DISK
 from ldm.job import Job
 from ldm.runs.claim import Claim, Source
 from ldm.runs.estimate import check_batches
+from ldm.runs.existing import Present
 from ldm.runs.jobs import check_job, count_steps
 from ldm.runs.load import extras_of, load
 from ldm.runs.messages import name_process
@@ -21,14 +23,14 @@ from ldm.runs.model_cache import ModelCache
 from ldm.runs.models import check_latents, choose_model, find_loras
 from ldm.runs.notes import note_jobs
 from ldm.runs.options import Request, RunOptions
-from ldm.runs.output import Output, Present, make_mark, make_screen
+from ldm.runs.output import Output, make_mark, make_screen
 from ldm.runs.plan import Plan, read_wishes
 from ldm.runs.processes import REST, ProcessInfo, check, join, start
 from ldm.runs.progress import Events, Interrupts, Progress
 from ldm.runs.sampling import Halves, generate
 from ldm.runs.sheets import write_sheets
 from ldm.runs.starts import Canvases, read_starts
-from ldm.util import FULL_DISK, InputError, printable
+from ldm.util import InputError, printable
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ldm.runs.output import Mark, read_pixels
+from ldm.runs.existing import read_pixels
+from ldm.runs.grids import Mark
 from ldm.runs.plan import Plan
 from ldm.runs.run_file import RunFile
 from ldm.util import InputError, printable

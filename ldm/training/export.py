@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from ldm.checkpoints.formats.write import write_torch
+from ldm.files import written_whole
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.keys import EMA_PREFIX
 from ldm.modules.ema import LitEma
-from ldm.util import written_whole
 
 
 def save_atomically(value: Any, path: Path) -> None:

@@ -23,10 +23,14 @@ from ldm.job import Job
 from ldm.metadata.read import read_job
 from ldm.metadata.record import read_record
 from ldm.pipeline import Picture
-from ldm.runs import run_file as manifest
-from ldm.runs.output import GALLERY_MARK, Background, Output, Present, read_pixels, write_gallery
+from ldm.runs import run_folder
+from ldm.runs.background import Background
+from ldm.runs.description import describe, differences
+from ldm.runs.existing import Present, read_pixels
+from ldm.runs.gallery import GALLERY_MARK, write_gallery
+from ldm.runs.output import Output
 from ldm.runs.progress import Events, Progress, in_words
-from ldm.runs.run_file import describe, differences, open_run
+from ldm.runs.run_folder import open_run
 from ldm.safety.screen import Screen
 from ldm.util import InputError
 from tests.support.fake_run import SIDE, in_batches, make_jobs, output_options, pixels_of, run_without_model
@@ -455,4 +459,4 @@ def test_no_field_of_a_run_file_can_surprise(tmp_path):
     with RunFolder(tmp_path) as folder:
         for text in ("", "{", "[" * 100_000, '{"version": 1}', '{"version": 1, "first": "0"}', "null"):
             (tmp_path / "run-00000.json").write_text(text)
-            assert manifest._read_all(folder) == []
+            assert run_folder._read_all(folder) == []

@@ -485,7 +485,7 @@ def test_a_finished_run_is_not_made_again(tmp_path, monkeypatch, capsys):
     assert txt2img.main([*loud, *ONE, "--outdir", str(tmp_path), "--resume"]) == 0
     assert "nothing to do: all 1 images exist" in capsys.readouterr().err
     assert tree(tmp_path) == before
-    monkeypatch.setattr("ldm.runs.output.read_pixels", None)  # with its grid there, no image is looked at
+    monkeypatch.setattr("ldm.runs.existing.read_pixels", None)  # with its grid there, no image is looked at
     assert script(tmp_path, *ONE, "--resume") == 0
 
 

@@ -10,10 +10,12 @@ from ldm.images.grid import count_pages
 from ldm.images.writer import RunFolder
 from ldm.job import Job
 from ldm.pipeline import Picture
+from ldm.runs.description import describe
+from ldm.runs.existing import Present
 from ldm.runs.options import RunOptions
-from ldm.runs.output import Output, Present
+from ldm.runs.output import Output
 from ldm.runs.progress import Events
-from ldm.runs.run_file import describe, open_run
+from ldm.runs.run_folder import open_run
 from ldm.safety.screen import Screen
 
 SIDE = 16

@@ -14,10 +14,11 @@ from torch import Tensor
 from ldm.checkpoints.formats.detect import CheckpointError, open_regular, reading
 from ldm.checkpoints.formats.embedding_image import holds_embedding, is_png
 from ldm.checkpoints.formats.read import read_tree
+from ldm.files import files_below
 from ldm.job import EMBEDDING_ENDINGS
 from ldm.modules.encoders.modules import AbstractEncoder, FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import clean
-from ldm.util import InputError, files_below, printable
+from ldm.util import InputError, printable
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,9 @@ from ldm.checkpoints.adapters.lora_names import TEXT, flat_name, layers_by_name,
 from ldm.checkpoints.formats.detect import CheckpointError, reading
 from ldm.checkpoints.formats.read import Checkpoint, read_checkpoint
 from ldm.checkpoints.layouts.recognise import SDXL, count_and_names, family_by_key
+from ldm.files import read_side_file
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import InputError, printable, read_side_file
+from ldm.util import InputError, printable
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ from ldm.checkpoints.formats.detect import CheckpointError, open_regular, readin
 from ldm.checkpoints.formats.safetensors_file import read_header
 from ldm.checkpoints.formats.tensor_bytes import FileBytes
 from ldm.checkpoints.hashing import file_sha256
+from ldm.files import files_below
 from ldm.job import MODEL_ENDINGS, lora_name
-from ldm.util import InputError, files_below, printable
+from ldm.util import InputError, printable
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PEFT_SETTINGS = "adapter_config.json"

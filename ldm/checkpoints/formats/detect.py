@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, Literal
 
-from ldm import util
+from ldm import files
 from ldm.util import InputError, printable
 
 Format = Literal["torch zip", "torch legacy", "safetensors"]
@@ -71,8 +71,8 @@ def _reason(error: Exception) -> str:
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """`ldm.util.open_regular` for files of weights, which are never empty."""
-    file = util.open_regular(path)
+    """`ldm.files.open_regular` for files of weights, which are never empty."""
+    file = files.open_regular(path)
     if file_size(file):
         return file
     file.close()

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.files import read_side_file
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import printable, read_side_file
+from ldm.util import printable
 
 _V = "v-prediction"
 _ZERO_SNR = "a noise schedule that ends without signal (zero terminal SNR)"

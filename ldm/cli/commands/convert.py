@@ -49,10 +49,11 @@ def parser() -> argparse.ArgumentParser:
 
 def run(opt: argparse.Namespace) -> int:
     from ldm.checkpoints.convert import check_output, convert, layout_for
+    from ldm.files import check_there
     from ldm.places import find
     from ldm.runs.models import choose_model
     from ldm.runs.options import RunOptions
-    from ldm.util import check_there, printable
+    from ldm.util import printable
 
     check_there(find(opt.ckpt), "give another model as IN")
     to = opt.to or layout_for(opt.out)

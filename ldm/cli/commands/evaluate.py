@@ -10,9 +10,10 @@ from pathlib import Path
 from ldm import cli
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
 from ldm.fields import SETTINGS
+from ldm.files import check_there
 from ldm.places import find
 from ldm.prompts.lines import MAX_COUNT
-from ldm.util import InputError, check_there, need, printable
+from ldm.util import InputError, need, printable
 
 _DESCRIPTION = "Measures the bundled model: generates captioned scenes, which a separate network reads."
 _EXAMPLES = (

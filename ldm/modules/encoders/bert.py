@@ -12,10 +12,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ldm.files import read_side_file
 from ldm.modules.attention import CrossAttention, FeedForward
 from ldm.modules.encoders.tokenizer import checked
 from ldm.places import find, hub_files
-from ldm.util import InputError, printable, read_side_file
+from ldm.util import InputError, printable
 
 UNCASED = "bert-base-uncased"
 OWN_VOCABULARY = "models/ldm/text2img-large/vocab.txt"

@@ -18,7 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm.util import InputError, printable, read_side_file
+from ldm.files import read_side_file
+from ldm.util import InputError, printable
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
