@@ -1,4 +1,4 @@
-"""Measures this toolkit, alone or in turns with a peer: processes are started, asked, and their answers reported."""
+"""Measures this toolkit, alone or in turns with a peer: starts worker processes and reports their answers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger("ldm")
 
 PARTS = ("step", "decode", "whole")
 PEERS = ("diffusers",)
-# a peer's own messages would stand among the figures
+# a peer's messages would be mixed with the figures
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
@@ -50,7 +50,7 @@ PHASES = (
 
 
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
-    """What is measured, against what, and how often."""
+    """Adds the options: the subjects to measure, the peer, and the number of rounds."""
     group = parser.add_argument_group("measurement")
     group.add_argument(
         "--parts",
@@ -119,14 +119,16 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Process:
-    """A worker process, asked over its standard streams."""
+    """A worker process, queried over its standard streams."""
 
     def __init__(self, setting: Setting) -> None:
         environment = dict(os.environ)
         paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         environment |= QUIET
-        if setting.malloc == "system" and environment.get(SWITCH) == "tuned":  # what this tool set for itself
+        if (
+            setting.malloc == "system" and environment.get(SWITCH) == "tuned"
+        ):  # this tool's settings of the allocator
             del environment["GLIBC_TUNABLES"]
         if setting.threads:
             environment["OMP_NUM_THREADS"] = str(setting.threads)
@@ -146,7 +148,7 @@ class Process:
         self._child.stdin.flush()
 
     def ask(self, order: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to an order, whose fields are the parameters of the worker's method of that name."""
+        """Sends an order and returns the answer; `fields` are the parameters of the worker's method of that name."""
         assert self._child.stdout is not None
         try:
             self._send({"order": order, **fields})
@@ -167,7 +169,7 @@ class Process:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Lets it end by itself, or stops it if something went wrong."""
+        """Lets it end by itself, or stops it after an error."""
         if kind is not None:
             self._child.kill()
         for stream in (self._child.stdin, self._child.stdout):
@@ -179,9 +181,9 @@ class Process:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one subject took in one round: the seconds of each phase, and bytes of memory at most so far.
+    """The measurement of one subject in one round: the seconds of each phase, and the peak bytes of memory so far.
 
-    `load` is the machine's load average behind it, None where there is none.
+    `load` is the machine's load average after it, None where there is none.
     """
 
     subject: str
@@ -203,7 +205,7 @@ class Report:
         self._path = None if to_stdout else json_path
 
     def line(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """One JSON line."""
+        """Writes one JSON line."""
         text = json.dumps({"kind": kind, **fields})
         if self._path is not None:
             with open(self._path, "a", encoding="utf-8") as file:
@@ -212,17 +214,17 @@ class Report:
             print(text, file=self._lines, flush=True)
 
     def text(self, line: str) -> None:
-        """One line for people."""
+        """Writes one line for people."""
         print(printable(line.rstrip()), file=self._tables, flush=True)
 
     def title(self, line: str) -> None:
-        """One line for people, apart from what stands above it."""
+        """Writes one line for people, after an empty line."""
         self.text("")
         self.text(line)
 
 
 def benchmark(opt: argparse.Namespace) -> int:
-    """Measures what the options say: the exit code."""
+    """Runs the measurements that the options select; returns the exit code."""
     sizes = [_number("--sizes", part) for part in opt.sizes.split(",")]
     parts = opt.parts.split(",")
     precisions = opt.precision.split(",")
@@ -268,7 +270,7 @@ def _number(option: str, text: str) -> int:
 
 
 def _pair(opt: argparse.Namespace, precision: str) -> list[Setting]:
-    """Ours in one precision, and the peer, if there is one, in the one that belongs to it."""
+    """Returns our subject in one precision, and the peer, if there is one, in the corresponding one."""
     peer_dtype = _peer_dtype(opt, precision)
     ours = _ours(opt, precision)
     return [
@@ -302,7 +304,7 @@ def _ours(opt: argparse.Namespace, precision: str) -> Setting:
 
 
 def _peer_dtype(opt: argparse.Namespace, precision: str) -> str:
-    """The name of torch's type for the peer; a wrong device or precision is found out here."""
+    """Returns the name of torch's type for the peer; an invalid device or precision is reported here."""
     from ldm.runtime.device import FULL, resolve_device, resolve_precision
 
     device = resolve_device(opt.device)
@@ -315,7 +317,7 @@ def _peer_dtype(opt: argparse.Namespace, precision: str) -> str:
 
 
 def _prepare(opt: argparse.Namespace, peer_dtypes: Sequence[str]) -> dict[str, Any]:
-    """Checkpoint, peer folders and picture, made in a process of their own, which frees its memory."""
+    """Prepares checkpoint, peer folders and image in a separate process, which frees its memory."""
     cache = Path(opt.cache) if opt.cache else cache_path("benchmark")
     with Process(_ours(opt, "full")) as process:
         fields = {
@@ -343,7 +345,7 @@ def _measure(
     parts: Sequence[str],
     scratch: Path,
 ) -> None:
-    """All figures of one pair of subjects."""
+    """Measures and reports all figures of one pair of subjects."""
     recipe = opt.peer_recipe
     if set(parts) & {"step", "decode"} or opt.check or (opt.peers and recipe == "auto"):
         with contextlib.ExitStack() as stack:
@@ -367,7 +369,7 @@ def _measure(
 
 
 def _arrange(opt: argparse.Namespace, recipe: str, peer: Process, size: int) -> str:
-    """Gives the peer its recipe, or tries both and takes the faster: its name."""
+    """Gives the peer its memory layout, or tries both and selects the faster; returns its name."""
     if recipe == "auto":
         medians = {}
         for name in ("plain", "channels-last"):
@@ -381,7 +383,7 @@ def _arrange(opt: argparse.Namespace, recipe: str, peer: Process, size: int) -> 
 
 
 def _steps_run(opt: argparse.Namespace) -> int:
-    """How many steps a picture takes."""
+    """Returns the number of denoising steps of an image."""
     return int(opt.steps * opt.strength) if opt.mode == "img2img" else opt.steps
 
 
@@ -392,7 +394,7 @@ def _work(size: int, steps: int, limit: int, number: int, outdir: str = "") -> d
 def _turns(
     opt: argparse.Namespace, processes: Mapping[str, Process], size: int, parts: Sequence[str]
 ) -> Iterator[Sample]:
-    """Samples of processes that live on, a warm-up first."""
+    """Yields samples of processes that are kept running, after a warm-up."""
     few = min(opt.steps, 3 if opt.mode == "txt2img" else math.ceil(2 / opt.strength))
     steps = opt.steps if "step" in parts else few
     limit = 0 if "decode" in parts else _steps_run(opt)
@@ -406,7 +408,7 @@ def _turns(
 def _fresh_turns(
     opt: argparse.Namespace, settings: Sequence[Setting], size: int, recipe: str, scratch: Path
 ) -> Iterator[Sample]:
-    """Samples of processes that are started anew for each."""
+    """Yields samples of processes that are started for each sample."""
     for number, setting in itertools.product(range(1, opt.rounds + 1), settings):
         name = _name(setting)
         with Process(setting) as process:
@@ -420,7 +422,7 @@ def _fresh_turns(
 
 
 def ratios(samples: Sequence[Sample], phase: str, ours: str, peer: str) -> list[float]:
-    """Our median time in a phase over the peer's, round by round."""
+    """Returns our median time in a phase over the peer's, round by round."""
     medians = {
         (s.subject, s.round): statistics.median(s.seconds[phase]) for s in samples if s.seconds.get(phase)
     }
@@ -431,7 +433,7 @@ def ratios(samples: Sequence[Sample], phase: str, ours: str, peer: str) -> list[
 
 
 def _tell(report: Report, samples: Sequence[Sample], names: Sequence[str], size: int) -> None:
-    """Every sample as a line, and a table of phases by subject."""
+    """Reports every sample as a line, and a table of phases by subject."""
     for sample in samples:
         report.line("sample", asdict(sample))
     how = "fresh processes" if samples[0].fresh else "processes that live on"
@@ -449,7 +451,7 @@ def _tell(report: Report, samples: Sequence[Sample], names: Sequence[str], size:
 
 
 def _times(samples: Sequence[Sample], phase: str, subject: str) -> list[float]:
-    """All that a subject took in a phase, whatever the round."""
+    """Returns all times of a subject in a phase, over all rounds."""
     return [seconds for s in samples if s.subject == subject for seconds in s.seconds.get(phase, ())]
 
 
@@ -481,7 +483,7 @@ def _tell_errors(
     size: int,
     scratch: Path,
 ) -> None:
-    """How far each is from our own float32 results."""
+    """Reports the distance of each subject from our float32 results."""
     reference = scratch / f"reference-{size}.pt"
     fields = {"size": size, "steps": opt.steps, "reference": str(reference)}
     if not reference.exists():

@@ -1,4 +1,4 @@
-"""What a benchmark runs on: weights made from key names, the same as a diffusers folder, and a picture."""
+"""The inputs of a benchmark: weights generated from key names, the same as a diffusers folder, and an image."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ PICTURE_SIDE = 512
 
 
 def random_weight(key: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """The weight that belongs to a key: the same on every machine, and of a size that keeps activations finite.
+    """Returns the weight of a key: the same on every machine, and of a scale that keeps activations finite.
 
-    Matrices and kernels have variance 1 / inputs, scales lie around 1 and biases around 0.
+    Matrices and kernels have variance 1 / inputs, scales are around 1 and biases around 0.
     """
     rng = np.random.default_rng(zlib.crc32(key.encode()))
     z = torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32))
@@ -50,7 +50,7 @@ def write_random_checkpoint(
 
 
 def write_picture(path: Path) -> None:
-    """Writes a picture to start from: colour ramps under a little noise."""
+    """Writes a starting image: colour ramps with a little noise."""
     down, across = np.mgrid[0:PICTURE_SIDE, 0:PICTURE_SIDE] / PICTURE_SIDE
     ramps = np.stack([down, across, 1 - down], axis=-1)
     noise = np.random.default_rng(0).normal(0, 0.05, ramps.shape)
@@ -60,7 +60,7 @@ def write_picture(path: Path) -> None:
 def prepare(
     config: Mapping[str, Any], ckpt: str, cache: Path, peer_dtypes: Sequence[str], picture: bool
 ) -> dict[str, Any]:
-    """Makes what is not in the cache folder yet; the paths of checkpoint, picture and peer folders (by dtype).
+    """Prepares what the cache folder lacks; returns the paths of checkpoint, image and peer folders (by dtype).
 
     Without a `ckpt` the weights are random.
     """
@@ -76,7 +76,7 @@ def prepare(
 
 
 def _peer_folder(config: Mapping[str, Any], ckpt: Path, cache: Path, dtype: str) -> str:
-    """The checkpoint as the folder that diffusers loads a pipeline from; a changed file gets a new one."""
+    """Writes the checkpoint as a folder that diffusers loads a pipeline from; a changed file gets a new one."""
     found = ckpt.stat()
     origin = [config, str(ckpt.resolve()), found.st_size, found.st_mtime_ns]
     folder = cache / f"diffusers-{dtype}-{_digest(origin)}"

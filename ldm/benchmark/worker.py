@@ -1,4 +1,4 @@
-"""One measured process: it takes orders as JSON lines on stdin and answers each with a JSON line on stdout.
+"""One measured process: reads orders as JSON lines from stdin and answers each with a JSON line on stdout.
 
 The first line is its `Setting`. Orders: `prepare`, `load`, `run`, `arrange`, `check`.
 """
@@ -25,7 +25,7 @@ GUIDANCE = 7.5
 
 @dataclass(frozen=True)
 class Setting:
-    """What one process measures. `spawned` is the time at which it was started, in seconds since 1970."""
+    """The settings of one process. `spawned` is the time at which it was started, in seconds since 1970."""
 
     subject: str  # ours, diffusers
     config: str
@@ -46,7 +46,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Work:
-    """One batch: its size in pixels and its steps, of which `limit` are run; `number` makes its prompt new."""
+    """One batch: its size in pixels and its steps, of which `limit` are run; `number` makes its prompt unique."""
 
     size: int
     steps: int
@@ -56,11 +56,11 @@ class Work:
 
 
 class Enough(Exception):
-    """Ends a run behind the last step that is wanted."""
+    """Ends a run after the last step that is needed."""
 
 
 class Stopwatch:
-    """The seconds of each phase; on a CUDA device in the device's own time, so that nothing waits for it."""
+    """Measures the seconds of each phase; on a CUDA device by its events, without synchronising."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -85,7 +85,7 @@ class Stopwatch:
         return time.perf_counter()
 
     def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` with its time taken."""
+        """Wraps `function` to record its time under `phase`."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             before = self.mark()
@@ -96,7 +96,7 @@ class Stopwatch:
         return call
 
     def decoding(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, timed as the decoder, and the latents that it gets kept."""
+        """Wraps `function` to record its time as the decoder's, and to keep the latents that it receives."""
         timed = self.timed("decode", function)
 
         def call(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +106,7 @@ class Stopwatch:
         return call
 
     def step(self) -> None:
-        """Called behind each step."""
+        """Records one step; called after each."""
         if not self.steps:
             self.settle()
             self.first_step_at = time.time()
@@ -115,14 +115,14 @@ class Stopwatch:
             raise Enough
 
     def settle(self) -> None:
-        """Waits for the device."""
+        """Waits until the device is idle."""
         import torch
 
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def seconds(self) -> dict[str, list[float]]:
-        """By phase; what a phase took in several calls of one batch is summed, steps and U-Net calls are not."""
+        """Returns the seconds by phase; calls of a phase in one batch are summed, except steps and U-Net calls."""
         self.settle()
         taken = {name: [_between(*span) for span in spans] for name, spans in self.spans.items()}
         for name in ("text", "encode", "decode"):
@@ -138,40 +138,40 @@ def _between(before: Any, after: Any) -> float:
 
 
 class Subject(Protocol):
-    """Something that makes pictures, with a stopwatch in its phases."""
+    """A toolkit that generates images, with a stopwatch in its phases."""
 
     watch: Stopwatch
 
     @property
     def latents(self) -> tuple[int, int]:
-        """The channels of latents, and how many pixels one of them spans along each side."""
+        """Returns the channels of latents, and how many pixels one of them spans along each side."""
         ...
 
     def facts(self) -> dict[str, Any]:
-        """How it runs."""
+        """Returns the settings that it runs with."""
         ...
 
     def make(self, work: Work, noise: Tensor) -> list[Any]:
-        """The pictures of a batch from its start noise."""
+        """Generates the images of a batch from its start noise."""
         ...
 
     def save(self, pictures: list[Any], outdir: Path) -> None: ...
 
     def arrange(self, channels_last: bool) -> None:
-        """Lays its weights out in memory."""
+        """Sets the memory layout of its weights."""
         ...
 
     def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """One U-Net call."""
+        """Calls the U-Net once."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents to a float picture in [-1, 1]."""
+        """Decodes scaled latents to a float image in [-1, 1]."""
         ...
 
 
 class Ours:
-    """This toolkit, by its Python API."""
+    """This toolkit, through its Python API."""
 
     def __init__(self, setting: Setting) -> None:
         from ldm.config import read_config
@@ -341,14 +341,14 @@ SUBJECTS: dict[str, Callable[[Setting], Subject]] = {"ours": Ours, "diffusers": 
 
 
 class Worker:
-    """Carries orders out. Each order is a method; its fields are the parameters."""
+    """Executes orders. Each order is a method; its fields are the parameters."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.subject: Subject
 
     def prepare(self, cache: str, peer_dtypes: list[str], picture: bool) -> dict[str, Any]:
-        """Checkpoint, peer folders and picture, made if they are not there."""
+        """Returns checkpoint, peer folders and image, which are made if missing."""
         from ldm.benchmark.weights import prepare
         from ldm.config import read_config
 
@@ -356,7 +356,7 @@ class Worker:
         return prepare(config, self.setting.ckpt, Path(cache), peer_dtypes, picture)
 
     def load(self) -> dict[str, Any]:
-        """Imports, then checkpoint to ready."""
+        """Imports the subject, then loads the checkpoint until it is ready."""
         import torch
 
         if self.setting.subject == "ours":
@@ -364,7 +364,7 @@ class Worker:
         else:
             import diffusers
 
-            # diffusers imports its parts when they are first asked for
+            # diffusers imports its parts at their first use
             _ = diffusers.StableDiffusionPipeline, diffusers.StableDiffusionImg2ImgPipeline
         if self.setting.threads:
             torch.set_num_threads(self.setting.threads)
@@ -379,7 +379,7 @@ class Worker:
         return {"facts": self.subject.facts()}
 
     def run(self, **fields: Any) -> dict[str, Any]:
-        """One batch: the seconds of its phases, and the wall clock's since the process was started."""
+        """Runs one batch; returns the seconds of its phases, and those since the process was started."""
         work, watch = Work(**fields), self.subject.watch
         pictures = self._make(work)
         seconds = watch.seconds()
@@ -407,9 +407,9 @@ class Worker:
         return torch.randn(shape, generator=generator).to(self.subject.watch.device)
 
     def check(self, size: int, steps: int, reference: str) -> dict[str, Any]:
-        """How far latents, one U-Net call and a decoded picture are from the reference's, as relative L2.
+        """Returns the distance of latents, one U-Net call and a decoded image from the reference, as relative L2.
 
-        The first process to be asked writes the reference.
+        The first process that checks writes the reference.
         """
         import torch
 
@@ -444,7 +444,7 @@ class Worker:
         return {name: value.cpu() for name, value in values.items()}
 
     def _memory(self) -> dict[str, int]:
-        """Bytes at most so far."""
+        """Returns the peak memory so far in bytes, by kind."""
         import torch
 
         memory = {"resident": _peak_resident()}
@@ -461,7 +461,7 @@ def _relative(value: Tensor, expected: Tensor) -> float:
 
 
 def _peak_resident() -> int:
-    """Of this process alone; what `getrusage` says can be that of the process which started it."""
+    """Returns the peak of this process alone; that of `getrusage` can be that of the process which started it."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             line = next(line for line in file if line.startswith("VmHWM"))
@@ -478,7 +478,7 @@ def _load_average() -> float | None:
 
 
 def _machine() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """Returns the facts of the machine that the figures depend on."""
     import torch
 
     settings = ("GLIBC_TUNABLES", "LD_PRELOAD", "OMP_NUM_THREADS", "KMP_AFFINITY")
@@ -495,12 +495,12 @@ def _machine() -> dict[str, Any]:
 
 
 def main() -> NoReturn:
-    """Works until stdin ends."""
+    """Executes orders until stdin ends."""
     from ldm.cli.app import missing_package
     from ldm.util import InputError
 
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints must not get among the answers
+    os.dup2(2, 1)  # output of libraries must not be mixed with the answers
     worker = Worker(Setting(**json.loads(sys.stdin.readline())))
     for line in sys.stdin:
         order = json.loads(line)

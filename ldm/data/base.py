@@ -28,4 +28,4 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
 
     @abstractmethod
     def __iter__(self) -> Iterator[Any]:
-        """The records of `sample_ids`."""
+        """Yields the records of `sample_ids`."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from ldm.data.scenes import Scene, Solid
 
-SHAPE_WORDS: dict[str, tuple[str, ...]] = {  # a word given twice is drawn twice as often
+SHAPE_WORDS: dict[str, tuple[str, ...]] = {  # a word given twice is chosen twice as often
     "cube": ("cube", "cube", "cube", "box", "block"),
     "sphere": ("sphere", "sphere", "sphere", "ball", "orb"),
     "cone": ("cone",),
@@ -55,7 +55,7 @@ def _with_article(words: str) -> str:
 
 
 def _name(solid: Solid, rng: np.random.Generator) -> str:
-    """Such as "a small red cube", "a black cone" or "a ball that is green"."""
+    """Names a solid, such as "a small red cube", "a black cone" or "a ball that is green"."""
     shape = _pick(SHAPE_WORDS[solid.shape], rng)
     size = _pick(SIZE_WORDS[solid.size], rng) if rng.random() < 0.3 else ""
     if rng.random() < 0.08:
@@ -89,11 +89,11 @@ def _with_background(text: str, background: str, rng: np.random.Generator) -> st
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of many English wordings of the scene, such as "There is a big ball under a red box.".
+    """Returns one of many English wordings of the scene, such as "There is a big ball under a red box.".
 
-    Every solid's colour and shape (or a synonym) is named, each solid's size in about a third and the
-    background in about half of the captions. "next to", "beside" and "by" leave open which solid stands left
-    and which right; "on", "above" and "over" all mean on top of. Every other wording settles the relation.
+    Every solid's colour and shape (or a synonym) is named, each solid's size in about a third and the background in
+    about half of the captions. "next to", "beside" and "by" leave open which solid is left and which right; "on",
+    "above" and "over" all mean on top of. Every other wording determines the relation.
     """
     text = _pair(scene, rng) if scene.relation else _name(scene.solids[0], rng)
     if rng.random() < 0.5:
@@ -106,6 +106,6 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def plain_caption(scene: Scene) -> str:
-    """The scene in canonical words, without sizes and background: "a red cube on top of a blue sphere"."""
+    """Returns the scene in canonical words, without sizes and background: "a red cube on top of a blue sphere"."""
     names = [_with_article(f"{solid.colour} {solid.shape}") for solid in scene.solids]
     return f" {scene.relation} ".join(names)

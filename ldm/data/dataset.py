@@ -17,11 +17,11 @@ from ldm.util import printable
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 64  # scenes a worker draws at a time
+_CHUNK = 64  # scenes a worker renders at a time
 
 
 def scenes_path(count: int, split: str, folder: str | Path, size: int = 128) -> Path:
-    """The file that holds the first `count` scenes of a split: uint8 [count, size, size, 3]."""
+    """Returns the file for the first `count` scenes of a split: uint8 [count, size, size, 3]."""
     return Path(folder) / f"{split}-{size}-{count}.npy"
 
 
@@ -33,10 +33,10 @@ def render_many(
     size: int = 128,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Draws scenes 0 to `count` - 1 of a split into one `.npy` file and returns its path.
+    """Renders scenes 0 to `count` - 1 of a split into one `.npy` file and returns its path.
 
-    A file that is there, whole and still what would be drawn now is left alone. `progress` hears (scenes
-    drawn, `count`). More than one worker means new processes: call it below `if __name__ == "__main__"`.
+    A file that is complete and equal to what would be rendered now is kept. `progress` is called with (scenes
+    rendered, `count`). More than one worker means new processes: call it below `if __name__ == "__main__"`.
     """
     if count < 1:
         raise ValueError(f"count is {count}, but at least one scene is needed")
@@ -45,7 +45,7 @@ def render_many(
         logger.info("%s is complete", printable(path))
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # another process may draw the same
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # another process may render the same
     try:
         np.lib.format.open_memmap(part, "w+", np.uint8, (count, size, size, 3)).flush()
         draw, done = partial(_draw_chunk, part, split), 0
@@ -61,7 +61,7 @@ def render_many(
 
 
 class _Inline:
-    """A pool of no processes: the work is done where it is asked for."""
+    """A pool without processes: the work is done in the calling thread."""
 
     def __enter__(self) -> _Inline:
         return self
@@ -73,7 +73,7 @@ class _Inline:
 
 
 def _draw_chunk(path: Path, split: str, start: int) -> int:
-    """Draws up to `_CHUNK` scenes from `start` into the file; returns how many."""
+    """Renders up to `_CHUNK` scenes from `start` into the file; returns their number."""
     pictures = np.lib.format.open_memmap(path, "r+")
     chunk = pictures[start : start + _CHUNK]
     for offset in range(len(chunk)):
@@ -83,10 +83,10 @@ def _draw_chunk(path: Path, split: str, start: int) -> int:
 
 
 def _is_current(path: Path, count: int, split: str, size: int) -> bool:
-    """Whether the file is whole and its first and last pictures are what would be drawn now."""
+    """Returns whether the file is complete and its first and last images are as they would be rendered now."""
     try:
         pictures = np.lib.format.open_memmap(path, "r")
-    except (OSError, ValueError):  # missing, cut short or something else
+    except (OSError, ValueError):  # missing, truncated or not an array
         return False
     return pictures.shape == (count, size, size, 3) and all(
         np.array_equal(pictures[index], image_at(index, split, size)) for index in (0, count - 1)

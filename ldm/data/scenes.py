@@ -1,7 +1,7 @@
-"""Small scenes of coloured solids, drawn deterministically: a data set that needs no download.
+"""Small scenes of coloured solids, rendered deterministically: a data set that needs no download.
 
-A scene holds one or two solids on a plain backdrop. The camera never moves; only positions, the cube's turn
-and the light vary a little with the seed. World axes: x right, y away from the camera, z up from the ground.
+A scene holds one or two solids on a plain backdrop. The camera is fixed; only positions, the cube's rotation and the
+light vary a little with the seed. World axes: x right, y away from the camera, z up from the ground.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.floating]  # float32 throughout
 Rgb = tuple[float, float, float]
 
-# sRGB in [0, 1]. Guidance pushes a colour away from the others, so none lies between two others: these are the
+# sRGB in [0, 1]. Guidance pushes a colour away from the others, so none is between two others: these are the
 # corners of the colour cube, softened.
 COLOURS: dict[str, Rgb] = {
     "red": (0.90, 0.08, 0.10),
@@ -53,7 +53,7 @@ class Solid:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two solids; `solids[0]` stands in `relation` to `solids[1]` (None for a single solid)."""
+    """One or two solids; `relation` is that of `solids[0]` to `solids[1]` (None for a single solid)."""
 
     solids: tuple[Solid, ...]
     relation: str | None
@@ -99,7 +99,7 @@ def _torus(x: Floats, y: Floats, z: Floats) -> Floats:
 class _Form:
     distance: Callable[[Floats, Floats, Floats], Floats]  # signed distance, or a lower bound of it
     bound: float  # radius of the enclosing ball
-    half_height: float  # from the centre to the ground it stands on
+    half_height: float  # from the centre to the ground below it
     seat: float  # from the centre up to where another solid rests
     tilt: float = 0.0  # towards the camera, in radians
     turn: float = 0.0  # about the vertical, in radians
@@ -114,7 +114,7 @@ SHAPES: dict[str, _Form] = {
 }
 
 
-# --- where everything stands --------------------------------------------------------------------------------
+# --- positions ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,12 @@ class _Placed:
     rotation: Floats  # [3, 3], world to solid
 
     def distance(self, points: Floats) -> Floats:
-        """World distance to the surface at `points` [3, n]."""
+        """Returns the world distance to the surface at `points` [3, n]."""
         x, y, z = self.rotation @ ((points - self.centre[:, None]) / np.float32(self.radius))
         return self.form.distance(x, y, z) * np.float32(self.radius)
 
     def chord(self, origin: Floats, directions: Floats, margin: float = 0.0) -> tuple[Floats, Floats]:
-        """Rays through the enclosing ball: distance to the middle of the chord, half its length or 0."""
+        """Returns the distance along rays to the middle of the enclosing ball's chord, and half its length or 0."""
         offset = self.centre.reshape(3, 1) - origin
         middle = (offset * directions).sum(axis=0)
         reach = (self.form.bound * self.radius + margin) ** 2
@@ -146,7 +146,7 @@ def _rotation(turn: float, tilt: float) -> Floats:
 
 
 def _ground_plan(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """The point (x, y, z) on which each solid stands, before jitter."""
+    """Returns the point (x, y, z) below each solid, before jitter."""
     radii = [SIZES[solid.size] for solid in scene.solids]
     if scene.relation is None:
         return [(0.0, 0.0, 0.0)]
@@ -175,11 +175,11 @@ def _arrange(scene: Scene, rng: np.random.Generator) -> list[_Placed]:
     return placed
 
 
-# --- drawing ------------------------------------------------------------------------------------------------
+# --- rendering ----------------------------------------------------------------------------------------------
 
 _ELEVATION = 0.45  # of the camera above the ground, in radians
 _CAMERA_DISTANCE = 8.0
-_FRAME_WIDTH = 3.55  # world units across the picture at the target's distance
+_FRAME_WIDTH = 3.55  # world units across the image at the target's distance
 _TARGET_HEIGHT = 1.02
 _LIGHT = (-0.50, -0.52, 0.95)
 _AMBIENT = 0.50
@@ -187,7 +187,7 @@ _AMBIENT = 0.50
 
 @functools.cache
 def _camera(side: int) -> tuple[Floats, Floats]:
-    """The eye [3] and the unit directions [3, side * side] through the pixel centres, row by row."""
+    """Returns the eye [3] and the unit directions [3, side * side] through the pixel centres, row by row."""
     sin, cos = np.sin(_ELEVATION), np.cos(_ELEVATION)
     forward, up = np.array([0, cos, -sin]), np.array([0, sin, cos])
     eye = np.array([0, 0, _TARGET_HEIGHT]) - _CAMERA_DISTANCE * forward
@@ -199,21 +199,21 @@ def _camera(side: int) -> tuple[Floats, Floats]:
 
 @functools.cache
 def _ground(size: int) -> Floats:
-    """The ground points [3, size * size] that the pixels show, kept finite near the horizon."""
+    """Returns the ground points [3, size * size] visible at the pixels, kept finite near the horizon."""
     eye, rays = _camera(size)
     return eye[:, None] + rays * (-eye[2] / np.minimum(rays[2], -0.05))
 
 
 @functools.cache
 def _backdrop(size: int) -> Floats:
-    """Brightness [size * size]: ground in front, a slightly darker wall behind, a soft edge between."""
+    """Returns brightness [size * size]: ground in front, a slightly darker wall behind, a soft edge between."""
     depth = _ground(size)[1]
     blend = np.clip((depth - 1.8) / 3.0, 0, 1)
     return 1.0 - 0.16 * blend * blend * (3 - 2 * blend)
 
 
 def _first_hits(solid: _Placed, eye: Floats, rays: Floats) -> tuple[npt.NDArray[np.intp], Floats]:
-    """Sphere tracing: indices of the rays that hit the solid, and how far along they do."""
+    """Traces spheres: returns indices of the rays that hit the solid, and the distances along them."""
     middle, half = solid.chord(eye[:, None], rays)
     active = np.flatnonzero(half)
     along, end, rays = (middle - half)[active], (middle + half)[active], rays[:, active]
@@ -240,7 +240,7 @@ def _normals(solid: _Placed, points: Floats) -> Floats:
 
 
 def _light_through(points: Floats, light: Floats, casters: Sequence[_Placed]) -> Floats:
-    """How much of the light [3] reaches `points` [3, n]: 0 in full shadow, 1 in the open, soft between."""
+    """Returns how much of the light [3] reaches `points` [3, n]: 0 in full shadow, 1 in the open, soft between."""
     visible = np.ones(points.shape[1], np.float32)
     softness = 0.22  # half width of the penumbra per unit of distance to the caster
     for solid in casters:
@@ -259,7 +259,7 @@ def _light_through(points: Floats, light: Floats, casters: Sequence[_Placed]) ->
 
 
 def _shade(solid: _Placed, points: Floats, eye: Floats, light: Floats, reach: Floats) -> Floats:
-    """Colours [n, 3]: Lambert and ambient light, and a small highlight (Blinn and Phong)."""
+    """Returns colours [n, 3]: Lambert and ambient light, and a small highlight (Blinn and Phong)."""
     normals = _normals(solid, points)
     view = eye[:, None] - points
     half = view / np.sqrt((view * view).sum(axis=0)) + light[:, None]
@@ -272,7 +272,7 @@ def _shade(solid: _Placed, points: Floats, eye: Floats, light: Floats, reach: Fl
 
 
 def _draw(placed: Sequence[_Placed], background: Rgb, light: Floats, size: int) -> Floats:
-    """The picture [size, size, 3] in [0, 1]: 2 x 2 rays a pixel on the solids, one a pixel on the ground."""
+    """Renders the image [size, size, 3] in [0, 1]: 2 x 2 rays a pixel on the solids, one a pixel on the ground."""
     eye, rays = _camera(2 * size)
     ground_light = _light_through(_ground(size), light, placed)
     floor = (_backdrop(size) * (0.55 + 0.45 * ground_light)).reshape(size, size, 1)
@@ -292,7 +292,7 @@ def _draw(placed: Sequence[_Placed], background: Rgb, light: Floats, size: int) 
 
 
 def render(scene: Scene, seed: int, size: int = 128) -> npt.NDArray[np.uint8]:
-    """The scene as pixels [size, size, 3], sRGB; the same scene, seed and size give the same bytes."""
+    """Renders the scene as pixels [size, size, 3], sRGB; the same scene, seed and size give the same bytes."""
     rng = np.random.default_rng(seed)
     placed = _arrange(scene, rng)
     light = np.array(_LIGHT, np.float32) + rng.uniform(-0.06, 0.06, size=3).astype(np.float32)
@@ -301,18 +301,18 @@ def render(scene: Scene, seed: int, size: int = 128) -> npt.NDArray[np.uint8]:
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-# --- which scenes there are ---------------------------------------------------------------------------------
+# --- scenes of a split --------------------------------------------------------------------------------------
 
 ALWAYS_HELD_OUT = "blue sphere + red cube"
 
 
 def pair_key(scene: Scene) -> str:
-    """The unordered pair of colours and shapes, such as "blue sphere + red cube", whatever the relation."""
+    """Returns the unordered pair of colours and shapes, such as "blue sphere + red cube", whatever the relation."""
     return " + ".join(sorted(f"{solid.colour} {solid.shape}" for solid in scene.solids))
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether the pair is kept out of training: one pair in five by its CRC-32, and `ALWAYS_HELD_OUT`.
+    """Returns whether the pair is excluded from training: one in five by its CRC-32, and `ALWAYS_HELD_OUT`.
 
     A single solid is never held out.
     """
@@ -327,13 +327,13 @@ def _sample(rng: np.random.Generator, count: int) -> Scene:
     relation = pick(RELATIONS) if count == 2 else None
     sizes = [pick(SIZES) for _ in range(count)]
     if relation == "on top of":
-        sizes.sort(key=lambda size: SIZES[size])  # nothing rests on a smaller solid, which it would hide
+        sizes.sort(key=lambda size: SIZES[size])  # no solid rests on a smaller one, which it would hide
     solids = tuple(Solid(pick(SHAPES), pick(COLOURS), size) for size in sizes)
     return Scene(solids, relation, pick(BACKGROUNDS))
 
 
 def scene_at(index: int, split: str) -> Scene:
-    """The scene number `index` of a split; every index stands alone, so the order of asking is free.
+    """Returns scene number `index` of a split; scenes are independent, so they can be made in any order.
 
     "train" and "fresh" draw from the same distribution with different random streams and hold no held-out
     pair; "heldout" holds two-solid scenes with held-out pairs only. Two solids never share both colour and
@@ -351,5 +351,5 @@ def scene_at(index: int, split: str) -> Scene:
 
 
 def image_at(index: int, split: str, size: int = 128) -> npt.NDArray[np.uint8]:
-    """The picture [size, size, 3] of `scene_at(index, split)`."""
+    """Renders the image [size, size, 3] of `scene_at(index, split)`."""
     return render(scene_at(index, split), zlib.crc32(f"{split} {index}".encode()), size)

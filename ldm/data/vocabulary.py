@@ -53,13 +53,13 @@ def train_vocabulary(captions: Iterable[str], size: int, folder: str | Path) -> 
     vocabulary = {token: index for index, token in enumerate(tokens)}
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    # Last: where this file is, the vocabulary is complete.
+    # Last: if this file exists, the vocabulary is complete.
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False) + "\n", encoding="utf-8")
     return len(tokens)
 
 
 def learn_merges(words: Mapping[Word, int], count: int) -> list[Pair]:
-    """Up to `count` merges: each joins the most frequent neighbours (equals: the first in order).
+    """Learns up to `count` merges: each joins the most frequent neighbours (of equals the first in order).
 
     `words` maps a word's symbols to how often it occurs. Byte-pair encoding: Sennrich et al. 2016,
     arXiv:1508.07909, algorithm 1.
@@ -89,7 +89,7 @@ def _merge(word: Word, pair: Pair) -> Word:
 
 
 def _count_words(captions: Iterable[str]) -> Counter[Word]:
-    """How often each word occurs; the common words count once on top, so they come after the captions'."""
+    """Counts the words of captions, and each common word once more, so that these come after the captions'."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     as_bytes = ByteLevel(add_prefix_space=False, use_regex=False)
@@ -102,7 +102,7 @@ def _count_words(captions: Iterable[str]) -> Counter[Word]:
 
 
 def _alphabet() -> list[str]:
-    """The 256 characters that stand for bytes, in OpenAI's order (by code point), and again ending a word."""
+    """Returns the 256 characters of bytes, in OpenAI's order (by code point), and the same ending a word."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     characters = sorted(ByteLevel.alphabet())

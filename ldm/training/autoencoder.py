@@ -1,4 +1,4 @@
-"""Trains the autoencoder: sharp reconstructions of pictures, latents of moderate size."""
+"""Trains the autoencoder: sharp reconstructions of images, latents of moderate size."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ldm.training.runs import MakeBatch, Optimisation
 
 
 def to_pixels(images: np.ndarray) -> Tensor:
-    """uint8 [..., H, W, 3] to float [..., 3, H, W] in [-1, 1]."""
+    """Converts uint8 [..., H, W, 3] to float [..., 3, H, W] in [-1, 1]."""
     return torch.tensor(np.asarray(images)).movedim(-1, -3).float() / 127.5 - 1
 
 
 def crop_batches(images: np.ndarray, batch_size: int, crop: int, whole_from: int) -> MakeBatch:
-    """Batches of random `crop` x `crop` windows of `images` (uint8 [N, H, W, 3]).
+    """Returns a maker of batches of random `crop` x `crop` windows of `images` (uint8 [N, H, W, 3]).
 
-    From batch `whole_from` on they are whole images, and as many fewer as makes the pixels of a batch equal.
+    From batch `whole_from` on they are whole images, in a smaller number with as many pixels per batch.
     """
 
     def make(number: int, rng: np.random.Generator) -> Tensor:
@@ -37,23 +37,23 @@ def crop_batches(images: np.ndarray, batch_size: int, crop: int, whole_from: int
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image of two batches in [-1, 1], after clamping."""
+    """Returns the peak signal-to-noise ratio in dB of each image of two batches in [-1, 1], after clamping."""
     return 10 * torch.log10(4 / (x.clamp(-1, 1) - y.clamp(-1, 1)).square().flatten(1).mean(1))
 
 
 def gradient_difference(x: Tensor, y: Tensor) -> Tensor:
-    """Mean absolute difference of the slopes of two batches; it punishes blurred edges."""
+    """Returns the mean absolute difference of the slopes of two batches; it penalises blurred edges."""
     error = x - y
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
 @torch.no_grad()
 def start_sharp(model: AutoencoderKL) -> None:
-    """Makes a fresh model's latents three times as large and almost noiseless, so that it learns faster."""
+    """Scales a new model's latents by three and makes them almost noiseless, so that it learns faster."""
     means = model.embed_dim
     model.quant_conv.weight[:means] *= 3
     assert model.quant_conv.bias is not None
-    model.quant_conv.bias[means:] -= 6  # the log variance
+    model.quant_conv.bias[means:] -= 6  # log variance
 
 
 class AutoencoderTraining(pl.LightningModule):
@@ -101,7 +101,7 @@ class AutoencoderTraining(pl.LightningModule):
 
 @torch.no_grad()
 def latent_scale(model: AutoencoderKL, images: np.ndarray, batch_size: int = 16) -> float:
-    """1 / standard deviation of the latents (samples of the posterior) of `images` (uint8 [N, H, W, 3])."""
+    """Returns 1 / standard deviation of the latents (samples of the posterior) of `images` (uint8 [N, H, W, 3])."""
     latents = [
         model.encode(to_pixels(images[i : i + batch_size])).sample()
         for i in range(0, len(images), batch_size)

@@ -31,7 +31,7 @@ def encode_latents(
 ) -> Path:
     """Writes mean and standard deviation of images' latents to `path`: float16 [N, 2, C, h, w], unscaled.
 
-    `images` is uint8 [N, H, W, 3]; `progress` hears (images encoded, N).
+    `images` is uint8 [N, H, W, 3]; `progress` is called with (images encoded, N).
     """
     size = (images.shape[1] // model.downsampling, images.shape[2] // model.downsampling)
     part = path.with_suffix(".npy.tmp")
@@ -50,7 +50,7 @@ def encode_latents(
 
 
 class NoiseBatch(NamedTuple):
-    """What one step learns from: unscaled latents [B, C, h, w], B prompts, timesteps [B], noise."""
+    """The inputs of one step: unscaled latents [B, C, h, w], B prompts, timesteps [B], noise."""
 
     latents: Tensor
     prompts: list[str]
@@ -66,12 +66,12 @@ def noise_batches(
     drop: float = 0.1,
     mismatch: float = 0.0,
 ) -> MakeBatch:
-    """Batches of a split's first scenes, of which `moments` is what `encode_latents` wrote.
+    """Returns a maker of batches of a split's first scenes, whose `moments` are as written by `encode_latents`.
 
-    Latents are drawn from their distributions; every visit of a scene draws a new caption. A share `drop` of
-    the prompts is empty, for guidance, and a share `mismatch` of the others tells of another scene, as captions
-    from the web do. Timesteps are uniform, one from each of `batch_size` equal slices of the schedule, which
-    makes the loss less noisy.
+    Latents are sampled from their distributions; every visit of a scene samples a new caption. A fraction `drop` of
+    the prompts is empty, for guidance, and a fraction `mismatch` of the others describes another scene, as captions
+    from the web do. Timesteps are uniform, one from each of `batch_size` equal slices of the schedule, which makes
+    the loss less noisy.
     """
 
     def prompt(scene: int, rng: np.random.Generator) -> str:
@@ -95,16 +95,16 @@ def noise_batches(
 
 
 def min_snr_weights(alphas_cumprod: Tensor, gamma: float) -> Tensor:
-    """min(SNR, gamma) / SNR at each timestep: the loss weights for noise prediction of Hang et al. 2023."""
+    """Returns min(SNR, gamma) / SNR at each timestep: the loss weights for noise prediction of Hang et al. 2023."""
     snr = alphas_cumprod / (1 - alphas_cumprod)
     return snr.clamp(max=gamma) / snr
 
 
 class DiffusionTraining(pl.LightningModule):
-    """Trains `model.model` on `NoiseBatch`es; autoencoder and text tower stay as they are.
+    """Trains `model.model` on `NoiseBatch`es; autoencoder and text encoder are frozen.
 
-    The loss is the mean squared error of the predicted noise (DDPM, equation 14), weighted by
-    `min_snr_weights` where `min_snr_gamma` is given. `ema` follows the U-Net after every optimiser step.
+    The loss is the mean squared error of the predicted noise (DDPM, equation 14), weighted by `min_snr_weights` if
+    `min_snr_gamma` is given. `ema` follows the U-Net after every optimiser step.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class DiffusionTraining(pl.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.ema(self.model.model)  # here, so that the states saved after the step hold it
+        self.ema(self.model.model)  # here, so that the states saved after the step include it
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return self.optimisation.configure(self.model.model.parameters())

@@ -1,4 +1,4 @@
-"""The bundled model measured: it generates captioned scenes, and an independent network reads them."""
+"""Evaluates the bundled model: it generates captioned scenes, and an independent network classifies them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from ldm.training.quality import judge, load_reader, score
 
 logger = logging.getLogger("ldm")
 
-Shares = dict[str, float]  # of each thing that is judged, 0 to 1
+Shares = dict[str, float]  # of each question, 0 to 1
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Which model is measured, on how many images, and how they are sampled.
+    """The model to measure, the number of images, and the settings of sampling.
 
-    `seed` is that of the first image and of the captions; half of the `count` images, `batch` at a time, are of
-    pairs of solids that training held out. With `plain`, captions are canonical instead of free wordings.
+    `seed` is that of the first image and of the captions; half of the `count` images, `batch` at a time, are of pairs
+    of solids that training held out. With `plain`, captions are canonical instead of varied.
     """
 
     config: str
@@ -49,9 +49,9 @@ class Measurement:
 
 
 def evaluate(chosen: Measurement) -> tuple[np.ndarray, dict[str, tuple[int, Shares]]]:
-    """The images, uint8 [count, size, size, 3], and for each kind of scene how many there are and the shares right.
+    """Returns the images, uint8 [count, size, size, 3], and for each kind of scene its number and fractions correct.
 
-    The kinds are "fresh" and "heldout". An image that cannot be made counts as a black one.
+    The kinds are "fresh" and "heldout". An image that cannot be generated counts as black.
     """
     device, reader = resolve_device(chosen.device), load_reader(find(chosen.judge))
     model = load_model(read_config(chosen.config), find(chosen.ckpt), device)
@@ -92,7 +92,7 @@ def _shares(marks: Sequence[dict[str, bool]]) -> tuple[int, Shares]:
 
 
 def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
-    """The items in runs of at most `size`."""
+    """Yields the items in runs of at most `size`."""
     return (items[i : i + size] for i in range(0, len(items), size))
 
 

@@ -1,4 +1,4 @@
-"""Writes a trained model as the small checkpoint that ships: averaged weights in half precision."""
+"""Writes a trained model as the small bundled checkpoint: averaged weights in half precision."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ldm.modules.ema import LitEma
 
 
 def save_atomically(value: Any, path: Path) -> None:
-    """`write_torch` that leaves either the old file or the whole new one."""
+    """Writes with `write_torch`, but leaves either the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path, overwrite=True) as part:
         write_torch(part, value)
 
 
 def half_state(model: LatentDiffusion) -> OrderedDict[str, Tensor]:
-    """The model's state under its published names, weights in float16, the schedule as it is.
+    """Returns the model's state under its published names, weights in float16, the schedule unchanged.
 
     Averages (`model_ema.*`) are left out.
     """
@@ -36,6 +36,6 @@ def half_state(model: LatentDiffusion) -> OrderedDict[str, Tensor]:
 
 
 def export(model: LatentDiffusion, ema: LitEma, step: int, path: Path) -> None:
-    """Puts the averaged weights of `ema` into the U-Net and writes the checkpoint to `path`."""
+    """Copies the averaged weights of `ema` into the U-Net and writes the checkpoint to `path`."""
     ema.copy_to(model.model)
     save_atomically({"state_dict": half_state(model), "global_step": step}, path)

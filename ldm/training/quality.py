@@ -1,4 +1,4 @@
-"""An independent judge of the bundled model: a small network that reads a picture back into a scene."""
+"""An independent judge of the bundled model: a small network that classifies the scene in an image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Verdict = dict[str, Answer]  # the answer to each question
 
 
 class SceneReader(nn.Module):
-    """Pictures [N, 3, H, W] in [0, 1] -> scores of all answers [N, sum of classes]."""
+    """Maps images [N, 3, H, W] in [0, 1] to the scores of all answers [N, sum of classes]."""
 
     def __init__(self, width: int = 32, side: int = 64) -> None:
         super().__init__()
@@ -54,17 +54,17 @@ class SceneReader(nn.Module):
 
 
 def split_answers(scores: Tensor) -> Iterator[Tensor]:
-    """The scores of each question [N, classes], in the order of `QUESTIONS`."""
+    """Splits scores by question [N, classes], in the order of `QUESTIONS`."""
     return iter(scores.split(list(QUESTIONS.values()), dim=-1))
 
 
 def to_unit(images: np.ndarray) -> Tensor:
-    """uint8 [N, H, W, 3] to float [N, 3, H, W] in [0, 1]."""
+    """Converts uint8 [N, H, W, 3] to float [N, 3, H, W] in [0, 1]."""
     return torch.tensor(np.asarray(images)).movedim(-1, -3).float() / 255
 
 
 def roughen(x: Tensor, rng: np.random.Generator) -> Tensor:
-    """Small faults that a generated picture may have: shift, blur, noise, and a slight tint; [N, 3, H, W]."""
+    """Adds small faults of generated images: shift, blur, noise, and a slight tint; [N, 3, H, W]."""
     count, side = len(x), x.shape[-1]
     down, right = rng.integers(9, size=2)
     x = F.pad(x, (4, 4, 4, 4), mode="replicate")[..., down : down + side, right : right + side]
@@ -84,7 +84,7 @@ def train_reader(
     batch_size: int = 64,
     seed: int = 0,
 ) -> SceneReader:
-    """A reader trained on pictures (uint8 [N, H, W, 3]) and the scenes that they show."""
+    """Trains a reader on images (uint8 [N, H, W, 3]) and their scenes."""
     torch.manual_seed(seed)
     reader, rng = SceneReader(), np.random.default_rng(seed)
     truth = torch.tensor([answers(scene) for scene in scenes])
@@ -111,7 +111,7 @@ def save_reader(reader: SceneReader, path: Path) -> None:
 
 
 def load_reader(path: Path) -> SceneReader:
-    """A reader with the weights that `save_reader` wrote."""
+    """Loads a reader with the weights that `save_reader` wrote."""
     reader = SceneReader().eval()
     try:
         reader.load_state_dict(load_state(path))
@@ -122,7 +122,7 @@ def load_reader(path: Path) -> SceneReader:
 
 @torch.no_grad()
 def judge(reader: SceneReader, images: np.ndarray, batch_size: int = 64) -> list[Verdict]:
-    """What the reader sees in pictures (uint8 [N, H, W, 3]): the answer to every question for each."""
+    """Classifies images (uint8 [N, H, W, 3]): returns the answer to every question for each."""
     verdicts = []
     for start in range(0, len(images), batch_size):
         scores = split_answers(reader(to_unit(images[start : start + batch_size])))
@@ -135,7 +135,7 @@ def judge(reader: SceneReader, images: np.ndarray, batch_size: int = 64) -> list
 
 
 def accuracies(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[str, float]:
-    """The share of right answers to each question."""
+    """Returns the fraction of correct answers to each question."""
     truth = [describe(scene) for scene in scenes]
     return {
         question: sum(v[question] == t[question] for v, t in zip(verdicts, truth, strict=True)) / len(truth)
@@ -144,9 +144,9 @@ def accuracies(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[str
 
 
 def score(verdict: Mapping[str, Answer], scene: Scene, ordered: bool = True) -> dict[str, bool]:
-    """Whether shapes, colours and relation of a verdict are the scene's, and whether all three are.
+    """Returns whether shapes, colours and relation of a verdict are the scene's, and whether all three are.
 
-    With `ordered` off (a caption that says "next to") a pair side by side counts either way round.
+    With `ordered` off (for a caption with "next to") a pair side by side counts in either order.
     """
     right = _compare(verdict, describe(scene))
     if ordered or scene.relation != "left of":

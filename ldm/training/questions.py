@@ -1,4 +1,4 @@
-"""What can be asked about a scene, and the true answers: the classes that captions and pictures fall into."""
+"""The questions about a scene and their true answers: the classes of captions and images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUESTIONS: dict[str, int] = {
 
 
 def describe(scene: Scene) -> dict[str, Answer]:
-    """The true answer to every question about the scene."""
+    """Returns the true answer to every question about the scene."""
     first, second = [*scene.solids, None][:2]
     return {
         "relation": scene.relation,
@@ -49,5 +49,5 @@ def _of_slot(slot: int, solid: Solid | None) -> dict[str, Answer]:
 
 
 def answers(scene: Scene) -> list[int]:
-    """The class of the true answer to every question, in the order of `QUESTIONS`."""
+    """Returns the class of the true answer to every question, in the order of `QUESTIONS`."""
     return [ANSWERS[question].index(answer) for question, answer in describe(scene).items()]

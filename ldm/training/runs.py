@@ -1,4 +1,4 @@
-"""What every training run needs: numbered batches, the optimiser, progress lines, states to resume."""
+"""Shared by all training runs: numbered batches, the optimiser, progress lines, states to resume from."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from ldm.util import InputError, printable
 
 logger = logging.getLogger(__name__)
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # it advertises other packages
-warnings.filterwarnings("ignore", message=".*LeafSpec")  # of how it calls torch
+warnings.filterwarnings("ignore", message=".*LeafSpec")  # about its calls of torch
 
 STATE = "last.ckpt"
 MakeBatch = Callable[[int, np.random.Generator], Any]
 
 
 class Batches(IterableDataset):
-    """An endless row of numbered batches; batch i depends on (seed, i) alone, so a run can be resumed.
+    """An endless sequence of numbered batches; batch i depends only on (seed, i), so a run can be resumed.
 
     `make(i, rng)` builds batch i; `first` is the number to start with.
     """
@@ -48,13 +48,13 @@ class Batches(IterableDataset):
             yield self.make(number, np.random.default_rng([self.seed, number]))
 
     def loader(self, num_workers: int = 0) -> DataLoader:
-        """The batches as a DataLoader; workers keep the order."""
+        """Returns the batches as a DataLoader; workers keep the order."""
         return DataLoader(self, batch_size=None, num_workers=num_workers)
 
 
 @dataclass(frozen=True)
 class Optimisation:
-    """AdamW: `warm_up_steps` of linear warm-up, then a straight fall to `f_min` times the rate at `steps`."""
+    """AdamW: `warm_up_steps` of linear warm-up, then a linear decay to `f_min` times the rate at `steps`."""
 
     learning_rate: float
     steps: int
@@ -64,18 +64,18 @@ class Optimisation:
     weight_decay: float = 0.0
 
     def multiplier(self) -> LambdaLinearScheduler:
-        """The learning-rate multiplier of this run."""
+        """Returns the learning-rate multiplier of this run."""
         return LambdaLinearScheduler([self.warm_up_steps], [self.f_min], [1.0], [0.01], [self.steps])
 
     def adamw(self, parameters: Iterable[torch.nn.Parameter]) -> tuple[AdamW, LambdaLR]:
-        """The optimiser and the schedule that steps with it."""
+        """Returns the optimiser and its schedule."""
         optimizer = AdamW(parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)
         schedule = self.multiplier().schedule
         # A plain function keeps the schedule out of the checkpoint: a resumed run may have another length.
         return optimizer, LambdaLR(optimizer, lambda step: schedule(step))
 
     def configure(self, parameters: Iterable[torch.nn.Parameter]) -> OptimizerLRSchedulerConfig:
-        """What `LightningModule.configure_optimizers` returns."""
+        """Returns the result of `LightningModule.configure_optimizers`."""
         optimizer, scheduler = self.adamw(parameters)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -108,7 +108,7 @@ class ProgressLines(pl.Callback):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where and how long a run trains. `max_time` is "DD:HH:MM:SS"; `precision` is Lightning's word."""
+    """Where and how long a run trains. `max_time` is "DD:HH:MM:SS"; `precision` is as in Lightning."""
 
     logdir: Path
     steps: int
@@ -122,7 +122,7 @@ class RunSettings:
 
 
 def make_trainer(settings: RunSettings, callbacks: Iterable[pl.Callback] = ()) -> pl.Trainer:
-    """A Lightning trainer that keeps its last state in `logdir/last.ckpt`."""
+    """Creates a Lightning trainer that keeps its last state in `logdir/last.ckpt`."""
     keep = ModelCheckpoint(
         dirpath=settings.logdir,
         filename=STATE.removesuffix(".ckpt"),
@@ -151,7 +151,7 @@ def make_trainer(settings: RunSettings, callbacks: Iterable[pl.Callback] = ()) -
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What a stage saved at `path`; an `InputError` where there is nothing."""
+    """Loads the state that a stage saved at `path`; raises `InputError` if there is none."""
     if not path.is_file():
         raise InputError(f"{printable(path)} does not exist: run the stage that makes it first")
     try:
@@ -162,7 +162,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def last_state(logdir: Path) -> tuple[Path, int]:
-    """The state to go on from in `logdir` and its optimiser step."""
+    """Returns the state in `logdir` to resume from and its optimiser step."""
     return logdir / STATE, int(load_state(logdir / STATE)["global_step"])
 
 
@@ -173,6 +173,6 @@ def fit(
     validation: DataLoader | None = None,
     resume: Path | None = None,
 ) -> None:
-    """Trains to the end of the run or of its time, and saves the state that a later run can go on from."""
+    """Trains to the end of the run or of its time, and saves the state that a later run can resume from."""
     trainer.fit(module, train, validation, ckpt_path=resume)
     trainer.save_checkpoint(Path(trainer.default_root_dir) / STATE, weights_only=False)

@@ -57,7 +57,7 @@ AUTOENCODER, TEXT, LATENTS = "autoencoder.pt", "text.pt", "latents.npy"
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage as it was asked for: its name and config, where its files go, and how it runs."""
+    """One requested stage: its name and config, the folder of its files, and how it runs."""
 
     name: str
     config: DictConfig
@@ -67,7 +67,7 @@ class Stage:
     bar: bool = False
 
     def check(self) -> None:
-        """That the stage can begin, else an `InputError`. Makes the folder of results."""
+        """Checks that the stage can begin, else raises `InputError`. Creates the folder of results."""
         if OmegaConf.select(self.config, "training.optimisation") is None:
             raise InputError(
                 f"the config of {self.name} has no training.optimisation; give another with --base"
@@ -92,19 +92,19 @@ class Stage:
         return Optimisation(**self.config.training.optimisation)
 
     def model_config(self) -> dict[str, Any]:
-        """The parameters of the model that the config names under `model`."""
+        """Returns the parameters of the model that the config names under `model`."""
         params: Any = OmegaConf.to_container(read_config(Path(self.config.model)).model)["params"]  # type: ignore[index]
         text = params["cond_stage_config"]["params"]
         text["version"] = str(find(text["version"]))
         return params
 
     def rendered(self, split: str, count: int) -> np.ndarray:
-        """The pictures of the first scenes of a split (uint8 [N, H, W, 3]), drawn where they are missing."""
+        """Returns the images of the first scenes of a split (uint8 [N, H, W, 3]), rendered if missing."""
         workers = os.cpu_count() or 1
         return np.load(render_many(count, split, self.config.data.folder, workers), mmap_mode="r")
 
     def start(self, part: nn.Module, prefix: str) -> None:
-        """Gives `part` its weights of the checkpoint at `training.start_from`, if the config names one."""
+        """Loads `part` from the checkpoint at `training.start_from`, if the config names one."""
         if path := self.config.training.get("start_from"):
             weights = read_checkpoint(path).state_dict
             part.load_state_dict({k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)})
@@ -126,7 +126,7 @@ class Stage:
 
 
 def read_config(path: Path, changes: Sequence[str] = ()) -> DictConfig:
-    """The YAML at `path` with dotted changes such as `training.batch_size=32`, each of a known setting."""
+    """Reads the YAML at `path` with dotted changes such as `training.batch_size=32`, each of a known setting."""
     path = find(path)
     try:
         config = OmegaConf.load(path)
@@ -150,7 +150,7 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> DictConfig:
 
 
 def _settings(config: DictConfig) -> dict[str, tuple[type, ...]]:
-    """The types of all settings that a stage's config can have, by their dotted names."""
+    """Returns the types of all settings that a stage's config can have, by their dotted names."""
     known: dict[str, tuple[type, ...]] = {"training.start_from": (str,)}
     for section, of in (("training.optimisation", Optimisation), ("run", RunSettings)):
         if OmegaConf.select(config, section) is not None:
@@ -195,7 +195,7 @@ def _check_setting(name: str, value: Any, known: Mapping[str, tuple[type, ...]])
 
 
 def train_autoencoder(stage: Stage) -> None:
-    """Rendered scenes -> `autoencoder.pt`: weights and the scale factor of the latents."""
+    """Trains on rendered scenes -> `autoencoder.pt`: weights and the scale factor of the latents."""
     options = stage.config.training
     images = stage.rendered("train", stage.config.data.train)
     fresh = stage.rendered("fresh", stage.config.data.validation)
@@ -212,7 +212,7 @@ def train_autoencoder(stage: Stage) -> None:
 
 
 def train_text(stage: Stage) -> None:
-    """Captions -> `text.pt`, the weights of the text tower, and its vocabulary where that is missing."""
+    """Trains on captions -> `text.pt`, the weights of the text encoder, and its vocabulary if that is missing."""
     options, cond_stage = stage.config.training, stage.model_config()["cond_stage_config"]
     _ensure_vocabulary(Path(cond_stage["params"]["version"]), cond_stage["params"]["tokens"])
     embedder = instantiate_from_config(cond_stage).train().requires_grad_(True)
@@ -237,7 +237,7 @@ def _tokenizer(embedder: FrozenCLIPEmbedder) -> Callable[[Sequence[str]], Tensor
 
 
 def write_latents(stage: Stage) -> None:
-    """Rendered scenes and `autoencoder.pt` -> `latents.npy`."""
+    """Encodes rendered scenes with `autoencoder.pt` -> `latents.npy`."""
     model = instantiate_from_config(stage.model_config()["first_stage_config"]).eval()
     model.load_state_dict(load_state(stage.logdir / AUTOENCODER)["state_dict"])
     images = stage.rendered("train", stage.config.data.train)
@@ -245,7 +245,7 @@ def write_latents(stage: Stage) -> None:
 
 
 def _latent_diffusion(stage: Stage) -> LatentDiffusion:
-    """The model with its trained parts; an `InputError` if the scale factor is another autoencoder's."""
+    """Returns the model with its trained parts; raises `InputError` if the scale factor is of another autoencoder."""
     autoencoder, text = load_state(stage.logdir / AUTOENCODER), load_state(stage.logdir / TEXT)
     model = LatentDiffusion(**stage.model_config())
     if abs(model.scale_factor / autoencoder["scale_factor"] - 1) > 1e-3:
@@ -264,7 +264,7 @@ def _diffusion_module(stage: Stage, model: LatentDiffusion) -> DiffusionTraining
 
 
 def train_diffusion(stage: Stage) -> None:
-    """`latents.npy`, `autoencoder.pt` and `text.pt` -> a state with the U-Net and its averages."""
+    """Trains with `latents.npy`, `autoencoder.pt` and `text.pt` -> a state with the U-Net and its averages."""
     model, options = _latent_diffusion(stage), stage.config.training
     stage.start(model.model, "model.")
     moments = np.load(stage.logdir / LATENTS, mmap_mode="r")
@@ -274,7 +274,7 @@ def train_diffusion(stage: Stage) -> None:
 
 
 def export_model(stage: Stage) -> None:
-    """The last state of the diffusion stage -> the checkpoint that the config names under `export`."""
+    """Writes the last state of the diffusion stage as the checkpoint that the config names under `export`."""
     module = _diffusion_module(stage, _latent_diffusion(stage))
     path, step = last_state(stage.logdir / "diffusion")
     module.load_state_dict(load_state(path)["state_dict"])
@@ -283,7 +283,7 @@ def export_model(stage: Stage) -> None:
 
 
 def train_judge(stage: Stage) -> None:
-    """Rendered scenes -> the reader of pictures that the config names under `export`."""
+    """Trains on rendered scenes -> the reader of images that the config names under `export`."""
     data, path = stage.config.data, Path(stage.config.export)
     unseen = data.test  # scenes of each split that the reader is not trained on
     fresh, held_out = stage.rendered("fresh", unseen), stage.rendered("heldout", data.heldout)

@@ -1,4 +1,4 @@
-"""Trains the text tower to say what a caption says: which solids, which colours, where."""
+"""Trains the text encoder to represent a caption's content: which solids, which colours, where."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class CaptionBatch(NamedTuple):
 def caption_batches(
     tokenize: Tokenize, split: str, batch_size: int, spare: int = 4, positions: int = 3
 ) -> MakeBatch:
-    """Batches of fresh scenes of a split, each with a fresh caption and `positions` places in its padding.
+    """Returns a maker of batches of new scenes of a split, each with a new caption and `positions` places in padding.
 
-    Three batches of four are cut to the longest caption and `spare` positions of padding: in a causal tower
-    that changes no other position. The fourth keeps every position, so that all of them learn.
+    Three batches of four are cut to the longest caption and `spare` positions of padding: in a causal encoder that
+    changes no other position. The fourth keeps every position, so that all of them learn.
     """
 
     def make(number: int, rng: np.random.Generator) -> CaptionBatch:
@@ -50,16 +50,16 @@ def caption_batches(
 
 
 def ends(ids: Tensor) -> Tensor:
-    """The position of the first end token (the largest id) of each row: [B, L] -> [B]."""
+    """Returns the position of the first end token (the largest id) of each row: [B, L] -> [B]."""
     return ids.argmax(dim=1)
 
 
 class TextTraining(pl.LightningModule):
     """Trains `transformer` (ids [B, L] -> states [B, L, width]) through one linear head for all questions.
 
-    The head reads the state at the end token and at the batch's places of the padding behind it, and the
-    loss is the mean cross entropy over places and questions. What a caption leaves open has no right
-    answer; the head then learns how likely each is.
+    The head reads the state at the end token and at the batch's places of the padding after it, and the loss is the
+    mean cross entropy over places and questions. A question that a caption leaves open has no right answer; the head
+    then learns the probability of each.
     """
 
     def __init__(self, transformer: nn.Module, width: int, optimisation: Optimisation) -> None:
@@ -71,7 +71,7 @@ class TextTraining(pl.LightningModule):
         self.optimisation = optimisation
 
     def logits(self, ids: Tensor, places: Tensor) -> list[Tensor]:
-        """Scores of each question at `places` [B, P]: one [B, P, classes] a question."""
+        """Returns the scores of each question at `places` [B, P]: one [B, P, classes] a question."""
         states = self.transformer(ids).last_hidden_state
         picked = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
         return list(self.head(picked).float().split(list(QUESTIONS.values()), dim=-1))
