@@ -29,7 +29,7 @@ _INIT = "init."
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One field of a `Job`, or `init.` and one of its `Init`: its type, and which values it takes.
+    """One field of a `Job`, or `init.` and one of its `Init`: its type and valid values.
 
     `low` and `high` are inclusive; of a text without `choices`, and of a tuple with `many`, `high` limits the
     length. A tuple has a setting for each of its entries in `row`; with `many` it is a tuple of such tuples. `strict`
@@ -241,7 +241,7 @@ def override(job: Job, values: Mapping[str, Any]) -> Job:
     return replace(job, init=replace(start, **of_init) if start is not None else None, **own)
 
 
-# what files hold is read exactly, even where a run refuses it
+# values in files are read exactly, even if a run refuses them
 _HELD = {name: replace(setting, strict=False) for name, setting in SETTINGS.items()}
 
 

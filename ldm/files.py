@@ -1,4 +1,4 @@
-"""Files: read within limits, written whole or not at all, and temporary folders that do not outlive their process."""
+"""Files: read within limits, written completely or not at all, and temporary folders that end with their process."""
 
 from __future__ import annotations
 
@@ -120,9 +120,9 @@ def part_beside(path: Path) -> Path:
 def written_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yields a hidden name to write the file under; on exit `path` becomes the complete file.
 
-    The bytes reach the disk before they get their name. If anything fails, `path` is as it was and the hidden file
-    is gone. Raises FileExistsError if `path` exists and `overwrite` is off; where the file system has no hard
-    links, two processes that write one name at the same instant may replace each other's file.
+    The bytes reach the disk before they get their name. If anything fails, `path` is as it was and the hidden file is
+    removed. Raises FileExistsError if `path` exists and `overwrite` is off; if the file system has no hard links, two
+    processes that write one name at the same instant may replace each other's file.
     """
     path = Path(path)
     part = part_beside(path)

@@ -70,7 +70,7 @@ def isimage(x: Any) -> bool:
 
 
 def _is_batch(x: Any) -> bool:
-    torch = sys.modules.get("torch")  # without it there are no tensors
+    torch = sys.modules.get("torch")  # unless torch is loaded, `x` cannot be a tensor
     return torch is not None and isinstance(x, torch.Tensor) and x.dim() == 4
 
 

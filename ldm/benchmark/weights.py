@@ -60,7 +60,7 @@ def write_picture(path: Path) -> None:
 def prepare(
     config: Mapping[str, Any], ckpt: str, cache: Path, peer_dtypes: Sequence[str], picture: bool
 ) -> dict[str, Any]:
-    """Prepares what the cache folder lacks; returns the paths of checkpoint, image and peer folders (by dtype).
+    """Makes files that the cache folder lacks; returns the paths of checkpoint, image and peer folders (by dtype).
 
     Without a `ckpt` the weights are random.
     """

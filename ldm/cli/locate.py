@@ -146,7 +146,7 @@ def _part_hash(option: str) -> Callable[[Path], str]:
     return hash_of
 
 
-# --- what is added to it -----------------------------------------------------------------------------------------
+# --- additions to the model ----------------------------------------------------------------------------------------
 
 
 def _locate_loras(recipe: Recipe, given: Mapping[str, object], located: Located) -> None:

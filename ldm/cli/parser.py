@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ldm.util import printable
 
-# Synonyms: InvokeAI's short ones, then those of other programs. A parser takes all for the one that it has.
+# Synonyms: InvokeAI's short ones, then those of other programs. A parser maps all to the one that it has.
 SAME = (
     ("--prompt", "-p"),
     ("--negative_prompt", "--negative"),

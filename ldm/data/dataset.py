@@ -35,7 +35,7 @@ def render_many(
 ) -> Path:
     """Renders scenes 0 to `count` - 1 of a split into one `.npy` file and returns its path.
 
-    A file that is complete and equal to what would be rendered now is kept. `progress` is called with (scenes
+    A file that is complete and has the scenes that would be rendered now is kept. `progress` is called with (scenes
     rendered, `count`). More than one worker means new processes: call it below `if __name__ == "__main__"`.
     """
     if count < 1:

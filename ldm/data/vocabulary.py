@@ -32,7 +32,7 @@ COMMON_WORDS = """
     beautiful digital front back side top bottom middle left right corner edge shape object thing number word
 """
 
-_SPLIT = re.compile(r"[^\W\d_]+|\d|[^\s\w]+")  # letters, single digits, signs: never across CLIP's own splits
+_SPLIT = re.compile(r"[^\W\d_]+|\d|[^\s\w]+")  # letters, single digits, signs: never across CLIP's splits
 
 
 def train_vocabulary(captions: Iterable[str], size: int, folder: str | Path) -> int:

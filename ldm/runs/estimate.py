@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ldm.runtime.estimate import NetworkWork, Pace
 
 MOST_MAPS = 30  # of the finest level that a U-Net has at a time; v1's has 25
-PROGRAM = 350 * 2**20  # bytes of Python, torch and what they import; measured on Linux
+PROGRAM = 350 * 2**20  # bytes of Python, torch and their imports; measured on Linux
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def parallel(options: RunOptions, device: torch.device, batches: int) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of weights, and of what is computed with them at the peak; `peak` names the stage of the peak."""
+    """Bytes of weights, and of activations at the peak; `peak` names the stage of the peak."""
 
     weights: int
     computed: float

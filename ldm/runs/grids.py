@@ -38,7 +38,7 @@ class OrderedGrid:
         self._waiting |= dict.fromkeys(indices)
 
     def add(self, index: int, pixels: np.ndarray, in_file: bool) -> None:
-        if index < self._turn:  # its turn came before its batch was made again
+        if index < self._turn:  # its turn came before its batch was repeated
             return
         if self._turn == index and index not in self._waiting:
             self._grid.add(pixels)

@@ -1,4 +1,4 @@
-"""Loads a run's model, and collects what the metadata records of it."""
+"""Loads a run's model, and collects its metadata."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def extras_of(
     hashes: Mapping[str, Callable[[], str]],
     embeddings: Embeddings | None,
 ) -> Callable[[Job], dict[str, str]]:
-    """Returns the model's part of an image's metadata, from which the command can be typed again.
+    """Returns the model's part of an image's metadata, from which the command can be repeated.
 
     LoRAs and textual inversions are named as AUTOMATIC1111's web UI does it.
     """

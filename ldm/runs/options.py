@@ -17,8 +17,8 @@ class RunOptions:
     """How a run is made: everything that it depends on besides its jobs. The fields have the names of the options.
 
     `lora` holds files with their weights on the U-Net and on the text encoder, `embedding` files with the word that
-    names them (None: the name of the file). `channels` and `factor` are what --C and --f expect of the model.
-    `cache_weights` is a folder, "" for the user's cache folder, None for no cache.
+    names them (None: the name of the file). `channels` and `factor` are the values of --C and --f, which the model
+    must have. `cache_weights` is a folder, "" for the user's cache folder, None for no cache.
     """
 
     outdir: str

@@ -184,7 +184,7 @@ def _own_device(device: torch.device, local_rank: int) -> torch.device:
     if device.type != "cuda":
         return device
     count = torch.cuda.device_count()
-    if count == 1 and _PARENT not in os.environ:  # the launcher shows each process its own
+    if count == 1 and _PARENT not in os.environ:  # the launcher shows each process one device
         return device
     need(
         local_rank < count,

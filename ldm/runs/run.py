@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ldm")
 
-Planner = Callable[[Mapping[str, Any], "LoraFiles"], Plan]  # from a checked config, and what finds LoRAs
+Planner = Callable[[Mapping[str, Any], "LoraFiles"], Plan]  # from a checked config and the finder of LoRAs
 
 
 @dataclass
@@ -107,7 +107,7 @@ def prepare(
 def plan_request(
     options: RunOptions, request: Request, config: Mapping[str, Any], find_lora: LoraFiles
 ) -> Plan:
-    """Makes the plan of what is requested of a config's model."""
+    """Makes the plan of a request for a config's model."""
     wishes, canvases = read_wishes(options, request), Canvases(mask_needed=options.inpaint)
     starts = read_starts(request, options.inpaint, config, canvases)
     plan = Plan(options, request, wishes, starts, canvases, lambda job: check_job(job, config, find_lora))

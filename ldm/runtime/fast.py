@@ -232,7 +232,7 @@ class FastUpsample(unet.Upsample):
 
 
 class FastUNet(unet.UNetModel):
-    """Computes once what both halves of a guided batch share: everything before the first cross-attention."""
+    """Computes everything before the first cross-attention once for both halves of a guided batch."""
 
     def forward(
         self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: None = None, **kwargs: Any

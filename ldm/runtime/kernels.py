@@ -1,7 +1,7 @@
 """Matrix products on the CPU with packed weights and fused operations.
 
 Everything here changes rounding only. Maps are [N, C, H, W] in channels-last memory; weights are cast and packed
-once. The operations are oneDNN's, under the names by which torch's own compiler calls them.
+once. The operations are oneDNN's, under the names by which torch's compiler calls them.
 """
 
 from __future__ import annotations

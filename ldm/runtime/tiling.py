@@ -21,7 +21,7 @@ Tiling = Literal["auto", "on", "off"]
 TILES = 64, 32  # sides in latent cells, and the one used if even the first does not fit
 SHARE = 0.75  # of the available memory that a decoding may use: the images themselves need some as well
 # Measured on a CPU, in float32 (autocast takes half): the peak grows by 7.6 to 10.4 times ch * pixels * 4 bytes for
-# widths of ch and 2 ch, of which 6 are tensors and the rest the convolutions' own copies.
+# widths of ch and 2 ch, of which 6 are tensors and the rest copies made by the convolutions.
 LIVE_MAPS = 5.25
 
 

@@ -1,4 +1,4 @@
-"""The command `ldm`: one subcommand for each thing that can be done, each in a file of its own.
+"""The command `ldm`: one subcommand for each task, each in its module.
 
 The files in `scripts` run the same subcommands from a checkout.
 """
@@ -15,7 +15,7 @@ from ldm import cli
 
 
 class Command(NamedTuple):
-    """A subcommand: the module below this package and the function in it that runs it, and what it does."""
+    """A subcommand: the module in this package and its function that runs it, and a summary."""
 
     module: str
     function: str
@@ -37,25 +37,25 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the subcommand that the first argument names, with the rest: its exit code.
+    """Runs the subcommand that the first argument names, with the rest; returns its exit code.
 
-    Without `argv` the process's own command line is used; only then a subcommand may start the process again.
+    Without `argv` the command line of the process is used; only then a subcommand may restart the process.
     """
     typed = sys.argv[1:] if argv is None else argv
     if not typed or typed[0] not in COMMANDS:
         return cli.main(parser(), lambda _: 0, typed[:1] or ["--help"])  # prints help, the version or a fault
     command = COMMANDS[typed[0]]
     if argv is None:
-        sys.argv = [f"ldm {typed[0]}", *typed[1:]]  # what the subcommand calls itself, and its arguments
+        sys.argv = [f"ldm {typed[0]}", *typed[1:]]  # the name that the subcommand shows, and its arguments
     try:
         run = getattr(import_module(f"{__name__}.{command.module}"), command.function)
-    except KeyboardInterrupt:  # before anything has begun
+    except KeyboardInterrupt:  # before any work has begun
         return 130
     return run(None if argv is None else typed[1:])
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the first argument; its help lists the subcommands."""
+    """Returns the parser of the first argument; its help lists the subcommands."""
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
     description = f"A toolkit for Stable Diffusion v1.\n\ncommands:\n{listed}"

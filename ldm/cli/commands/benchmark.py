@@ -17,7 +17,7 @@ _EXAMPLES = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Returns the options of the command."""
     options = cli.make_parser(_DESCRIPTION, "[options]", _EXAMPLES)
     add_benchmark_options(options)
     cli.add_report_options(options)
@@ -25,5 +25,5 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with these arguments, or the process's own: its exit code."""
+    """Runs the command with these arguments, or those of the process; returns its exit code."""
     return cli.main(parser(), benchmark, argv)

@@ -24,7 +24,7 @@ _EXAMPLES = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Returns the options of the command."""
     options = cli.make_parser(_DESCRIPTION, "[options]", _EXAMPLES)
     group = options.add_argument_group("model")
     group.add_argument("--config", metavar="FILE", default=BUNDLED_CONFIG, help="model config")
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(opt: argparse.Namespace) -> None:
-    """That numbers are in range and files can be read or written, else an `InputError`."""
+    """Checks that numbers are in range and files can be read or written, else raises `InputError`."""
     for name, field in (("steps", "steps"), ("scale", "scale"), ("seed", "seed"), ("size", "width")):
         try:
             SETTINGS[field].check(getattr(opt, name))
@@ -84,7 +84,7 @@ def check(opt: argparse.Namespace) -> None:
 
 
 def run(opt: argparse.Namespace) -> int:
-    """Generates the images, has them read, and prints the shares of what is right."""
+    """Generates and classifies the images, and prints the fractions that are correct."""
     check(opt)
     from ldm.training.evaluate import Measurement, evaluate, save_sheet
 
@@ -98,5 +98,5 @@ def run(opt: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with these arguments, or the process's own: its exit code."""
+    """Runs the command with these arguments, or those of the process; returns its exit code."""
     return cli.main(parser(), run, argv)

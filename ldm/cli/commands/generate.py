@@ -25,7 +25,7 @@ _INPAINT = (
 
 
 def txt2img_parser() -> argparse.ArgumentParser:
-    """The options of `ldm txt2img`."""
+    """Returns the options of `ldm txt2img`."""
     options = cli.make_parser("Generates images from text.", "--prompt TEXT [options]", _TXT2IMG)
     cli.add_prompt_options(options, prompt="a painting of a virus monster playing guitar")
     cli.add_sampling_options(options, scale=7.5)
@@ -37,7 +37,7 @@ def txt2img_parser() -> argparse.ArgumentParser:
 
 
 def img2img_parser() -> argparse.ArgumentParser:
-    """The options of `ldm img2img`."""
+    """Returns the options of `ldm img2img`."""
     usage = "--init-img FILE --prompt TEXT [options]"
     options = cli.make_parser("Generates images from images and text.", usage, _IMG2IMG)
     cli.add_prompt_options(options, prompt="a painting of a virus monster playing guitar")
@@ -51,7 +51,7 @@ def img2img_parser() -> argparse.ArgumentParser:
 
 
 def inpaint_parser() -> argparse.ArgumentParser:
-    """The options of `ldm inpaint`."""
+    """Returns the options of `ldm inpaint`."""
     usage = "--init-img FILE --mask FILE --prompt TEXT [options]"
     options = cli.make_parser("Repaints a part of an image, or extends it.", usage, _INPAINT)
     cli.add_prompt_options(options, prompt="")
@@ -75,15 +75,15 @@ def _add_run_options(options: argparse.ArgumentParser, outdir: str, laion: bool 
 
 
 def txt2img(argv: Sequence[str] | None = None) -> int:
-    """Runs `ldm txt2img` with these arguments, or the process's own: its exit code."""
+    """Runs `ldm txt2img` with these arguments, or those of the process; returns its exit code."""
     return cli.main(txt2img_parser(), cli.run, argv)
 
 
 def img2img(argv: Sequence[str] | None = None) -> int:
-    """Runs `ldm img2img` with these arguments, or the process's own: its exit code."""
+    """Runs `ldm img2img` with these arguments, or those of the process; returns its exit code."""
     return cli.main(img2img_parser(), cli.run, argv)
 
 
 def inpaint(argv: Sequence[str] | None = None) -> int:
-    """Runs `ldm inpaint` with these arguments, or the process's own: its exit code."""
+    """Runs `ldm inpaint` with these arguments, or those of the process; returns its exit code."""
     return cli.main(inpaint_parser(), cli.run, argv)

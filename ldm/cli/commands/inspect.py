@@ -1,4 +1,4 @@
-"""`ldm inspect`: reports what model files are, and runs nothing from them."""
+"""`ldm inspect`: reports the kind and content of model files, and executes nothing from them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _EXAMPLES = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Returns the options of the command."""
     options = cli.make_parser(_DESCRIPTION, "PATH [PATH ...] [options]", _EXAMPLES)
     options.add_argument("paths", metavar="PATH", nargs="+", help="model files, or folders of diffusers")
     group = options.add_argument_group("inspection")
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def own_config(kind: ModelKind, path: Path) -> str | None:
-    """This toolkit's config of a whole model at `path`, of a kind that it runs; its bundled model is of no family."""
+    """Returns this toolkit's config of a supported complete model at `path`; its bundled model has no family."""
     from ldm.checkpoints.layouts.recognise import INPAINTING, LAION, V1
     from ldm.checkpoints.model_files import read_model
 
@@ -91,5 +91,5 @@ def run(opt: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with these arguments, or the process's own: its exit code."""
+    """Runs the command with these arguments, or those of the process; returns its exit code."""
     return cli.main(parser(), run, argv)

@@ -1,4 +1,4 @@
-"""`ldm replay`: regenerates images from what their files record."""
+"""`ldm replay`: regenerates images from the metadata in their files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EXAMPLES = (
 
 
 def _run_options() -> argparse.ArgumentParser:
-    """The options of all scripts that make images."""
+    """Returns the options of all scripts that make images."""
     options = cli.make_parser(_DESCRIPTION, "FILE [FILE ...] [options]", _EXAMPLES)
     cli.add_prompt_options(options, prompt="")
     cli.add_image_options(options, strength=1.0, required=False)
@@ -43,7 +43,7 @@ def _with_reports(options: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Returns the options of the command."""
     options = _run_options()
     as_changes(options)
     add_replay_options(options)
@@ -51,6 +51,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with these arguments, or the process's own: its exit code."""
+    """Runs the command with these arguments, or those of the process; returns its exit code."""
     usual = vars(_with_reports(_run_options()).parse_args([]))
     return cli.main(parser(), partial(replay, usual=usual), argv)

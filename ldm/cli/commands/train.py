@@ -28,7 +28,7 @@ _EXAMPLES = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Returns the options of the command."""
     options = cli.make_parser(_DESCRIPTION, "STAGE [SETTING=VALUE ...] [options]", _EXAMPLES)
     options.add_argument("stage", choices=tuple(CONFIGS), help="what is trained or written")
     options.add_argument(
@@ -59,5 +59,5 @@ def run(opt: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with these arguments, or the process's own: its exit code."""
+    """Runs the command with these arguments, or those of the process; returns its exit code."""
     return cli.main(parser(), run, argv)

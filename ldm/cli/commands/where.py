@@ -1,4 +1,4 @@
-"""`ldm where`: the places where each kind of file is looked for, and what was found there."""
+"""`ldm where`: the places where each kind of file is looked for, and the files found there."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Kind(NamedTuple):
     places: Sequence[Path]
     option: str = ""
     pages: Sequence[str] = ()
-    own: str = ""  # the name under which a downloaded file is put into one of the folders
+    own: str = ""  # the name of a downloaded file in one of the folders
 
     @property
     def found(self) -> Path | None:
@@ -35,7 +35,7 @@ class Kind(NamedTuple):
 
     @property
     def command(self) -> str:
-        """The command that links a downloaded file at the last of its places, the user's folder."""
+        """Returns the command that links a downloaded file at the last of its places, the user's folder."""
         if not self.own:
             return ""
         target = candidates(self.own)[-1]
@@ -44,7 +44,7 @@ class Kind(NamedTuple):
 
 
 def kinds() -> list[Kind]:
-    """Every kind of file that is looked for without being named, and the VAEs, which always are."""
+    """Returns every kind of file that is looked for without being named, and the VAEs, which always are named."""
     from ldm.modules.encoders.bert import OWN_VOCABULARY, REPOSITORIES, VOCABULARY_FILE
     from ldm.modules.encoders.tokenizer import openai_tables
     from ldm.safety.load import OWN_FOLDER, REPOSITORY, WEIGHTS
@@ -71,7 +71,7 @@ def kinds() -> list[Kind]:
 
 
 def _in_hub(repository: str, names: Sequence[str]) -> list[Path]:
-    """The files that Hugging Face's libraries have downloaded; else where they would be, in any revision."""
+    """Returns the files that Hugging Face's libraries have downloaded; else their paths, in any revision."""
     return list(hub_files([repository], names)) or [hub_folder(repository) / "snapshots/*" / names[0]]
 
 
@@ -80,7 +80,7 @@ def _on_hub(*repositories: str) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Returns the options of the command."""
     description = (
         "Lists where each kind of file is looked for, in order, and what was found. Nothing is downloaded."
     )
@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def lines(kind: Kind) -> list[str]:
-    """A kind of file for people: the place that is used is marked with an arrow."""
+    """Describes a kind of file; the place that is used is marked with an arrow."""
     state = "" if kind.found or not kind.places else ": not found"
     written = [
         f"{kind.name}{state}" + (f" ({kind.option} names another)" if kind.option and kind.places else "")
@@ -118,5 +118,5 @@ def run(opt: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with these arguments, or the process's own: its exit code."""
+    """Runs the command with these arguments, or those of the process; returns its exit code."""
     return cli.main(parser(), run, argv)
