@@ -131,7 +131,7 @@ class Job:
 
     @property
     def upscaled_size(self) -> tuple[int, int]:
-        """Returns height and width of the finished image, multiples of 8."""
+        """Height and width of the finished image, multiples of 8."""
         return round(self.height * self.upscale / 8) * 8, round(self.width * self.upscale / 8) * 8
 
 

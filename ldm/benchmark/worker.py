@@ -144,7 +144,7 @@ class Subject(Protocol):
 
     @property
     def latents(self) -> tuple[int, int]:
-        """Returns the channels of latents, and how many pixels one of them spans along each side."""
+        """The channels of latents, and how many pixels one of them spans along each side."""
         ...
 
     def facts(self) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class Output:
 
     @property
     def complete(self) -> bool:
-        """Returns whether no image of the run is missing."""
+        """Whether no image of the run is missing."""
         repaired = all(is_whole(self._run.sample_path(i)) for i in self._present.damaged)
         return repaired and len(self._run.existing()) == self._run.jobs
 

@@ -71,12 +71,12 @@ class ProcessInfo:
 
     @property
     def supervised(self) -> bool:
-        """Returns whether another process waits for this one, and reports its result."""
+        """Whether another process waits for this one, and reports its result."""
         return self.world > 1 and _is_started_here()
 
     @property
     def deserted(self) -> bool:
-        """Returns whether the parent process is gone, so that no process would stop this one."""
+        """Whether the parent process is gone, so that no process would stop this one."""
         parent = os.environ.get(_PARENT, "") if self.supervised else ""
         return parent.isdigit() and int(parent) != os.getppid()
 

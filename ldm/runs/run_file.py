@@ -70,7 +70,7 @@ class RunFile:
 
     @property
     def tiles(self) -> TileSides | None:
-        """Returns the tiles that the run's first process chose, by the images' height and width; None before."""
+        """The tiles that the run's first process chose, by the images' height and width; None before."""
         noted = self._content.get("tiles")
         if noted is None:
             return None

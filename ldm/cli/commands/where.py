@@ -35,7 +35,7 @@ class Kind(NamedTuple):
 
     @property
     def command(self) -> str:
-        """Returns the command that links a downloaded file at the last of its places, the user's folder."""
+        """The command that links a downloaded file at the last of its places, the user's folder."""
         if not self.own:
             return ""
         target = candidates(self.own)[-1]
