@@ -88,8 +88,8 @@ def gallery(folder: str | Path, command: Words, remark: Words = lambda recipe: "
     """Returns the HTML of a page in `folder` that shows the images of its folder `samples`, by number.
 
     `command` returns the command line that makes an image, and `remark` what may differ then. The content security
-    policy of the page allows images of its folder and its inline script, and nothing else. Texts are escaped for
-    HTML, and controls in them shown as escapes. Raises InputError if there are no images.
+    policy of the page allows images of its origin, its inline style and script, and nothing else. Texts are escaped
+    for HTML, and controls in them shown as escapes. Raises InputError if there are no images.
     """
     samples = Path(folder) / "samples"
     try:
