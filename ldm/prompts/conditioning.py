@@ -1,4 +1,4 @@
-"""Weighted and long prompts -> what the U-Net's cross-attention looks at."""
+"""Encodes weighted and long prompts as the context of the U-Net's cross-attention."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ldm.util import InputError
 
 
 def count_chunks(embedder: nn.Module, prompts: Sequence[str]) -> int:
-    """How many chunks of 75 tokens the longest of the prompts takes; see `chunk_prompt` for the errors."""
+    """Returns how many chunks of 75 tokens the longest prompt has; see `chunk_prompt` for the errors."""
     return max(map(len, _chunked(embedder, prompts)))
 
 
 def encode_weighted(embedder: nn.Module, prompts: Sequence[str], chunks: int = 1) -> Tensor:
-    """Prompts in A1111's syntax -> [N, 77 * C, width], where C is `chunks` or as many as the longest prompt takes.
+    """Encodes prompts in A1111's syntax as [N, 77 * C, width]; C is `chunks`, by default that of the longest prompt.
 
-    Each chunk goes through the text encoder by itself, so that the result does not depend on the other prompts;
-    shorter prompts are filled up with chunks of the empty one. A prompt of one chunk without weights gives what
-    `embedder.encode` gives, bit for bit. `InputError` for a text encoder other than CLIP's.
+    Each chunk is encoded separately, so that the result does not depend on the other prompts;
+    shorter prompts are padded with chunks of the empty one. A prompt of one chunk without weights gives the output
+    of `embedder.encode`, bit for bit. `InputError` for a text encoder other than CLIP's.
     """
     rows = _chunked(embedder, prompts)
     count = max(chunks, *map(len, rows))
@@ -46,7 +46,7 @@ def _chunked(embedder: nn.Module, prompts: Sequence[str]) -> list[list[Chunk]]:
 
 
 def _encode(embedder: nn.Module, chunk: Chunk) -> Tensor:
-    """One chunk [1, 77, width], by its weights."""
+    """Encodes one chunk as [1, 77, width], multiplied by its weights."""
     transformer = _clip(embedder).transformer
     device = transformer.device
     hidden = transformer(torch.tensor([chunk.ids], device=device)).last_hidden_state
@@ -56,6 +56,6 @@ def _encode(embedder: nn.Module, chunk: Chunk) -> Tensor:
 
 
 def weigh(hidden: Tensor, weights: Tensor) -> Tensor:
-    """Hidden states [1, L, width] times the weights [L] of their tokens, then all times old mean / new mean."""
+    """Multiplies hidden states [1, L, width] by their tokens' weights [L], then all by old mean / new mean."""
     weighted = hidden * weights[:, None].to(hidden.dtype)
     return weighted * (hidden.float().mean() / weighted.float().mean()).to(hidden.dtype)

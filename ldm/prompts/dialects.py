@@ -1,10 +1,10 @@
-"""Prompt lists in the dialects of several programs: lines with options of their own, JSON lines, CSV -> jobs.
+"""Reads prompt lists in the dialects of several programs: lines with options, JSON lines, CSV and documents.
 
-plain       every line is a prompt, as it is
+plain       every line is a literal prompt
 a1111       --prompt a cat --steps 20                AUTOMATIC1111's "prompts from file" script
 kohya       a cat --n bad art --w 640 --d 1,2        kohya's gen_img and sample prompts
 invokeai    "a cat" -n4 -S1234 -C7.5                 InvokeAI 2's command line; [words] are the negative prompt
-options     a cat --ddim_steps 20 --W 640            this tool's own options; the prompt can be --prompt, too
+options     a cat --ddim_steps 20 --W 640            this toolkit's options; the prompt can be --prompt, too
 jsonl       {"prompt": "a cat", "steps": 20}         a JSON object a line, with the fields of `Job`
 csv         prompt,steps                             a header with those names, a row a line
 json        ["a cat", {"prompt": "a dog"}]           an array of prompts or of such objects, on any number of lines
@@ -32,28 +32,28 @@ from ldm.util import printable
 
 logger = logging.getLogger(__name__)
 
-_SAMPLE = 100  # lines with options that are looked at to tell the dialect
+_SAMPLE = 100  # lines with options from which the dialect is detected
 
 
 def read_prompt_list(source: str | Path, format: str = "auto", faults: Faults | None = None) -> list[Line]:
-    """The lines of a prompt file, or of standard input for "-", blank ones left out, every value checked.
+    """Reads the lines of a prompt file, or of standard input for "-", without blank ones, and checks every value.
 
     "auto" decides by content:
     1. JSON, TOML and YAML, if the first line that is not blank begins a list in it, JSON lines, if that begins with
        {"name": and CSV, if that line is a header: two or more names, all known, one of them a prompt's. Otherwise
        a file whose name ends in .json, .jsonl, .csv, .tsv, .toml or .yaml is read as that.
     2. Otherwise a line is evidence for a dialect of options if all of it reads as that dialect: it has a prompt,
-       and its options are known, stand behind white space and have values of their types; one of them at least
-       is a `--name`, or a letter with a number. Without evidence every line is a prompt, as it is.
+       and its options are known, follow white space and have values of their types; one of them at least
+       is a `--name`, or a letter with a number. Without evidence every line is a literal prompt.
     3. The dialect with the most evidence in the first hundred such lines is the file's, in a tie the first of
        options, a1111, kohya and invokeai. A warning names it.
     4. In such a file, lines with a `--name` that the dialect knows, or a letter with a number, must be right in
-       all their options. Others that hold what looks like an option stay literal, and a warning says so.
+       all their options. Others that seem to have an option are literal, with a warning.
 
-    So `--` and `-n` inside a prompt stay text; text that reads as an option by chance (Midjourney's --s 250)
+    So `--` and `-n` inside a prompt are text; text that reads as an option by chance (Midjourney's --s 250)
     needs "plain".
 
-    Raises one `InputError` with a line for each fault: what cannot be read, an unknown option, a wrong type or
+    Raises one `InputError` with a line for each fault: a line that cannot be read, an unknown option, a wrong type or
     range, a line without a prompt. Given `faults`, it adds them there instead, as long as a line is sound.
     """
     noted = Faults(source_name(source)) if faults is None else faults
@@ -72,7 +72,7 @@ def read_prompt_list(source: str | Path, format: str = "auto", faults: Faults | 
 
 
 def _no_longer(number: int, text: str, faults: Faults) -> str:
-    """A line of a list; empty, with a fault, if only a document may have such a long one."""
+    """Returns a line of a list; empty, with a fault, if only a document may have such a long one."""
     if len(text) <= MAX_LINE:
         return text
     faults.add(number, too_long())
@@ -104,7 +104,7 @@ _BY_ENDING: Mapping[str, str] = {
 
 
 def _detect(lines: Sequence[str], source: str) -> Reader:
-    """The reader for lines whose format nobody named; see `read_prompt_list` for the rule."""
+    """Detects the reader for lines whose format is not given; see `read_prompt_list` for the rule."""
     first = next(numbered(lines))[1]
     if format := _document(first, lines) or _BY_ENDING.get(Path(source).suffix.lower()):
         logger.info("%s is read as %s", source, "JSON lines" if format == "jsonl" else format.upper())
@@ -127,7 +127,7 @@ def _detect(lines: Sequence[str], source: str) -> Reader:
 
 
 def _document(first: str, lines: Sequence[str]) -> str:
-    """Which format other than lines of text a list has by its content; empty if none."""
+    """Returns the format of a list that is not lines of text, by its content; empty if none."""
     if is_json_object(first):
         return "jsonl" if is_valid_json([first]) or not is_valid_json(lines) else "json"
     if is_json(first):
@@ -142,7 +142,7 @@ def _document(first: str, lines: Sequence[str]) -> str:
 
 
 def _evidence(lines: Sequence[str]) -> Iterator[tuple[int, str, list[Dialect]]]:
-    """Number, an option and the dialects of each line that reads as one or more of them."""
+    """Yields number, an option and the dialects of each line that reads as one or more of them."""
     for number, text in numbered(lines):
         if names := option_names(text):
             dialects = [dialect for dialect in DIALECTS if dialect.is_evidence(text, names)]

@@ -1,4 +1,4 @@
-"""Prompt lists that are one document: JSON, TOML and YAML, as other programs write them."""
+"""Reads prompt lists that are one document: JSON, TOML and YAML, as other programs write them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _YAML = re.compile(r"---\s*|-\s+(prompt|text|caption)\s*:\s.*|prompts?\s*:\s*([|
 
 
 def is_json(text: str) -> bool:
-    """Whether a first line begins an array of texts or of objects, or an object that goes over several lines."""
+    """Returns whether a first line begins an array of texts or objects, or an object of several lines."""
     return _JSON.match(text) is not None
 
 
 def is_valid_json(lines: Sequence[str]) -> bool:
-    """Whether the lines are JSON values, one after another."""
+    """Returns whether the lines are JSON values, one after another."""
     try:
         return all(True for _ in _json_entries("\n".join(lines)))
     except (ValueError, RecursionError):
@@ -40,17 +40,17 @@ def is_valid_json(lines: Sequence[str]) -> bool:
 
 
 def is_toml(text: str, lines: Sequence[str]) -> bool:
-    """Whether a first line is the head of a table of prompts, and others set something."""
+    """Returns whether a first line is the head of a table of prompts, and others assign values."""
     return _TOML.fullmatch(text) is not None and any(map(_ASSIGNMENT.match, lines))
 
 
 def is_yaml(text: str) -> bool:
-    """Whether a first line begins a list of prompts, or of mappings with one."""
+    """Returns whether a first line begins a list of prompts, or of mappings with one."""
     return _YAML.fullmatch(text) is not None
 
 
 def read_json(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
-    """An array of prompts and of objects with the fields of `Job`, or such objects one after another."""
+    """Reads an array of prompts and of objects with the fields of `Job`, or such objects one after another."""
     text = "\n".join(lines)
     starts = list(itertools.accumulate((len(line) + 1 for line in lines), initial=0))
 
@@ -76,7 +76,7 @@ def read_json(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
 
 
 def _json_entries(text: str) -> Iterator[tuple[int, Any]]:
-    """Where each entry begins, and the entry; those of arrays at the top stand for themselves."""
+    """Yields the position of each entry, and the entry; those of arrays at the top level are separate entries."""
     decoder = json.JSONDecoder(object_pairs_hook=Object)
     at = _after_space(text, 0)
     while at < len(text):
@@ -106,7 +106,7 @@ def _after_space(text: str, at: int) -> int:
 
 
 def read_toml(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
-    """kohya's `[prompt]` with its `[[prompt.subset]]`, or tables `[[prompts]]`."""
+    """Reads kohya's `[prompt]` with its `[[prompt.subset]]`, or tables `[[prompts]]`."""
     try:
         import tomllib
     except ImportError:  # Python 3.10
@@ -123,11 +123,11 @@ def read_toml(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
 
 
 def read_yaml(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
-    """A list of prompts and of mappings with the fields of `Job`, also below `prompts:`."""
+    """Reads a list of prompts and of mappings with the fields of `Job`, also below `prompts:`."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Without aliases, which can make a small file huge."""
+        """A YAML loader without aliases, which can make a small file huge."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
@@ -149,7 +149,7 @@ def read_yaml(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
 
 
 def _as_objects(value: Any) -> Any:
-    """The value with its mappings as JSON objects are read."""
+    """Returns the value with its mappings converted to `Object`."""
     if isinstance(value, dict):
         return Object((str(name), _as_objects(entry)) for name, entry in value.items())
     return [_as_objects(entry) for entry in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Many jobs from few words: {a|b|c} in prompts, and sweeps over settings."""
+"""Expands {a|b|c} in prompts and sweeps over settings into many jobs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_DEPTH = 50
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """A group's options, how many of them are taken at once, and what is put between them."""
+    """A group's options, how many of them are combined at once, and their separator."""
 
     options: list[Template]
     low: int = 1
@@ -46,9 +46,9 @@ _MOST_AT_ONCE = 20  # 21 options have more orders than any cap
 
 
 def expand_lines(lines: Sequence[Line], faults: Faults, cap: int = MAX_JOBS) -> list[Line]:
-    """Lines with every `{a|b|c}` of their prompts written out, see `expand`; at most `cap` more than they were.
+    """Expands every `{a|b|c}` in the prompts of lines, see `expand`, into at most `cap` additional lines.
 
-    What is wrong with the lines goes to `faults`. Raises InputError for more lines than that.
+    Errors in the lines are added to `faults`. Raises InputError for more lines than that.
     """
     expanded: list[Line] = []
     for done, line in enumerate(lines, 1):
@@ -62,15 +62,15 @@ def expand_lines(lines: Sequence[Line], faults: Faults, cap: int = MAX_JOBS) -> 
 
 
 def expand(prompt: str, cap: int = MAX_JOBS) -> list[str]:
-    """Every combination of the options in braces, the first group changing slowest.
+    """Returns every combination of the options in braces, the first group changing slowest.
 
-    Options can be empty and hold groups. Braces without a bar, and bars outside braces, are text; so is a
+    Options can be empty and contain groups. Braces without a bar, and bars outside braces, are text; so is a
     backslash before one of {|} or before two underscores, without the backslash. As the package dynamicprompts
-    reads it, `{2$$a|b|c}` takes two of the options in every order, `{1-2$$ and $$a|b}` one or two with " and "
-    between them, and a weight (`{0.5::a|b}`) does not matter where every option is written out.
+    does, `{2$$a|b|c}` combines two of the options in every order, `{1-2$$ and $$a|b}` one or two with " and "
+    between them, and a weight (`{0.5::a|b}`) has no effect where every option is used.
 
-    `InputError` for braces that do not match, for more than `cap` combinations, and for what those prompts have
-    besides: wildcards (`__colour__`), variables (`${x=...}`) and random choices (`{~a|b}`).
+    `InputError` for braces that do not match, for more than `cap` combinations, and for dynamicprompts'
+    wildcards (`__colour__`), variables (`${x=...}`) and random choices (`{~a|b}`).
     """
     _refuse_unsupported(prompt)
     pieces = _PIECE.findall(prompt)
@@ -102,7 +102,7 @@ def _too_many(what: str, count: int, cap: int) -> InputError:
 
 
 def _parse(pieces: Sequence[str], at: int, depth: int = 0) -> tuple[Template, int]:
-    """The sequence that begins at a piece, and the piece that ends it: a bar or a brace, or none."""
+    """Returns the sequence that begins at a piece, and the piece that ends it: a bar or a brace, or none."""
     sequence: Template = []
     while at < len(pieces):
         piece = pieces[at]
@@ -118,7 +118,7 @@ def _parse(pieces: Sequence[str], at: int, depth: int = 0) -> tuple[Template, in
 
 
 def _parse_group(pieces: Sequence[str], at: int, depth: int) -> tuple[Template, int]:
-    """A group from after its opening brace to its closing one; without a bar, count or weight its braces are text."""
+    """Parses a group after its opening brace; without a bar, count or weight its braces are text."""
     if depth > _MAX_DEPTH:
         raise InputError(f"the prompt has more than {_MAX_DEPTH} braces in one another; use fewer")
     options: list[Template] = []
@@ -133,7 +133,7 @@ def _parse_group(pieces: Sequence[str], at: int, depth: int) -> tuple[Template, 
 
 
 def _group(options: list[Template]) -> Template:
-    """What stands between braces, taken apart: its count and separator, and its options without their weights."""
+    """Parses the content of braces: its count and separator, and its options without their weights."""
     text, rest = _leading_text(options[0])
     counted = _COUNT.match(text)
     if counted is None and len(options) > 1 and "$$" in text:
@@ -158,7 +158,7 @@ def _group(options: list[Template]) -> Template:
 
 
 def _leading_text(option: Template) -> tuple[str, Template]:
-    """The text with which an option begins, and what comes after it."""
+    """Returns the text with which an option begins, and the rest."""
     texts = list(itertools.takewhile(lambda part: isinstance(part, str), option))
     return "".join(map(str, texts)), option[len(texts) :]
 
@@ -169,7 +169,7 @@ def _without_weight(option: Template) -> Template:
 
 
 def _bounds(counted: re.Match[str] | None, most: int) -> tuple[int, int, str]:
-    """The fewest and the most options at once, of `most`, and what is put between them."""
+    """Returns the minimum and the maximum of options at once, of `most`, and the separator."""
     if counted is None:
         return 1, 1, ","
     low, to, high, separator = counted.groups()
@@ -184,7 +184,7 @@ def _count(sequence: Template) -> int:
 
 
 def _ways(group: _Group) -> int:
-    """How many texts a group gives: k! times the k-th elementary symmetric polynomial of its options' counts."""
+    """Counts a group's texts: k! times the k-th elementary symmetric polynomial of its options' counts."""
     most = min(group.high, _MOST_AT_ONCE)
     sums = [1] + [0] * most
     for ways in map(_count, group.options):
@@ -211,7 +211,7 @@ def _group_texts(group: _Group) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A setting by the name it was given, its field of `Job`, and the values it takes."""
+    """A setting: the name that the user gave, its field of `Job`, and its values."""
 
     name: str
     field: str
@@ -219,7 +219,7 @@ class Axis:
 
     @property
     def labels(self) -> list[str]:
-        """A caption for each value, such as `scale=7.5`."""
+        """Returns a caption for each value, such as `scale=7.5`."""
         return [f"{self.name}={_shown(value)}" for value in self.values]
 
 
@@ -238,30 +238,30 @@ class Sweep:
 
     @property
     def rows(self) -> list[str]:
-        """The captions of a sheet's rows; one empty caption where there is a single axis."""
+        """Returns the captions of a sheet's rows; one empty caption if there is a single axis."""
         return self.axes[0].labels if len(self.axes) > 1 else [""]
 
     @property
     def columns(self) -> list[str]:
-        """The captions of a sheet's columns."""
+        """Returns the captions of a sheet's columns."""
         return self.axes[min(1, len(self.axes) - 1)].labels
 
     @property
     def sheets(self) -> list[str]:
-        """The captions of the sheets; one empty caption where two axes say everything."""
+        """Returns the captions of the sheets; one empty caption if there are at most two axes."""
         return list(map(", ".join, itertools.product(*(axis.labels for axis in self.axes[2:]))))
 
     def overrides(self) -> Iterator[dict[str, Any]]:
-        """What each job changes, by field: sheet by sheet, row by row, column by column."""
+        """Yields the values that each job changes, by field: sheet by sheet, row by row, column by column."""
         axes = [*self.axes[2:], *self.axes[:2]]
         for values in itertools.product(*(axis.values for axis in axes)):
             yield {axis.field: value for axis, value in zip(axes, values, strict=True)}
 
 
 def parse_sweep(texts: Sequence[str], cap: int = MAX_JOBS) -> Sweep:
-    r"""A sweep from texts such as `scale=5,7.5,10`, `steps=10..50:10` and `prompt=a cat,a dog`.
+    r"""Parses a sweep from texts such as `scale=5,7.5,10`, `steps=10..50:10` and `prompt=a cat,a dog`.
 
-    A name is a field of `Job`, `init.` and one of its image's, or the command line's. Ranges include both ends
+    A name is a field of `Job`, `init.` and a field of `Init`, or an option's. Ranges include both ends
     and go down if the first is larger; their step is 1 if none is given. `\,` is a comma within a value.
     `InputError` for an unknown name, one given twice, a wrong value, and more than `cap` combinations.
     """
@@ -300,12 +300,12 @@ _RANGE = re.compile(r"(.+?)\.\.(.+?)(?::(.+))?")
 
 
 def _entries(text: str) -> list[str]:
-    """What stands between commas, escaped ones aside."""
+    """Splits at commas that are not escaped."""
     return [part.replace("\\,", ",") for part in _COMMA.split(text)]
 
 
 def _spread(entry: str, setting: Setting, cap: int) -> list[str]:
-    """The values of a range, as texts; any other entry alone."""
+    """Returns the values of a range, as texts; any other entry alone."""
     match = _RANGE.fullmatch(entry.strip())
     if match is None or setting.kind not in (int, float):
         return [entry]
@@ -318,7 +318,7 @@ def _spread(entry: str, setting: Setting, cap: int) -> list[str]:
 
 
 def _range(first: Decimal, last: Decimal, step: Decimal, cap: int) -> list[Decimal]:
-    """From first to last, in decimal numbers so that steps of 0.1 stay exact."""
+    """Yields the numbers from first to last, in decimal so that steps of 0.1 are exact."""
     if step <= 0:
         raise InvalidOperation
     steps = abs(last - first) / step

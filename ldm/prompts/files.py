@@ -1,4 +1,4 @@
-"""Prompt files as lines of text, with every fault of a file gathered into one error."""
+"""Reads prompt files as lines of text, and collects the faults of a file in one error."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MAX_LINE = 10_000
 MAX_DOCUMENT = 16_000_000  # of a line that begins with a bracket: JSON can be one line
 STDIN = "-"
 _SHOWN_FAULTS = 20
-_MOST_FAULTS = 1_000  # a file with more is no prompt file: the rest of it is not read
+_MOST_FAULTS = 1_000  # a file with more is not a prompt file: the rest of it is not read
 
 
 class Faults:
-    """The faults of one source, told together; without a name there is one line, which needs no number."""
+    """The faults of one source, reported together; a source without a name is one line, without a number."""
 
     def __init__(self, name: str = "") -> None:
         self.name = name
@@ -27,7 +27,7 @@ class Faults:
         self._count = 0
 
     def add(self, number: int, what: str) -> None:
-        """Notes what is wrong with line `number`; raises once there are a thousand."""
+        """Adds a fault of line `number`; raises once there are a thousand."""
         self._count += 1
         if self._count <= _SHOWN_FAULTS:
             self._shown.append((number, what))
@@ -47,12 +47,12 @@ class Faults:
 
 
 def source_name(source: str | Path) -> str:
-    """What messages call a prompt file."""
+    """Returns the name of a prompt file in messages."""
     return "standard input" if source == STDIN else printable(source)
 
 
 def no_prompt(name: str) -> InputError:
-    """The error for a source without a prompt."""
+    """Returns the error for a source without a prompt."""
     return InputError(f"{name} holds no prompt: write one a line")
 
 
@@ -61,7 +61,7 @@ def read_lines(source: str | Path, faults: Faults) -> Iterator[str]:
 
     Lines are UTF-8, with or without a byte order mark, and end in LF, CRLF or CR; every other separator
     (form feed, U+2028, ...) is part of the text. A line of more than 10,000 characters (16 million where the
-    first line begins with [ or {) or with bytes that are not UTF-8 is noted in `faults` and comes out empty.
+    first line begins with [ or {) or with bytes that are not UTF-8 is added to `faults` and yielded empty.
     `InputError` for a file that cannot be read.
     """
     try:
@@ -73,7 +73,7 @@ def read_lines(source: str | Path, faults: Faults) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _open(source: str | Path) -> Iterator[io.TextIOWrapper]:
-    """The source as text in which bytes that are not UTF-8 are lone surrogates, so that their place is known."""
+    """Opens the source as text; bytes that are not UTF-8 become lone surrogates, so that their position is known."""
     if source != STDIN:
         with open(source, encoding="utf-8", errors="surrogateescape", newline="") as file:
             yield file
@@ -116,12 +116,12 @@ def _checked_lines(file: io.TextIOWrapper, faults: Faults) -> Iterator[str]:
 
 
 def too_long(limit: int = MAX_LINE) -> str:
-    """What is wrong with a line or a prompt of more characters."""
+    """Returns the fault of a line or a prompt of more characters."""
     return f"longer than {limit:,} characters; shorten it"
 
 
 def _foreign_encoding(first: str) -> str:
-    """What the first line of a file is written in if that is UTF-16 or UTF-32, told by its mark or its zeros."""
+    """Returns a file's encoding if it is UTF-16 or UTF-32, by the mark or the zeros of its first line."""
     head = first[:64].encode("utf-8", "surrogateescape").rstrip(b"\r\n")
     if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "UTF-32"
@@ -135,7 +135,7 @@ def _size(raw: str) -> int:
 
 
 def _foreign_byte(raw: str, offset: int) -> str:
-    """What is wrong with the first byte of `raw`, which starts `offset` bytes into the file, that is not UTF-8."""
+    """Returns the fault of the first byte that is not UTF-8 in `raw`, which starts `offset` bytes into the file."""
     try:
         raw.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""What one line of a prompt list asks for."""
+"""One line of a prompt list, and the collection and check of its values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldm.fields import SETTINGS, Setting
 from ldm.prompts.files import MAX_LINE, Faults, too_long
 from ldm.util import printable
 
-COUNT, SEEDS = "count", "seeds"  # beside the fields of a job: how many images, and several seeds
+COUNT, SEEDS = "count", "seeds"  # in addition to the fields of a job: how many images, and several seeds
 MAX_COUNT = 100_000
 _COUNT = Setting(COUNT, int, 1, MAX_COUNT)
 _NO_OVERRIDES: Mapping[str, Any] = {}
@@ -19,11 +19,11 @@ _NO_OVERRIDES: Mapping[str, Any] = {}
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What one line asks for: `count` images of a prompt for each of its seeds.
+    """The request of one line: `count` images of a prompt for each of its seeds.
 
-    `seeds` is empty where the line leaves the seed to the run; a seed is the first of its images', and the next
-    ones count up. `overrides` are checked values by field of `Job`, behind `init.` by field of its `Init`; `init`
-    None takes the image away. `number` counts the source's lines from 1.
+    `seeds` is empty where the run chooses the seed; a seed is that of the first of its images, and the next
+    ones count up. `overrides` are checked values by field of `Job`, after `init.` by field of its `Init`; `init`
+    None removes the image. `number` counts the source's lines from 1.
     """
 
     number: int
@@ -34,32 +34,32 @@ class Line:
 
 
 def numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers."""
+    """Yields the lines that are not blank, with their numbers."""
     return ((i, text) for i, text in enumerate(lines, 1) if text and not text.isspace())
 
 
 def parse_field(field: str, text: str) -> Any:
-    """The value of the right type that a text stands for; ValueError says what is wrong."""
+    """Parses a text as a value of a field's type. Raises ValueError with the reason."""
     if field == SEEDS:
         return tuple(map(SETTINGS["seed"].parse, text.split(",")))
     return _setting(field).parse(text)
 
 
 def check_field(field: str, value: Any) -> Any:
-    """The value as a job holds it; ValueError says what is wrong with its type or range."""
+    """Returns the value as a job holds it. Raises ValueError for a wrong type or range, with the reason."""
     if field == SEEDS:
         return tuple(map(SETTINGS["seed"].check, value))
     return _setting(field).check(value)
 
 
 def check_value(field: str, value: Any) -> Any:
-    """As `check_field`, where a text that names one of several choices may be spelt as in a line."""
+    """Does the same as `check_field`, but accepts the spellings of choices that a line may use."""
     spelt = isinstance(value, str) and field != SEEDS and _setting(field).choices
     return check_field(field, parse_field(field, value) if spelt else value)
 
 
 def is_number(field: str) -> bool:
-    """Whether the values of a field are numbers."""
+    """Returns whether the values of a field are numbers."""
     return field == SEEDS or _setting(field).kind in (int, float)
 
 
@@ -68,7 +68,7 @@ def _setting(field: str) -> Setting:
 
 
 class Values:
-    """Collects what one line says, and notes what is wrong with it."""
+    """Collects the values of one line, and its faults."""
 
     def __init__(self, number: int, faults: Faults) -> None:
         self._number, self._faults = number, faults
@@ -77,12 +77,12 @@ class Values:
         self._counts: dict[str, int] = {}
 
     def fault(self, what: str) -> None:
-        """Notes what is wrong with the line."""
+        """Adds a fault of the line."""
         self._good = False
         self._faults.add(self._number, what)
 
     def add(self, name: str, field: str, read: Callable[[], Any]) -> None:
-        """Takes the value that `read` gives for a field, under the name it has in the line."""
+        """Adds the value that `read` returns for a field, under its name in the line."""
         try:
             value = read()
         except ValueError as error:
@@ -94,11 +94,11 @@ class Values:
         target[key] = value
 
     def add_text(self, name: str, field: str, text: str) -> None:
-        """Takes the value that a text stands for."""
+        """Adds the value of a text."""
         self.add(name, field, lambda: check_field(field, parse_field(field, text)))
 
     def line(self) -> Line | None:
-        """The line, or None if anything is wrong with it."""
+        """Returns the line, or None if it has a fault."""
         values, count = self._values, prod(self._counts.values())
         if count > MAX_COUNT:
             self.fault(f"{count} images of one line; give at most {MAX_COUNT}")

@@ -1,4 +1,4 @@
-"""What lists and prompts say in the notations of other programs, where it is read as text: one warning for each."""
+"""Warns, once for each, of notations of other programs in lists and prompts that are read as text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = 60  # characters of a prompt in a message
 
 @dataclass(frozen=True, slots=True)
 class Notation:
-    """A sign of a notation: what `find` sees, and what a message says of it after its place."""
+    """A sign of a notation: the function `find` that detects it, and the message about it."""
 
     find: Callable[[str], re.Match[str] | None]
     message: str
@@ -29,7 +29,7 @@ def _sign(pattern: str, message: str) -> Notation:
 
 
 def _in_capitals(pattern: str, message: str) -> Notation:
-    """A sign in capitals, which says nothing in a prompt of capitals only."""
+    """Finds a sign in capitals, which means nothing in a prompt of capitals only."""
     search = re.compile(pattern).search
     return Notation(lambda text: None if text.isupper() else search(text), message)
 
@@ -64,7 +64,7 @@ LINES = (
 
 
 def warn_of_lines(source: str, lines: Iterable[tuple[int, str]]) -> None:
-    """Warns of lines, by their numbers, that look like no prompt but are drawn as they are."""
+    """Warns of lines, by number, that do not look like prompts but are used as prompts."""
     _warn(LINES, ((f"line {number}", text) for number, text in lines), f"{source}, ")
 
 
@@ -130,7 +130,7 @@ NEGATIVE_TAGS = (
         "asks for a network, which a negative prompt cannot; it is read as text. Move it to the prompt",
     ),
 )
-_SIGNS = re.compile(r"[<(\[{_$*/+:：]|--|[A-Z]{3}")  # one of which all of them have
+_SIGNS = re.compile(r"[<(\[{_$*/+:：]|--|[A-Z]{3}")  # all of them have one of these
 
 
 def warn_of_notations(
@@ -141,10 +141,10 @@ def warn_of_notations(
     weighted: bool,
     tagged: bool,
 ) -> None:
-    """Warns of what prompts hold that means something elsewhere and is text here, once for each notation.
+    """Warns of notations in prompts that mean something in other programs and are text here, once for each.
 
-    Prompts come with the place that a message names. `expanded`, `weighted` and `tagged` say whether --expand, the
-    weights of --prompt_syntax a1111 and the tags of --lora_dir are read.
+    Prompts come with the place that a message names. `expanded`, `weighted` and `tagged` are True where --expand,
+    the weights of --prompt_syntax a1111 and the tags of --lora_dir are read.
     """
     signs = [*ALWAYS, *([] if weighted else WEIGHTS), *OTHER_TAGS]
     own = [*([] if tagged else TAGS), *([] if expanded else CHOICES), *signs]
@@ -153,7 +153,7 @@ def warn_of_notations(
 
 
 def _warn(signs: Sequence[Notation], texts: Iterable[tuple[str, str]], before: str = "") -> None:
-    """One line for each sign that is found: the first place, what is there, and how many there are."""
+    """Logs one line for each sign that is found: the first place, the text there, and the count."""
     found: dict[int, list[str]] = {}
     counts = [0] * len(signs)
     for place, text in texts:

@@ -1,4 +1,4 @@
-"""Lines with options of their own, in the dialects of several programs."""
+"""Reads lines with options, in the dialects of several programs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Parts(NamedTuple):
-    """A line taken apart: the text before its options, their names and values, and what could not be."""
+    """A parsed line: the text before its options, their names and values, and the part that could not be parsed."""
 
     text: str
     options: list[tuple[str, str | None]]
@@ -28,7 +28,7 @@ class _Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Dialect:
-    """A dialect of options: how a line comes apart, and what its options mean.
+    """A dialect of options: how a line is split, and the meaning of its options.
 
     `names` maps an option, dashes included, to a field of `Job`, to `count` or `seeds`, or to None if it has no
     counterpart here. `flags` take no value; they set a field to one. `comments` begin lines that are skipped.
@@ -44,11 +44,11 @@ class Dialect:
     brackets: bool = False  # [words] in the prompt are the negative prompt
 
     def read(self, lines: Sequence[str], faults: Faults) -> Iterator[Line]:
-        """Every line as one of this dialect."""
+        """Reads every line as one of this dialect."""
         return filter(None, (self._line(*numbered, faults) for numbered in self._used(lines)))
 
     def read_mixed(self, lines: Sequence[str], faults: Faults) -> Iterator[Line]:
-        """The lines that are of this dialect as such, the others literally."""
+        """Reads the lines of this dialect by its rules, the others literally."""
         literal: list[tuple[int, str]] = []
         for number, text in self._used(lines):
             names = [name for name in option_names(text) if name.startswith(self.dashes)]
@@ -58,7 +58,7 @@ class Dialect:
             elif line := self._line(number, text, faults):
                 yield line
         warn_of_literal(faults.name, literal)
-        if not self.brackets:  # there quotes are the dialect's own
+        if not self.brackets:  # there quotes belong to the dialect
             warn_of_lines(faults.name, (line for line in self._used(lines) if not option_names(line[1])))
 
     def _used(self, lines: Sequence[str]) -> Iterator[tuple[int, str]]:
@@ -69,7 +69,7 @@ class Dialect:
         )
 
     def is_evidence(self, text: str, names: Sequence[str]) -> bool:
-        """Whether all of a line, with options by these names in it, reads as this dialect."""
+        """Returns whether all of a line, with options of these names in it, reads as this dialect."""
         if not any(map(self._may_know, names)):
             return False
         parts = self.split(text)
@@ -85,7 +85,7 @@ class Dialect:
         return name in self.names or name in self.flags
 
     def _may_know(self, name: str) -> bool:
-        """Whether what looks like an option can be one: known, or a known letter with its value attached."""
+        """Returns whether an apparent option can be one: known, or a known letter with its value attached."""
         return self._knows_long(name) or (name[1] != "-" and self._knows(name[:2]))
 
     def _knows_long(self, name: str) -> bool:
@@ -99,7 +99,7 @@ class Dialect:
         )
 
     def _tells(self, name: str, value: str | None) -> bool:
-        """Whether an option is one by more than chance: a long name, or a letter with a number."""
+        """Returns whether an option is unlikely to be chance: a long name, or a letter with a number."""
         field = self.names.get(name)
         if name.startswith("--"):
             return name in self.flags or field is not None
@@ -109,7 +109,7 @@ class Dialect:
         if not self._knows(name):
             return False
         field = self.names.get(name)
-        if field is None:  # a flag, or what has no counterpart
+        if field is None:  # a flag, or an option without a counterpart
             return value is None or name not in self.flags
         return value is not None and _is_of_type(field, value)
 
@@ -143,7 +143,7 @@ class Dialect:
             field, constant = self.flags[name]
             values.add(name, field, lambda: constant)
         elif field is None:
-            if value != "false":  # what is off anyway
+            if value != "false":  # an option that is off anyway
                 values.fault(f"{name} has no counterpart here; leave it out")
         elif value is None:
             values.fault(f"{name} needs a value")
@@ -170,12 +170,12 @@ _OPTION = re.compile(_GAP + r"(--?[A-Za-z][\w-]*)")
 
 
 def option_names(text: str) -> list[str]:
-    """What looks like the name of an option: dashes and a letter behind white space, or at the beginning."""
+    """Returns apparent names of options: dashes and a letter after white space, or at the beginning."""
     return _OPTION.findall(text) if "-" in text else []
 
 
 def warn_of_literal(source: str, literal: Sequence[tuple[int, str]]) -> None:
-    """Tells of lines, by number and an option in each, that are taken as they are."""
+    """Warns of lines, by number and an option in each, that are read literally."""
     if literal:
         number, name = literal[0]
         logger.warning(
@@ -186,7 +186,7 @@ def warn_of_literal(source: str, literal: Sequence[tuple[int, str]]) -> None:
 
 
 def _shell_words(text: str, comments: bool = False) -> list[str]:
-    """The words of a shell line. Raises ValueError for a quote that does not close."""
+    """Splits a shell line into words. Raises ValueError for a quote that is not closed."""
     if not any(sign in text for sign in "\"'\\#"):  # shlex is slow
         return re.findall(r"[^ \t]+", text)
     return shlex.split(text, comments=comments)
@@ -196,7 +196,7 @@ _NO_CLOSING_QUOTE = "a quote does not close; write \\\" or \\' for a literal one
 
 
 def _split_long(text: str) -> _Parts:
-    """Text, then `--name words` or `--name=word`, quoted as in a shell; the text itself is literal."""
+    """Splits text, then `--name words` or `--name=word`, quoted as in a shell; the text itself is literal."""
     first = re.search(_GAP + "--[A-Za-z]", text)
     if first is None:
         return _Parts(text, [])
@@ -225,7 +225,7 @@ def _split_a1111(text: str) -> _Parts:
 
 
 def _split_kohya(text: str) -> _Parts:
-    """Text, then `--letter value` up to the next such; nothing is quoted, letters in either case."""
+    """Splits text, then `--letter value` up to the next such; nothing is quoted, letters in either case."""
     prompt, *options = re.split(_GAP + "--(?=[A-Za-z])", text)
     parts = [option.split(maxsplit=1) for option in options]
     return _Parts(
@@ -237,7 +237,7 @@ _SWITCH = re.compile(_GAP + "--?[A-Za-z]")
 
 
 def _split_invokeai(text: str) -> _Parts:
-    """A prompt, literal or in double quotes, then `-Xvalue`, `-X value`, `--name value` or `--name=value`."""
+    """Splits a prompt, literal or in double quotes, then `-Xvalue`, `-X value`, `--name value` or `--name=value`."""
     text = text.strip()
     try:
         if text.startswith('"'):
@@ -260,7 +260,7 @@ def _split_invokeai(text: str) -> _Parts:
 
 
 def _switch(word: str) -> tuple[str, str | None]:
-    """Name and attached value of a word that begins with a dash."""
+    """Returns name and attached value of a word that begins with a dash."""
     if word.startswith("--"):
         name, equals, value = word.partition("=")
         return name, value if equals else None
@@ -270,7 +270,7 @@ def _switch(word: str) -> tuple[str, str | None]:
 
 
 def _dashed(names: Mapping[str, str | None] | str, dashes: str = "--") -> dict[str, str | None]:
-    """Options with their dashes; from a text, those without a counterpart."""
+    """Returns options with their dashes; from a text, options without a counterpart."""
     pairs = dict.fromkeys(names.split()) if isinstance(names, str) else names
     return {dashes + name: field for name, field in pairs.items()}
 

@@ -1,4 +1,4 @@
-"""Prompt lists as JSON lines and as CSV, and the names that other programs give to the fields of a job."""
+"""Reads prompt lists as JSON lines and as CSV, with other programs' names for the fields of a job."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FOREIGN: Mapping[str, str] = {
     **dict.fromkeys(("denoising_strength", "denoise"), "strength"),
     **dict.fromkeys(("batch_size", "num_images", "num_images_per_prompt"), COUNT),
 }
-# what only says which entry it is
+# these only identify the entry
 _LABELS = (
     "",
     "name",
@@ -46,7 +46,7 @@ _LABELS = (
 
 
 def read_jsonl(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
-    """A JSON object a line: names and values of the fields of `Job`, `init` as an object or the image's path."""
+    """Reads a JSON object a line: names and values of fields of `Job`, `init` as an object or the image's path."""
     return (line for number, text in numbered(lines) for line in _json_line(number, text, faults))
 
 
@@ -62,24 +62,24 @@ def _json_line(number: int, text: str, faults: Faults) -> list[Line]:
 
 
 def parse_json(text: str) -> Any:
-    """The value that a JSON text stands for, its objects as `Object`. Raises ValueError with what is wrong."""
+    """Parses JSON text, with objects as `Object`. Raises ValueError with the reason."""
     try:
         return json.loads(text, object_pairs_hook=Object)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not valid JSON ({error.msg} at column {error.colno})") from None
-    except (ValueError, RecursionError):  # a number of thousands of digits; brackets in brackets in ...
+    except (ValueError, RecursionError):  # a number of thousands of digits; deeply nested brackets
         raise ValueError("is not JSON that can be read") from None
 
 
 class Object(list[tuple[str, Any]]):
-    """A JSON object as pairs, so that a name given twice is seen."""
+    """A JSON object as pairs, so that repeated names are detected."""
 
 
 def read_entry(number: int, entry: Any, faults: Faults, common: Sequence[tuple[str, Any]] = ()) -> list[Line]:
-    """The lines of one entry of a list: a prompt, or an object of a job's fields.
+    """Returns the lines of one entry of a list: a prompt, or an object of a job's fields.
 
-    Its own names come before those in `common`. An object whose prompt is a list has a line for each entry of it,
-    to which all else that it says is common; so has kohya's, whose list is called `subset`.
+    Its names take precedence over those in `common`. An object whose prompt is a list has a line for each entry,
+    with all its other values; so has kohya's, whose list is called `subset`.
     """
     if isinstance(entry, str):
         entry = Object([("prompt", entry)])
@@ -104,13 +104,13 @@ _LISTS = ("prompts", "prompt", "subset", "subsets")
 
 
 def _but(common: Sequence[tuple[str, Any]], own: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """What is common to several entries, apart from what one of them says itself."""
+    """Returns the common values of several entries, without the names that one of them sets itself."""
     said = {column(name) for name, _ in own}
     return [(name, value) for name, value in common if column(name) not in said]
 
 
 def _flat(name: str, value: Any) -> list[tuple[str, Any]]:
-    """The pairs that an entry adds: those of `init` as `init.` and their names."""
+    """Returns the pairs that an entry adds: those of `init` as `init.` and their names."""
     if name != "init" or value is None:
         return [(name, value)]
     if isinstance(value, Object):
@@ -122,14 +122,18 @@ def _add_entry(values: Values, name: str, value: Any) -> None:
     field = column(name)
     if field is None and name == "init" and value is None:
         values.add(name, name, lambda: None)
-    elif field is None and value not in (None, False, []):  # what is off anyway, as in the web UI's API
+    elif field is None and value not in (
+        None,
+        False,
+        [],
+    ):  # settings that are off anyway, as in the web UI's API
         values.fault(_unknown(name))
     elif field:
         values.add(name, field, lambda: check_value(field, value))
 
 
 def column(name: str) -> str | None:
-    """What a name in JSON, a CSV header and the like stands for: "" for a label, None if it is unknown."""
+    """Returns the field of a name in JSON, a CSV header and the like: "" for a label, None if it is unknown."""
     if name in ("n_iter", "n_samples", COUNT):
         return COUNT
     setting = find_setting(name)
@@ -150,7 +154,7 @@ def _unknown(name: str) -> str:
 
 
 def read_csv(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
-    """A header with names of fields of `Job`, then a row a line; cells are quoted as spreadsheets do it."""
+    """Reads a header with names of fields of `Job`, then a row a line; cells are quoted as spreadsheets do it."""
     rows = _csv_rows(lines, faults)
     number, header = next(rows, (1, []))
     names = [name.strip() for name in header]
@@ -172,7 +176,7 @@ def read_csv(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
 def _csv_line(
     number: int, titles: Sequence[tuple[str, str]], row: Sequence[str], faults: Faults
 ) -> Line | None:
-    """A row below names and their fields; an empty cell says nothing, but for an empty prompt."""
+    """Reads a row below names and their fields; an empty cell is ignored, except an empty prompt."""
     values = Values(number, faults)
     if len(row) != len(titles):
         values.fault(f"has {len(row)} cells, but the header {len(titles)}; quote a cell with a comma in it")
@@ -186,7 +190,7 @@ def _csv_line(
 
 
 def _csv_rows(lines: Sequence[str], faults: Faults) -> Iterator[tuple[int, list[str]]]:
-    """The rows with the numbers of their first lines; a quoted cell may hold ends of lines."""
+    """Yields the rows with the numbers of their first lines; a quoted cell may contain line ends."""
     delimiter = _delimiter(lines)
     rows = csv.reader(
         (text + "\n" for text in lines), delimiter=delimiter, skipinitialspace=True, strict=True
@@ -205,13 +209,13 @@ def _csv_rows(lines: Sequence[str], faults: Faults) -> Iterator[tuple[int, list[
 
 
 def _delimiter(lines: Sequence[str]) -> str:
-    """The sign between the names of the header: a comma, or what spreadsheets write instead."""
+    """Returns the delimiter of the header: a comma, or another one that spreadsheets write."""
     _, header = next(numbered(lines))
     return max(",;\t", key=header.count)
 
 
 def header_names(text: str) -> list[str]:
-    """The names of a line that looks like a CSV header, else none.
+    """Returns the names of a line that looks like a CSV header, else none.
 
     They are several words, `prompt` among them, or names that are all known, one of them a prompt's.
     """
@@ -225,10 +229,10 @@ def header_names(text: str) -> list[str]:
 
 
 def unknown_names(names: Sequence[str]) -> list[str]:
-    """Those that are not the names of columns."""
+    """Returns those that are not the names of columns."""
     return [name for name in names if column(name) is None]
 
 
 def is_json_object(text: str) -> bool:
-    """Whether a line begins as a JSON object does, with a name in it."""
+    """Returns whether a line begins like a JSON object, with a name in it."""
     return _JSON_BEGINS.match(text) is not None

@@ -1,4 +1,4 @@
-"""Prompt weights and long prompts by the rules of AUTOMATIC1111's web UI.
+"""Parses prompt weights and long prompts by the rules of AUTOMATIC1111's web UI.
 
 (x) times 1.1, [x] divided by 1.1, (x:1.3) times 1.3, nested weights multiply; backslash before a bracket or a
 backslash for a literal one; BREAK begins a new chunk of 75 tokens.
@@ -36,11 +36,11 @@ _MAX_DEPTH = 100
 
 
 def parse_weights(prompt: str) -> list[list[Weighted]]:
-    """The sections of a prompt between its BREAKs, each as texts and their weights.
+    """Returns the sections of a prompt between its BREAKs, each as texts and their weights.
 
-    An unclosed bracket acts to the end, a stray closing one is text, a lone backslash vanishes, and neighbours of
-    equal weight are one text. BREAK counts inside brackets, too. `InputError` for a weight that is no finite
-    number, and for what the web UI reads as more than weights: [from:to:when], [a|b] and AND.
+    An unclosed bracket extends to the end, a stray closing one is text, a lone backslash is dropped, neighbours of
+    equal weight are one text. BREAK counts inside brackets, too. `InputError` for a weight that is not a finite
+    number, and for the web UI's other syntax: [from:to:when], [a|b] and AND.
     """
     _refuse_more_than_weights(prompt)
     parts = _Parts()
@@ -56,7 +56,7 @@ def parse_weights(prompt: str) -> list[list[Weighted]]:
 
 
 class _Parts:
-    """Texts and their weights, None for BREAK, and which of them each open bracket stands before."""
+    """Texts and their weights, None for BREAK, and for each open bracket the index of the text after it."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[str | None, float]] = []
@@ -66,7 +66,7 @@ class _Parts:
         self._parts.append((text, 1.0))
 
     def add_text(self, text: str) -> None:
-        """Adds a text in which BREAK can stand."""
+        """Adds a text that may contain BREAK."""
         first, *rest = _BREAK.split(text)
         self.add(first)
         for part in rest:
@@ -79,7 +79,7 @@ class _Parts:
             raise InputError(f"the prompt has more than {_MAX_DEPTH} open brackets; close them or write \\(")
 
     def close(self, sign: str, weight: str | None) -> bool:
-        """Scales what a closing bracket, with or without a weight, closes; False if that is nothing."""
+        """Scales the texts that a closing bracket closes, with or without a weight; False if no bracket is open."""
         opening = {")": "(", "]": "["}.get(sign[-1], "")
         starts = self._open.get(opening)
         if not starts:
@@ -88,7 +88,7 @@ class _Parts:
         return True
 
     def sections(self) -> Iterator[list[Weighted]]:
-        """Closes what is open; yields what stands between BREAKs."""
+        """Closes open brackets; yields the sections between BREAKs."""
         for sign, starts in self._open.items():
             for start in starts:
                 self._scale(start, FACTORS[sign])
@@ -128,7 +128,7 @@ def _number(text: str) -> float:
 
 
 def _merged(section: Sequence[Weighted]) -> list[Weighted]:
-    """Neighbours of equal weight as one text, so that a word written in pieces becomes one word's tokens."""
+    """Joins neighbours of equal weight, so that a word written in pieces becomes one word's tokens."""
     merged: list[Weighted] = []
     for text, weight in section:
         if merged and merged[-1][1] == weight:
@@ -139,16 +139,16 @@ def _merged(section: Sequence[Weighted]) -> list[Weighted]:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What the text encoder reads at once: token ids from the begin to the end token, padded, and their weights."""
+    """The text encoder's input: token ids from the begin to the end token, padded, and their weights."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
 
 
 def chunk_prompt(prompt: str, tokenizer: CLIPTokenizer, length: int = 75) -> list[Chunk]:
-    """A prompt as chunks of `length` tokens and the begin and end token around them; the end token also pads.
+    """Splits a prompt into chunks of `length` tokens between the begin and the end token; the end token also pads.
 
-    At least one; an empty section between BREAKs is a chunk of its own, one behind the last BREAK is none.
+    There is at least one; an empty section between BREAKs is a chunk, an empty one after the last BREAK is not.
     See `parse_weights` for the syntax and the errors.
     """
     *firsts, last = [_tokens(section, tokenizer) for section in parse_weights(prompt)]
@@ -161,12 +161,12 @@ Token = tuple[int, float]
 
 
 def _tokens(section: Sequence[Weighted], tokenizer: CLIPTokenizer) -> list[Token]:
-    """Ids and weights; each text becomes tokens by itself."""
+    """Returns ids and weights; each text is tokenised separately."""
     return [(token, weight) for text, weight in section for token in tokenizer.encode(text)[1:-1]]
 
 
 def _pieces(tokens: Sequence[Token], tokenizer: CLIPTokenizer, length: int) -> Iterator[Sequence[Token]]:
-    """Cuts behind `length` tokens at most, see `_cut`."""
+    """Cuts after at most `length` tokens, see `_cut`."""
     comma, start = tokenizer.encode(",")[1], 0
     while len(tokens) - start > length:
         ids = [token for token, _ in tokens[start : start + length + 1]]
@@ -177,10 +177,10 @@ def _pieces(tokens: Sequence[Token], tokenizer: CLIPTokenizer, length: int) -> I
 
 
 def _cut(ids: Sequence[int], comma: int, size: int) -> int:
-    """How many of the ids but the last one make a chunk.
+    """Returns how many of the ids, without the last one, make a chunk.
 
     They end before an embedding of several vectors that does not fit (ids from `size` upward, in sequence), or
-    behind a comma that is among the last few, unless a comma comes next.
+    after a comma that is among the last few, unless a comma comes next.
     """
     length = begin = len(ids) - 1
     while begin and ids[begin] > size and ids[begin] == ids[begin - 1] + 1:
