@@ -142,9 +142,11 @@ def test_every_module_imports_without_what_few_runs_use():
 
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 # not those of a virtual environment in the same folder
-READMES = [
+PAGES = [
     ROOT / "README.md",
-    *(p for name in ("ldm", "models", "scripts") for p in (ROOT / name).rglob("README.md")),
+    *sorted(
+        p for name in ("ldm", "models", "scripts", "tests", ".github") for p in (ROOT / name).rglob("*.md")
+    ),
 ]
 
 
@@ -161,13 +163,76 @@ def test_each_name_of_a_test_file_is_used_once():
     assert [name for name, count in names.items() if count > 1] == []
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_each_test_that_a_readme_names_exists(readme):
-    named = re.findall(r"\btests/[\w./]*\w", readme.read_text(encoding="utf-8"))
-    assert [name for name in named if not (ROOT / name).exists()] == []
-
-
 def test_the_folders_of_tests_are_those_of_the_package():
     rooms = {path.relative_to(ROOT / "ldm").parts[0] for path in (ROOT / "ldm").glob("*/**/*.py")}
     folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in TESTS} - {"."}
     assert folders == rooms - {"__pycache__"}
+
+
+def page_name(path):
+    return str(path.relative_to(ROOT))
+
+
+def anchors(page):
+    """The anchors that GitHub gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def broken_links(page):
+    """The relative links of a page whose file, or heading in it, does not exist."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"https?://", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            yield link
+
+
+def missing_names(page):
+    """The paths in a page, from the root or in code from its folder, and the names in them, that do not exist."""
+    text = page.read_text(encoding="utf-8")
+    paths = re.findall(r"(?<![\w./-])((?:ldm|tests|scripts|configs)/[\w./-]*\w)", text)
+    in_code = re.findall(r"`([\w./-]*\w\.py)(?::(\w+))?`", text)
+    in_walks = [(name, "") for name in re.findall(r"(?<![\w./-])((?:\w+/)+\w+\.py)", text)]
+    for name in paths:
+        if not (ROOT / name).exists():
+            yield name
+    for name, member in in_code + in_walks:
+        places = [ROOT / name, page.parent / name, ROOT / "ldm" / name, ROOT / "scripts" / name]
+        files = [p for p in (*places, *(p for p in TESTS if p.name == name)) if p.is_file()]
+        if not files or (member and not re.search(rf"^(class |def )?{member}\b", files[0].read_text(), re.M)):
+            yield f"{name}:{member}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_each_link_and_path_of_a_readme_exists(page):
+    assert [*broken_links(page)] == []
+    assert [*missing_names(page)] == []
+
+
+def test_what_a_page_names_and_does_not_exist_is_found(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(
+        "# A *Title*, here\n[a](#a-title-here) [b](#b) [c](no.md) [d](https://example.org)\n"
+        "ldm/job.py, ldm/none.py, `job.py:Job`, `job.py:Jab`, `none.py`, cli/none.py\n"
+    )
+    assert [*broken_links(page)] == ["#b", "no.md"]
+    assert [*missing_names(page)] == ["ldm/none.py", "job.py:Jab", "none.py:", "ldm/none.py:", "cli/none.py:"]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
+
+
+def test_the_readme_of_the_architecture_has_every_room_at_its_rank():
+    page = (ROOT / "ldm/README.md").read_text(encoding="utf-8")
+    table = page[page.index("| rank | room") : page.index("## Three walks")]
+    listed, number = [set() for _ in RANKS], 0
+    for row in table.splitlines()[2:]:
+        _, rank_cell, rooms, *_ = row.split("|") if row else ("", "", "")
+        number = int(rank_cell) if rank_cell.strip() else number
+        listed[number - 1] |= set(re.findall(r"`ldm/(?:cli/(?=commands))?(\w+)(?:\.py)?`", rooms))
+    assert listed == RANKS
