@@ -18,7 +18,7 @@ _WHOLE = 1e-5  # the rounding error allowed between 1 and the blur of ones
 def to_latent_mask(repaint: Tensor, factor: int, nearest: bool) -> Tensor:
     """Returns a mask [B, 1, H, W] on the latent's grid: float32 [B, 1, H/factor, W/factor].
 
-    With `nearest` a cell takes the value of its upper left pixel, as the published inpainting app of Stable
+    With `nearest` a cell has the value of its upper left pixel, as the published inpainting app of Stable
     Diffusion 1.5 does; otherwise it is repainted if any of its pixels is. Raises ValueError for sides that are
     not multiples of `factor`.
     """

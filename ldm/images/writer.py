@@ -87,7 +87,7 @@ def encode_png(
 
     Latin-1 text becomes a tEXt chunk, any other an iTXt chunk. Readers refuse long chunks, so of text above
     64 kB only the last line, the settings, is kept, and nothing if that alone is too long (as of a record, which
-    is one line); a warning says so.
+    is one line), with a warning.
     """
     info = PngInfo()
     if unfinished:

@@ -106,7 +106,7 @@ _UPSCALER = _Codec(
 )
 _FILE = _Codec(file_name, str)  # its folder is private to the user
 
-# Key in the text, field of Job (of its `init` after a dot), codec. The web UI says GPU where the sampling device
+# Key in the text, field of Job (of its `init` after a dot), codec. The web UI writes GPU where the sampling device
 # draws the noise, and NV where CUDA's Philox noise is computed on another. A text without RNG is read as NV: as
 # a rule its noise was drawn on a CUDA device, and philox reproduces that on every machine.
 _ALWAYS = (

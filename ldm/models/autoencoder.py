@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def downsampling(ddconfig: Mapping[str, Any]) -> int:
-    """How many pixels one latent value spans along each side, by the config of encoder and decoder."""
+    """Returns how many pixels one latent value spans along each side, by the config of encoder and decoder."""
     return 2 ** (len(ddconfig.get("ch_mult", CH_MULT)) - 1)
 
 
@@ -54,28 +54,28 @@ class AutoencoderKL(nn.Module):
 
     @property
     def widths(self) -> list[int]:
-        """The channels of the levels, the finest first."""
+        """Returns the channels of the levels, the finest first."""
         return [level.block[0].conv1.out_channels for level in self.encoder.down]  # type: ignore[union-attr, index]
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
-        """Images in [-1, 1] -> the distribution of their latents."""
+        """Encodes images in [-1, 1] as the distribution of their latents."""
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (unscaled) -> images, meant to lie in [-1, 1]."""
+        """Decodes (unscaled) latents to images, approximately in [-1, 1]."""
         assert self.post_quant_conv.bias is not None
         return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.bias.dtype)))
 
     def forward(
         self, input: Tensor, sample_posterior: bool = True
     ) -> tuple[Tensor, DiagonalGaussianDistribution]:
-        """The reconstruction and the latent distribution of `input`."""
+        """Returns the reconstruction and the latent distribution of `input`."""
         posterior = self.encode(input)
         return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
 
 
 class IdentityFirstStage(nn.Module):
-    """Diffusion on the images themselves: nothing is encoded. With `vq_interface` it quantizes like a codebook's."""
+    """Diffusion on the images themselves: nothing is encoded. `vq_interface` makes `quantize` like a `VQModel`'s."""
 
     def __init__(self, *args: Any, vq_interface: bool = False, **kwargs: Any):
         super().__init__()
@@ -104,4 +104,4 @@ class VQModel(nn.Module):
 
 
 class VQModelInterface(VQModel):
-    """The same, as latent diffusion uses it."""
+    """The same with the interface that latent diffusion uses."""

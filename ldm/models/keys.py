@@ -1,4 +1,4 @@
-"""How the keys of a latent diffusion model's state dict begin: the names that CompVis gave to its parts."""
+"""The prefixes of the keys of a latent diffusion model's state dict: CompVis's names for its parts."""
 
 UNET_PREFIX = "model.diffusion_model."
 FIRST_STAGE_PREFIX = "first_stage_model."

@@ -62,7 +62,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """`mask` [B, M] is True where the context may be looked at."""
+        """`mask` [B, M] is True where x may attend to the context."""
         context = x if context is None else context
         q, k, v = (
             rearrange(y, "b n (h d) -> b h n d", h=self.heads)
@@ -75,7 +75,7 @@ class CrossAttention(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each behind a layer norm and a residual."""
+    """Self-attention, cross-attention and feed-forward, each after a layer norm and with a residual."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class BasicTransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of an image: [B, C, H, W] -> [B, C, H, W], residual.
 
-    `context` [B, M, context_dim] is what the cross-attention looks at; without it that too is self-attention.
+    The cross-attention attends to `context` [B, M, context_dim]; without it that, too, is self-attention.
     `disable_self_attn` and `use_linear` are keywords of later versions of the original, off in all v1 models.
     """
 
@@ -151,10 +151,10 @@ class SpatialTransformer(nn.Module):
 
 
 def pixel_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Single-head attention between the pixels of [B, C, H, W] maps."""
+    """Computes single-head attention between the pixels of [B, C, H, W] maps."""
     height = q.shape[2]
     q, k, v = (rearrange(y, "b c h w -> b (h w) c") for y in (q, k, v))
-    # the CPU's fused kernel takes contiguous tensors with an axis of heads; any other path keeps all scores at once
+    # the CPU's fused kernel needs contiguous tensors with an axis of heads; any other path keeps all scores at once
     q, k, v = (y.contiguous()[:, None] for y in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v)[:, 0]
     return rearrange(out, "b (h w) c -> b c h w", h=height)

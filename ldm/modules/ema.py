@@ -34,7 +34,7 @@ class LitEma(nn.Module):
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
-        """Moves each average towards the model's present weights by (1 - decay) of the difference."""
+        """Moves each average towards the model's current weights by (1 - decay) of the difference."""
         decay = float(self.decay)
         if self.num_updates >= 0:
             self.num_updates += 1
@@ -55,12 +55,12 @@ class LitEma(nn.Module):
                 p.copy_(shadows[self.names[name]])
 
     def store(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sets the present weights aside for `restore`."""
+        """Saves the current weights for `restore`."""
         self._stored = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
     def restore(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Brings back the weights set aside by `store`."""
+        """Restores the weights saved by `store`."""
         for p, stored in zip(parameters, self._stored, strict=True):
             p.copy_(stored)
         self._stored = []

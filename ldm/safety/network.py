@@ -17,7 +17,7 @@ class SafetyChecker(nn.Module):
     """Images -> whether each shows something to be withheld.
 
     Parameter names and rule are those of CompVis/stable-diffusion-safety-checker (Rando et al. 2022 describe
-    it); the sizes default to its own: CLIP ViT-L/14 with a projection to 768. Its weights come from a file;
+    it); the default sizes are its: CLIP ViT-L/14 with a projection to 768. Its weights come from a file;
     a new object holds no usable ones.
     """
 

@@ -17,7 +17,7 @@ from ldm.models.diffusion.schedule import Step
 class DDIMSampler(Sampler):
     """Feeds the update rule with the noise predicted at each step; `eta` between 0 (none) and 1 adds noise.
 
-    A `p_sample_ddim` or `ddim_sampling` that an extension puts in the place of this class's takes the steps of
+    A `p_sample_ddim` or `ddim_sampling` with which an extension replaces this class's runs the steps of
     every run.
     """
 
@@ -41,7 +41,7 @@ class DDIMSampler(Sampler):
         unconditional_guidance_scale: float | Tensor = 1.0,
         unconditional_conditioning: Conditioning = None,
     ) -> tuple[Tensor, Tensor]:
-        """One step: latents [N, ...] to the next latents and the clean ones that they point to.
+        """Runs one step; returns the next latents [N, ...] and the predicted clean ones.
 
         `index` counts the steps after it in the schedule made by `make_schedule`, and `t` [N] are its timesteps.
         The rest is as in `sample`; with `repeat_noise` all entries of the batch get the same fresh noise.

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class DiffusionWrapper(nn.Module):
-    """Hands conditionings to the U-Net: beside x as channels (concat), as context (crossattn), or both (hybrid)."""
+    """Passes conditionings to the U-Net: as channels next to x (concat), as context (crossattn), or both (hybrid)."""
 
     KEYS = (None, "concat", "crossattn", "hybrid")
 
@@ -48,17 +48,17 @@ class DiffusionWrapper(nn.Module):
 
 
 def _joined(contexts: Sequence[Tensor]) -> Tensor:
-    """Contexts one behind the other; a single one stays the object that it is."""
+    """Concatenates contexts along the token axis; a single one is returned as the same object."""
     return contexts[0] if len(contexts) == 1 else torch.cat(list(contexts), dim=1)
 
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """Takes the place of a frozen part's `train`, so that the mode of the model does not change its own."""
+    """Replaces `train` of a frozen part, so that the mode of the model does not change its mode."""
     return self
 
 
 def _frozen(part: Any) -> Any:
-    """A part that is not trained: without gradients, and in evaluation mode whatever the model's is."""
+    """Returns `part` frozen: without gradients, and in evaluation mode whatever the model's mode is."""
     if part is not None:
         part.eval().requires_grad_(False)
         part.train = partial(disabled_train, part)
@@ -71,7 +71,7 @@ class DDPM(nn.Module):
     Parameters are those of the published configs. Sampling reads the schedule (`timesteps`, `linear_start`,
     `linear_end`, `beta_schedule`, `cosine_s`, `given_betas`, `v_posterior`), `parameterization` ("eps"),
     `conditioning_key`, `channels`, `image_size` and the config of the U-Net; `use_ema` keeps averaged weights under
-    `model_ema`. The rest serves training. `ckpt_path` is not read, nor what says how to read it.
+    `model_ema`. The rest serves training. `ckpt_path` and the parameters for reading it are ignored.
     """
 
     def __init__(
@@ -160,12 +160,12 @@ class DDPM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The device of the model."""
         return self.betas.device
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Within it the U-Net has its averaged weights; `context` names the purpose in the log."""
+        """Gives the U-Net its averaged weights, and restores the others on exit; `context` is logged."""
         if not self.use_ema:
             yield
             return
@@ -178,14 +178,14 @@ class DDPM(nn.Module):
             self.model_ema.restore(self.model.parameters())
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Clean latents [N, ...] noised to timesteps t [N] (DDPM, equation 4)."""
+        """Noises clean latents [N, ...] to timesteps t [N] (DDPM, equation 4)."""
         noise = torch.randn_like(x_start) if noise is None else noise
         tables = (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
         signal, spread = (extract_into_tensor(table, t, x_start.shape) for table in tables)
         return signal * x_start + spread * noise
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The clean latents that `noise` in the latents x_t [N, ...] at timesteps t [N] points to."""
+        """Returns the clean latents that `noise` in the latents x_t [N, ...] at timesteps t [N] implies."""
         tables = (self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod)
         scale, spread = (extract_into_tensor(table, t, x_t.shape) for table in tables)
         return scale * x_t - spread * noise
@@ -215,7 +215,7 @@ class LatentDiffusion(DDPM):
         *args: Any,
         **kwargs: Any,
     ):
-        # a scale that is measured in training would be a part of the state dict
+        # a scale that is measured in training would be part of the state dict
         only_with(type(self).__name__, scale_by_std=(scale_by_std, False))
         super().__init__(*args, conditioning_key=conditioning_key, **kwargs)
         self.scale_factor, self.scale_by_std = scale_factor, scale_by_std
@@ -231,7 +231,7 @@ class LatentDiffusion(DDPM):
         self.cond_stage_model = text_encoder if cond_stage_trainable else _frozen(text_encoder)
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning, return_ids: bool = False) -> Tensor:
-        """The noise in latents [N, C, h, w] at timesteps t [N].
+        """Predicts the noise in latents [N, C, h, w] at timesteps t [N].
 
         `cond` is a tensor, a list of tensors, or a dict with `c_crossattn` and `c_concat` lists. `return_ids` is for
         U-Nets with a codebook, which these are not.
@@ -242,7 +242,7 @@ class LatentDiffusion(DDPM):
         return self.model(x_noisy, t, **cond)
 
     def get_learned_conditioning(self, c: str | Sequence[str]) -> Tensor:
-        """Prompts, or one -> what the U-Net's cross-attention looks at [N, tokens, width]."""
+        """Encodes one or more prompts as the context of the U-Net's cross-attention [N, tokens, width]."""
         method = "encode" if hasattr(self.cond_stage_model, "encode") else "__call__"
         found = getattr(self.cond_stage_model, self.cond_stage_forward or method)(c)
         return found.mode() if isinstance(found, DiagonalGaussianDistribution) else found
@@ -250,7 +250,7 @@ class LatentDiffusion(DDPM):
     def get_unconditional_conditioning(
         self, batch_size: int, null_label: str | Sequence[str] | None = None
     ) -> Tensor:
-        """The conditioning of the empty prompt or of `null_label`, `batch_size` times; or of so many labels."""
+        """Returns the conditioning of the empty prompt or of `null_label`, `batch_size` times, or that of labels."""
         labels = [null_label or ""] if null_label is None or isinstance(null_label, str) else list(null_label)
         if len(labels) not in (1, batch_size):
             raise InputError(
@@ -260,13 +260,13 @@ class LatentDiffusion(DDPM):
         return found.expand(batch_size, *found.shape[1:])
 
     def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution:
-        """Images [N, 3, H, W] in [-1, 1] -> the distribution of their (unscaled) latents."""
+        """Encodes images [N, 3, H, W] in [-1, 1] as the distribution of their (unscaled) latents."""
         return self.first_stage_model.encode(x)
 
     def get_first_stage_encoding(
         self, encoder_posterior: DiagonalGaussianDistribution | Tensor, noise: Tensor | None = None
     ) -> Tensor:
-        """Latents scaled for diffusion: a draw from the distribution (with `noise` if given), or a tensor's own."""
+        """Scales latents for diffusion: a sample of the distribution (with `noise` if given), or a tensor."""
         if isinstance(encoder_posterior, DiagonalGaussianDistribution):
             encoder_posterior = encoder_posterior.sample(noise)
         return self.scale_factor * encoder_posterior
@@ -274,7 +274,7 @@ class LatentDiffusion(DDPM):
     def decode_first_stage(
         self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False
     ) -> Tensor:
-        """Scaled latents [N, C, h, w] -> images [N, 3, f * h, f * w], meant to lie in [-1, 1].
+        """Decodes scaled latents [N, C, h, w] to images [N, 3, f * h, f * w], approximately in [-1, 1].
 
         `force_not_quantize` changes nothing: a KL autoencoder has no codebook, nor indices to predict.
         """
@@ -285,11 +285,11 @@ class LatentDiffusion(DDPM):
 
 
 class LatentInpaintDiffusion(LatentDiffusion):
-    """Latent diffusion whose U-Net also sees what is to be repainted, and the image with that part hidden.
+    """Latent diffusion whose U-Net also gets the mask, and the image with the repainted part masked out.
 
-    The conditioning is hybrid: beside x the U-Net gets `concat_keys` as channels, by default the mask (1 channel,
-    1 is repainted) and the latent of the masked image, and the text as context. The parameters of its own
-    besides `concat_keys` and `masked_image_key` serve training only.
+    The conditioning is hybrid: next to x the U-Net gets `concat_keys` as channels, by default the mask (1 channel,
+    1 is repainted) and the latent of the masked image, and the text as context. Its additional parameters
+    except `concat_keys` and `masked_image_key` are for training only.
     """
 
     def __init__(
@@ -318,7 +318,7 @@ class LatentInpaintDiffusion(LatentDiffusion):
     def hybrid_conditioning(
         self, context: Tensor, mask: Tensor, masked_latent: Tensor
     ) -> dict[str, list[Tensor]]:
-        """What `apply_model` takes: context [N, L, width], mask [N, 1, h, w] and scaled latent [N, C, h, w]."""
+        """Builds the `cond` of context [N, L, width], mask [N, 1, h, w] and scaled latent [N, C, h, w]."""
         concat = {"mask": mask, self.masked_image_key: masked_latent}
         return {
             "c_concat": [concat[key] for key in self.concat_keys],

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho and Salimans 2022): joining conditionings, and the formula."""
+"""Classifier-free guidance (Ho and Salimans 2022): the joint batch of conditionings, and the formula."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-# a tensor, a list of conditionings, or a dict of them, as LatentDiffusion.apply_model takes it
+# a tensor, a list of conditionings, or a dict of them, as accepted by LatentDiffusion.apply_model
 Conditioning = Any
 T = TypeVar("T")
 
 
 class Denoiser(Protocol):
-    """What a sampler needs of a model: noise in x [N, ...] at timesteps t [N] under a conditioning."""
+    """The part of a model that a sampler needs: the noise in x [N, ...] at timesteps t [N] for a conditioning."""
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
 
 
 class ZeroDenoiser:
-    """Predicts no noise: a sampler over it draws what it draws over a model with this schedule, and costs nothing."""
+    """Predicts zeros: a sampler with it draws the same noise as with a model of this schedule, at no cost."""
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         self.alphas_cumprod, self.num_timesteps = alphas_cumprod, len(alphas_cumprod)
@@ -31,7 +31,7 @@ class ZeroDenoiser:
 
 
 def join(first: T, second: T) -> T:
-    """Two conditionings of one structure, concatenated along the batch axis."""
+    """Concatenates two conditionings of one structure along the batch axis."""
     if isinstance(first, dict):
         return {key: join(first[key], second[key]) for key in first}  # type: ignore[index, return-value]
     if isinstance(first, list | tuple):
@@ -41,10 +41,10 @@ def join(first: T, second: T) -> T:
 
 @dataclass(frozen=True)
 class Guidance:
-    """What the noise is predicted under: a conditioning, and how far to move away from another one.
+    """The conditioning of the noise prediction, and the scale by which to move away from another one.
 
-    With scale 1 or without `uncond` the model runs on `cond` alone, else on both as one batch. A scale of
-    several numbers [N, 1, 1, 1] holds for one sample each.
+    With scale 1 or without `uncond` the model runs on `cond` alone, otherwise on both as one batch. A scale of
+    several numbers [N, 1, 1, 1] has one for each sample.
     """
 
     cond: Conditioning
@@ -53,11 +53,11 @@ class Guidance:
 
     @cached_property
     def both(self) -> Conditioning:
-        """The two as one batch, the same object at every step, so that what a model makes of it can be kept."""
+        """Both conditionings as one batch, the same object at every step, so that models can cache derived values."""
         return join(self.uncond, self.cond)
 
     def noise(self, model: Denoiser, x: Tensor, t: Tensor) -> Tensor:
-        """The noise in `x` [N, ...] at timesteps t [N], guided; in the dtype of `x`."""
+        """Predicts the guided noise in `x` [N, ...] at timesteps t [N], in the dtype of `x`."""
         if self.uncond is None or (isinstance(self.scale, float | int) and self.scale == 1.0):
             return model.apply_model(x, t, self.cond).to(x.dtype)
         both = model.apply_model(torch.cat([x, x]), torch.cat([t, t]), self.both)

@@ -1,4 +1,4 @@
-"""Where samplers get their noise: the CUDA generator's numbers on any device, or torch's own generators."""
+"""The samplers' sources of noise: the CUDA generator's numbers on any device, or torch's generators."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ Words = npt.NDArray[np.uint64]  # 32-bit words, kept in 64 bits so that products
 _32, _WORD = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
-Draws = Counter[tuple[int, ...]]  # how often each shape was drawn
+Draws = Counter[tuple[int, ...]]  # the number of draws of each shape
 
 
 class NoiseSource(Protocol):
     """A stream of standard normal numbers that is drawn in order."""
 
     def draw(self, shape: Sequence[int]) -> Tensor:
-        """The next float32 numbers in `shape` [batch, ...], on the source's device."""
+        """Draws the next float32 numbers in `shape` [batch, ...], on the source's device."""
         ...
 
     def skip(self, shape: Sequence[int]) -> None:
-        """Leaves the stream as a draw of `shape` would."""
+        """Advances the stream as a draw of `shape` would."""
         ...
 
 
 class PhiloxNoise:
-    """The stream of one seed that torch's CUDA generator gives, computed on the CPU.
+    """The stream of torch's CUDA generator for one seed, computed on the CPU.
 
     `threads` is the number of threads that the imitated GPU runs at once; see `philox_normal`.
     """
@@ -74,7 +74,7 @@ class TorchNoise:
         return torch.randn(tuple(shape), generator=self.generator, device=origin).to(self.device)
 
     def skip(self, shape: Sequence[int]) -> None:
-        self.draw(shape)  # torch has no other way to pass numbers over
+        self.draw(shape)  # torch has no other way to skip numbers
 
 
 class NumpyNoise:
@@ -113,9 +113,9 @@ class PerImageNoise:
 
 
 class RunNoise:
-    """The one stream of a run in seed mode "batch", which knows how far it is.
+    """The one stream of a run in seed mode "batch", which records its position.
 
-    With `fixed_rows` all batches of a size start from the same noise, drawn once for so many images.
+    With `fixed_rows` all batches of a size start from the same noise, drawn once for that many images.
     """
 
     def __init__(self, source: NoiseSource, fixed_rows: int | None = None) -> None:
@@ -133,7 +133,7 @@ class RunNoise:
         self._source.skip(shape)
 
     def start(self, shape: Sequence[int]) -> Tensor:
-        """The noise that a batch of `shape` starts from."""
+        """Draws the start noise of a batch of `shape`."""
         if self._fixed_rows is None:
             self._code = _Code(Counter(self._drawn), tuple(shape))
             return self.draw(shape)
@@ -146,14 +146,14 @@ class RunNoise:
         return latents[: shape[0]]
 
     def skip_start(self, shape: Sequence[int]) -> None:
-        """Leaves the stream as `start` would."""
+        """Advances the stream as `start` would."""
         if self._fixed_rows is None:
             self.skip(shape)
         else:
             self.start(shape)
 
     def enter(self, place: StreamPlace, shape: Sequence[int]) -> Tensor:
-        """Goes to the place of an image, and gives the noise [1, ...] that it starts from; one has `shape`."""
+        """Advances to the place of an image, and returns its start noise [1, *shape]."""
         self._pass(place.before_start)
         code = _Code(Counter(self._drawn), (place.rows, *shape), place.row)
         start = self.draw(code.shape)[place.row : place.row + 1]
@@ -162,7 +162,7 @@ class RunNoise:
         return start
 
     def places(self, rows: Sequence[int]) -> list[StreamPlace]:
-        """Where the images of a batch are that is about to be denoised; in its start noise they have these rows."""
+        """Returns the places of the images of the batch to be denoised; they are these rows of its start noise."""
         code = self._code
         if code is None:
             return []
@@ -180,7 +180,7 @@ class RunNoise:
 
 
 class _Code(NamedTuple):
-    """What was drawn before some start noise, the shape of that, and which row counts if only one does."""
+    """The draws before some start noise, its shape, and the row that is used if only one is."""
 
     drawn_before: Draws
     shape: tuple[int, ...]
@@ -191,12 +191,12 @@ _DRAWS = r"-|[0-9]+(?:x[0-9]+)*\*[0-9]+(?: [0-9]+(?:x[0-9]+)*\*[0-9]+)*"
 _PLACE = re.compile(rf"after ({_DRAWS}) row ([0-9]+) of ([0-9]+) after ({_DRAWS}) entry ([0-9]+) of ([0-9]+)")
 MAX_ROWS = 1_000  # images of one draw
 MAX_DRAW = 2**28  # numbers of one draw
-MAX_DRAWN = 2 * 10**10  # numbers that are drawn before one image: minutes with torch's own generators
+MAX_DRAWN = 2 * 10**10  # numbers that are drawn before one image: minutes with torch's generators
 
 
 @dataclass(frozen=True)
 class StreamPlace:
-    """Where in the stream of its run an image got its noise; as a text, what its file says.
+    """The place of an image's noise in the stream of its run; as text, an entry of its file.
 
     Its start noise is `row` of a draw for `rows` images, after `before_start`. Its batch of `size` images, of which
     it is number `entry`, was denoised after the further draws `since_start`. Draws are counted by their shape: where
@@ -218,7 +218,7 @@ class StreamPlace:
 
     @classmethod
     def parse(cls, text: str) -> StreamPlace:
-        """The place that a text says. Raises ValueError for any other text, and for more than can be drawn again."""
+        """Parses the text of a place. Raises ValueError for any other text and for too many numbers to redraw."""
         match = _PLACE.fullmatch(text)
         if match is None:
             raise ValueError("it is not a place in a stream of noise")
@@ -247,7 +247,7 @@ def _read_draws(text: str) -> Draws:
 
 
 class RepeatedNoise:
-    """A source whose noise for one image serves the whole batch."""
+    """A source that repeats the noise of one image for the whole batch."""
 
     def __init__(self, source: NoiseSource) -> None:
         self.source = source
@@ -260,7 +260,7 @@ class RepeatedNoise:
 
 
 class SkippingNoise:
-    """Skips whatever is drawn from a source, and gives zeros on the CPU instead."""
+    """Skips the draws from a source, and returns zeros on the CPU instead."""
 
     def __init__(self, source: NoiseSource) -> None:
         self.skip = source.skip
@@ -276,7 +276,7 @@ def noise_source(
     seeds: Sequence[int],
     device: torch.device | str,
 ) -> NoiseSource:
-    """The noise of a batch whose images have `seeds`.
+    """Returns the noise source of a batch whose images have `seeds`.
 
     `rng`: "philox" (the CUDA generator's numbers, anywhere), "cpu" or "device" (torch's generator there), or
     "numpy" (its legacy generator).
@@ -305,7 +305,7 @@ def _stream(rng: str, seed: int, device: torch.device | str) -> NoiseSource:
 
 
 def philox_normal(seed: int, offset: int, count: int, threads: int = A100_THREADS) -> npt.NDArray[np.float32]:
-    """The `count` numbers that `torch.randn(count, device="cuda")` gives, to some 1e-6, as float32 [count].
+    """Returns the numbers of `torch.randn(count, device="cuda")` to some 1e-6, as float32 [count].
 
     `seed` is the generator's 64-bit seed, `offset` the Philox blocks that every thread has used in earlier
     draws (the sum of their `blocks_per_thread`). Thread j of T uses the blocks with counter
@@ -324,12 +324,12 @@ def philox_normal(seed: int, offset: int, count: int, threads: int = A100_THREAD
 
 
 def blocks_per_thread(count: int, threads: int) -> int:
-    """How far one draw of `count` numbers moves the generator's offset on, in Philox blocks."""
+    """Returns how far one draw of `count` numbers advances the generator's offset, in Philox blocks."""
     return -(-count // (UNROLL * threads))
 
 
 def philox(counter: tuple[Words, Words, Words, Words], key: int) -> tuple[Words, Words, Words, Words]:
-    """Philox-4x32-10 (Salmon et al. 2011): four random 32-bit words for each counter, by a 64-bit key."""
+    """Computes Philox-4x32-10 (Salmon et al. 2011): four random 32-bit words for each counter, by a 64-bit key."""
     x0, x1, x2, x3 = counter
     low, high = np.uint64(key & 0xFFFFFFFF), np.uint64(key >> 32 & 0xFFFFFFFF)
     for _ in range(10):
@@ -340,10 +340,10 @@ def philox(counter: tuple[Words, Words, Words, Words], key: int) -> tuple[Words,
 
 
 def _normal(words: tuple[Words, Words, Words, Words], i: int) -> npt.NDArray[np.float32]:
-    """The i-th of the four normal numbers of a Philox block (Box and Muller's transform).
+    """Returns the i-th of the four normal numbers of a Philox block (Box and Muller's transform).
 
     The uniform numbers are rounded to float32 where the GPU rounds them; the rest is computed in float64, so
-    that what processors differ in is rounded away.
+    that differences between processors are rounded away.
     """
     x, y = (words[2 * (i // 2) + j].astype(np.float32).astype(np.float64) for j in (0, 1))
     turn = float(np.float32(2 * np.pi))

@@ -25,7 +25,7 @@ WEIGHTS = {
 class PLMSSampler(Sampler):
     """Feeds the update rule with a mixture of the last four predictions; the first step predicts twice.
 
-    A `p_sample_plms` or `plms_sampling` that an extension puts in the place of this class's takes the steps of
+    A `p_sample_plms` or `plms_sampling` with which an extension replaces this class's runs the steps of
     every run.
     """
 
@@ -52,9 +52,9 @@ class PLMSSampler(Sampler):
         old_eps: Sequence[Tensor] | None = None,
         t_next: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One step: latents [N, ...] to the next latents, the clean ones that they point to, and the prediction.
+        """Runs one step; returns the next latents [N, ...], the predicted clean ones, and the predicted noise.
 
-        `old_eps` are the predictions of the steps before, the newest last; without any `t_next` [N] must say the
+        `old_eps` are the predictions of the steps before, the newest last; without any `t_next` [N] must be the
         timesteps of the step after this one. The rest is as in `DDIMSampler.p_sample_ddim`.
         """
         run, step = self._single(
@@ -86,7 +86,7 @@ class PLMSSampler(Sampler):
 def _multistep(
     run: SamplingRun, x: Tensor, step: Step, t: Tensor, t_next: Tensor | None, past: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The next latent, the clean one and the prediction, from this and the last three of `past`, the newest last."""
+    """Computes the next latent, the clean one and the prediction, from it and the last three of `past`."""
     eps = run.predict(x, t)
     if not past:  # Heun's method: average with the prediction at the far end of the step
         assert t_next is not None

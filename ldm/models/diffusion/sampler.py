@@ -41,11 +41,11 @@ def _changes(value: Any) -> int:
 
 
 class Sampler:
-    """Draws latents from a model; a subclass says in `_stepper` how one step is taken.
+    """Samples latents from a model; a subclass defines one step in `_stepper`.
 
     The model offers `apply_model`, `alphas_cumprod` and `num_timesteps`. Noise comes from a `NoiseSource`; the
     default is torch's global generator on the device of `alphas_cumprod`, drawn in the order of the original:
-    start noise, then per step the re-noised original (masked runs) and the step's own noise, the latter also
+    start noise, then per step the re-noised original (masked runs) and the step's noise, the latter also
     where its factor is 0.
     """
 
@@ -61,14 +61,14 @@ class Sampler:
     _made: tuple[StepTable, list[tuple[Any, int]]] | None = None
 
     def __init__(self, model: Any, schedule: str = "linear", **kwargs: Any):
-        """`kwargs` are what extensions of the original give and this sampler does not know: a warning names them."""
+        """`kwargs` are other arguments of extensions of the original: they are ignored with a warning."""
         warn_of_ignored(type(self).__name__, kwargs)
         self.model = model
         self.schedule = schedule
         self.ddpm_num_timesteps: int = model.num_timesteps
 
     def __getattr__(self, name: str) -> Any:
-        """The training schedule's tables, of which the original's samplers kept a copy."""
+        """Returns the training schedule's tables, of which the original's samplers kept a copy."""
         if name in _MODEL_TABLES:
             return getattr(self.model, name)
         if name == "ddim_sigmas_for_original_num_steps":
@@ -106,7 +106,7 @@ class Sampler:
 
     @property
     def table(self) -> StepTable:
-        """The steps of `make_schedule`, or what an extension has put into its `ddim_` attributes since then."""
+        """The steps of `make_schedule`, or those that an extension has since assigned to the `ddim_` attributes."""
         if self._made is not None:
             table, before = self._made
             if all(a is b and n == m for (a, n), (b, m) in zip(before, self._steps_state(), strict=True)):
@@ -115,7 +115,7 @@ class Sampler:
         return StepTable(timesteps.numpy(), *(values[: len(timesteps)].double().numpy() for values in levels))
 
     def _steps_state(self) -> list[tuple[Any, int]]:
-        """The attributes of the steps, and how often each was changed in place."""
+        """Returns the attributes of the steps, and how often each was changed in place."""
         values = [getattr(self, name) for name in _STEPS]
         return [(value, _changes(value)) for value in values]
 
@@ -146,10 +146,10 @@ class Sampler:
         noise: NoiseSource | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Intermediates]:
-        """`S` steps from noise to latents [batch_size, *shape]: the latents, and what lay on the way.
+        """Runs `S` steps from noise to latents [batch_size, *shape]; returns the latents and the intermediates.
 
         `x_T` is the start noise, drawn if absent. `mask` [batch or 1, 1, h, w] is 1 where the latent `x0` is
-        kept. `callback(i)` and `img_callback(pred_x0, i)` are called behind step i. The intermediates
+        kept. `callback(i)` and `img_callback(pred_x0, i)` are called after step i. The intermediates
         `x_inter` and `pred_x0` hold the start and every `log_every_t`-th step. `temperature` scales the fresh
         noise, `noise_dropout` is the share of it that is zeroed; `score_corrector.modify_score(model, eps, x, t,
         cond, **corrector_kwargs)` may alter the predicted noise; `quantize_x0` sends the predicted clean
@@ -158,7 +158,7 @@ class Sampler:
         `make_schedule`, which an extension may have replaced.
         """
         warn_of_ignored(type(self).__name__, kwargs)
-        # each by its name and only where it is needed: what replaces a method may know the original's keywords only
+        # by name and only where needed: a replaced method may accept the original's keywords only
         spacing = {} if ddim_discretize == "uniform" else {"ddim_discretize": ddim_discretize}
         self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose, **spacing)
         return getattr(self, self.loop)(
@@ -203,7 +203,7 @@ class Sampler:
         unconditional_conditioning: Conditioning = None,
         noise: NoiseSource | None = None,
     ) -> tuple[Tensor, Intermediates]:
-        """The steps of the schedule at hand, from noise to latents of `shape` [N, ...]; the rest as in `sample`.
+        """Runs the steps of the current schedule, from noise to latents of `shape` [N, ...]; the rest as in `sample`.
 
         `timesteps` runs fewer: so many of the whole training schedule, or one less than that of the chosen rows,
         as in the original.
@@ -243,9 +243,9 @@ class Sampler:
         return signal * x0 + spread * noise
 
     def start_from(self, x0: Tensor, count: int, noise: Tensor) -> Tensor:
-        """Clean latents noised to where the last `count` steps begin; `noise` alone if there are no more steps.
+        """Noises clean latents to the start of the last `count` steps; returns `noise` if there are no more steps.
 
-        With DDIM and PLMS that is one step more than they take out, as in the original.
+        With DDIM and PLMS that is one step more than they remove, as in the original.
         """
         if count >= len(self.table):
             return noise
@@ -284,7 +284,7 @@ class Sampler:
         return self._run(run, x_latent, steps, callback, img_callback)[0]
 
     def _stepper(self, run: SamplingRun) -> TakeStep:
-        """How this method takes a step; called once per run, so that history belongs to the run."""
+        """Returns the function that runs a step; called once per run, so that history belongs to the run."""
         raise TypeError(f"{type(self).__name__} does not define _stepper")
 
     def _single(
@@ -301,7 +301,7 @@ class Sampler:
         unconditional_guidance_scale: float | Tensor,
         unconditional_conditioning: Conditioning,
     ) -> tuple[SamplingRun, Step]:
-        """What a step that is called by hand works with; its noise is that of the run it belongs to."""
+        """Returns the run for a step that is called directly; its noise is that of the run it belongs to."""
         noise = self._noise(self._source)
         run = SamplingRun(
             model=self.model,

@@ -15,17 +15,17 @@ from ldm.models.diffusion.schedule import Step
 
 
 def times_of(x: Tensor, t: float) -> Tensor:
-    """One timestep for each entry of the batch `x`: [N]."""
+    """Returns the timestep for each entry of the batch `x`: [N]."""
     return torch.full((x.shape[0],), t, device=x.device)
 
 
 def clean_latent(x: Tensor, eps: Tensor, step: Step) -> Tensor:
-    """The latent without noise that `eps`, the noise predicted in `x`, points to."""
+    """Returns the clean latent that `eps`, the noise predicted in `x`, implies."""
     return (x - (1 - step.alpha) ** 0.5 * eps) / step.alpha**0.5
 
 
 def previous_latent(pred_x0: Tensor, eps: Tensor, step: Step) -> Tensor:
-    """The latent one step less noisy, before fresh noise is added (DDIM, Song et al. 2021, equation 12)."""
+    """Returns the latent one step less noisy, before fresh noise is added (DDIM, Song et al. 2021, equation 12)."""
     # an eta above 1 can ask for more noise than there is
     kept = max(1 - step.alpha_prev - step.sigma**2, 0.0)
     return step.alpha_prev**0.5 * pred_x0 + kept**0.5 * eps
@@ -49,7 +49,7 @@ class SamplingRun:
     original_steps: bool = False
 
     def predict(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """The guided noise in `x` [N, ...] at timestep `t`, or at timesteps [N]."""
+        """Predicts the guided noise in `x` [N, ...] at timestep `t`, or at timesteps [N]."""
         times = t if isinstance(t, Tensor) else times_of(x, t)
         eps = self.guidance.noise(self.model, x, times)
         if self.score_corrector is not None:
@@ -58,7 +58,7 @@ class SamplingRun:
         return eps
 
     def advance(self, x: Tensor, eps: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """The update rule: the next latent and the clean one, from the noise `eps` to be taken out of `x`."""
+        """Applies the update rule; returns the next latent and the clean one, given the noise `eps` in `x`."""
         pred_x0 = clean_latent(x, eps, step)
         if self.quantize_x0:
             pred_x0 = self.model.first_stage_model.quantize(pred_x0)[0]
@@ -74,7 +74,7 @@ class SamplingRun:
         return x_prev, pred_x0
 
     def keep_masked(self, x: Tensor, step: Step) -> Tensor:
-        """`x` with the masked part replaced by `x0` at the noise level of this step."""
+        """Returns `x` with the masked part replaced by `x0` at the noise level of this step."""
         if self.mask is None or self.x0 is None:
             return x
         noise = self.noise.draw(self.x0.shape)
@@ -82,7 +82,7 @@ class SamplingRun:
         return original * self.mask + (1.0 - self.mask) * x
 
     def arguments(self, step: Step) -> dict[str, Any]:
-        """The keyword arguments that the original's loop gave to the method that takes a step."""
+        """Returns the keyword arguments with which the original's loop called the method of a step."""
         return {
             "index": step.index,
             "use_original_steps": self.original_steps,

@@ -31,7 +31,7 @@ def make_beta_schedule(
     linear_end: float = 2e-2,
     cosine_s: float = 8e-3,
 ) -> Array:
-    """Noise variances beta_0 .. beta_{n-1} in float64.
+    """Returns noise variances beta_0 .. beta_{n-1} in float64.
 
     "linear" is linear in the square root (what Stable Diffusion calls linear), "sqrt_linear" linear, "sqrt" the
     square root of that, "cosine" that of Nichol and Dhariwal 2021, equation 17, clipped to 0.999.
@@ -50,7 +50,7 @@ def make_beta_schedule(
 
 
 def diffusion_buffers(betas: Array, v_posterior: float = 0.0) -> dict[str, Array]:
-    """The twelve tables that a checkpoint carries, by name (DDPM, equations 4 to 7)."""
+    """Returns the twelve tables of a checkpoint, by name (DDPM, equations 4 to 7)."""
     alphas = 1.0 - betas
     alphas_cumprod = np.cumprod(alphas)
     previous = np.append(1.0, alphas_cumprod[:-1])
@@ -73,11 +73,11 @@ def diffusion_buffers(betas: Array, v_posterior: float = 0.0) -> dict[str, Array
 
 
 def make_timesteps(spacing: str, steps: int, total: int = 1000) -> NDArray[np.int64]:
-    """The ascending timesteps that `steps` denoising steps visit, out of 0 .. total-1.
+    """Returns the ascending timesteps that `steps` denoising steps visit, out of 0 .. total-1.
 
     "uniform": i * total // steps + 1, exactly `steps` of them for 1 to total-1. "compvis": the original's list,
     every (total // steps)-th timestep plus 1, which can hold more entries than asked for; counts at which
-    the original ran off its table are refused. "quad": squares, plus 1.
+    the original exceeded its table are refused. "quad": squares, plus 1.
     """
     if not 1 <= steps < total:
         raise InputError(f"{steps} steps are not possible; give 1 to {total - 1}")
@@ -108,7 +108,7 @@ def check_sampling(sampler: str, steps: int, spacing: str, eta: float) -> None:
 
 
 def steps_to_run(strength: float, steps: int, rows: int) -> int:
-    """How many of a table's `rows` steps run at a strength in [0, 1], where `steps` were asked for.
+    """Returns how many of a table's `rows` steps run at a strength in [0, 1], where `steps` were requested.
 
     int(strength * steps), as in the original; at strength 1 all of them.
     """
@@ -119,7 +119,7 @@ def steps_to_run(strength: float, steps: int, rows: int) -> int:
 class Pass:
     """One run of a sampler for a job: at `size`, height and width in pixels, the last `steps` of its schedule.
 
-    It starts from noise, from latents that are noised first, or from those of the pass before, upscaled.
+    It starts from noise, from latents that are noised first, or from the upscaled latents of the previous pass.
     """
 
     size: tuple[int, int]
@@ -128,16 +128,16 @@ class Pass:
 
 
 def schedule_length(job: Job) -> int:
-    """How many steps the schedule of a job has; with `compvis` spacing they can be more than `job.steps`."""
+    """Returns the number of steps in a job's schedule; with `compvis` spacing it can exceed `job.steps`."""
     if job.sampler == "dpm_solver":
         return job.steps
     return len(make_timesteps(job.timestep_spacing, job.steps))
 
 
 def passes_of(job: Job, rows: int | None = None, from_noise: bool | None = None) -> list[Pass]:
-    """The passes of a job whose schedule has `rows` steps: one, or with `upscale` a second one.
+    """Returns the passes of a job whose schedule has `rows` steps: one, or with `upscale` a second one.
 
-    The first starts from noise where the job has no image to start from, unless `from_noise` decides it.
+    The first starts from noise if the job has no start image, unless `from_noise` is given.
     """
     rows = schedule_length(job) if rows is None else rows
     size, from_noise = (job.height, job.width), job.init is None if from_noise is None else from_noise
@@ -177,7 +177,7 @@ class StepTable:
     def build(
         cls, alphas_cumprod: Array, timesteps: NDArray[np.int64], eta: float, last: float | None = None
     ) -> StepTable:
-        """The table for an ascending subset of timesteps; it ends at `last`, or at the level of timestep 0."""
+        """Builds the table for an ascending subset of timesteps; it ends at `last`, or at the level of timestep 0."""
         alphas = alphas_cumprod[timesteps]
         previous = np.append(alphas_cumprod[0] if last is None else last, alphas[:-1])
         sigmas = eta * np.sqrt((1 - previous) / (1 - alphas) * (1 - alphas / previous))
@@ -187,12 +187,12 @@ class StepTable:
         return len(self.timesteps)
 
     def downwards(self, count: int | None = None) -> Iterator[Step]:
-        """The steps in the order they are run: from the noisiest of the first `count`, down to index 0."""
+        """Yields the steps in the order they are run: from the noisiest of the first `count`, down to index 0."""
         for i in reversed(range(len(self) if count is None else min(count, len(self)))):
             yield self.step(i)
 
     def step(self, index: int) -> Step:
-        """The step that has `index` steps after it."""
+        """Returns the step that has `index` steps after it."""
         return Step(
             index,
             self.timesteps[index].item(),
@@ -205,9 +205,9 @@ class StepTable:
 def make_ddim_timesteps(
     ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
 ) -> NDArray[np.int64]:
-    """The timesteps that the original gives under this name: its "uniform" is `make_timesteps`'s "compvis".
+    """Returns the original's timesteps of this name: its "uniform" is "compvis" in `make_timesteps`.
 
-    The list can hold more entries than asked for. Nothing is printed, whatever `verbose` says.
+    The list can have more entries than requested. Nothing is printed, whatever `verbose` is.
     """
     spacing = "compvis" if ddim_discr_method == "uniform" else ddim_discr_method
     return make_timesteps(spacing, num_ddim_timesteps, num_ddpm_timesteps)
@@ -216,10 +216,10 @@ def make_ddim_timesteps(
 def make_ddim_sampling_parameters(
     alphacums: ArrayLike | Tensor, ddim_timesteps: NDArray[np.int64], eta: float, verbose: bool = True
 ) -> tuple[Array | Tensor, Array | Tensor, Array]:
-    """Sigmas, alphas and alphas_prev of a `StepTable`, in the order and the types of the original.
+    """Returns sigmas, alphas and alphas_prev of a `StepTable`, in the order and the types of the original.
 
-    For a tensor sigmas are a float64 tensor and alphas one of its own dtype; the rest are float64 arrays. Nothing
-    is printed, whatever `verbose` says.
+    For a tensor sigmas are a float64 tensor and alphas one of its dtype; the rest are float64 arrays. Nothing
+    is printed, whatever `verbose` is.
     """
     import torch  # not needed to count steps, which every run does first
 

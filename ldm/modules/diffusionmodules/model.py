@@ -13,16 +13,16 @@ from torch.nn import functional as F
 from ldm.modules.attention import pixel_attention
 from ldm.util import only_with, warn_of_ignored
 
-CH_MULT = (1, 2, 4, 8)  # each level's width in units of `ch`, where a config does not say
+CH_MULT = (1, 2, 4, 8)  # each level's width in units of `ch`, where a config gives none
 
 
 def nonlinearity(x: Tensor) -> Tensor:
-    """SiLU: x * sigmoid(x)."""
+    """Applies SiLU: x * sigmoid(x)."""
     return F.silu(x)
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
-    """The autoencoder's norm: eps 1e-6, where the U-Net's has 1e-5."""
+    """Returns the autoencoder's norm: eps 1e-6, where the U-Net's has 1e-5."""
     return nn.GroupNorm(num_groups, in_channels, eps=1e-6)
 
 
@@ -51,7 +51,7 @@ class Downsample(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions around a residual connection. The original's time embedding `temb` has no use here."""
+    """Two convolutions with a residual connection. The original's time embedding `temb` is not used here."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each with attention behind it where the level has any."""
+    """One resolution: residual blocks, each followed by attention where the level has any."""
 
     def __init__(self, channels: Sequence[int], attention: bool, dropout: float, num_groups: int):
         super().__init__()
@@ -135,7 +135,7 @@ class Level(nn.Module):
 
 
 class DownLevel(Level):
-    """A level of the encoder; all but the last halve the size behind it."""
+    """A level of the encoder; all but the last halve the size after it."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class DownLevel(Level):
 
 
 class UpLevel(Level):
-    """A level of the decoder; all but the last double the size behind it."""
+    """A level of the decoder; all but the last double the size after it."""
 
     def __init__(
         self,
@@ -176,8 +176,8 @@ class Encoder(nn.Module):
     """Images [B, in_channels, H, W] in [-1, 1] -> features [B, 2 * z_channels, H/f, W/f], f = 2^(levels - 1).
 
     `ddconfig` of the published configs describes encoder and decoder at once: `out_ch` is the decoder's.
-    `num_groups` is that of every group norm; with one channel a group, a norm wipes out the mean colour. A warning
-    names what else a `ddconfig` holds.
+    `num_groups` is that of every group norm; with one channel a group, a norm removes the mean colour. A warning
+    names any other entries of `ddconfig`.
     """
 
     temb_ch = 0  # the original's width of a time embedding, which no autoencoder has
@@ -233,7 +233,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, z_channels, h, w] -> images [B, out_ch, f * h, f * w], meant to lie in [-1, 1].
+    """Latents [B, z_channels, h, w] -> images [B, out_ch, f * h, f * w], approximately in [-1, 1].
 
     `up` is stored from the finest level to the coarsest and run the other way round, as published
     checkpoints have it. `in_channels` and `double_z` of the shared `ddconfig` are the encoder's. With

@@ -33,7 +33,7 @@ class TimestepBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """Runs its children in turn and hands each what it takes: the time embedding, the context, the size."""
+    """Runs its children in turn and passes to each its inputs: the time embedding, the context, the size."""
 
     def forward(  # type: ignore[override]
         self,
@@ -42,7 +42,7 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
         context: Tensor | None = None,
         output_size: Sequence[int] | None = None,
     ) -> Tensor:
-        """`output_size` (height, width) is what an upsampling child grows to; twice its input by default."""
+        """`output_size` (height, width) is that of an upsampling child; twice its input by default."""
         for layer in self:
             if isinstance(layer, TimestepBlock):
                 x = layer(x, emb)
@@ -152,8 +152,8 @@ class ResBlock(TimestepBlock):
 class AttentionBlock(nn.Module):
     """Self-attention between the pixels of [N, channels, *spatial], residual and without text.
 
-    The U-Net of this package has transformers in its place; extensions of the original import it. The heads are
-    `num_heads`, or have `num_head_channels` each. The rows of `qkv` lie query, key, value within each head, and with
+    The U-Net of this package uses transformers instead; extensions of the original import it. The heads are
+    `num_heads`, or have `num_head_channels` each. The rows of `qkv` are query, key, value within each head, and with
     `use_new_attention_order` heads within each of the three.
     """
 
@@ -189,10 +189,10 @@ class UNetModel(nn.Module):
     `channel_mult` gives each level's width in units of `model_channels`; levels whose downsampling factor is
     in `attention_resolutions` get transformers with `num_heads` heads, or heads of `num_head_channels`.
     Every group norm has `num_groups` groups. H and W are any positive sizes: each upsampling grows to the size
-    of the skip connection it meets.
+    of its skip connection.
     `image_size`, `legacy`, `num_heads_upsample` and `use_new_attention_order` are part of published configs and
-    change nothing here. What would need another network is an `InputError` that names it, but for the value that
-    it has in v1 models.
+    change nothing here. A parameter that would need another network is an `InputError` that names it, except with
+    the value that it has in v1 models.
     """
 
     def __init__(
@@ -259,7 +259,7 @@ class UNetModel(nn.Module):
             use_checkpoint,
         )
         self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
-        # what a forward copied from the original asks for: no classes, no codebook
+        # for forward methods copied from the original: no classes, no codebook
         self.num_classes, self.predict_codebook_ids = None, False
         self._ignored: frozenset[str] = frozenset()  # keywords of forward that a warning has named
         time_width = 4 * model_channels
@@ -358,5 +358,5 @@ class UNetModel(nn.Module):
         return self.out(h).to(x.dtype)
 
     def with_skip(self, h: Tensor, skip: Tensor) -> Tensor:
-        """What an output block takes: the map from below and the one from the input side, as channels."""
+        """Returns the input of an output block: the channels of the map from below and of the skip connection."""
         return torch.cat([h, skip], dim=1)

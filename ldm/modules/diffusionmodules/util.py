@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from ldm.util import get_obj_from_str
 from ldm.util import mean_flat as mean_flat
 
-# what the original kept here and this package keeps with the samplers; no module of this room asks for it
+# names that the original had here and this package has with the samplers; no module of this folder uses them
 _ELSEWHERE = {
     name: f"ldm.models.diffusion.schedule.{name}"
     for name in ("make_beta_schedule", "make_ddim_timesteps", "make_ddim_sampling_parameters")
@@ -21,7 +21,7 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Names by which extensions of the original import from here what lies elsewhere."""
+    """Returns objects of other modules under the names by which extensions of the original import them from here."""
     if name not in _ELSEWHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return get_obj_from_str(_ELSEWHERE[name])
@@ -30,10 +30,10 @@ def __getattr__(name: str) -> Any:
 def timestep_embedding(
     timesteps: Tensor, dim: int, max_period: float = 10000, repeat_only: bool = False
 ) -> Tensor:
-    """Sinusoidal features of (possibly fractional) timesteps: [N] -> [N, dim], cosines first, in float32.
+    """Returns sinusoidal features of (possibly fractional) timesteps: [N] -> [N, dim], cosines first, in float32.
 
     Frequencies fall geometrically from 1 to 1/max_period ("Attention Is All You Need", section 3.5).
-    `repeat_only` gives the timestep itself in every column.
+    `repeat_only` returns the timestep itself in every column.
     """
     if repeat_only:
         return timesteps[:, None].repeat(1, dim)
@@ -45,24 +45,24 @@ def timestep_embedding(
 
 
 def extract_into_tensor(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
-    """The values of a table `a` at timesteps t [N], shaped [N, 1, ...] to multiply a batch of shape `x_shape`."""
+    """Returns a table's values at timesteps t [N], shaped [N, 1, ...] to multiply a batch of shape `x_shape`."""
     return a[t].reshape(-1, *[1] * (len(x_shape) - 1))
 
 
 def noise_like(shape: Sequence[int], device: torch.device | str, repeat: bool = False) -> Tensor:
-    """Normal numbers of the device's global generator; with `repeat` all entries of the batch have the same."""
+    """Draws normal numbers of the device's global generator; with `repeat` all entries of the batch have the same."""
     if repeat:
         return torch.randn((1, *shape[1:]), device=device).expand(tuple(shape))
     return torch.randn(tuple(shape), device=device)
 
 
 def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
-    """A convolution over `dims` (1, 2 or 3) axes, with the arguments of torch's own."""
+    """Returns a convolution over `dims` (1, 2 or 3) axes, with the arguments of torch's."""
     return _of_axes({1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}, dims)(*args, **kwargs)
 
 
 def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
-    """Average pooling over `dims` (1, 2 or 3) axes, with the arguments of torch's own."""
+    """Returns average pooling over `dims` (1, 2 or 3) axes, with the arguments of torch's."""
     return _of_axes({1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}, dims)(*args, **kwargs)
 
 
@@ -73,7 +73,7 @@ def _of_axes(kinds: Mapping[int, Callable[..., nn.Module]], dims: int) -> Callab
 
 
 def linear(*args: Any, **kwargs: Any) -> nn.Linear:
-    """A fully connected layer, with the arguments of torch's own."""
+    """Returns a fully connected layer, with the arguments of torch's."""
     return nn.Linear(*args, **kwargs)
 
 
@@ -81,12 +81,12 @@ GroupNorm32 = nn.GroupNorm  # whose kernels keep statistics in float32 for half-
 
 
 def normalization(channels: int, num_groups: int = 32) -> nn.GroupNorm:
-    """The U-Net's norm, eps 1e-5."""
+    """Returns the U-Net's norm, eps 1e-5."""
     return GroupNorm32(num_groups, channels)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
-    """`module` with all parameters set to zero, so that a residual branch starts as the identity."""
+    """Sets all parameters of `module` to zero, so that a residual block starts as the identity; returns it."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -95,7 +95,7 @@ def zero_module(module: nn.Module) -> nn.Module:
 def checkpoint(
     func: Callable[..., Tensor], inputs: Sequence[object], params: Iterable[object], flag: bool
 ) -> Tensor:
-    """`func(*inputs)`; with `flag` its activations are recomputed in the backward pass instead of kept.
+    """Returns `func(*inputs)`; with `flag` its activations are recomputed in the backward pass instead of kept.
 
     `params` is part of the published signature; autograd finds the parameters itself.
     """

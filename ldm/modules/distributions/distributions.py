@@ -1,4 +1,4 @@
-"""The distribution that the encoder of a KL autoencoder describes."""
+"""The latent distribution that the encoder of a KL autoencoder outputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldm.util import InputError
 def normal_kl(
     mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float
 ) -> Tensor:
-    """Divergence of one normal distribution from another, for each value; shapes broadcast. One must be a tensor."""
+    """Returns the KL divergence of two normal distributions, per value; shapes broadcast. One must be a tensor."""
     like = next((value for value in (mean1, logvar1, mean2, logvar2) if isinstance(value, Tensor)), None)
     if like is None:
         raise InputError("normal_kl needs a tensor among its arguments")
@@ -25,7 +25,7 @@ def normal_kl(
 class DiagonalGaussianDistribution:
     """A normal distribution per latent value, from `parameters` [B, 2C, h, w] = (mean, log variance).
 
-    The log variance is clamped to [-30, 20]. `deterministic` takes the variance as 0.
+    The log variance is clamped to [-30, 20]. `deterministic` sets the variance to 0.
     """
 
     def __init__(self, parameters: Tensor, deterministic: bool = False):
@@ -37,17 +37,17 @@ class DiagonalGaussianDistribution:
         self.var = self.std**2
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
-        """One draw; `noise` is standard normal and shaped like the mean, by default from the CPU's generator."""
+        """Draws a sample; `noise` is standard normal, shaped like the mean, by default from the CPU's generator."""
         if noise is None:
             noise = torch.randn(self.mean.shape)
         return self.mean + self.std * noise.to(self.mean)
 
     def mode(self) -> Tensor:
-        """The most likely latent: the mean."""
+        """Returns the most likely latent: the mean."""
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """Divergence from `other`, or from the standard normal, summed over all but the batch axis: [B]."""
+        """Returns the KL divergence from `other`, or the standard normal, summed over all but the batch axis: [B]."""
         if self.deterministic:
             return self.mean.new_zeros(1)
         if other is None:

@@ -21,7 +21,7 @@ from ldm.util import InputError, printable
 UNCASED = "bert-base-uncased"
 OWN_VOCABULARY = "models/ldm/text2img-large/vocab.txt"
 
-REPOSITORIES = (f"google-bert/{UNCASED}", UNCASED)  # today's name and the old one
+REPOSITORIES = (f"google-bert/{UNCASED}", UNCASED)  # the current name and the old one
 VOCABULARY_FILE = "vocab.txt"
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _UNCASED_SIZE = 30522
@@ -38,14 +38,14 @@ class SelfAttention(CrossAttention):
 
 
 class Residual(nn.Sequential):
-    """Adds to its input what its children make of it in turn."""
+    """Adds to its input the output of its children in sequence."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
 
 
 class PreNormLayers(nn.Module):
-    """`depth` times attention and feed-forward, each behind a layer norm and a residual."""
+    """`depth` times attention and feed-forward, each after a layer norm and with a residual."""
 
     def __init__(self, width: int, depth: int):
         super().__init__()
@@ -64,15 +64,15 @@ class PositionEmbedding(nn.Module):
         self.emb = nn.Embedding(positions, width)
 
     def forward(self, length: int) -> Tensor:
-        """The vectors of the first positions [length, width]."""
+        """Returns the vectors of the first positions [length, width]."""
         return self.emb.weight[:length]
 
 
 class TextTransformer(nn.Module):
-    """Ids [B, L] -> hidden states [B, L, width] after the last layer norm; all tokens, padding too, see all.
+    """Ids [B, L] -> hidden states [B, L, width] after the last layer norm; all tokens, with padding, attend to all.
 
-    `dropout` acts on the embeddings in training. `to_logits` is a part of published checkpoints that only the
-    training of a language model would use.
+    `dropout` acts on the embeddings in training. `to_logits` is part of published checkpoints, though only the
+    training of a language model would use it.
     """
 
     def __init__(self, tokens: int, positions: int, width: int, depth: int, dropout: float = 0.0):
@@ -94,11 +94,11 @@ class BERTTokenizer:
 
     `[CLS]`, the text, `[SEP]`, then `[PAD]`; a text that is cut keeps its `[SEP]`. A vocabulary without these
     tokens, with one token twice, or of BERT's size (30,522) that is not BERT's, is an `InputError`: a wrong one
-    would ruin every image without a word.
+    would silently ruin every image.
     """
 
     def __init__(self, vocabulary: Sequence[str], max_length: int, source: str):
-        """Builds from the tokens in order of their ids; `source` names their origin in messages."""
+        """Builds from the tokens in order of their ids; `source` names their origin in errors."""
         from tokenizers.implementations import BertWordPieceTokenizer
 
         _check_vocabulary(vocabulary, source)
@@ -113,24 +113,24 @@ class BERTTokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path, max_length: int) -> BERTTokenizer:
-        """The tokenizer of a `vocab.txt`: a token a line, whose number is its id."""
+        """Builds the tokenizer of a `vocab.txt`: a token a line, whose number is its id."""
         return cls(_read_vocabulary(Path(path)), max_length, printable(path))
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text. A text that UTF-8 cannot hold (lone surrogates) is an `InputError`."""
+        """Returns the ids of each text. A text that UTF-8 cannot encode (lone surrogates) is an `InputError`."""
         return [self._wordpiece.encode(checked(text)).ids for text in texts]
 
     def cut_words(self, text: str) -> str:
-        """The end of the text that does not fit; empty if all fits."""
+        """Returns the end of the text that does not fit; empty if all fits."""
         encoding = self._wordpiece.encode(checked(text))
         return text[max(end for _, end in encoding.offsets) :].strip() if encoding.overflowing else ""
 
 
 def find_vocabulary(version: str = UNCASED) -> Path:
-    """The vocabulary file on this computer that `version` stands for; nothing is downloaded.
+    """Finds the vocabulary file of `version` on this computer; nothing is downloaded.
 
-    It is such a file, a folder that holds `vocab.txt`, or "bert-base-uncased": then the file is searched at
-    `OWN_VOCABULARY`, here or in the toolkit's folder, and in the Hugging Face cache. None is an `InputError`.
+    `version` is such a file, a folder that holds `vocab.txt`, or "bert-base-uncased": then the file is searched at
+    `OWN_VOCABULARY`, here or in the toolkit's folder, and in the Hugging Face cache. `InputError` if there is none.
     """
     path = next(filter(os.path.isfile, _places(version)), None)
     if path is not None:
@@ -156,7 +156,7 @@ def _read_vocabulary(path: Path) -> list[str]:
         text = io.StringIO(read_side_file(path).decode("utf-8-sig"), newline=None).read()
     except UnicodeDecodeError:
         raise InputError(f"cannot read the vocabulary {printable(path)}: it is not UTF-8 text") from None
-    return text.removesuffix("\n").split("\n")  # other signs that end a line are tokens
+    return text.removesuffix("\n").split("\n")  # other line separators are tokens
 
 
 def _check_vocabulary(vocabulary: Sequence[str], source: str) -> None:

@@ -1,4 +1,4 @@
-"""CLIP's text and vision towers, with the parameter names of published checkpoints (Radford et al. 2021)."""
+"""CLIP's text and image encoders, with the parameter names of published checkpoints (Radford et al. 2021)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ldm.util import InputError, only_with
 
 
 def _position_ids(count: int) -> Tensor:
-    """[[0, 1, ...]]: a computed value, so it is never left on the meta device that a model may be built on."""
+    """Returns [[0, 1, ...]], computed, so that it is never on the meta device on which a model may be built."""
     return torch.arange(count, device="cpu")[None]
 
 
 class CLIPEmbeddings(nn.Module):
     """Token plus position embeddings: ids [B, L] -> [B, L, width], L at most `positions`.
 
-    Ids from `tokens` upward mean the rows of `added` [n, width], which is no part of the state dict.
+    Ids from `tokens` upward are the rows of `added` [n, width], which is not part of the state dict.
     """
 
     position_ids: Tensor
@@ -41,7 +41,7 @@ class CLIPEmbeddings(nn.Module):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """`inputs_embeds` [B, L, width] take the place of the ids' vectors; positions are 0, 1, ... by default."""
+        """`inputs_embeds` [B, L, width] replace the ids' vectors; positions are 0, 1, ... by default."""
         if inputs_embeds is None:
             if input_ids is None:
                 raise InputError("CLIP's embeddings need input_ids or inputs_embeds")
@@ -79,7 +79,7 @@ class CLIPVisionEmbeddings(nn.Module):
 
 
 class CLIPAttention(nn.Module):
-    """Multi-head self-attention; if `causal`, a token sees itself and those before it, else all."""
+    """Multi-head self-attention; if `causal`, a token attends to itself and those before it, else to all."""
 
     def __init__(self, width: int, heads: int, causal: bool = True):
         super().__init__()
@@ -113,7 +113,7 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPEncoderLayer(nn.Module):
-    """Attention and feed-forward, each behind a layer norm and a residual."""
+    """Attention and feed-forward, each after a layer norm and with a residual."""
 
     def __init__(self, width: int, heads: int, inner: int, causal: bool = True):
         super().__init__()
@@ -135,7 +135,7 @@ class CLIPEncoder(nn.Module):
         self.layers = nn.ModuleList(CLIPEncoderLayer(width, heads, inner, causal) for _ in range(layers))
 
     def forward(self, x: Tensor, seen: list[Tensor] | None = None) -> Tensor:
-        """`seen` gets the states that each layer gives."""
+        """The outputs of the layers are appended to `seen`."""
         for layer in self.layers:
             x = layer(x)
             if seen is not None:
@@ -145,7 +145,7 @@ class CLIPEncoder(nn.Module):
 
 @dataclass
 class TextOutput:
-    """What transformers' text encoder gives, by the same names, and by number without those that are None."""
+    """The output of transformers' text encoder, by the same names, and by index without those that are None."""
 
     last_hidden_state: Tensor
     pooler_output: Tensor
@@ -178,8 +178,8 @@ class CLIPTextTransformer(nn.Module):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> TextOutput | tuple[Any, ...]:
-        """Ids [B, L] -> `last_hidden_state` [B, L, width], after the final norm; `pooler_output` [B, width], its row
-        at the first end token; with `output_hidden_states` the embeddings and each layer's states before that norm.
+        """Encodes ids [B, L]: `last_hidden_state` [B, L, width] after the final norm; `pooler_output` [B, width], its
+        row at the first end token; with `output_hidden_states` the embeddings and each layer's states before it.
 
         With `return_dict` False a tuple. `InputError` for a mask that hides tokens, and for `output_attentions`.
         """
@@ -232,16 +232,16 @@ class CLIPTextModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights."""
+        """The dtype of the weights."""
         return self.get_input_embeddings().weight.dtype
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The table of the tokens' vectors."""
+        """Returns the table of the tokens' vectors."""
         return self.text_model.embeddings.token_embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
@@ -250,7 +250,7 @@ class CLIPTextModel(nn.Module):
         self.config.vocab_size = value.num_embeddings
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None) -> nn.Embedding:
-        """A table of `new_num_tokens` rows: the present ones, as far as they go, and small random ones."""
+        """Resizes the table to `new_num_tokens` rows: the existing ones, then small random ones."""
         old = self.get_input_embeddings()
         if new_num_tokens is None or new_num_tokens == old.num_embeddings:
             return old
@@ -282,12 +282,12 @@ class CLIPVisionTransformer(nn.Module):
 
 
 class CLIPVisionModel(nn.Module):
-    """The vision tower under the name `vision_model`, the level that published checkpoints have."""
+    """The image encoder under the name `vision_model`, as in published checkpoints."""
 
     def __init__(self, side: int, patch: int, width: int, layers: int, heads: int, inner: int):
         super().__init__()
         self.vision_model = CLIPVisionTransformer(side, patch, width, layers, heads, inner)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Normalised images [N, 3, side, side] -> pooled states [N, width]."""
+        """Encodes normalised images [N, 3, side, side] as pooled states [N, width]."""
         return self.vision_model(pictures)

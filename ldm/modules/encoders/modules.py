@@ -1,4 +1,4 @@
-"""Conditioning models: what turns prompts into what the U-Net's cross-attention looks at."""
+"""Conditioning models, which encode prompts as the context of the U-Net's cross-attention."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPENAI_VOCABULARIES = ("openai/clip-vit-large-patch14", "openai/clip-vit-base-pa
 
 
 def _check_size(vocabulary: str | Path, size: int, tokens: int) -> None:
-    """That a vocabulary has an entry for each of a text encoder's tokens, else an `InputError`."""
+    """Checks that a vocabulary has an entry for each of a text encoder's tokens, else an `InputError`."""
     if size != tokens:
         raise InputError(
             f"the vocabulary {printable(vocabulary)} has {size} entries, the text encoder {tokens}; "
@@ -38,19 +38,19 @@ class AbstractEncoder(nn.Module):
     _cuts_shown = 0
 
     def encode(self, *args: object) -> Tensor:
-        """Prompts -> conditioning."""
+        """Encodes prompts as a conditioning."""
         raise TypeError(f"{type(self).__name__} does not define encode")
 
     def cut_words(self, prompt: str) -> str:
-        """The end of a prompt that the model does not see because the prompt is too long."""
+        """Returns the end of a prompt that the model does not see because the prompt is too long."""
         return ""
 
     def listed(self, text: str | Sequence[str]) -> list[str]:
-        """Prompts as a list; a single text is one prompt, not its letters."""
+        """Returns prompts as a list; a single text is one prompt, not its letters."""
         return [text] if isinstance(text, str) else list(text)
 
     def warn_of_cuts(self, prompts: Sequence[str], limit: int) -> None:
-        """Shows what prompts lose that are longer than `limit` tokens, of the first few of them."""
+        """Logs the lost words of the first few prompts that are longer than `limit` tokens."""
         if self._cuts_shown > MOST_CUTS:
             return
         for cut in filter(None, map(self.cut_words, prompts)):
@@ -92,7 +92,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
     def tokenizer(self) -> Any:
         """transformers' CLIPTokenizer with this encoder's vocabulary, for code that calls its methods.
 
-        From then on, or once another one was put in its place, prompts are read by it.
+        From then on prompts are read by it, or by the one that replaces it.
         """
         from ldm.modules.encoders.transformers_tokenizer import TransformersTokenizer
 
@@ -116,7 +116,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
 
     @property
     def device(self) -> torch.device:
-        """Where the text encoder is. It can be set as the original's attribute, which moves nothing."""
+        """The device of the text encoder. Assigning it, as in the original, moves nothing."""
         return self.transformer.device
 
     @device.setter
@@ -125,11 +125,11 @@ class FrozenCLIPEmbedder(AbstractEncoder):
 
     @property
     def width(self) -> int:
-        """How many numbers the vector of a token has."""
+        """The length of a token's vector."""
         return self.transformer.text_model.embeddings.token_embedding.embedding_dim
 
     def use_embeddings(self, embeddings: Mapping[str, Tensor]) -> None:
-        """From now on these words, as the tokenizer's `clean` leaves them, stand for vectors [n, width] each.
+        """Replaces these words, as cleaned by the tokenizer's `clean`, by vectors [n, width] each from now on.
 
         Each vector takes the place of one token (textual inversion, Gal et al. 2022).
         """
@@ -144,7 +144,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         self.reader.use_placeholders(ids)
 
     def freeze(self) -> None:
-        """Evaluation mode, no gradients."""
+        """Sets evaluation mode, without gradients."""
         self.eval().requires_grad_(False)
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
@@ -172,16 +172,16 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         return self.reader.cut_words(prompt, self.max_length)
 
     def encode(self, text: str | Sequence[str]) -> Tensor:
-        """Prompts, or one -> [B, max_length, width]; one too long is cut, with a warning that shows what is lost."""
+        """Encodes prompts as [B, max_length, width]; one too long is cut, with a warning that shows the rest."""
         return self(text)
 
 
 class BERTEmbedder(AbstractEncoder):
     """Prompts -> hidden states of a transformer encoder over BERT's tokens [B, max_seq_len, n_embed].
 
-    The text encoder of `txt2img --laion400m`: `n_layer` layers of width `n_embed`, of its own weights in spite of
-    the name. `version` chooses the vocabulary, see `find_vocabulary`. With `use_tokenizer` off it takes ids
-    only. `device` is accepted and not used: the model lies where the rest lies.
+    The text encoder of `txt2img --laion400m`: `n_layer` layers of width `n_embed`, not BERT's weights in spite of
+    the name. `version` chooses the vocabulary, see `find_vocabulary`. With `use_tokenizer` off it accepts ids
+    only. `device` is accepted and not used.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class BERTEmbedder(AbstractEncoder):
         return tokenizer
 
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
-        """Prompts, or one, or their ids [B, L] -> [B, L, n_embed]."""
+        """Encodes one or more prompts, or their ids [B, L], as [B, L, n_embed]."""
         if isinstance(text, Tensor):
             return self.transformer(text)
         text = self.listed(text)
@@ -226,5 +226,5 @@ class BERTEmbedder(AbstractEncoder):
         return self.tokenizer.cut_words(prompt)
 
     def encode(self, text: str | Sequence[str] | Tensor) -> Tensor:
-        """As `forward`; a prompt too long is cut, with a warning that shows what is lost."""
+        """Does the same as `forward`; a prompt too long is cut, with a warning that shows the rest."""
         return self(text)

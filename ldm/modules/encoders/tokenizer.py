@@ -1,4 +1,4 @@
-"""CLIP's tokenizer without a network: text to token ids exactly as OpenAI's own tokenizer gives them.
+"""CLIP's tokenizer without a network: text to the same token ids as OpenAI's tokenizer.
 
 Cleaning and splitting are Python, the byte-pair merges run in the Rust library `tokenizers`. Nothing here
 needs torch, and the libraries are imported only when a tokenizer is built.
@@ -34,7 +34,7 @@ _KNOWN_IDS = [49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558, 49407]
 
 
 def openai_tables() -> list[Path]:
-    """Where the token table of the installed package `openai-clip` is looked for; the package is not imported."""
+    """Returns where to look for the token table of the installed package `openai-clip`, which is not imported."""
     spec = importlib.util.find_spec("clip")
     folders = (spec.submodule_search_locations if spec else None) or []
     return [Path(folder) / _TABLE for folder in folders]
@@ -51,13 +51,13 @@ class Stretch(NamedTuple):
 class CLIPTokenizer:
     """Turns prompts into CLIP token ids and back.
 
-    Build it with `openai()` or `from_folder()`. Ids lie in [0, size); `begin_id` is size - 2, `end_id` size - 1.
+    Build it with `openai()` or `from_folder()`. Ids are in [0, size); `begin_id` is size - 2, `end_id` size - 1.
     A table of OpenAI's size (49,408) that is not OpenAI's, or one that is not laid out as CLIP's, is an
-    `InputError`: a wrong one would ruin every image without a word.
+    `InputError`: a wrong one would silently ruin every image.
     """
 
     def __init__(self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], source: str) -> None:
-        """Builds from token ids and merges in order of rank; `source` names their origin in messages."""
+        """Builds from token ids and merges in order of rank; `source` names their origin in errors."""
         import regex
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -78,7 +78,7 @@ class CLIPTokenizer:
 
     @classmethod
     def openai(cls) -> CLIPTokenizer:
-        """The tokenizer from the table that the installed package `openai-clip` ships (not imported)."""
+        """Builds the tokenizer from the table of the installed package `openai-clip` (not imported)."""
         table = next((path for path in openai_tables() if path.is_file()), None)
         if table is None:
             raise InputError(f"CLIP's token table {_TABLE} is not installed: run `pip install openai-clip`")
@@ -91,21 +91,21 @@ class CLIPTokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> CLIPTokenizer:
-        """The tokenizer from a folder with `vocab.json` and `merges.txt`, the layout of transformers."""
+        """Builds the tokenizer from a folder with `vocab.json` and `merges.txt`, the layout of transformers."""
         folder = Path(path)
         return cls(
             _read_vocabulary(folder / "vocab.json"), _read_merges(folder / "merges.txt"), printable(folder)
         )
 
     def table(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
-        """The token ids and the merges in order of rank, as the constructor takes them."""
+        """Returns the token ids and the merges in order of rank, the arguments of the constructor."""
         model = json.loads(self._bpe.to_str())["model"]
         return model["vocab"], [(left, right) for left, right in model["merges"]]
 
     def __call__(
         self, texts: Sequence[str], max_length: int = CONTEXT_LENGTH, pad_id: int | None = None
     ) -> list[list[int]]:
-        """The ids of each text, cut or padded to `max_length` (at least 2).
+        """Returns the ids of each text, cut or padded to `max_length` (at least 2).
 
         A text that is cut keeps the end token as its last; padding is `pad_id`, by default the end token.
         """
@@ -114,10 +114,10 @@ class CLIPTokenizer:
         return [row + [padding] * (max_length - len(row)) for row in rows]
 
     def use_placeholders(self, placeholders: Mapping[str, Sequence[int]]) -> None:
-        """From now on these texts, as `clean` leaves them, stand for ids of their own, from `size` upward.
+        """Maps these texts, as cleaned by `clean`, to new ids from `size` upward from now on.
 
-        A placeholder is a whole word, or several: beside a letter at its end there is no other letter, and
-        beside a digit no digit. Of several that fit the longest counts.
+        A placeholder is one or more whole words: next to a letter at its end there is no other letter, and
+        next to a digit no digit. Of several that match the longest is used.
         """
         import regex
 
@@ -126,11 +126,11 @@ class CLIPTokenizer:
         self._triggers = regex.compile("|".join(map(_whole_words, longest_first))) if placeholders else None
 
     def placeholders_in(self, text: str) -> list[str]:
-        """The placeholders that a text holds, in its order."""
+        """Returns the placeholders in a text, in order."""
         return [stretch.text for stretch in self.stretches(clean(text)) if stretch.ids]
 
     def stretches(self, cleaned: str) -> Iterator[Stretch]:
-        """The parts of a text that `clean` made: plain ones and placeholders, in turn."""
+        """Yields the parts of a cleaned text: plain ones and placeholders, in order."""
         end = 0
         for match in self._triggers.finditer(cleaned) if self._triggers else ():
             yield Stretch(end, cleaned[end : match.start()], ())
@@ -139,35 +139,35 @@ class CLIPTokenizer:
         yield Stretch(end, cleaned[end:], ())
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the whole text between the begin and the end token, however many.
+        """Returns the ids of the whole text between the begin and the end token, however many.
 
-        A text that UTF-8 cannot hold (lone surrogates) is an `InputError`.
+        A text that UTF-8 cannot encode (lone surrogates) is an `InputError`.
         """
         stretches = self.stretches(clean(text))
         ids = (id for stretch in stretches for id in stretch.ids or self._encode_words(stretch.text))
         return [self.begin_id, *ids, self.end_id]
 
     def split(self, text: str) -> list[str]:
-        """The words of a cleaned text, as OpenAI's code splits it; each becomes tokens by itself."""
+        """Splits a cleaned text into words like OpenAI's code; each is tokenised separately."""
         return self._words.findall(text)
 
     def _encode_words(self, text: str) -> list[int]:
         return self._bpe.encode(self.split(text), is_pretokenized=True).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids in lower case, a space between words, without begin, end and padding."""
+        """Returns the text of the ids in lower case, a space between words, without begin, end and padding."""
         text = self._bpe.decode(list(ids), skip_special_tokens=True)
         return text.replace(END_OF_WORD, " ").rstrip()
 
     def cut_words(self, text: str, max_length: int = CONTEXT_LENGTH) -> str:
-        """The end of the cleaned text that does not fit into `max_length` tokens; empty if all fits."""
+        """Returns the end of the cleaned text that does not fit into `max_length` tokens; empty if all fits."""
         cleaned = clean(text)
         starts = [start for stretch in self.stretches(cleaned) for start in self._token_starts(stretch)]
         kept = max_length - 2  # besides begin and end
         return cleaned[starts[kept] :] if len(starts) > kept else ""
 
     def _token_starts(self, stretch: Stretch) -> list[int]:
-        """Where in the cleaned text each token of a stretch begins."""
+        """Returns the position in the cleaned text of each token of a stretch."""
         if stretch.ids:
             return [stretch.start] * len(stretch.ids)
         words = list(self._words.finditer(stretch.text))
@@ -180,7 +180,7 @@ class CLIPTokenizer:
 
 
 def checked(text: str) -> str:
-    """The text itself; `InputError` for lone surrogates, which come from command lines that are not UTF-8."""
+    """Returns the text itself; `InputError` for lone surrogates, which come from command lines that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -192,12 +192,12 @@ def checked(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """The text as CLIP reads it: encoding faults mended, HTML entities resolved, lower case.
+    """Returns the text as CLIP reads it: encoding errors repaired, HTML entities resolved, lower case.
 
-    Raises what `checked` raises.
+    Raises the errors of `checked`.
     """
     checked(text)
-    if not (text.isascii() and text.isprintable()):  # ftfy leaves plain text alone, but takes 40 ms to import
+    if not (text.isascii() and text.isprintable()):  # ftfy keeps plain text; its import takes 40 ms
         import ftfy
 
         text = ftfy.fix_text(text)
@@ -205,7 +205,7 @@ def clean(text: str) -> str:
 
 
 def _whole_words(placeholder: str) -> str:
-    """The pattern of a placeholder that is not a part of a longer word or number."""
+    """Returns the pattern of a placeholder that is not part of a longer word or number."""
     import regex
 
     before, after = (r"\p{L}" if end.isalpha() else r"\p{N}" for end in (placeholder[0], placeholder[-1]))
@@ -221,14 +221,14 @@ def _cut(ids: list[int], max_length: int) -> list[int]:
 
 
 def _byte_characters() -> list[str]:
-    """The characters that stand for the 256 bytes, in the order of their ids: printable ones first."""
+    """Returns the characters that represent the 256 bytes, in the order of their ids: printable ones first."""
     printable_bytes = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = 256 - len(printable_bytes)
     return [chr(code) for code in (*printable_bytes, *range(256, 256 + others))]
 
 
 def _openai_vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """Token ids by OpenAI's rule: bytes, bytes that end a word, merges by rank, begin, end."""
+    """Returns token ids by OpenAI's rule: bytes, bytes that end a word, merges by rank, begin, end."""
     characters = _byte_characters()
     tokens = [*characters, *(c + END_OF_WORD for c in characters), *(a + b for a, b in merges), BEGIN, END]
     return {token: index for index, token in enumerate(tokens)}

@@ -1,6 +1,6 @@
-"""transformers' own CLIP tokenizer, fed with the words that `ldm.modules.encoders.tokenizer` reads in a text.
+"""transformers' CLIP tokenizer, applied to the words that `ldm.modules.encoders.tokenizer` reads in a text.
 
-Importing this module imports transformers, which takes longer than a whole run may wait; a run does without it.
+Importing this module imports transformers, which is slow; a run does not need it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ldm.util import InputError
 
 
 class TransformersTokenizer(tokenization_clip.CLIPTokenizer):
-    """Takes every call that transformers' class takes, and gives the ids that `reader` gives.
+    """Supports every method of transformers' class, and returns the ids of `reader`.
 
-    Tokens that were added stand for their ids where a text holds them as they are; all else is cleaned first.
+    Added tokens have their ids where a text contains them literally; all other text is cleaned first.
     """
 
     def __init__(self, reader: CLIPTokenizer, max_length: int):
@@ -46,11 +46,11 @@ class TransformersTokenizer(tokenization_clip.CLIPTokenizer):
         return super()._encode_plus(text, text_pair, is_split_into_words=True, **kwargs)
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        """The tokens of a text, under the name of transformers' former class."""
+        """Returns the tokens of a text, under the method name of transformers' former class."""
         return self.tokenize(text, **kwargs)
 
     def _words(self, text: str) -> Iterator[str]:
-        """The words of a text as the backend takes them; it looks up each by itself."""
+        """Yields the words of a text for the backend, which looks up each separately."""
         added = {token for token in self.get_added_vocab() if token not in (BEGIN, END)}
         pattern = "|".join(map(regex.escape, sorted(added, key=len, reverse=True)))
         for part in regex.split(f"({pattern})", text) if added else [text]:
@@ -61,7 +61,7 @@ class TransformersTokenizer(tokenization_clip.CLIPTokenizer):
                 yield from map(self._name, stretch.ids) if stretch.ids else self.reader.split(stretch.text)
 
     def _name(self, index: int) -> str:
-        """The token of a placeholder's id: no text holds it, as no cleaned text has a line break."""
+        """Returns the token of a placeholder's id, which is in no text, since cleaned texts have no line break."""
         while len(self) <= index:
             self.add_tokens(AddedToken(f"\n{len(self)}\n", normalized=False, special=True))
         name = f"\n{index}\n"

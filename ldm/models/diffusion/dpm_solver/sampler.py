@@ -1,4 +1,4 @@
-"""DPM-Solver++ (2M) (Lu et al. 2022, algorithm 2): DDIM that looks ahead with the last two clean latents."""
+"""DPM-Solver++ (2M) (Lu et al. 2022, algorithm 2): DDIM with an extrapolation of the last two clean latents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FEW_STEPS = 15  # below this count the last step is of first order
 
 
 class DPMSolverSampler(Sampler):
-    """Feeds the update rule with the noise that points to an extrapolated clean latent.
+    """Feeds the update rule with the noise that implies an extrapolated clean latent.
 
     The steps are evenly spaced in time between the ends of the training schedule, so they fall between its
     timesteps; the noise levels there are interpolated. `ddim_discretize` has only this one spacing.
@@ -53,7 +53,7 @@ class DPMSolverSampler(Sampler):
 
 
 def _reach(before: Step, now: Step) -> float:
-    """How far to extrapolate: half of this step's length over the last one's, in log signal-to-noise ratio."""
+    """Returns the extrapolation factor: half of this step's length over the last one's, in log SNR."""
     return (
         0.5
         * (_log_snr(now.alpha_prev) - _log_snr(now.alpha))
