@@ -8,7 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 else:
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-os.environ["XDG_DATA_HOME"] = os.devnull  # a developer's own weights change no test
+os.environ["XDG_DATA_HOME"] = os.devnull  # a developer's weights do not change a test
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from tests.support.models import SharedModels
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests skip where there is none, also when they were asked for."""
+    """Skips GPU tests where there is none, also when they were requested."""
     if torch.cuda.is_available():
         return
     for item in items:

@@ -33,7 +33,7 @@ def config_file(tmp_path):
 
 
 def changed(**values):
-    """The tiny model's config as YAML, with entries of its own replaced."""
+    """The tiny model's config as YAML, with some entries replaced."""
     config = tiny_config()
     for path, value in values.items():
         *names, last = path.split("__")
@@ -268,7 +268,7 @@ def test_a_config_that_does_not_fit_the_checkpoint_is_blamed(config_file, tmp_pa
 
 def test_a_checkpoint_that_the_config_names_is_ignored_with_a_note(config_file, tmp_path, tiny, caplog):
     torch.save(tiny.state_dict(), tmp_path / "m.ckpt")
-    os.mkfifo(tmp_path / "canary")  # whoever opened it would wait for ever
+    os.mkfifo(tmp_path / "canary")  # opening it would block for ever
     names = {key: str(tmp_path / "canary") for key in ("ckpt_path", "first_stage_config__ckpt_path")}
     assert load_model(read_config(config_file(changed(**names))), tmp_path / "m.ckpt")
     notes = [record.message for record in caplog.records if "ckpt_path" in record.message]

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: `pytest -m gpu`."""
+"""Tests that need a CUDA device: `pytest -m gpu`."""
 
 import time
 
@@ -16,7 +16,7 @@ from ldm.runtime.fast import prepare
 from tests.support.golden_data import TOLERANCE, figure, figures, relative_error, sampled, tiny_model
 
 pytestmark = pytest.mark.gpu
-# the original under fp16 autocast, against its own float32
+# the original under fp16 autocast, against its float32
 FP16_BUDGET = {
     ("ddim", 10, 7.5): 4.1e-3,
     ("plms", 10, 7.5): 4.1e-3,
@@ -123,7 +123,7 @@ def test_single_image_noise_is_the_devices_own(device, sizes):
 
 
 def test_where_the_mapping_changes(device):
-    """Up to as many numbers as the GPU has threads in flight, every GPU draws the same; behind that its own."""
+    """Up to the number of threads in flight every GPU draws the same numbers; above that they depend on the GPU."""
     properties = torch.cuda.get_device_properties(device)
     threads = properties.multi_processor_count * (properties.max_threads_per_multi_processor // 256) * 256
     for count in (threads, threads + 1, 4 * threads + 1):

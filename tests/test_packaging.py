@@ -1,4 +1,4 @@
-"""setup.py, environment.yaml and the README say the same."""
+"""setup.py, environment.yaml and the README agree."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ from tests.support.paths import ROOT
 
 @cache
 def setup_metadata():
-    """What setup() is called with, read by running setup.py with a stand-in for setuptools' function."""
+    """The arguments of setup(), from running setup.py with a replacement of setuptools' function."""
     script = (
         "import json, runpy, setuptools\n"
         "setuptools.setup = lambda long_description, **rest: print(json.dumps(rest))\n"
@@ -88,7 +88,7 @@ def test_the_top_level_holds_what_it_should_and_dotfiles():
 
 
 def test_nothing_is_installed_from_a_second_copy():
-    """The data of the package are files of the folders beside it, all in the repository, and no others."""
+    """The data of the package are exactly the files in the repository's other folders."""
     metadata, known = setup_metadata(), {*tracked()}
     for package, folder in metadata["package_dir"].items():
         assert package.startswith("ldm.assets.") and package in metadata["packages"]

@@ -1,4 +1,4 @@
-"""Relative names are looked up in the current folder, the toolkit's own and the user's, in this order."""
+"""Relative names are looked up in the current folder, the toolkit's and the user's, in this order."""
 
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def test_a_relative_folder_in_the_environment_counts_as_none(monkeypatch, tmp_pa
 
 
 def test_a_user_without_a_home_folder_has_no_user_folder(monkeypatch):
-    """As in a container that runs under a number without a name."""
+    """As in a container that runs under a user id without a name."""
     for name in ("HOME", "XDG_DATA_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)

@@ -1,4 +1,4 @@
-"""The rooms import one another in one direction only, and nothing heavy before it is needed; tests stand alone."""
+"""Packages import one another in one direction only, heavy modules only when needed; tests import no other test."""
 
 import ast
 import re
@@ -30,7 +30,7 @@ RANKS = [
     {"commands"},
     {"__main__"},
 ]
-# data and training are beside the pipeline: only the commands that train and measure import them
+# data and training are separate from the pipeline: only the commands that train and measure import them
 SEPARATE = {"data", "training"}
 MAY_IMPORT_SEPARATE = {*SEPARATE, "commands"}
 
@@ -40,7 +40,7 @@ def rank(room):
 
 
 def room_of(path):
-    """The room of a file; the subcommands, which run everything else, are a room above all others."""
+    """The package of a file; the subcommands, which run everything else, count as a package above all others."""
     return room_at(path.relative_to(ROOT / "ldm").with_suffix("").parts)
 
 
@@ -152,7 +152,7 @@ PAGES = [
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_test_imports_another(path):
-    """What several of them use is in tests/support."""
+    """Shared helpers are in tests/support."""
     assert not re.findall(
         r"^.*import.*\btest_.*|^.*\btests\.(?!support\b).*import.*", path.read_text(), re.MULTILINE
     )

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the small functions that extensions import."""
+"""Files that are written completely or not at all, and the small functions that extensions import."""
 
 import errno
 import os
@@ -57,7 +57,7 @@ def test_a_file_that_appeared_meanwhile_is_kept(tmp_path, monkeypatch, links):
     def no_links(*args):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
-    if links:  # then nobody needs to look beforehand
+    if links:  # so that no check is needed before
         monkeypatch.setattr(os.path, "lexists", lambda path: False)
     else:
         monkeypatch.setattr(os, "link", no_links)

@@ -1,4 +1,4 @@
-"""An installed wheel is a working tool anywhere: no checkout, no network, nothing copied in the repository."""
+"""An installed wheel is a working tool anywhere: no checkout, no network, no copies in the repository."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def new_environment(folder: Path, *install: str) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of what is installed from, in which building leaves its own files."""
+    """A copy of the sources, into which the build writes its files."""
     folder = tmp_path_factory.mktemp("source")
     for part in PARTS:
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy

@@ -23,7 +23,7 @@ QUICK = ["--sizes", "64", "--steps", str(STEPS), "--device", "cpu", "--threads",
 
 @pytest.fixture
 def measure(tmp_path):
-    """Runs the script on the tiny model with random weights: its exit code and JSON lines."""
+    """Runs the script on the tiny model with random weights; returns its exit code and JSON lines."""
     config, lines = tmp_path / "tiny.yaml", tmp_path / "lines.jsonl"
     OmegaConf.save(OmegaConf.create({"model": tiny_config()}), config)
     files = ["--config", str(config), "--cache", str(tmp_path / "cache"), "--json", str(lines)]

@@ -36,7 +36,7 @@ def outputs(model):
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory, checkpoint):
-    """The file that a first run has cached, and what that run computed."""
+    """The file that a first run has cached, and the result of that run."""
     folder = tmp_path_factory.mktemp("cache") / "not" / "there"
     first = list(outputs(load(checkpoint, folder)))
     (file,) = folder.iterdir()

@@ -1,4 +1,4 @@
-"""Conversions: nothing changes on the way, other libraries read what is written, and it is written whole."""
+"""Conversions: values are unchanged, other libraries read the output, and it is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ PROMPT = "a photograph of an astronaut riding a horse"
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    """What diffusers makes of the folder, offline."""
+    """The folder as loaded by diffusers, offline."""
     diffusers = pytest.importorskip("diffusers")
     diffusers.utils.logging.disable_progress_bar()
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(
@@ -395,7 +395,7 @@ def test_what_diffusers_saves_loads_with_the_same_output(
         {key: tensor for key, tensor in tiny.state_dict().items() if key not in SCHEDULE_BUFFERS},
     )
     ours, expected = (each.get_learned_conditioning([PROMPT]) for each in (model, tiny))
-    assert relative_error(ours, expected) < 2e-5  # the bits depend on where in memory the weights lie
+    assert relative_error(ours, expected) < 2e-5  # the bits depend on the memory alignment of the weights
 
 
 @pytest.mark.parametrize("other", ["painter", "bundled"])

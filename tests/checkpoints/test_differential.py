@@ -1,4 +1,4 @@
-"""Files of many kinds, made at random: the tree that is read equals what `torch.load(weights_only=True)` reads."""
+"""Files of many kinds, made at random: the result equals that of `torch.load(weights_only=True)`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def some_storage(rng: random.Random, dtypes: Sequence[torch.dtype] = DTYPES) -> 
 
 
 def some_view(base: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """`base`, or another look at its numbers."""
+    """`base`, or another view of it."""
     kind = rng.randrange(8)
     if kind == 1:
         return base.permute(rng.sample(range(base.ndim), base.ndim))

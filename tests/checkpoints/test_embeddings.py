@@ -97,7 +97,7 @@ def png(path, text, keyword="sd-ti-embedding", packed=False):
 
 
 def web_ui_text(tensor, name="inner"):
-    """The text of such an image: base64 of JSON, each tensor as its numbers under a name of its own."""
+    """The text of such an image: base64 of JSON, each tensor as numbers under a separate name."""
     tree = {**web_ui(tensor, name), "string_to_param": {"*": {"TORCHTENSOR": tensor.tolist()}}}
     return base64.b64encode(json.dumps(tree).encode()).decode()
 

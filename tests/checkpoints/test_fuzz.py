@@ -1,4 +1,4 @@
-"""Damage at random: success or `CheckpointError` may come of it, and all that is returned can be read."""
+"""Random damage: reading succeeds or raises `CheckpointError`, and all that is returned can be used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.paths import ROOT
 def test_random_damage_gives_a_state_dict_or_one_line_in_little_memory(
     tmp_path: Path, count: int, seed: int
 ) -> None:
-    """In a process of its own, whose address space may grow by 1 GiB at most."""
+    """Reads in a separate process, whose address space may grow by at most 1 GiB."""
     command = [sys.executable, "-m", "tests.support.fuzzing", str(tmp_path), str(count), str(seed)]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert child.returncode == 0, child.stderr[-2000:]
@@ -48,7 +48,7 @@ def test_random_damage_gives_a_state_dict_or_one_line_in_little_memory(
 def test_whatever_is_read_from_damage_equals_what_torch_reads(
     tmp_path: Path, damage: Damage, count: int
 ) -> None:
-    """Where both readers accept a damaged description they must see the same tensors."""
+    """If both readers accept a damaged description, they must read the same tensors."""
     buffer = io.BytesIO()
     torch.save(STATE, buffer)
     records = members(buffer.getvalue())

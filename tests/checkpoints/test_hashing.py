@@ -21,7 +21,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def digests(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Every file that is really read."""
+    """Records every file that is actually read."""
     read: list[Path] = []
     digest = hashing._digest
     monkeypatch.setattr(hashing, "_digest", lambda path: (read.append(path), digest(path))[1])

@@ -175,7 +175,7 @@ def test_objects_cannot_be_changed_or_called_by_the_file(tmp_path: Path, instruc
 
 
 def test_state_on_an_accepted_object_leaves_no_trace(tmp_path: Path) -> None:
-    """BUILD with a `__setstate__` of the file's own choosing, then BUILD again: a trick on stand-ins."""
+    """BUILD with a `__setstate__` from the file, then a second BUILD: an attack on placeholder objects."""
     state = b"}" + text("__setstate__") + named("collections", "OrderedDict") + b"s"
     data = b"\x80\x02" + ORDERED_DICT + state + b"b}" + text("command") + b"K\x01sb."
     assert read_tree(write_zip(tmp_path / "m.ckpt", data)) == {}
@@ -312,7 +312,7 @@ def test_archives_with_the_large_end_record_are_read(tmp_path: Path, members: in
     assert read_checkpoint(path).state_dict["a"].shape == (4,)
     whole = bytearray(path.read_bytes())
     if members > 65535:
-        whole[-22 - 20 + 8] ^= 1  # where the locator says that the record begins
+        whole[-22 - 20 + 8] ^= 1  # the start of the record by the locator
         path.write_bytes(whole)
         with pytest.raises(CheckpointError, match="before or after"):
             read_checkpoint(path)
@@ -533,7 +533,7 @@ def _equal_hashes(count: int) -> Iterator[bytes]:
 
 
 def _memo(indices: Iterable[int]) -> bytes:
-    """A pickle of a list of numbers, each put under its own index of the memo and then taken from it."""
+    """A pickle of a list of numbers, each stored under a separate index of the memo and then read from it."""
     indices = list(indices)
     put = b"".join(
         b"J" + n.to_bytes(4, "little") + b"r" + i.to_bytes(4, "little") for n, i in enumerate(indices)
@@ -543,7 +543,7 @@ def _memo(indices: Iterable[int]) -> bytes:
 
 
 def test_any_index_of_the_memo_holds_its_own_value() -> None:
-    """Against Python's own reader: the one in C has a table as long as the largest index."""
+    """Against the reader in Python: the one in C has a table as long as the largest index."""
     indices = [0, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]
     data = _memo(indices)
     expected = pickle._Unpickler(io.BytesIO(data)).load()  # type: ignore[attr-defined]

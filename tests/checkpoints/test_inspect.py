@@ -1,4 +1,4 @@
-"""What inspection says of honest, damaged, foreign and hostile files; nothing in them ever runs."""
+"""Inspection of valid, damaged, foreign and hostile files; nothing in them is ever executed."""
 
 from __future__ import annotations
 

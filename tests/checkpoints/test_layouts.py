@@ -1,4 +1,4 @@
-"""Every layout that a v1 model comes in is read, and one that is no v1 model is named."""
+"""Every layout of a v1 model is read, and a model that is not v1 is named."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, weights: State) -> Path:
 
 @pytest.fixture
 def folder(written: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may change; its files are links."""
+    """A copy of the folder that a test may change; its files are links."""
     return Path(shutil.copytree(written, tmp_path / "copy", copy_function=lambda a, b: Path(b).symlink_to(a)))
 
 
@@ -188,7 +188,7 @@ def empty() -> Any:
 
 
 def replace_weights(folder: Path, part: str, name: str, change: Callable[[State], Mapping[str, Any]]) -> None:
-    """Puts a file `name` with the changed weights of a part in the place of its safetensors file."""
+    """Replaces the safetensors file of a part by a file `name` with its changed weights."""
     (old,) = (folder / part).glob("*.safetensors")
     state = change({key: tensor.clone() for key, tensor in read_raw(old).items()})
     old.unlink()
@@ -327,7 +327,7 @@ def other(tmp_path_factory: pytest.TempPathFactory, weights: State) -> Path:
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
 @pytest.mark.parametrize("source", ["whole", "whole/{}", "whole.ckpt", "{}.ckpt"])
 def test_a_part_is_replaced(written: Path, other: Path, weights: State, part: Any, source: str) -> None:
-    """The rest of the model stays as it is."""
+    """The rest of the model is unchanged."""
     expected = {k: v + 1 if k.startswith(PREFIXES[part]) else v for k, v in weights.items()}
     assert_loads(written, expected, **{part: other / source.format(part)})
 
@@ -344,7 +344,7 @@ def test_what_cannot_take_the_place_of_a_part(written: Path, weights: State, tmp
         load_model(tiny_config(), written, vae=tmp_path / "vae.pt")
 
 
-# --- what is no v1 model ------------------------------------------------------------------------------------------
+# --- models that are not v1 ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_missing_files_of_a_folder_are_named(folder: Path, tmp_path: Path) -> No
 def test_a_side_file_of_20_gb_is_refused_by_its_size(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By what loads it, and by what takes its checksum for the run's file before that."""
+    """By the loader, and before that by the code that computes its checksum for the run file."""
     if name.endswith(".index.json"):
         (folder / name.replace(".index.json", "")).unlink()
     if name == "tokenizer/tokenizer.json":

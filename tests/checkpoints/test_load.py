@@ -1,4 +1,4 @@
-"""A checkpoint poured into a model: which tensors arrive, and which files are refused."""
+"""Loading a checkpoint into a model: which tensors are set, and which files are refused."""
 
 from __future__ import annotations
 
@@ -310,7 +310,7 @@ def test_a_whole_model_in_float8_has_the_values_that_torch_widens_it_to(
     assert weight.dtype is _held_in(saved[UNET], None) and torch.equal(weight.double(), saved[UNET].double())
 
 
-# --- files that are no model -----------------------------------------------------------------------------------
+# --- files that are not models ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def product(tensors, name):
 
 
 def change_of(model, path, layer, weight=1.0):
-    """What a file adds to the weight of a layer."""
+    """The change of a layer's weight by a file."""
     before = weight_of(model, layer).copy()
     stack = LoraStack(model)
     stack.apply([(str(path), weight, weight)])

@@ -1,4 +1,4 @@
-"""What a checkpoint says that it predicts is heard, by every mark and in every layout."""
+"""The prediction type of a checkpoint is recognised, by every mark and in every layout."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def state() -> dict[str, Tensor]:
 
 
 def save(path: Path, state: dict[str, Tensor], **said: Any) -> Path:
-    """A file in the layout that its name's beginning asks for."""
+    """Writes a file in the layout given by its name's prefix."""
     if path.suffix == ".safetensors":
         save_file({key: value.contiguous() for key, value in state.items()}, path, said or None)
     else:
@@ -59,7 +59,7 @@ def save(path: Path, state: dict[str, Tensor], **said: Any) -> Path:
 
 
 def refuse(path: Path, reason: str) -> None:
-    """The model is refused in one line, by inspection too, and convert writes nothing."""
+    """Checks that the model is refused in one line, also by inspection, and that convert writes nothing."""
     with pytest.raises(CheckpointError, match=f"trained for .*{reason}") as caught:
         check_fit(build_model(tiny_config()), read_model(path))
     assert "\n" not in str(caught.value)
@@ -134,7 +134,7 @@ def test_a_rounded_schedule_is_the_same(tmp_path: Path, state: dict[str, Tensor]
 
 
 def test_another_schedule_is_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    """Zero terminal SNR by Lin et al. 2024, algorithm 1; and LDM's own schedule for other models."""
+    """Zero terminal SNR by Lin et al. 2024, algorithm 1; and LDM's schedule for other models."""
     root = state["alphas_cumprod"].double().sqrt()
     zero = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     other = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2

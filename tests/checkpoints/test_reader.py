@@ -1,4 +1,4 @@
-"""Honest checkpoint files: what is read equals what torch or the safetensors library reads."""
+"""Valid checkpoint files: the result equals that of torch or the safetensors library."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_training_checkpoint_equals_the_tensors_that_were_saved(
     state = tiny_state_dict()
     save_like_lightning(path, state, _use_new_zipfile_serialization=zip_format)
     for name in [name for name in sys.modules if name.startswith("pytorch_lightning")]:
-        monkeypatch.delitem(sys.modules, name)  # other tests need it; reading must not bring it back
+        monkeypatch.delitem(sys.modules, name)  # other tests need it; reading must not import it
     checkpoint = read_checkpoint(path, mmap=mmap)
     assert checkpoint.format == ("torch zip" if zip_format else "torch legacy")
     assert checkpoint.metadata["global_step"] == 470000 and checkpoint.metadata["epoch"] == 3
@@ -343,7 +343,7 @@ for path in sys.argv[2:]:
 
 @pytest.mark.parametrize("mode", ["mmap", "read"])
 def test_a_file_that_shrinks_while_in_use(tmp_path: Path, mode: str) -> None:
-    """What is mapped is lost, and the process with it, as with any map: with a stack. What is read stays."""
+    """Mapped tensors are lost, and the process crashes with a stack trace, as with any map. Read tensors are kept."""
     paths = [tmp_path / name for name in ("zip", "legacy", "safetensors")]
     safetensors.torch.save_file({"a": torch.ones(100_000)}, paths[2])
     for path in paths[:2]:

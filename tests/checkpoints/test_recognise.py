@@ -1,4 +1,4 @@
-"""What a state dict is, told by the keys and shapes of published files and of the libraries that write them."""
+"""State dicts are recognised by the keys and shapes of published files and of the libraries that write them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is not a checkpoint is named in one line, whatever its file name says."""
+"""A file that is not a checkpoint is identified in one line, whatever its name."""
 
 from __future__ import annotations
 

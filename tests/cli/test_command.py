@@ -1,4 +1,4 @@
-"""The command `ldm`: its subcommands, those of the scripts, and how it starts itself again."""
+"""The command `ldm`: its subcommands, those of the scripts, and its restart."""
 
 import ast
 import json
@@ -34,7 +34,7 @@ FAST = [
 
 
 def run_module(*typed, cwd=ROOT, **environment):
-    """`python -m ldm` in a process of its own."""
+    """Runs `python -m ldm` in a separate process."""
     return subprocess.run(
         [sys.executable, "-m", "ldm", *typed],
         capture_output=True,
@@ -81,7 +81,7 @@ def test_each_script_is_its_subcommand(name):
 
 
 def test_scripts_differ_in_nothing_but_the_subcommand():
-    """The few lines that find the checkout are the same in each of them."""
+    """The few lines that find the checkout are the same in each script."""
     texts = set()
     for path in (ROOT / "scripts").glob("*.py"):
         tree = ast.parse(path.read_text())
@@ -117,12 +117,12 @@ def test_help_of_a_subcommand_imports_nothing_heavy():
     assert done.stdout.endswith("|\n")
 
 
-# --- starting again -----------------------------------------------------------------------------------------
+# --- restarting ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def starts(tmp_path):
-    """The command as pip installs it, in a process whose interpreters note how they were started."""
+    """The installed command, in a process whose interpreters record how they were started."""
     (tmp_path / "sitecustomize.py").write_text(
         "import json, os, sys\n"
         f"with open({str(tmp_path / 'starts')!r}, 'a') as file:\n"

@@ -1,4 +1,4 @@
-"""Converting on the command line, and images from what was converted."""
+"""Converting on the command line, and images from the converted models."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_unusual_files_draw_the_same_image(tmp_path: Path, how: str) -> None:
 
 
 def test_replaced_parts_are_recorded(tmp_path: Path, folder: Path) -> None:
-    """An autoencoder that answers black, whatever it is asked."""
+    """An autoencoder whose output is always black."""
     state = read_checkpoint(folder / "vae" / "diffusion_pytorch_model.safetensors").state_dict
     black = {key: tensor.clone() for key, tensor in state.items()}
     black["decoder.conv_out.weight"].zero_()
@@ -134,7 +134,7 @@ def test_mistakes_are_one_line_and_write_nothing(
     monkeypatch.chdir(tmp_path)
     try:
         code = convert.main([*arguments, "--quiet"])
-    except SystemExit as ended:  # argparse's own
+    except SystemExit as ended:  # by argparse
         code = ended.code
     said = capsys.readouterr().err
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and reason in said

@@ -1,4 +1,4 @@
-"""What a script does before anything is drawn: spelling, missing packages, closed streams, early interrupts."""
+"""The scripts before anything is drawn: spelling, missing packages, closed streams, early interrupts."""
 
 import argparse
 import ast
@@ -54,7 +54,7 @@ def parser_of(name):
 
 
 def refusal(capsys, parser, *typed):
-    """What is said of a command line that the parser refuses."""
+    """The error for a command line that the parser refuses."""
     with pytest.raises(SystemExit) as caught:
         parser.parse_args([*typed])
     assert caught.value.code == 2
@@ -64,7 +64,7 @@ def refusal(capsys, parser, *typed):
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
-    """Runs txt2img.py with the bundled model on a small image: exit code and files by name."""
+    """Runs txt2img.py with the bundled model on a small image; returns exit code and files by name."""
     monkeypatch.chdir(tmp_path)
 
     def run(*options):
@@ -213,7 +213,7 @@ def test_every_option_has_help_and_the_version_has_a_name(name, capsys):
     assert capsys.readouterr().out == "ldm 0.1.0\n"
 
 
-# --- what is not there --------------------------------------------------------------------------------------
+# --- missing packages and files -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -366,7 +366,7 @@ def test_no_file_takes_the_place_of_a_closed_stream():
 
 @pytest.mark.parametrize(("length", "code"), [(1, 0), (1, 1), (20_000, 0)])
 def test_a_reader_of_stdout_that_leaves_is_no_fault(monkeypatch, length, code):
-    """A short text is written at the end, when the task's own code is known; a long one ends the task."""
+    """A short text is written at the end, when the task's exit code is known; a long one ends the task."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stdout:
@@ -395,7 +395,7 @@ def test_an_interrupt_before_the_work_is_no_traceback(monkeypatch, capsys):
 
 
 def test_an_interrupt_during_the_start_waits_for_it():
-    """The tuned restart blocks the signal, which the new process takes when it can answer."""
+    """The tuned restart blocks the signal, which the new process handles when it is ready."""
     code = (
         "import signal, os, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {2}); os.kill(os.getpid(), 2); "
         "import scripts.txt2img as t; sys.exit(t.main(['--version']))"
@@ -414,7 +414,7 @@ def test_a_terminal_is_told_that_prompts_are_read_from_it(monkeypatch, caplog):
 
 
 def hang_up(monkeypatch, times):
-    """The terminal closes while an image is drawn, so many times."""
+    """The terminal closes while an image is drawn, this many times."""
     begin = Pipeline.begin
 
     def interrupted(*args):

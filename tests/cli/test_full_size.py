@@ -48,13 +48,13 @@ def test_loading_takes_no_second_copy(checkpoint):
     assert loaded["peak"] < 1.3 * checkpoint.stat().st_size
     state_dict = torch.load(checkpoint, weights_only=True, mmap=True)["state_dict"]
     expected = sum(float(value.sum()) for value in state_dict.values())
-    # the model has the schedule and the position ids besides
+    # the model has the schedule and the position ids in addition
     assert loaded["total"] != 0
     assert abs(loaded["total"] - expected - _extra_sum()) < 1e-3 * abs(expected)
 
 
 def _extra_sum():
-    """The sum of what the model computes by itself."""
+    """The sum of the buffers that the model computes."""
     from ldm.models.diffusion.schedule import diffusion_buffers, make_beta_schedule
 
     buffers = diffusion_buffers(make_beta_schedule("linear", 1000, 0.00085, 0.012))

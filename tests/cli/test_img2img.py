@@ -31,7 +31,7 @@ PLAIN = ["--no_watermark"]
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
-    """Runs the script with the bundled model in this process: exit code and the samples."""
+    """Runs the script with the bundled model in this process; returns exit code and samples."""
     monkeypatch.chdir(tmp_path)
     Image.fromarray(image_at(3, "fresh")).save("scene.png")
 
@@ -50,7 +50,7 @@ def pixels(path):
 
 
 class GivenNoise:
-    """Draws the figures' noise, whatever the seeds."""
+    """Returns the noise of the golden figures, whatever the seeds."""
 
     def draw(self, shape):
         noise = figure("img2img/noise")
@@ -63,7 +63,7 @@ class GivenNoise:
 
 @pytest.mark.parametrize("strength", ["0.2", "0.75", pytest.param("0.98", marks=pytest.mark.slow)])
 def test_figures_of_the_original_through_the_command_line(tmp_path, monkeypatch, strength):
-    """The model's two ends are replaced by the figures' latents and embeddings; all between is the script's."""
+    """The model's input and output are replaced by the figures' latents and embeddings; the rest is the script's."""
     model, decoded = tiny_model(), []
     x0 = figure("sample/x0") / model.scale_factor
     prompts = {"first": figure("sample/cond")[:1], "second": figure("sample/cond")[1:]}
@@ -150,7 +150,7 @@ def test_the_steps_that_run_are_said(draw, capsys, monkeypatch, strength, said):
     assert said in capsys.readouterr().err
 
 
-# --- what was dead in the original --------------------------------------------------------------------------
+# --- options without effect in the original -----------------------------------------------------------------
 
 
 def test_samplers_eta_and_fixed_code_have_an_effect(draw):

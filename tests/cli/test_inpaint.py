@@ -76,7 +76,7 @@ def test_without_pasting_all_goes_through_the_autoencoder(draw):
 
 
 def test_what_is_repainted_does_not_depend_on_what_was_there(draw, nine_channels):
-    """At strength 1 neither kind of model sees what the mask covers."""
+    """At strength 1 neither kind of model sees the part under the mask."""
     hidden = pixels("scene.png").astype(np.uint8)
     hidden[inside()] = (0, 255, 0)
     Image.fromarray(hidden).save("green.png")
@@ -123,7 +123,7 @@ def test_outpainting_keeps_the_picture(draw, nine_channels, kind):
 
 
 def test_an_inpainting_model_draws_from_text_alone(nine_channels, tmp_path, monkeypatch):
-    """Shown nothing and asked for everything, it is a model like any other."""
+    """With everything masked it works like any other model."""
     monkeypatch.chdir(tmp_path)
     options = [*FAST, "--W", "64", "--H", "64", "--n_iter", "1", "--n_samples", "1", *nine_channels]
     assert txt2img.main([*options, "--outdir", "out"]) == 0

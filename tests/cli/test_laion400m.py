@@ -34,7 +34,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def draw(files, tmp_path, monkeypatch):
-    """Runs the script, the tiny model's files in the standard places: exit code and samples by name."""
+    """Runs the script with the tiny model's files in the standard places; returns exit code and samples by name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "LAION_CONFIG", str(files / "config.yaml"))
     monkeypatch.setattr("ldm.checkpoints.configs.LAION_CONFIG", str(files / "config.yaml"))

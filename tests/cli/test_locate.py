@@ -1,4 +1,4 @@
-"""What an image was made with is found again: by hash under any name, or by name with a note."""
+"""The files that an image was made with are found: by hash under any name, or by name with a note."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def _aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def written(path: str, content: bytes) -> str:
-    """A new file: the SHA-256 of its content."""
+    """Writes a new file; returns the SHA-256 of its content."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(content)
     return hashlib.sha256(content).hexdigest()
 
 
 def tensors(path: str, value: float) -> str:
-    """A new file that could be a LoRA, of which only the hash counts here: that."""
+    """Writes a new file that could be a LoRA; returns its hash, which is all that matters here."""
     content = io.BytesIO()
     torch.save({"x": torch.tensor(value)}, content)
     return written(path, content.getvalue())
 
 
 def picture(path: str, recipe: Recipe) -> str:
-    """A file that says a recipe."""
+    """Writes an image with a recipe."""
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     extras = {"Model": recipe.model, "Model hash": recipe.model_hash, **recipe.extras}
     written(path, encode_png(noise, record=record(recipe.job, extras)))
@@ -54,7 +54,7 @@ def picture(path: str, recipe: Recipe) -> str:
 
 
 def replayed(capsys: pytest.CaptureFixture[str], *typed: str) -> tuple[int, list[str]]:
-    """The exit code of the script, and the lines it complained with."""
+    """Runs the script; returns its exit code and the lines of its warnings."""
     capsys.readouterr()
     code = scripts.replay.main([*typed, "--quiet", "--device", "cpu"])
     lines = capsys.readouterr().err.splitlines()
@@ -62,7 +62,7 @@ def replayed(capsys: pytest.CaptureFixture[str], *typed: str) -> tuple[int, list
 
 
 def found(located: Located, option: str) -> object:
-    """What an option was found to be, where nothing else is remarkable."""
+    """The value that was found for an option, where there are no other warnings."""
     assert (located.notes, located.missing) == ([], [])
     return located.changes[option]
 
@@ -190,7 +190,7 @@ def test_what_the_user_names_is_not_looked_for() -> None:
 
 @pytest.fixture
 def only_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No checkpoint lies below the toolkit's own folder."""
+    """There is no checkpoint below the toolkit's folder."""
     monkeypatch.setattr(ldm.places, "ROOT", tmp_path / "elsewhere")
 
 
@@ -222,7 +222,7 @@ def test_a_checkpoint_without_a_hash_is_known_by_its_name(file: str, name: str, 
     written(file, b"{}")
     ckpt = tmp_path / file
     expected = ckpt.parent if ckpt.suffix == ".json" else ckpt
-    for digest in ("", "f2f73a8e"):  # the second is of an older rule, and says nothing
+    for digest in ("", "f2f73a8e"):  # the second is by an older rule, and ignored
         assert found(locate(made_with(name, digest), HERE, {}), "ckpt") == str(expected)
 
 

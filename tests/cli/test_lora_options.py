@@ -1,4 +1,4 @@
-"""LoRA and textual inversion from the command line to the image, and against diffusers' own network."""
+"""LoRA and textual inversion from the command line to the image, and against diffusers' network."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ def ink(tmp_path):
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
-    """Runs the script with the bundled model: the images it wrote, with what they say."""
+    """Runs the script with the bundled model; returns the images it wrote, with their metadata."""
     monkeypatch.chdir(tmp_path)
     runs = iter(range(99))
 

@@ -1,4 +1,4 @@
-"""The command of an image gives its job back, images are compared, a watermark's evidence is worded."""
+"""The command of an image recreates its job, images are compared, a watermark's evidence is reported."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PARSERS = {
 
 
 def typed(line: str) -> argparse.Namespace:
-    """What the script that a command names makes of its arguments."""
+    """The arguments of a command as its script parses them."""
     python, script, *arguments = shlex.split(line)
     assert python == "python"
     parsed = PARSERS[script]().parse_args(arguments)
@@ -310,7 +310,7 @@ FAST = ["--ddim_steps", "2", "--device", "cpu", "--quiet", "--skip_grid"]
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Path]]:
-    """Runs a script with the bundled model: its samples."""
+    """Runs a script with the bundled model; returns its samples."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -576,7 +576,7 @@ def test_from_the_command_line_it_says_the_same(tmp_path: Path) -> None:
     assert run.stdout.splitlines()[1].strip() == command(Recipe(Job("a cat", width=512, height=512), "ldm"))
 
 
-# --- what a file cannot do ---------------------------------------------------------------------------------------
+# --- untrusted files ---------------------------------------------------------------------------------------------
 
 
 def forged(path: str, extras: dict[str, str] | None = None, **fields: object) -> str:

@@ -38,7 +38,7 @@ def test_faults_are_one_line_even_beside_a_foreign_toolkit_of_the_same_name(tmp_
 
 @pytest.fixture
 def refusal(tmp_path, monkeypatch, capsys):
-    """What a script says that refuses its options, before a model is read or anything is trained."""
+    """The error of a script that refuses its options before a model is read or anything is trained."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ldm.training.evaluate.load_model", None)
     (tmp_path / "text.txt").write_text("x")

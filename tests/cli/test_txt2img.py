@@ -1,4 +1,4 @@
-"""The command line: what people type, what they get, what they are told."""
+"""The command line: options, images, messages and exit codes."""
 
 import importlib
 import itertools
@@ -32,7 +32,7 @@ from tests.support.scripts import FAST, interruptible
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
-    """Runs the script with the bundled model in this process: exit code and images by name."""
+    """Runs the script with the bundled model in this process; returns exit code and images by name."""
     monkeypatch.chdir(tmp_path)
 
     def run(*options, outdir="out"):
@@ -312,7 +312,7 @@ def test_an_unforeseen_fault_is_one_line_and_code_1(draw, capsys, monkeypatch):
 
 
 def test_a_batch_begins_before_the_last_one_is_finished(draw, monkeypatch):
-    """So that a device has prompts and steps to go on with while images are waited for."""
+    """So that a device has prompts and steps to continue with while images are being finished."""
     begin, finish, begun = Pipeline.begin, Pipeline.finish, [threading.Event() for _ in range(3)]
     order = iter(begun)
 
@@ -346,7 +346,7 @@ def test_out_of_memory_is_named(draw, capsys, monkeypatch):
 
 @pytest.fixture
 def small_memory(monkeypatch):
-    """A machine whose U-Net runs out of memory with more than so many images; the sizes that it was called with."""
+    """A machine whose U-Net runs out of memory above a number of images; returns the sizes of its calls."""
     real, sizes = LatentDiffusion.apply_model, []
 
     def apply(self, x, t, cond):
@@ -464,7 +464,7 @@ def test_a_terminal_that_closes_ends_the_run(draw, monkeypatch, times, saved):
     monkeypatch.setattr(Pipeline, "begin", begin)
     try:
         code, _ = draw("--n_iter", "9", "--skip_grid", "--W", "64", "--H", "64")
-    except SystemExit as left:  # told twice
+    except SystemExit as left:  # warned of twice
         code = left.code
     assert code == 128 + signal.SIGHUP
     assert len(list(Path("out/samples").glob("*.png"))) == saved

@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 
 @pytest.fixture
 def where(tmp_path, monkeypatch, capsys):
-    """What the command lists, by kind, in an empty folder of a user without files."""
+    """The output of the command, by kind, in an empty folder of a user without files."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -52,7 +52,7 @@ def test_the_generator_decides_and_the_wordings_vary():
     assert len(set(captions(scene))) > 150
 
 
-# What may be said of A (the red cube) and B (the blue sphere), as patterns over the letters.
+# Captions that are true of A (the red cube) and B (the blue sphere), as patterns over the letters.
 MEANING = {
     "on top of": r"A (on top of|above|on|over|resting on|sitting on) B"
     r"|(on top of|above|on|over) B (is|sits|stands) A"

@@ -28,7 +28,7 @@ Save = Callable[..., str]
 
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
-    """Writes an image, an array or bytes to a new file and gives its path."""
+    """Writes an image, an array or bytes to a new file and returns its path."""
 
     def write(content: Image.Image | np.ndarray | bytes, name: str = "a.png", **options: Any) -> str:
         path = tmp_path / name
@@ -141,7 +141,7 @@ def test_truncated_files_are_one_line(save: Save, kind: str, share: float) -> No
 
 def test_no_flipped_bit_of_a_png_is_overlooked(save: Save) -> None:
     data = encoded(noise(32, 32, 3), "PNG")
-    end = len(data) - 12  # the chunk that only says that the file ends
+    end = len(data) - 12  # the chunk that only marks the end of the file
     for position in [*range(8, end, 29), *range(end - 8, end)]:
         flipped = bytearray(data)
         flipped[position] ^= 4
@@ -183,7 +183,7 @@ def test_content_counts_not_the_extension(save: Save) -> None:
     assert np.array_equal(open_canvas(Init(save(encoded(pixels, "BMP"), "a.jpg"))).pixels, pixels)
 
 
-# What the file's pixels are
+# The file's pixels
 
 
 def test_a_plain_picture_is_given_back_as_it_is(save: Save) -> None:
@@ -343,9 +343,7 @@ def xyz_profile(exponent: float, swap: bool = False) -> bytes:
 def test_an_embedded_profile_other_than_srgb_is_applied(save: Save) -> None:
     pixels = smooth(32, 64)
     canvas = open_canvas(Init(save(pixels, icc_profile=xyz_profile(2.2, swap=True))))
-    assert (
-        np.abs(canvas.pixels.astype(int) - pixels[..., [1, 0, 2]]).max() < 25
-    )  # red and green change places
+    assert np.abs(canvas.pixels.astype(int) - pixels[..., [1, 0, 2]]).max() < 25  # red and green are swapped
     assert canvas.notes == ("colours converted from the file's ICC profile to sRGB",)
 
 

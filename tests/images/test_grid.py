@@ -24,7 +24,7 @@ def sheets_of(folder: Path, columns: int, images: np.ndarray) -> list[np.ndarray
 
 
 def laid_out(images: np.ndarray, columns: int) -> np.ndarray:
-    """The layout put together the other way round: frame each image, join rows, join columns."""
+    """The layout built independently: frame each image, join rows, join columns."""
     across = min(columns, len(images))
     tiles = [np.pad(image, ((2, 0), (2, 0), (0, 0))) for image in images]
     tiles += [np.zeros_like(tiles[0])] * (-len(images) % across)

@@ -35,7 +35,7 @@ def test_pixels_agree_with_pillow_up_to_its_eight_bits() -> None:
     difference = (enlarge_pixels(x, 25, 28)[0].permute(1, 2, 0) + 1) * 127.5 - torch.from_numpy(
         by_pillow.copy()
     )
-    assert difference.abs().max() < 1.5  # Pillow rounds behind each of its two passes
+    assert difference.abs().max() < 1.5  # Pillow rounds after each of its two passes
     assert difference.abs().max() > 0.1  # and these pixels are not rounded
 
 

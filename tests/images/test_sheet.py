@@ -1,4 +1,4 @@
-"""Labelled sheets: images keep their pixels, names stay in their bands, all else is white."""
+"""Labelled sheets: images keep their pixels, names are inside their bands, all else is white."""
 
 from __future__ import annotations
 

@@ -390,7 +390,7 @@ def test_compression_never_changes_pixels(level: int) -> None:
 
 
 def test_a_folder_that_cannot_be_looked_into_is_named(monkeypatch):
-    """As below a folder that belongs to somebody else."""
+    """As below a folder of another user."""
 
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")

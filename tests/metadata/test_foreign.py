@@ -1,4 +1,4 @@
-"""Images of other programs become jobs; what was written here is read back exactly."""
+"""Images of other programs become jobs; this toolkit's records are read back exactly."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WEB_UI = (
 )
 
 
-# --- this toolkit's own ---------------------------------------------------------------------------------------
+# --- this toolkit ---------------------------------------------------------------------------------------------
 
 
 def test_a_record_is_exact() -> None:
@@ -155,7 +155,7 @@ def test_an_own_infotext_cannot_go_beyond_the_range_of_a_field() -> None:
 
 @pytest.mark.parametrize("seed", [2**63, 2**64 - 1, 156680208700286, 2**32 - 1])
 def test_seeds_of_64_bits_of_other_programs_give_their_noise(seed: int) -> None:
-    """A GPU's generator takes all of a seed, torch's on the CPU the lower 32 bits; both can be run."""
+    """A GPU's generator uses all of a seed, torch's on the CPU the lower 32 bits; both can be run."""
     text = WEB_UI.replace("965400086", str(seed))
     cpp = text.replace("v1.10.1", "stable-diffusion.cpp").replace("CPU", "{0}")
     invoke = {**INVOKE, "seed": seed}

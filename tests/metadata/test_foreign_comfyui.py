@@ -1,4 +1,4 @@
-"""What ComfyUI's graphs ask for is read as ComfyUI would run it, or named."""
+"""ComfyUI's graphs are read as ComfyUI would run them; what is not supported is named."""
 
 from __future__ import annotations
 

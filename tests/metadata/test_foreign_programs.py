@@ -1,4 +1,4 @@
-"""Programs that write a flat table of settings are known by their marks, and read where their fields are known."""
+"""Programs that write a flat table of settings are recognised by marks, and read where their fields are known."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ DESCRIPTION = (
 
 @pytest.mark.parametrize("with_json", [True, False])
 def test_xmp_of_draw_things(with_json: bool, tmp_path: Path) -> None:
-    """Its description comes first in the file, and says less than its JSON."""
+    """Its description comes first in the file, and has less information than its JSON."""
     described = ELEMENT.format(DESCRIPTION).replace("UserComment", "description")
     packet = XMP.format(described + (ELEMENT.removeprefix(">").format(json.dumps(DRAW)) if with_json else ""))
     Image.new("RGB", (64, 96)).save(tmp_path / "x.jpg", xmp=packet.encode())

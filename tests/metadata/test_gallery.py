@@ -48,7 +48,7 @@ EXPECTED_ATTRIBUTES = {
 
 
 class Page(HTMLParser):
-    """What a page consists of: tags with attributes, and the texts of elements by tag."""
+    """The content of a page: tags with attributes, and the texts of elements by tag."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ SAMPLERS = [DDIMSampler, PLMSSampler, DPMSolverSampler]
 
 
 class Recorder:
-    """Predicts half of x as the noise, and remembers the timesteps it was asked for."""
+    """Predicts half of x as the noise, and records the timesteps of the calls."""
 
     num_timesteps = 1000
 
@@ -78,7 +78,7 @@ def test_null_labels_of_another_number(tiny):
 
 
 class Conditioner(nn.Module):
-    """Another package's, with a name of its own for what encodes."""
+    """Another package's conditioner, whose encoding method has another name."""
 
     def __init__(self):
         super().__init__()
@@ -250,7 +250,7 @@ def test_levels_that_were_changed(tiny, change):
 
 
 class OwnSchedule(DDIMSampler):
-    """A subclass with a schedule of its own, set through `register_buffer`."""
+    """A subclass with another schedule, set through `register_buffer`."""
 
     def make_schedule(self, ddim_num_steps, ddim_discretize="uniform", ddim_eta=0.0, verbose=True):
         alphas = self.model.alphas_cumprod

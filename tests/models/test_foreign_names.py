@@ -1,4 +1,4 @@
-"""Names, signatures and attributes of the original that other people's code asks for."""
+"""Names, signatures and attributes of the original that other people's code uses."""
 
 import importlib
 import math

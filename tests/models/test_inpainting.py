@@ -17,7 +17,7 @@ INPAINT = "tiny_bert_inpaint.npz"
 
 
 def test_published_keys():
-    """The list was made with a text encoder that keeps no position ids; released files do hold them."""
+    """The list was made with a text encoder without position ids in its state dict; released files have them."""
     with torch.device("meta"):
         model = instantiate_from_config(read_config("configs/stable-diffusion/v1-inpainting-inference.yaml"))
     shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
@@ -63,7 +63,7 @@ def test_steps_that_a_strength_runs(strength, run):
 
 @pytest.mark.parametrize("method", [DDIMSampler, PLMSSampler, DPMSolverSampler])
 def test_a_perfect_model_gives_the_picture_back_from_any_strength(method):
-    """With the true noise at every step, all that is left is what the first level had too much of."""
+    """With the true noise at every step, only the excess of the first noise level is left."""
     x0, noise = figure("sample/x0"), figure("img2img/noise")
 
     class Perfect:
@@ -85,7 +85,7 @@ def test_a_perfect_model_gives_the_picture_back_from_any_strength(method):
 
 @pytest.mark.parametrize("method", [DDIMSampler, PLMSSampler, DPMSolverSampler])
 def test_a_mask_keeps_a_latent_whatever_the_method(tiny, method):
-    """What is kept reaches the last step at the noise level of that step, so it ends close to x0."""
+    """The kept part reaches the last step at the noise level of that step, so it ends close to x0."""
     sampler, x0 = method(tiny), figure("sample/x0")
     sampler.make_schedule(5, verbose=False)
     mask = torch.zeros(2, 1, 8, 8)

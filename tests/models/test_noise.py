@@ -21,7 +21,7 @@ from ldm.models.diffusion.noise import (
     philox_normal,
 )
 
-# What torch's CUDA generator gives for seed 0, shape 3x4.
+# The output of torch's CUDA generator for seed 0, shape 3x4.
 SEED_0 = [
     [-0.92466259, -0.42534415, -2.6438457, 0.14518388],
     [-0.12086647, -0.57972564, -0.62285122, -0.32838709],
@@ -109,7 +109,7 @@ def test_all_64_bits_of_a_seed_count():
 
 @pytest.mark.parametrize("seed", [2**32 + 5, 156680208700286, 2**63, 2**64 - 1])
 def test_torch_uses_the_lower_32_bits_of_a_seed_on_the_cpu(seed):
-    """So the seeds of other programs that draw there can be told in 32 bits."""
+    """So the seeds of other programs that draw there can be recorded in 32 bits."""
     whole, short = (torch.Generator().manual_seed(s) for s in (seed, seed % 2**32))
     assert torch.equal(torch.randn(4, 64, 64, generator=whole), torch.randn(4, 64, 64, generator=short))
 

@@ -12,7 +12,7 @@ from tests.support.golden_data import TOLERANCE, figure, relative_error
 
 
 class Shrinker:
-    """Predicts x itself as the noise; one call a step, and every call is remembered."""
+    """Predicts x itself as the noise; one call a step, and every call is recorded."""
 
     num_timesteps = 1000
     device = torch.device("cpu")
@@ -115,7 +115,7 @@ def test_plms_takes_no_eta(tiny):
 
 
 def test_decoding_all_original_steps_ends_clean(tiny):
-    """With the true noise predicted at every step the last one gives back the clean latent exactly."""
+    """With the true noise predicted at every step the last one returns the clean latent exactly."""
     x0, noise = torch.randn(1, 4, 3, 5), torch.randn(1, 4, 3, 5)
 
     class Oracle(Shrinker):
@@ -155,14 +155,14 @@ def test_original_steps(tiny):
     )
 
 
-# --- one step at a time, as extensions of the original take it ------------------------------------------------
+# --- one step at a time, as extensions of the original run it -------------------------------------------------
 
 
 GUIDED = {"unconditional_guidance_scale": 7.5, "unconditional_conditioning": figure("sample/uncond")}
 
 
 def walked(sampler, steps, **options):
-    """The guided inputs of the figures, brought down the schedule by hand."""
+    """The guided inputs of the figures, denoised step by step by hand."""
     sampler.make_schedule(steps, verbose=False, ddim_eta=options.pop("eta", 0.0))
     x, cond, past = figure("sample/x_T"), figure("sample/cond"), []
     times = [torch.full((2,), int(t)) for t in reversed(sampler.ddim_timesteps)]
@@ -247,7 +247,7 @@ def hooked_on_the_class(kind, name, calls, patch):
 @pytest.mark.parametrize("hooked", [hooked_on_the_object, hooked_by_a_subclass, hooked_on_the_class])
 @pytest.mark.parametrize(("kind", "name"), [(DDIMSampler, "p_sample_ddim"), (PLMSSampler, "p_sample_plms")])
 def test_an_extension_takes_every_step_of_a_run(tiny, monkeypatch, hooked, kind, name):
-    """In each of the ways in which they put their own step in the place of the original's."""
+    """In each of the ways in which extensions replace the original's step."""
     options = {
         "eta": 0.8 if kind is DDIMSampler else 0.0,
         "mask": torch.ones(1, 1, 3, 5).tril(),

@@ -1,4 +1,4 @@
-"""Timestep subsets: closed forms, and what the original did."""
+"""Timestep subsets: closed forms, and the original's results."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_cosine_schedule_matches_its_closed_form():
     assert betas.max() <= 0.999
 
 
-# --- where extensions of the original look for it -------------------------------------------------------------
+# --- names that extensions of the original import -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("setting", ["S50_eta0.5", "S20_eta0.0", "S7_eta1.0"])
@@ -71,7 +71,7 @@ def test_the_originals_name_gives_the_originals_list():
 
 
 def test_sampling_parameters_have_the_types_of_the_original():
-    """For a tensor: what an extension's `torch.sqrt` takes."""
+    """For a tensor: the types that an extension's `torch.sqrt` accepts."""
     table = torch.linspace(0.999, 0.005, 1000)
     timesteps = make_ddim_timesteps("uniform", 20, 1000)
     sigmas, alphas, before = make_ddim_sampling_parameters(table, timesteps, 0.7)

@@ -1,4 +1,4 @@
-"""The LAION-400M text encoder against the original's figures, its tokenizer against BERT's own algorithm."""
+"""The LAION-400M text encoder against the original's figures, its tokenizer against BERT's algorithm."""
 
 import string
 
@@ -57,7 +57,7 @@ def tokenizer(vocabulary):
 
 @pytest.fixture
 def nowhere(tmp_path, monkeypatch):
-    """No vocabulary anywhere but what the test puts there."""
+    """A computer without a vocabulary, except those of the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ldm.places.ROOT", tmp_path / "toolkit")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -115,7 +115,7 @@ def test_without_its_tokenizer_it_takes_ids_only():
 
 @pytest.fixture(scope="module")
 def python_own(vocabulary):
-    """BERT's published algorithm in Python, as transformers keeps it."""
+    """BERT's published algorithm in Python, as in transformers."""
     legacy = pytest.importorskip("transformers.models.bert.tokenization_bert_legacy")
     tokenizer = legacy.BertTokenizerLegacy(str(vocabulary))
     return lambda text: tokenizer(text, padding="max_length", truncation=True, max_length=77)["input_ids"]
@@ -256,7 +256,7 @@ def test_line_ends_and_mark_of_other_systems(tmp_path, tokenizer):
 
 
 def test_berts_own_ids_pass_the_check(tmp_path):
-    """Where the known sentence has BERT's ids, a vocabulary of BERT's size is accepted."""
+    """A vocabulary of BERT's size is accepted if the known sentence has BERT's ids."""
     tokens = [f"w{i}" for i in range(30522)]
     places = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 7592: "hello", 1010: ","}
     places |= {2026: "my", 3899: "dog", 2003: "is", 10140: "cute"}

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer against the golden ids, OpenAI's own code and transformers."""
+"""CLIP's tokenizer against the golden ids, OpenAI's code and transformers."""
 
 import gzip
 import importlib.util
@@ -46,7 +46,7 @@ def theirs(tokenizer):
 
 @pytest.fixture(scope="module")
 def openai_own():
-    """OpenAI's tokenizer, loaded from its file so that the rest of its package stays out."""
+    """OpenAI's tokenizer, loaded from its file without the rest of its package."""
     spec = importlib.util.spec_from_file_location(
         "openai_simple_tokenizer", CLIP_FOLDER / "simple_tokenizer.py"
     )

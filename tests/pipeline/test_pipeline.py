@@ -1,4 +1,4 @@
-"""Seeds mean something, batches change nothing, and broken numbers are noticed."""
+"""Images depend on seeds and not on batches, and numbers that are not finite are detected."""
 
 import dataclasses
 import threading
@@ -24,7 +24,7 @@ from tests.support.golden_data import inpainting_config, tiny_config, tiny_model
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A tiny model of this file's own: a pipeline changes how its model runs."""
+    """A tiny model for this file only: a pipeline changes how its model runs."""
     return tiny_model()
 
 
@@ -154,7 +154,7 @@ def test_decoding_is_tried_again_in_float32(tiny, monkeypatch):
 
 @pytest.fixture(scope="module", params=[tiny_config, inpainting_config])
 def elsewhere(request):
-    """A pipeline whose model is not on the CPU, as on a GPU: torch refuses to mix devices, and to tell a value."""
+    """A pipeline whose model is not on the CPU, as on a GPU: torch refuses to mix devices, and to read a value."""
     return Pipeline(tiny_model(request.param()).to("meta"), FP16)
 
 
@@ -187,7 +187,7 @@ def test_a_batch_is_begun_on_the_device_and_waits_for_no_value(
 
 
 def test_with_little_memory_a_network_is_on_the_device_where_it_runs(tmp_path, monkeypatch):
-    """As on a GPU, where networks wait in the CPU's memory; here only what is asked of them is looked at."""
+    """As on a GPU, where networks wait in the CPU's memory; here only the requests to move them are checked."""
     model, ran = tiny_model(), Counter()
     parts = {"text": model.cond_stage_model, "unet": model.model, "autoencoder": model.first_stage_model}
     here = dict.fromkeys(parts, True)  # the model is loaded onto the device

@@ -1,4 +1,4 @@
-"""What Python code can do with a pipeline: images and latents in and out, a callback, checked jobs, files."""
+"""A pipeline in Python code: images and latents in and out, a callback, checked jobs, files."""
 
 import dataclasses
 import hashlib
@@ -153,7 +153,7 @@ def test_a_callback_sees_every_step_and_its_estimate(pipeline):
     seen = []
     (picture,) = pipeline.make(JOB, on_step=seen.append)
     assert [(step.index, step.total) for step in seen] == [(0, 3), (1, 3), (2, 3)]
-    # DDIM ends at the noise level of timestep 0: its own estimate with 3 % of noise
+    # DDIM ends at the noise level of timestep 0: its estimate with 3 % of noise
     first, last = ((seen[i].estimate[0] - picture.latent).norm() / picture.latent.norm() for i in (0, -1))
     assert last < 0.1 < first
     assert pipeline.decode(seen[0].estimate).shape == (1, 64, 64, 3)

@@ -34,7 +34,7 @@ def read(tmp_path):
 
 @pytest.fixture
 def refusal(read):
-    """What is wrong, a line for each fault, without the file's name."""
+    """The error, a line for each fault, without the file's name."""
 
     def refusal(content, format="auto"):
         with pytest.raises(InputError) as caught:
@@ -47,7 +47,7 @@ def refusal(read):
 
 
 def changed(line, defaults):
-    """The job that a line makes of another, but for its seed."""
+    """The job of a line based on another job, except for its seed."""
     return override(defaults, {"prompt": line.prompt, **line.overrides})
 
 
@@ -210,7 +210,7 @@ def test_plain_prompts_stay_plain(read, text):
     assert read(text) == [Line(1, text)]
 
 
-BESIDE = [  # what a line with a known option in it would be held to be, in one dialect or another, left out
+BESIDE = [  # without lines that have a known option of one dialect or another
     text
     for text in PLAIN
     if not text.startswith(("#", "//", '"', "--prompt"))
@@ -484,7 +484,7 @@ def test_what_looks_like_no_prompt_is_drawn_with_a_warning(read, caplog, text, s
 
 
 def test_what_is_off_anyway_in_json_needs_no_counterpart(read):
-    """As the web UI's API is sent it."""
+    """As in requests to the web UI's API."""
     off = {"restore_faces": False, "override_settings": {}, "styles": [], "script_name": None}
     (line,) = read(json.dumps({"prompt": "a cat", "steps": 20, **off}))
     assert (line.prompt, line.overrides) == ("a cat", {"steps": 20})
@@ -592,7 +592,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
 def values(setting):
-    """Values of a setting, by its own range."""
+    """Values of a setting, in its range."""
     low, high = max(setting.low, -1e6), min(setting.high, 1e6)
     if setting.row:
         one = st.tuples(*map(values, setting.row))

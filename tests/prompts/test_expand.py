@@ -39,7 +39,7 @@ def test_every_combination(prompt, expected):
 
 @pytest.mark.parametrize(
     ("prompt", "expected"),
-    [  # what dynamicprompts 0.31's CombinatorialPromptGenerator gives
+    [  # the output of dynamicprompts 0.31's CombinatorialPromptGenerator
         ("a {2$$red|blue} cube", ["a red,blue cube", "a blue,red cube"]),
         ("{2$$a|b|c}", ["a,b", "a,c", "b,a", "b,c", "c,a", "c,b"]),
         ("{1-2$$ and $$a|b}", ["a", "b", "a and b", "b and a"]),

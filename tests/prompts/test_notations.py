@@ -1,4 +1,4 @@
-"""What means something in other programs and is text here: one warning for each notation."""
+"""Notations of other programs that are text here: one warning for each."""
 
 import time
 

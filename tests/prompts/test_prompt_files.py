@@ -1,4 +1,4 @@
-"""Prompt files: what counts as a line, and one line for each fault."""
+"""Prompt files: the definition of a line, and one line for each fault."""
 
 import io
 import sys
@@ -123,7 +123,7 @@ def test_missing_file_and_directory(tmp_path):
 
 
 def test_all_faults_at_once(write):
-    """Also behind a line that is too long, whichever way it ends."""
+    """Also after a line that is too long, whatever its line end."""
     long = b"a" * (MAX_LINE + 70_000)
     lines = [b"ok", b"\xff", long, b"ok", long + b"\xfe", b"ok\xe4"]
     for end in (b"\n", b"\r\n", b"\r"):

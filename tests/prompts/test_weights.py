@@ -1,4 +1,4 @@
-"""Prompt weights by the web UI's rules: its own examples, and chunks written by hand or counted token by token."""
+"""Prompt weights by the web UI's rules: its examples, and chunks written by hand or counted token by token."""
 
 import pytest
 from hypothesis import given, settings
@@ -152,7 +152,7 @@ def prompt_of(*runs):
         ((60, 10, 10), [72, 10]),
         ((60, 14, 5), [75, 6]),  # a comma comes next, so the one before does not count
         ((60, 13, 60, 13, 5), [75, 75, 5]),
-        ((70, 70, 30), [71, 71, 30]),  # again in the second chunk
+        ((70, 70, 30), [71, 71, 30]),  # the same in the second chunk
     ],
 )
 def test_a_chunk_ends_at_a_comma_near_its_end(tokenizer, runs, expected):
@@ -179,7 +179,7 @@ def test_break_begins_a_chunk(tokenizer):
 
 
 def counted(ids, length=75, reach=20):
-    """The web UI's way of cutting, token by token."""
+    """The web UI's algorithm of cutting, token by token."""
     chunks, chunk, comma = [], [], -1
     for token in ids:
         if token == COMMA:

@@ -1,4 +1,4 @@
-"""What --dry_run says of time and memory: counted work, tried pace, and what follows for a whole run."""
+"""The estimates of --dry_run: counted work, measured pace, and the time and memory of a whole run."""
 
 from collections import Counter
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Files that are made again share a model, one at a time, and nothing else."""
+"""Files that are recreated share a model, one at a time, and nothing else."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Loads = list[weakref.ref[torch.nn.Module]]
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
-    """Runs a script with the bundled model: its only sample."""
+    """Runs a script with the bundled model; returns its only sample."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -50,7 +50,7 @@ def _shared_models() -> None:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
-    """Every model that is loaded from now on; while one is loaded there may be no other."""
+    """Records every model that is loaded from now on, and checks that there is only one at a time."""
     models: Loads = []
     load_model = ldm.pipeline.load_model
 
@@ -65,7 +65,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
 
 
 def verified(*files: Path, options: tuple[str, ...] = ()) -> bool:
-    """Whether all files come back bit for bit."""
+    """Returns whether all files are recreated bit for bit."""
     return scripts.replay.main([*map(str, files), "--verify", "--quiet", *options]) == 0
 
 
@@ -123,7 +123,7 @@ def a_textual_inversion(path: Path) -> Path:
 
 @pytest.mark.parametrize("options", [(), ("--lowmem", "--precision", "full")])
 def test_nothing_of_a_file_stays_for_the_next(made: Made, loads: Loads, options: tuple[str, ...]) -> None:
-    """Not a LoRA, a textual inversion or an image to start from: each file's bytes are those of a run of its own."""
+    """Not a LoRA, a textual inversion or an image to start from: each file's bytes are those of a separate run."""
     Path("loras").mkdir()
     Path("words").mkdir()
     lora, word = a_lora(Path("loras/ink.pt")), a_textual_inversion(Path("words/foil.pt"))
@@ -135,7 +135,7 @@ def test_nothing_of_a_file_stays_for_the_next(made: Made, loads: Loads, options:
     assert len({path.read_bytes() for path in (plain, inked, taught, begun)}) == 4
     loads.clear()
     folders = ("--lora_dir", "loras", "--embedding_dir", "words")
-    switches = options[:1]  # a switch is not on record
+    switches = options[:1]  # a switch is not recorded
     assert verified(inked, plain, taught, plain, begun, plain, options=(*folders, *switches))
     assert len(loads) == 1
     remade = [Path("outputs/replay", f"plain{number}.png") for number in ("", "-1", "-2")]

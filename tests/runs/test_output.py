@@ -1,4 +1,4 @@
-"""Finished images on their way to files: order, errors, memory, what programs and people are told."""
+"""Writing finished images to files: order, errors, memory, events and messages."""
 
 import errno
 import hashlib
@@ -162,7 +162,7 @@ def test_an_error_of_the_run_keeps_what_is_finished(tmp_path):
 
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_torch_computes_on_one_thread_of_a_cpu(tmp_path, on_cpu):
-    """Two threads, each with torch's own, would fight for the cores."""
+    """Two threads, each with torch's threads, would compete for the cores."""
     jobs, threads = make_jobs(1), []
 
     def finish():
@@ -398,7 +398,7 @@ def test_the_gallery_shows_the_folder_and_replaces_only_itself(tmp_path, caplog)
     assert "is left alone" in caplog.text
 
 
-# --- what a run is made from ---------------------------------------------------------------------------------
+# --- the sources of a run ------------------------------------------------------------------------------------
 
 
 def test_differences_name_field_and_both_values():

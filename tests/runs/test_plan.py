@@ -1,4 +1,4 @@
-"""From options and prompt lists to jobs: numbers, seeds, batches, faults; and what a whole run makes of them."""
+"""From options and prompt lists to jobs: numbers, seeds, batches, faults; and whole runs of them."""
 
 import io
 import json
@@ -48,7 +48,7 @@ def write(tmp_path, monkeypatch):
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
-    """Runs txt2img in this process: exit code and images by name."""
+    """Runs txt2img in this process; returns exit code and images by name."""
     monkeypatch.chdir(tmp_path)
 
     def run(*options, outdir="out"):
@@ -167,7 +167,7 @@ def test_a_long_seed_is_refused_where_the_finished_job_has_a_generator_of_32_bit
 
 
 def test_a_long_seed_is_judged_by_the_generator_of_its_image(write):
-    """The run's own generator or seed does not count where a line or the sweep says another."""
+    """The run's generator or seed does not matter where a line or the sweep sets another."""
     one = ["--n_iter", "1", "--n_samples", "1"]
     seed = ["--seed", str(LONG)]
     own = plan_of("--rng", "cpu", *seed, *one, "--from-file", write("a --rng philox"))

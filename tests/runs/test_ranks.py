@@ -1,4 +1,4 @@
-"""One run by several processes: the same files as by one, whoever is lost on the way."""
+"""One run by several processes: the same files as by one, whichever process is lost."""
 
 import json
 import os
@@ -31,7 +31,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def images(folder):
-    """Everything but the run file, which says who began the run."""
+    """All files except the run file, which records who began the run."""
     return {name: data for name, data in tree(folder).items() if not name.startswith("run-")}
 
 
@@ -67,7 +67,7 @@ def group(fork_server, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(fork_server, tmp_path_factory):
-    """What one process makes."""
+    """The files of a run by one process."""
     folder = tmp_path_factory.mktemp("whole")
     assert fork_server.wait(fork_server.start([*RUN, "--quiet", "--outdir", str(folder)])) == 0
     return images(folder)
@@ -110,7 +110,7 @@ def test_a_lost_process_leaves_its_share_to_any_other_number_of_them(group, whol
 
 
 def kills(group, whole, folder, wanted, seed):
-    """Kills processes of runs, each gone on with by another number of them, until so many died: how many ended."""
+    """Kills processes of runs, each resumed by another number of them, until enough died; returns how many ended."""
     chance, killed, ended = random.Random(seed), 0, 0
     while killed < wanted:
         out, world = folder / f"out{ended}", chance.choice([1, 2, 3])
@@ -165,7 +165,7 @@ def test_every_batch_is_one_processes_and_shares_differ_by_one_at_most():
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-# --- as it is typed ------------------------------------------------------------------------------------------
+# --- from the command line -----------------------------------------------------------------------------------
 
 
 def typed(*options, **environment):
@@ -289,7 +289,7 @@ def test_one_visible_gpu_of_another_launcher_is_the_processes_own(monkeypatch):
     assert ranks._own_device(torch.device("cpu"), 3) == torch.device("cpu")
 
 
-# --- who waits for them --------------------------------------------------------------------------------------
+# --- the parent process --------------------------------------------------------------------------------------
 
 CHILD = "import os, sys, time; rank = int(os.environ['LOCAL_RANK']); "
 

@@ -1,4 +1,4 @@
-"""Runs that are broken off and gone on with: in the end every byte is as if nothing had happened."""
+"""Runs that are interrupted and resumed: in the end every byte is that of an uninterrupted run."""
 
 import errno
 import hashlib
@@ -36,7 +36,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def images(files):
-    """The files but for the run file, which says of a broken run which of its grids were unfinished."""
+    """All files except the run file, which lists the unfinished grids of an interrupted run."""
     return {name: data for name, data in files.items() if not name.endswith(".json")}
 
 
@@ -254,11 +254,11 @@ def test_a_pipe_in_a_run_folder_hangs_nothing(tmp_path, caplog, name):
     assert (tmp_path / name).is_fifo()
 
 
-# --- a disk that says no -------------------------------------------------------------------------------------
+# --- a disk that fails ---------------------------------------------------------------------------------------
 
 
 def fail_nth(monkeypatch, owner, call, n):
-    """Makes the n-th call of a function fail as on a full disk; the list tells whether it came to that."""
+    """Makes the n-th call of a function fail as on a full disk; the list is not empty if that happened."""
     real, seen = getattr(owner, call), []
 
     def maybe(*args, **kwargs):
@@ -519,7 +519,7 @@ def test_the_script_refuses_an_edited_list(tmp_path, capsys):
 
 
 class Counting:
-    """A stream that only notes what is drawn."""
+    """A stream that only records its draws."""
 
     def __init__(self):
         self.shapes = []
@@ -569,7 +569,7 @@ def test_skipping_a_batch_draws_what_making_it_draws(tiny, tmp_path, fields):
 
 @pytest.fixture
 def fork_server(tmp_path):
-    """Starts the script in a process of its own: its process id, and a call that waits for its wait status."""
+    """Starts the script in a separate process; returns its id, and a function that waits for its wait status."""
     with ForkServer(tmp_path / "messages") as starter:
 
         def start(folder, *options):
@@ -581,7 +581,7 @@ def fork_server(tmp_path):
 
 
 def kills(start, tmp_path, wanted, seed):
-    """Kills runs, each gone on with, until `wanted` were killed: how many came to their end in between."""
+    """Kills runs, each resumed, until `wanted` were killed; returns how many ended in between."""
     began = time.monotonic()
     assert start(tmp_path / "whole")[1]() == 0
     longest = time.monotonic() - began

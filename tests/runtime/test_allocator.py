@@ -1,4 +1,4 @@
-"""The command line starts itself again with the allocator set up, once, and only where nobody else chose."""
+"""The command line restarts itself once with a tuned allocator, unless the user has chosen one."""
 
 import os
 import platform

@@ -9,7 +9,7 @@ from ldm.runtime.fast import FastUNet, PackedConv2d, PackedLinear, Packer, prepa
 from tests.support.golden_data import TOLERANCE, figure, figures, relative_error, sampled, tiny_model
 from tests.support.precision import EACH_PACKED, needs_bf16_kernels
 
-# the original under bf16 autocast on another CPU, against its own float32; CPUs differ in how they sum
+# the original under bf16 autocast on another CPU, against its float32; CPUs differ in how they sum
 BF16_BUDGET = {
     "unet": 2.1e-2,
     "text": 5.2e-3,
@@ -210,7 +210,7 @@ def test_a_budget_bounds_what_is_kept_and_changes_nothing():
         assert 0 < packer.size <= 200_000
         read = len(told)
         assert torch.equal(model.apply_model(*inputs), first)
-    assert len(told) > read  # what was not kept was made again
+    assert len(told) > read  # blocks that were not kept were recomputed
     assert relative_error(first, figure("unet/eps")) <= TOLERANCE
     packer.drop(model)
     assert packer.size == 0

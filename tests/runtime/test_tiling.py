@@ -116,7 +116,7 @@ def autoencoder() -> AutoencoderKL:
 
 @pytest.fixture(scope="module")
 def scenery() -> Tensor:
-    """Four scenes beside and below one another, their borders away from those of tiles: [1, 3, 256, 256]."""
+    """Four scenes in two rows and columns, their borders away from those of tiles: [1, 3, 256, 256]."""
     rows = [np.concatenate([image_at(i, "fresh"), image_at(i + 1, "fresh")], axis=1) for i in (0, 2)]
     moved = np.roll(np.concatenate(rows), (37, 53), axis=(0, 1))
     return torch.from_numpy(moved).permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -46,7 +46,7 @@ def weights() -> dict[str, Tensor]:
 
 
 def save(folder: Path, state: dict[str, Tensor] | None = None, config: Any = CONFIG) -> Path:
-    """A folder in the published layout, with a safetensors file."""
+    """Writes a folder in the published layout, with a safetensors file."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights() if state is None else state, folder / "model.safetensors")
     (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))

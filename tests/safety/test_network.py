@@ -1,4 +1,4 @@
-"""The safety checker against the published one in diffusers and CLIP's vision tower in transformers."""
+"""The safety checker against the published one in diffusers and CLIP's image encoder in transformers."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_scores_and_flags_equal_the_published_ones(
 
 
 class Given(nn.Module):
-    """A vision tower whose pooled output is its input."""
+    """An image encoder whose pooled output is its input."""
 
     def forward(self, embeddings: Tensor) -> tuple[None, Tensor]:
         return None, embeddings
@@ -123,7 +123,7 @@ def crafted(theirs, monkeypatch: pytest.MonkeyPatch):
 
 
 def embedding(cosines: dict[int, float]) -> Tensor:
-    """A vector [32] of any length with the given cosines to basis vectors; the rest points elsewhere."""
+    """A vector [32] of any length with the given cosines to basis vectors; the rest is in another direction."""
     vector = torch.zeros(32)
     for axis, cosine in cosines.items():
         vector[axis] = cosine
@@ -140,7 +140,7 @@ def embedding(cosines: dict[int, float]) -> Tensor:
         ({0: 0.2006}, True),
         ({16: 0.2006}, True),
         ({5: 0.9}, True),
-        ({17: 0.9}, False),  # special care alone withholds nothing
+        ({17: 0.9}, False),  # special care alone flags nothing
         ({0: 0.1904, 17: 0.1}, False),
         ({0: 0.1904, 17: 0.2004}, False),  # the special score rounds to 0.000
         ({0: 0.1904, 17: 0.2006}, False),  # 0.0004 after the adjustment

@@ -1,4 +1,4 @@
-"""What the safety check sees of an image, and that nothing gets past it."""
+"""The input of the safety check, and that no image passes unchecked."""
 
 from __future__ import annotations
 

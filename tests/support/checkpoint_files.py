@@ -79,7 +79,7 @@ class Tensor:
 
 
 def described(value: Any, protocol: int = 2) -> bytes:
-    """The pickle of `value`, in which `Tensor` stands for tensors."""
+    """Pickles `value`, with `Tensor` objects as tensors."""
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, obj: Any) -> Any:

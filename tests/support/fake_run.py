@@ -40,7 +40,7 @@ def in_batches(count, size):
 def run_without_model(
     folder, jobs, batches, resume=False, stop_after=None, json_events=False, screen=None, **changes
 ):
-    """A run without a model: how many batches it made, and its output."""
+    """Runs without a model; returns how many batches it made, and its output."""
     options = output_options(**changes)
     columns, made = 3, 0
     pages = 0 if options.skip_grid else count_pages(((SIDE, SIDE) for _ in jobs), columns)

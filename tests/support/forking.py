@@ -1,4 +1,4 @@
-"""Runs of a script in processes of their own that start at once: what they import has been imported already."""
+"""Runs of a script in separate processes that start at once, since all imports are already done."""
 
 import json
 import os
@@ -29,7 +29,7 @@ for line in sys.stdin:
 
 
 class ForkServer:
-    """A process that forks one for each run; all have one thread. What they say goes to the file `messages`."""
+    """A process that forks one for each run; all have one thread. Their output goes to the file `messages`."""
 
     def __init__(self, messages: Path) -> None:
         command = [sys.executable, "-c", PARENT.format(root=str(ROOT))]
@@ -46,7 +46,7 @@ class ForkServer:
             )
 
     def __enter__(self) -> "ForkServer":
-        """Returns when it can start runs at once."""
+        """Waits until it can start runs at once."""
         assert self._parent.stdout is not None
         assert self._parent.stdout.readline() == "ready\n"
         return self
@@ -56,11 +56,11 @@ class ForkServer:
         self._parent.communicate()
 
     def start(self, argv: list[str], **env: str) -> int:
-        """Starts the script with these arguments: its process id."""
+        """Starts the script with these arguments; returns its process id."""
         return self._ask({"argv": argv, "env": env})
 
     def wait(self, pid: int) -> int:
-        """Its wait status; until then the id stays its own."""
+        """Waits for a process and returns its wait status; until then its id is not reused."""
         return self._ask({"wait": pid})
 
     def _ask(self, order: dict[str, object]) -> int:

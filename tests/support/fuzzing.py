@@ -1,6 +1,6 @@
 """Damages checkpoint files at random and reads them; run as a program it does so in bounded memory.
 
-`python -m tests.support.fuzzing FOLDER COUNT SEED` prints, as JSON, what came of COUNT files of each kind.
+`python -m tests.support.fuzzing FOLDER COUNT SEED` prints, as JSON, the results of COUNT files of each kind.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ ELEMENT = '><exif:UserComment><rdf:Alt><rdf:li xml:lang="x-default">{}</rdf:li><
 
 
 def png(path: Path, **texts: str) -> str:
-    """A PNG file with texts under these keywords (underscores stand for hyphens)."""
+    """A PNG file with texts under these keywords (underscores become hyphens)."""
     info = PngInfo()
     for key, text in texts.items():
         info.add_text(key.replace("sd_metadata", "sd-metadata"), text)
@@ -105,7 +105,7 @@ def png(path: Path, **texts: str) -> str:
 
 
 def noted(recipe: Recipe, *words: str) -> bool:
-    """Whether one note holds all the words."""
+    """Returns whether one note holds all the words."""
     return any(all(word in note for word in words) for note in recipe.notes)
 
 

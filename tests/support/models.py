@@ -9,9 +9,9 @@ from ldm.pipeline import Pipeline
 
 
 class SharedModels:
-    """Stands in for the `ModelCache` of a run: keeps the models of the last runs of all tests.
+    """Replaces the `ModelCache` of a run: keeps the models of the last runs of all tests.
 
-    A test that replaces what loads a model gets neither another test's model nor leaves its own to others.
+    A test that replaces the loader of models does not share models with other tests.
     """
 
     def __init__(self, count: int = 3) -> None:
@@ -19,7 +19,7 @@ class SharedModels:
         self._kept: list[tuple[object, Pipeline]] = []
 
     def get(self, key: object, load: Callable[[], Pipeline]) -> Pipeline:
-        """The pipeline of an earlier run with an equal key, else a new one."""
+        """Returns the pipeline of an earlier run with an equal key, else a new one."""
         key = key, ldm.pipeline.load_model, ldm.pipeline.Pipeline
         entry = next((entry for entry in self._kept if entry[0] == key), None)
         if entry is None:

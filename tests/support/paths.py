@@ -1,4 +1,4 @@
-"""Where the repository is, and what a folder holds."""
+"""The repository's folder, and the content of folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ GOLDEN = ROOT / "tests" / "golden"
 
 
 def tree(folder: str | Path) -> dict[str, bytes]:
-    """The bytes of each file below a folder, by its path from there."""
+    """Returns the bytes of each file below a folder, by relative path."""
     return {
         str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()
     }

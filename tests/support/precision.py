@@ -1,4 +1,4 @@
-"""What a test of bf16 needs of the CPU that it runs on."""
+"""The CPU features that tests of bf16 need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of the scripts give them."""
+"""Helpers of tests of the scripts."""
 
 from __future__ import annotations
 

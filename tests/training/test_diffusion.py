@@ -140,7 +140,7 @@ def test_training_lowers_the_error(vocabulary, monkeypatch):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[0] == pytest.approx(1.0, rel=0.2)  # the untrained U-Net says zero
+    assert losses[0] == pytest.approx(1.0, rel=0.2)  # the untrained U-Net predicts zero
     assert losses[-1] < losses[0] / 2
 
 

@@ -1,4 +1,4 @@
-"""The judge of images: its questions, its marks, and that it can learn."""
+"""The judge of images: its questions, its scores, and its training."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The stages' configs, and what holds between the files that they hand on."""
+"""The stages' configs, and the consistency of the files that they pass on."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Training of the text encoder on what captions say."""
+"""Training of the text encoder on the content of captions."""
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ def test_the_tower_learns_what_captions_say(tmp_path, monkeypatch):
     batch = make(1, np.random.default_rng(0))
     ids, truth, fractions = batch
     assert truth.shape == (16, len(QUESTIONS))
-    assert ids.shape[1] == int(ends(ids).max()) + 5  # cut behind the longest caption
+    assert ids.shape[1] == int(ends(ids).max()) + 5  # cut after the longest caption
     assert make(4, np.random.default_rng(0))[0].shape[1] == 77
     assert fractions.shape == (16, 3)
     state = torch.get_rng_state()
