@@ -45,7 +45,7 @@ class Canvas:
 
 
 def open_canvas(init: Init, multiple: int = 32, mask_needed: bool = False) -> Canvas:
-    """Reads the image of `init`, upright and opaque, and brings it and its mask to their size.
+    """Reads the image of `init`, upright and opaque, and resizes it and its mask.
 
     Sides that the user did not give are floored to `multiple`: with "none" the image is resized to them, as
     the original's img2img did. Lanczos for the image, bilinear for the mask, which gets the image's geometry

@@ -30,7 +30,7 @@ def count_pages(shapes: Iterable[tuple[int, int]], columns: int) -> int:
 class GridWriter:
     """Lays out images row by row, `columns` in a row, in black frames of 2 pixels, as `make_grid` does.
 
-    `add` accepts images one by one; `finish` ends the page. Every finished page goes to `deliver` as a
+    `add` accepts images one by one; `finish` ends the page. Every finished page is passed to `deliver` as a
     read-only uint8 array [H, W, 3]. One page holds a whole run, except that a full page (67 million pixels,
     252 images of 512x512 at 6 columns) or an image of another size starts a new one. A page of one
     image has no frame; a last row that is not full is filled with black.

@@ -2,7 +2,7 @@
 
 {"version": 1, "job": {"prompt": "...", "seed": 42, "init": null, ...}, "extras": {"Model hash": "...", ...}}
 
-The fields of the job are those of `ldm.job.Job`, whatever they are, so a field that is added there is kept here.
+The fields of the job are those of `ldm.job.Job`, so a field that is added there is recorded, too.
 """
 
 from __future__ import annotations

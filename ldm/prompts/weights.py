@@ -16,7 +16,7 @@ from ldm.modules.encoders.tokenizer import CLIPTokenizer
 from ldm.util import InputError, printable
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
-COMMA_REACH = 20  # a full chunk ends at its last comma if that is among its last so many tokens
+COMMA_REACH = 20  # a full chunk ends at its last comma if that is among this many last tokens
 
 Weighted = tuple[str, float]
 

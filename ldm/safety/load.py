@@ -68,7 +68,7 @@ def load_safety_model(path: str | os.PathLike[str], device: torch.device | str =
 
 
 def _weights_file(path: Path) -> Path:
-    """`path`, or the weights in it if it is a folder; refuses what does not begin like weights."""
+    """Returns `path`, or the weights in it if it is a folder; refuses files that do not begin like weights."""
     with reading(path):
         if path.is_dir():
             path = _weights_in(path)
@@ -88,7 +88,7 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _sizes(config: Path) -> dict[str, int]:
-    """The parameters of `SafetyChecker` that a config.json describes; none, for v1's, if there is no file."""
+    """Returns the parameters of `SafetyChecker` in a config.json; an empty dict, for v1's, if there is no file."""
     if not os.path.lexists(config):
         return {}
     with reading(config):

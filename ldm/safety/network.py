@@ -17,7 +17,7 @@ class SafetyChecker(nn.Module):
     """Images -> whether each shows something to be withheld.
 
     Parameter names and rule are those of CompVis/stable-diffusion-safety-checker (Rando et al. 2022 describe
-    it); the default sizes are its: CLIP ViT-L/14 with a projection to 768. Its weights come from a file;
+    it); by default it has the published sizes: CLIP ViT-L/14 with a projection to 768. Its weights come from a file;
     a new object holds no usable ones.
     """
 
@@ -46,18 +46,18 @@ class SafetyChecker(nn.Module):
         self.register_buffer("special_care_embeds_weights", torch.zeros(_SPECIAL_CARE))
 
     def forward(self, images: Tensor) -> Tensor:
-        """CLIP-normalised images [N, 3, side, side], on any device -> flagged, bool [N].
+        """Flags CLIP-normalised images [N, 3, side, side], on any device; returns bool [N].
 
         Raises ArithmeticError if a score is not finite: every comparison with it would mean "not flagged".
         """
         return _exceed(self.scores(self.embed(images)))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Normalised images [N, 3, side, side] -> CLIP image embeddings [N, projection], of any length."""
+        """Maps normalised images [N, 3, side, side] to CLIP image embeddings [N, projection], of any length."""
         return self.visual_projection(self.vision_model(images.to(self.visual_projection.weight)))
 
     def scores(self, embeddings: Tensor) -> Tensor:
-        """How far embeddings [N, projection] are beyond each concept's threshold: [N, 17].
+        """Returns how far embeddings [N, projection] exceed each concept's threshold: [N, 17].
 
         An embedding beyond a special-care threshold gets 0.01 on all its scores.
         """
@@ -71,7 +71,7 @@ def _cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _exceed(scores: Tensor) -> Tensor:
-    """Whether any of each row's scores is above zero when rounded to three decimals, as published: bool [N]."""
+    """Returns bool [N]: whether any score of a row is above zero when rounded to three decimals, as published."""
     if not scores.isfinite().all():
         raise ArithmeticError("the scores of the safety check are not finite")
     return (torch.round(1000 * scores) > 0).any(dim=1)

@@ -25,7 +25,7 @@ class SafetyError(RuntimeError):
 class Verdict:
     """The verdict on an image: its uint8 pixels [H, W, 3], black if it was flagged, and a word for the record.
 
-    An image that does not exist (None) stays so and is unchecked.
+    An image that does not exist (None) remains None and is unchecked.
     """
 
     pixels: np.ndarray | None
@@ -33,7 +33,7 @@ class Verdict:
 
 
 def prepare(images: Sequence[np.ndarray], side: int) -> Tensor:
-    """CLIP's input for uint8 images [H, W, 3]: float32 [N, 3, side, side] in CPU memory, normalised.
+    """Converts uint8 images [H, W, 3] to CLIP's input: float32 [N, 3, side, side] in CPU memory, normalised.
 
     The shorter side is resized to `side` (bicubic), and the middle is cut out, as CLIP was trained (Radford et
     al. 2021). The images may differ in size.
@@ -63,7 +63,7 @@ class Screen:
         self._flag, self._side, self._batch = flag, side, batch
 
     def screen(self, images: Sequence[np.ndarray | None]) -> list[Verdict]:
-        """A verdict for each image, in order. Raises SafetyError, and gives no verdict, if the check fails."""
+        """Returns a verdict for each image, in order. Raises SafetyError, without any verdict, if the check fails."""
         if self._flag is None:
             return [Verdict(pixels, "unchecked") for pixels in images]
         flags = iter(self._flags([pixels for pixels in images if pixels is not None], self._flag))
@@ -76,7 +76,7 @@ class Screen:
             for start in range(0, len(images), self._batch):
                 batch = images[start : start + self._batch]
                 found += _as_bools(flag(prepare(batch, self._side)), len(batch))
-        except Exception as error:  # whatever it is, it may not let an image through
+        except Exception as error:  # whatever the error is, no image may pass
             reason = printable(f"{type(error).__name__}: {error}")
             raise SafetyError(f"the safety check failed, so its images are withheld: {reason}") from error
         return found

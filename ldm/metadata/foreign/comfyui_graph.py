@@ -1,4 +1,4 @@
-"""The nodes of a ComfyUI workflow, the links between them, and the values that come through links."""
+"""The nodes of a ComfyUI workflow, the links between them, and the values of linked inputs."""
 
 from __future__ import annotations
 

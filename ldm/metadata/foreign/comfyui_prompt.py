@@ -49,7 +49,7 @@ class Prompt(NamedTuple):
         return len(re.findall(r"\w+|[^\w\s]+", self.text)) > _TOKENS_AT_ONCE
 
     def as_a1111(self) -> str:
-        """The same texts and weights in the syntax of `ldm.prompts.weights`."""
+        """Returns the same texts and weights in the syntax of `ldm.prompts.weights`."""
         return "".join(
             _literal(text) if weight == 1 else f"({_literal(text)}:{_number(weight)})"
             for text, weight in self.parts

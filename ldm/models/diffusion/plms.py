@@ -14,7 +14,7 @@ from ldm.models.diffusion.sampler import Sampler, TakeStep
 from ldm.models.diffusion.sampling_run import SamplingRun, times_of
 from ldm.models.diffusion.schedule import Step
 
-# Adams-Bashforth weights by the number of predictions at hand, newest first
+# Adams-Bashforth weights by the number of available predictions, newest first
 WEIGHTS = {
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),

@@ -205,7 +205,7 @@ class Sampler:
     ) -> tuple[Tensor, Intermediates]:
         """Runs the steps of the current schedule, from noise to latents of `shape` [N, ...]; the rest as in `sample`.
 
-        `timesteps` runs fewer: so many of the whole training schedule, or one less than that of the chosen rows,
+        `timesteps` runs fewer: that many of the whole training schedule, or one less of the chosen rows,
         as in the original.
         """
         run = SamplingRun(

@@ -98,7 +98,7 @@ def make_timesteps(spacing: str, steps: int, total: int = 1000) -> NDArray[np.in
 
 
 def check_sampling(sampler: str, steps: int, spacing: str, eta: float) -> None:
-    """Raises `InputError` where a sampler cannot run so many steps, so spaced, with this eta."""
+    """Raises `InputError` if a sampler cannot run this number of steps with this spacing and eta."""
     if sampler != "ddim" and eta:
         raise InputError(f"--{sampler} adds no noise; leave --ddim_eta {eta:g} out, or use --sampler ddim")
     if sampler == "dpm_solver" and spacing != "uniform":

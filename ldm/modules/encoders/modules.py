@@ -68,7 +68,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
 
     Its weights are the checkpoint's; nothing is downloaded. `version` chooses the vocabulary: OpenAI's (its models'
     names), or a folder with `vocab.json` and `merges.txt`. `device` is accepted and not used: the text encoder is
-    where the rest of the model is. The other parameters give its shape; they default to ViT-L/14's, the text encoder
+    where the rest of the model is. The other parameters are its sizes; they default to ViT-L/14's, the text encoder
     of Stable Diffusion v1.
     """
 
