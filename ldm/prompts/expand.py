@@ -318,7 +318,7 @@ def _spread(entry: str, setting: Setting, cap: int) -> list[str]:
 
 
 def _range(first: Decimal, last: Decimal, step: Decimal, cap: int) -> list[Decimal]:
-    """Yields the numbers from first to last, in decimal so that steps of 0.1 are exact."""
+    """Returns the numbers from first to last, in decimal so that steps of 0.1 are exact."""
     if step <= 0:
         raise InvalidOperation
     steps = abs(last - first) / step

@@ -166,7 +166,7 @@ def _tokens(section: Sequence[Weighted], tokenizer: CLIPTokenizer) -> list[Token
 
 
 def _pieces(tokens: Sequence[Token], tokenizer: CLIPTokenizer, length: int) -> Iterator[Sequence[Token]]:
-    """Cuts after at most `length` tokens, see `_cut`."""
+    """Yields pieces of at most `length` tokens, see `_cut`."""
     comma, start = tokenizer.encode(",")[1], 0
     while len(tokens) - start > length:
         ids = [token for token, _ in tokens[start : start + length + 1]]

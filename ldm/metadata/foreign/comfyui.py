@@ -354,7 +354,7 @@ class _Reader:
         return found
 
     def _named_loras(self, node: Node) -> Iterator[tuple[str, int | float | None, int | float]]:
-        """Returns names of LoRAs, weights on the U-Net (None if not given) and on the text encoder."""
+        """Yields names of LoRAs, weights on the U-Net (None if not given) and on the text encoder."""
         for stack in reversed(list(self.graph.walk(self.graph.linked(node, "lora_stack"), "lora_stack"))):
             self._expect(stack)
             yield from self._own_loras(stack, True)
@@ -462,7 +462,7 @@ class _Reader:
         return replace(init, mask=name, invert_mask=inverted, mask_blur=0.0)
 
     def _part_of_the_schedule(self, from_image: bool) -> None:
-        """Returns the fraction of the steps that run. ComfyUI runs all of them, as the last of a longer schedule."""
+        """Sets the strength. ComfyUI runs its number of steps as the last ones of a longer schedule."""
         graph, draft, sampler = self.graph, self.draft, self.sampler
         steps = draft.values.get("steps", 50)
         start, end = (graph.number(sampler, name) for name in ("start_at_step", "end_at_step"))

@@ -30,7 +30,7 @@ _NOT_HERE = (
     "postprocessing", "hires_fix", "regions", "ref_images", "control_layers", "positive_style_prompt",
     "negative_style_prompt", "hrf_strength", "facetool_strength",
 )  # fmt: skip
-_ON_CANVAS = ("controlLayers", "regionalGuidance", "referenceImages")  # what guides version 5
+_ON_CANVAS = ("controlLayers", "regionalGuidance", "referenceImages")  # guidance in version 5
 
 
 def read_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
