@@ -6,221 +6,27 @@ import argparse
 import contextlib
 import importlib.util
 import itertools
-import json
 import logging
 import math
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from ldm import __version__
-from ldm.benchmark.worker import Setting
-from ldm.checkpoints.configs import V1_CONFIG
+from ldm.benchmark.options import PARTS
+from ldm.benchmark.process import Process
+from ldm.benchmark.report import Report, Sample, facts_line, print_errors, print_report
+from ldm.benchmark.subjects import Setting
 from ldm.fields import SETTINGS, shown
-from ldm.places import ROOT, cache_path, find
-from ldm.runtime.allocator import SWITCH
-from ldm.util import InputError, need, printable
+from ldm.places import cache_path, find
+from ldm.util import need, printable
 
 logger = logging.getLogger("ldm")
-
-PARTS = ("step", "decode", "whole")
-PEERS = ("diffusers",)
-# a peer's messages would be mixed with the figures
-QUIET = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DIFFUSERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONWARNINGS": "ignore::FutureWarning",
-}
-# in the order of the table
-PHASES = (
-    "import", "load", "text", "encode", "first step", "step", "unet", "decode", "png",
-    "start to first step", "whole run",
-)  # fmt: skip
-
-
-def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options: the subjects to measure, the peer, and the number of rounds."""
-    group = parser.add_argument_group("measurement")
-    group.add_argument(
-        "--parts",
-        metavar="LIST",
-        default="step,decode",
-        help="step, decode, whole. step and decode are timed in long-running processes that take turns, whole in "
-        "a fresh process each time, from its start to the last PNG file",
-    )
-    group.add_argument("--sizes", metavar="LIST", default="512", help="sides of the images in pixels")
-    group.add_argument("--batch", metavar="N", type=int, default=1, help="images at a time")
-    group.add_argument("--steps", metavar="N", type=int, default=20, help="DDIM steps")
-    group.add_argument(
-        "--mode", choices=("txt2img", "img2img"), default="txt2img", help="what kind of run is timed"
-    )
-    group.add_argument(
-        "--strength", metavar="X", type=float, default=0.75, help="img2img's share of the steps"
-    )
-    group.add_argument("--rounds", metavar="N", type=int, default=5, help="how often each part is timed")
-    group.add_argument("--check", action="store_true", help="compare results with float32's")
-    group.add_argument("--seed", metavar="N", type=int, default=42, help="seed of the start noise")
-
-    group = parser.add_argument_group("computation")
-    group.add_argument(
-        "--precision",
-        metavar="LIST",
-        default="autocast",
-        help="full, autocast, bf16 or fp16, or several in turn",
-    )
-    group.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument("--threads", metavar="N", type=int, default=0, help="CPU threads (0: torch's choice)")
-    group.add_argument("--compile", action="store_true", help="torch.compile the U-Nets, the peer's too")
-
-    group = parser.add_argument_group("comparison")
-    group.add_argument("--peers", choices=PEERS, help="another package that does the same work in turns")
-    group.add_argument(
-        "--peer_recipe",
-        choices=("auto", "plain", "channels-last"),
-        default="auto",
-        help="the peer's memory layout; auto: whichever is faster",
-    )
-    group.add_argument(
-        "--peer_dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="auto: float32 for full, else float16 on a GPU and bfloat16 on a CPU",
-    )
-
-    group.add_argument(
-        "--peer_malloc",
-        choices=("system", "tuned"),
-        default="system",
-        help="tuned: the peer gets the allocator setting that this toolkit gives itself, too",
-    )
-
-    group = parser.add_argument_group("model")
-    group.add_argument("--config", metavar="FILE", default=V1_CONFIG, help="model config")
-    group.add_argument(
-        "--ckpt", metavar="FILE", help="checkpoint (default: random weights, made once in the cache folder)"
-    )
-    group.add_argument(
-        "--cache",
-        metavar="DIR",
-        help="folder for what is made: 4.3 GB of weights, 2.1 or 4.3 GB for a peer (default: the user's)",
-    )
-    group.add_argument("--json", metavar="FILE", help="add every sample to FILE as JSON lines; -: to stdout")
-
-
-class Process:
-    """A worker process, queried over its standard streams."""
-
-    def __init__(self, setting: Setting) -> None:
-        environment = dict(os.environ)
-        paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-        environment |= QUIET
-        if (
-            setting.malloc == "system" and environment.get(SWITCH) == "tuned"
-        ):  # this tool's settings of the allocator
-            del environment["GLIBC_TUNABLES"]
-        if setting.threads:
-            environment["OMP_NUM_THREADS"] = str(setting.threads)
-        spawned = time.time()
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "ldm.benchmark.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self._send(asdict(replace(setting, spawned=spawned)))
-
-    def _send(self, message: Mapping[str, Any]) -> None:
-        assert self._child.stdin is not None
-        self._child.stdin.write(json.dumps(message) + "\n")
-        self._child.stdin.flush()
-
-    def ask(self, order: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Sends an order and returns the answer; `fields` are the parameters of the worker's method of that name."""
-        assert self._child.stdout is not None
-        try:
-            self._send({"order": order, **fields})
-            line = self._child.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            code = self._child.wait()
-            raise ChildProcessError(f"the measured process ended with code {code} at {order!r}; see above")
-        answer = json.loads(line)
-        if "refused" in answer:
-            raise InputError(answer["refused"])
-        return answer
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Lets it end by itself, or stops it after an error."""
-        if kind is not None:
-            self._child.kill()
-        for stream in (self._child.stdin, self._child.stdout):
-            assert stream is not None
-            with contextlib.suppress(OSError):
-                stream.close()
-        self._child.wait()
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The measurement of one subject in one round: the seconds of each phase, and the peak bytes of memory so far.
-
-    `load` is the machine's load average after it, None where there is none.
-    """
-
-    subject: str
-    size: int
-    round: int
-    fresh: bool
-    seconds: Mapping[str, Sequence[float]]
-    memory: Mapping[str, int]
-    load: float | None
-
-
-class Report:
-    """Tables for people, and JSON lines with every raw sample."""
-
-    def __init__(self, json_path: str | None) -> None:
-        to_stdout = json_path == "-"
-        self._tables: TextIO = sys.stderr if to_stdout else sys.stdout
-        self._lines: TextIO | None = sys.stdout if to_stdout else None
-        self._path = None if to_stdout else json_path
-
-    def line(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """Writes one JSON line."""
-        text = json.dumps({"kind": kind, **fields})
-        if self._path is not None:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
-        elif self._lines is not None:
-            print(text, file=self._lines, flush=True)
-
-    def text(self, line: str) -> None:
-        """Writes one line for people."""
-        print(printable(line.rstrip()), file=self._tables, flush=True)
-
-    def title(self, line: str) -> None:
-        """Writes one line for people, after an empty line."""
-        self.text("")
-        self.text(line)
 
 
 def benchmark(opt: argparse.Namespace) -> int:
@@ -355,17 +161,17 @@ def _measure(
                 if setting.subject != "ours":
                     recipe = _arrange(opt, recipe, processes[_name(setting)], sizes[0])
                 report.line("facts", {"subject": _name(setting), **loaded["facts"], "recipe": recipe})
-                report.text(_facts_line(_name(setting), loaded["facts"], setting.subject, recipe))
+                report.text(facts_line(_name(setting), loaded["facts"], setting.subject, recipe))
             for size in sizes:
                 if set(parts) & {"step", "decode"}:
                     samples = list(_turns(opt, processes, size, parts))
-                    _tell(report, samples, list(processes), size)
+                    print_report(report, samples, list(processes), size)
                 if opt.check:
-                    _tell_errors(opt, report, settings, processes, size, scratch)
+                    print_errors(opt, report, settings, processes, size, scratch)
     if "whole" in parts:
         for size in sizes:
             samples = list(_fresh_turns(opt, settings, size, recipe, scratch))
-            _tell(report, samples, [_name(s) for s in settings], size)
+            print_report(report, samples, [_name(s) for s in settings], size)
 
 
 def _arrange(opt: argparse.Namespace, recipe: str, peer: Process, size: int) -> str:
@@ -419,87 +225,3 @@ def _fresh_turns(
             answer = process.ask("run", _work(size, opt.steps, 0, number, outdir))
         seconds = {**loaded["seconds"], **answer["seconds"]}
         yield Sample(name, size, number, True, seconds, answer["memory"], answer["load average"])
-
-
-def ratios(samples: Sequence[Sample], phase: str, ours: str, peer: str) -> list[float]:
-    """Returns our median time in a phase over the peer's, round by round."""
-    medians = {
-        (s.subject, s.round): statistics.median(s.seconds[phase]) for s in samples if s.seconds.get(phase)
-    }
-    rounds = sorted({number for _, number in medians})
-    return [
-        medians[ours, r] / medians[peer, r] for r in rounds if (ours, r) in medians and (peer, r) in medians
-    ]
-
-
-def _tell(report: Report, samples: Sequence[Sample], names: Sequence[str], size: int) -> None:
-    """Reports every sample as a line, and a table of phases by subject."""
-    for sample in samples:
-        report.line("sample", asdict(sample))
-    how = "fresh processes" if samples[0].fresh else "processes that live on"
-    report.title(f"{size}x{size}, {how}, seconds: median (min, interquartile range)")
-    report.text("".join(f"{head:<32}" for head in ("", *names)))
-    for phase in PHASES:
-        cells = [_cell(_times(samples, phase, name)) for name in names]
-        if any(cells):
-            report.text("".join(f"{cell:<32}" for cell in (phase, *cells)))
-    for kind in samples[0].memory:
-        peaks = [max(s.memory[kind] for s in samples if s.subject == name) / 2**30 for name in names]
-        report.text("".join(f"{cell:<32}" for cell in (f"peak {kind}", *(f"{p:.2f} GiB" for p in peaks))))
-    for peer in names[1:]:
-        _tell_ratios(report, samples, names[0], peer, size)
-
-
-def _times(samples: Sequence[Sample], phase: str, subject: str) -> list[float]:
-    """Returns all times of a subject in a phase, over all rounds."""
-    return [seconds for s in samples if s.subject == subject for seconds in s.seconds.get(phase, ())]
-
-
-def _cell(times: Sequence[float]) -> str:
-    if not times:
-        return ""
-    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
-    return f"{statistics.median(times):.4f} ({min(times):.4f}, {high - low:.4f})"
-
-
-def _tell_ratios(report: Report, samples: Sequence[Sample], ours: str, peer: str, size: int) -> None:
-    report.title(f"time of {ours} / {peer}, by round (below 1: {ours} is faster)")
-    for phase in PHASES:
-        if values := ratios(samples, phase, ours, peer):
-            middle, worst = statistics.median(values), max(values)
-            best = min(_times(samples, phase, ours)) / min(_times(samples, phase, peer))
-            what = {"phase": phase, "size": size, "ours": ours, "peer": peer, "fresh": samples[0].fresh}
-            figures = {"median": middle, "worst": worst, "of minima": best}
-            report.line("ratio", {**what, **figures, "rounds": values})
-            told = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
-            report.text(f"{phase:<22}{told}  rounds {' '.join(f'{value:.3f}' for value in values)}")
-
-
-def _tell_errors(
-    opt: argparse.Namespace,
-    report: Report,
-    settings: Sequence[Setting],
-    processes: Mapping[str, Process],
-    size: int,
-    scratch: Path,
-) -> None:
-    """Reports the distance of each subject from our float32 results."""
-    reference = scratch / f"reference-{size}.pt"
-    fields = {"size": size, "steps": opt.steps, "reference": str(reference)}
-    if not reference.exists():
-        with Process(replace(settings[0], precision="full", compiled=False)) as process:
-            process.ask("load", {})
-            process.ask("check", fields)
-    report.title(f"{size}x{size}: distance from our float32 results (relative L2)")
-    for name, process in processes.items():
-        error = process.ask("check", fields)["error"]
-        report.line("error", {"subject": name, "size": size, "steps": opt.steps, **error})
-        figures = ", ".join(f"{key} {value:.2e}" for key, value in error.items())
-        report.text(f"{name:<32}{figures}")
-
-
-def _facts_line(name: str, facts: Mapping[str, Any], subject: str, recipe: str) -> str:
-    told = {key: value for key, value in facts.items() if value not in (None, {})}
-    if subject != "ours":
-        told["layout"] = recipe
-    return f"{name}: " + ", ".join(f"{key} {value}" for key, value in told.items())

@@ -10,15 +10,13 @@ if sys.version_info < (3, 10):  # noqa: UP036 - older Pythons cannot read what i
 try:
     from ldm.cli.app import main
     from ldm.cli.generate import run
+    from ldm.cli.model_options import add_laion_option, add_model_options, add_rank_options
     from ldm.cli.options import (
         add_batch_options,
         add_image_options,
-        add_laion_option,
         add_mask_options,
-        add_model_options,
         add_output_options,
         add_prompt_options,
-        add_rank_options,
         add_report_options,
         add_sampling_options,
         add_size_options,

@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 
 import scripts.benchmark as script
 from ldm.benchmark import harness as benchmark
-from ldm.benchmark.harness import Sample, ratios
+from ldm.benchmark.report import Sample, ratios
+from ldm.benchmark.subjects import Enough, Stopwatch, Work
 from ldm.benchmark.weights import random_weight, write_picture, write_random_checkpoint
-from ldm.benchmark.worker import Enough, Stopwatch, Work
 from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.checkpoints.load import load_into
 from tests.support.golden_data import tiny_config, tiny_model

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 import scripts.txt2img as txt2img
+from ldm.checkpoints import configs
 from ldm.checkpoints.formats import write
 from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.checkpoints.hashing import file_sha256
 from ldm.checkpoints.layouts.recognise import ema_key
-from ldm.cli import options
 from ldm.cli.commands import convert
 from ldm.cli.generate import options_of
 from ldm.metadata.infotext import parse_infotext
@@ -120,7 +120,7 @@ def test_precision_and_parts_are_written(tmp_path: Path, folder: Path) -> None:
         ([CKPT, "a", "--config", CONFIG, "--ema", "on"], "has no EMA weights"),
         ([CKPT, "no/such/a.ckpt"], "is not a folder; make it first"),
         ([CKPT, "a", "--vae", "none.pt"], "give another --vae"),
-        ([CKPT, "a", "--config", options.V1_CONFIG], "keys (model.diffusion_model.input_blocks.1.1"),
+        ([CKPT, "a", "--config", configs.V1_CONFIG], "keys (model.diffusion_model.input_blocks.1.1"),
         ([CKPT, "a", "--to", "onnx"], "'onnx' is unknown; choose compvis, diffusers or ckpt"),
     ],
 )
@@ -156,7 +156,7 @@ def test_a_full_disk_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("channels", "config"), [(4, options.V1_CONFIG), (9, options.INPAINTING_CONFIG)])
+@pytest.mark.parametrize(("channels", "config"), [(4, configs.V1_CONFIG), (9, configs.INPAINTING_CONFIG)])
 def test_the_config_is_chosen_by_content(tmp_path: Path, folder: Path, channels: int, config: str) -> None:
     shutil.copytree(folder, tmp_path / "folder")
     weights = tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -173,7 +173,7 @@ def test_the_config_is_chosen_by_content(tmp_path: Path, folder: Path, channels:
 def test_a_folder_that_does_not_fit_the_config_is_named(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["--ckpt", str(folder), "--config", options.V1_CONFIG, "--outdir", str(tmp_path / "out")]
+    asked = ["--ckpt", str(folder), "--config", configs.V1_CONFIG, "--outdir", str(tmp_path / "out")]
     assert txt2img.main([*FAST, *asked]) == 2
     said = capsys.readouterr().err
     assert "its unet has block_out_channels [64, 128, 128]" in said and "[320, 640, 1280, 1280]" in said

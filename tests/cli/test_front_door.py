@@ -20,10 +20,10 @@ from PIL.PngImagePlugin import PngInfo
 import scripts.img2img as img2img
 import scripts.inpaint as inpaint
 import scripts.txt2img as txt2img
-from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
+from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG, V1_CKPT
 from ldm.cli.app import main, outcome
 from ldm.cli.generate import check_options, chosen_sampler
-from ldm.cli.options import V1_CKPT, add_report_options, make_parser
+from ldm.cli.options import add_report_options, make_parser
 from ldm.config import ConfigError, read_config
 from ldm.data.captions import caption
 from ldm.data.scenes import scene_at

@@ -8,7 +8,7 @@ from PIL import Image
 
 import scripts.img2img as img2img
 import scripts.txt2img as txt2img
-from ldm.cli import options as known
+from ldm.checkpoints import configs as known
 from ldm.cli.generate import request_of
 from ldm.config import read_config
 from ldm.metadata.infotext import parse_infotext

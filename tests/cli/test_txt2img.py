@@ -19,7 +19,7 @@ from PIL import Image
 
 import scripts.replay as replay
 import scripts.txt2img as txt2img
-from ldm.cli import options as known
+from ldm.checkpoints import configs as known
 from ldm.cli.generate import request_of
 from ldm.metadata.infotext import job_from_infotext, parse_infotext
 from ldm.models.diffusion.ddpm import LatentDiffusion

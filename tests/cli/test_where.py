@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from ldm.checkpoints.configs import V1_CKPT
 from ldm.cli.commands.where import main
-from ldm.cli.options import V1_CKPT
 from ldm.modules.encoders.bert import find_vocabulary
 from ldm.places import find
 from ldm.safety.load import find_safety_model

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 
 from ldm import cli
-from ldm.benchmark.harness import add_benchmark_options, benchmark
+from ldm.benchmark.harness import benchmark
+from ldm.benchmark.options import add_benchmark_options
 
 _DESCRIPTION = "Times every phase of generating images, alone or in turns with another package."
 _EXAMPLES = (

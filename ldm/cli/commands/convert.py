@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from ldm import cli
-from ldm.cli.options import add_parts_options
+from ldm.cli.model_options import add_parts_options
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

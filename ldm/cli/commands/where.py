@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ldm import cli
-from ldm.checkpoints.configs import BUNDLED_CKPT
-from ldm.cli.options import INPAINTING_CKPT, LAION_CKPT, V1_CKPT
+from ldm.checkpoints.configs import BUNDLED_CKPT, INPAINTING_CKPT, LAION_CKPT, V1_CKPT
 from ldm.places import cache_path, candidates, hub_files, hub_folder
 from ldm.util import printable
 

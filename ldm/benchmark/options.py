@@ -1,0 +1,79 @@
+"""The options of the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+
+from ldm.checkpoints.configs import V1_CONFIG
+
+PARTS = ("step", "decode", "whole")
+PEERS = ("diffusers",)
+
+
+def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options: the subjects to measure, the peer, and the number of rounds."""
+    group = parser.add_argument_group("measurement")
+    group.add_argument(
+        "--parts",
+        metavar="LIST",
+        default="step,decode",
+        help="step, decode, whole. step and decode are timed in long-running processes that take turns, whole in "
+        "a fresh process each time, from its start to the last PNG file",
+    )
+    group.add_argument("--sizes", metavar="LIST", default="512", help="sides of the images in pixels")
+    group.add_argument("--batch", metavar="N", type=int, default=1, help="images at a time")
+    group.add_argument("--steps", metavar="N", type=int, default=20, help="DDIM steps")
+    group.add_argument(
+        "--mode", choices=("txt2img", "img2img"), default="txt2img", help="what kind of run is timed"
+    )
+    group.add_argument(
+        "--strength", metavar="X", type=float, default=0.75, help="img2img's share of the steps"
+    )
+    group.add_argument("--rounds", metavar="N", type=int, default=5, help="how often each part is timed")
+    group.add_argument("--check", action="store_true", help="compare results with float32's")
+    group.add_argument("--seed", metavar="N", type=int, default=42, help="seed of the start noise")
+
+    group = parser.add_argument_group("computation")
+    group.add_argument(
+        "--precision",
+        metavar="LIST",
+        default="autocast",
+        help="full, autocast, bf16 or fp16, or several in turn",
+    )
+    group.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    group.add_argument("--threads", metavar="N", type=int, default=0, help="CPU threads (0: torch's choice)")
+    group.add_argument("--compile", action="store_true", help="torch.compile the U-Nets, the peer's too")
+
+    group = parser.add_argument_group("comparison")
+    group.add_argument("--peers", choices=PEERS, help="another package that does the same work in turns")
+    group.add_argument(
+        "--peer_recipe",
+        choices=("auto", "plain", "channels-last"),
+        default="auto",
+        help="the peer's memory layout; auto: whichever is faster",
+    )
+    group.add_argument(
+        "--peer_dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="auto: float32 for full, else float16 on a GPU and bfloat16 on a CPU",
+    )
+
+    group.add_argument(
+        "--peer_malloc",
+        choices=("system", "tuned"),
+        default="system",
+        help="tuned: the peer gets the allocator setting that this toolkit gives itself, too",
+    )
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--config", metavar="FILE", default=V1_CONFIG, help="model config")
+    group.add_argument(
+        "--ckpt", metavar="FILE", help="checkpoint (default: random weights, made once in the cache folder)"
+    )
+    group.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="folder for what is made: 4.3 GB of weights, 2.1 or 4.3 GB for a peer (default: the user's)",
+    )
+    group.add_argument("--json", metavar="FILE", help="add every sample to FILE as JSON lines; -: to stdout")
