@@ -17,9 +17,9 @@ import scripts.img2img
 import scripts.replay
 import scripts.txt2img
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
+from ldm.cli.generate import run
 from ldm.data.scenes import image_at
 from ldm.places import ROOT
-from ldm.runs import run
 from ldm.runs.model_cache import ModelCache
 
 FAST = ["--ddim_steps", "2", "--device", "cpu", "--quiet", "--skip_grid", "--n_samples", "1", "--n_iter", "1"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import ldm.pipeline
+from ldm.modules.encoders import bert
 from ldm.pipeline import Pipeline
 
 
 class SharedModels:
     """Replaces the `ModelCache` of a run: keeps the models of the last runs of all tests.
 
-    A test that replaces the loader of models does not share models with other tests.
+    A test that replaces the loader of models or the vocabulary does not share models with other tests.
     """
 
     def __init__(self, count: int = 3) -> None:
@@ -20,7 +21,7 @@ class SharedModels:
 
     def get(self, key: object, load: Callable[[], Pipeline]) -> Pipeline:
         """Returns the pipeline of an earlier run with an equal key, else a new one."""
-        key = key, ldm.pipeline.load_model, ldm.pipeline.Pipeline
+        key = key, ldm.pipeline.load_model, ldm.pipeline.Pipeline, bert.OWN_VOCABULARY
         entry = next((entry for entry in self._kept if entry[0] == key), None)
         if entry is None:
             entry = key, load()
