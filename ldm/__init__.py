@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ldm.former import install
+
 if TYPE_CHECKING:
     from ldm.job import Init, Job
     from ldm.pipeline import Pipeline, load_model
@@ -16,6 +18,9 @@ __version__ = "0.1.0"
 __all__ = ["Init", "Job", "Pipeline", "__version__", "load_model"]
 
 _MODULES = {"Init": "ldm.job", "Job": "ldm.job", "Pipeline": "ldm.pipeline", "load_model": "ldm.pipeline"}
+
+
+install()
 
 
 def __getattr__(name: str) -> object:

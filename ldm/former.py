@@ -1,0 +1,55 @@
+"""Modules by their names in earlier commits, for code that imports them: each gives what its successors hold.
+
+Importing one warns with a DeprecationWarning that names the successors. Nothing of this package imports them.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+SUCCESSORS: dict[str, tuple[str, ...]] = {
+    "ldm.images.foreign": ("ldm.metadata.read",),
+    "ldm.images.metadata": ("ldm.metadata.infotext",),
+    "ldm.images.record": ("ldm.metadata.record",),
+    "ldm.images.safety": ("ldm.safety.screen",),
+    "ldm.checkpoints.embeddings": ("ldm.checkpoints.adapters.embeddings",),
+    "ldm.checkpoints.lora": ("ldm.checkpoints.adapters.lora",),
+    "ldm.checkpoints.lora_files": ("ldm.checkpoints.adapters.lora_files",),
+    "ldm.checkpoints.lora_names": ("ldm.checkpoints.adapters.lora_names",),
+    "ldm.checkpoints.prediction": ("ldm.checkpoints.layouts.prediction",),
+    "ldm.checkpoints.reader": ("ldm.checkpoints.model_files", "ldm.checkpoints.formats.read"),
+    "ldm.checkpoints.recognise": ("ldm.checkpoints.layouts.recognise",),
+    "ldm.checkpoints.safety": ("ldm.safety.load",),
+    "ldm.checkpoints.sniff": ("ldm.checkpoints.formats.detect",),
+    "ldm.modules.encoders.safety": ("ldm.safety.network",),
+}
+
+
+class FormerModules(MetaPathFinder, Loader):
+    """Finds modules by their former names."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Returns a spec for a module that has moved, None for any other."""
+        return ModuleSpec(fullname, self) if fullname in SUCCESSORS else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Fills a module with what its successors hold, theirs under each of their names."""
+        names = SUCCESSORS[module.__name__]
+        warnings.warn(f"{module.__name__} is now {' and '.join(names)}", DeprecationWarning, stacklevel=2)
+        for name in reversed(names):
+            held = vars(import_module(name))
+            vars(module).update({key: value for key, value in held.items() if not key.startswith("__")})
+
+
+def install() -> None:
+    """Lets the former names be imported; a module of that name that exists comes first."""
+    if not any(isinstance(finder, FormerModules) for finder in sys.meta_path):
+        sys.meta_path.append(FormerModules())

@@ -1,0 +1,36 @@
+"""Modules that have moved can be imported by the names of earlier commits."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from ldm.former import SUCCESSORS
+from tests.support.paths import ROOT
+
+
+@pytest.mark.parametrize("name", SUCCESSORS)
+def test_a_former_name_gives_what_its_successors_hold(name):
+    sys.modules.pop(name, None)
+    with pytest.warns(DeprecationWarning, match=f"{name} is now {SUCCESSORS[name][0]}"):
+        former = importlib.import_module(name)
+    first = importlib.import_module(SUCCESSORS[name][0])
+    public = {key: value for key, value in vars(first).items() if not key.startswith("_")}
+    assert public and all(getattr(former, key) is value for key, value in public.items())
+
+
+def test_the_functions_that_were_there_are_there():
+    code = (
+        "from ldm.images.foreign import Recipe, read_job\n"
+        "from ldm.checkpoints.lora import LoraStack\n"
+        "from ldm.checkpoints.reader import model_files, read_checkpoint, read_model\n"
+        "from ldm.checkpoints.recognise import kind_of\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_nothing_of_this_package_uses_a_former_name():
+    for path in (ROOT / "ldm").rglob("*.py"):
+        text = path.read_text()
+        assert path.name == "former.py" or not any(f"from {name} import" in text for name in SUCCESSORS), path
