@@ -236,7 +236,7 @@ def override(job: Job, values: Mapping[str, Any]) -> Job:
     start = None if "init" in values else job.init
     if of_init and start is None:
         if "image" not in of_init:
-            raise ValueError(f"{', '.join(of_init)} of a picture to start from, but there is none; give one")
+            raise ValueError(f"{', '.join(of_init)} of an image to start from, but there is none; give one")
         start = Init(of_init["image"])
     return replace(job, init=replace(start, **of_init) if start is not None else None, **own)
 

@@ -231,12 +231,12 @@ def _locate_picture(
     """Finds an image that the user gave, as a file or by its folder, or the recorded one near the recipe's file."""
     from ldm.checkpoints.hashing import file_sha256
 
-    what = "mask" if option == "mask" else "picture it started from"
+    what = "mask" if option == "mask" else "image it started from"
     shown = f"--{option.replace('_', '-')}"
     place = given.get(option)
     if isinstance(place, list):
         if len(place) != 1:
-            raise InputError(f"give one picture, or a folder, with {shown}, not {len(place)}")
+            raise InputError(f"give one image, or a folder, with {shown}, not {len(place)}")
         place = place[0]
     typed = isinstance(place, str)
     path = Path(str(place)) if typed else folder / name

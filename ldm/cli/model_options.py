@@ -77,7 +77,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="torch.compile the U-Net: minutes at first, kept for later runs; needs a C++ compiler",
     )
     group.add_argument(
-        "--lowmem", action="store_true", help="keep in memory only what is in use: slower, the same pictures"
+        "--lowmem", action="store_true", help="keep in memory only what is in use: slower, the same images"
     )
     group.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add_parts_options(parser)

@@ -162,13 +162,13 @@ def add_size_options(parser: argparse.ArgumentParser, own: str = "the model's ow
         "--tiles",
         choices=("auto", "on", "off"),
         default="auto",
-        help="encode and decode in tiles, which is approximate; auto: if a picture would not fit into memory",
+        help="encode and decode in tiles, which is approximate; auto: if an image would not fit into memory",
     )
 
 
 def add_image_options(parser: argparse.ArgumentParser, strength: float, required: bool) -> None:
     """Adds the options of starting images, and of fitting them to the canvas."""
-    group = parser.add_argument_group("picture to start from")
+    group = parser.add_argument_group("image to start from")
     group.add_argument(
         "--init-img",
         dest="init_img",
@@ -187,7 +187,7 @@ def add_image_options(parser: argparse.ArgumentParser, strength: float, required
     group.add_argument(
         "--resize",
         choices=RESIZES,
-        help="how a picture becomes --W by --H: fit inside, fill and crop, stretch, or pad "
+        help="how an image becomes --W by --H: fit inside, fill and crop, stretch, or pad "
         "(default: fill; with only one of --W and --H: fit; without: none)",
     )
     group.add_argument(
@@ -198,7 +198,7 @@ def add_image_options(parser: argparse.ArgumentParser, strength: float, required
     group.add_argument(
         "--posterior_mean",
         action="store_true",
-        help="encode a picture to the mean of its latent distribution instead of a draw from it",
+        help="encode an image to the mean of its latent distribution instead of a draw from it",
     )
 
 
@@ -207,10 +207,10 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(inpaint=True)
     group = parser.add_argument_group("mask")
     group.add_argument(
-        "--mask", metavar="FILE", help="white is repainted (default: where the picture is transparent)"
+        "--mask", metavar="FILE", help="white is repainted (default: where the image is transparent)"
     )
     group.add_argument(
-        "--indir", metavar="DIR", help="a folder of pictures NAME.png with their masks NAME_mask.png"
+        "--indir", metavar="DIR", help="a folder of images NAME.png with their masks NAME_mask.png"
     )
     group.add_argument("--invert_mask", action="store_true", help="black is repainted")
     group.add_argument(
@@ -222,7 +222,7 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no_paste",
         action="store_true",
-        help="leave the rest as the autoencoder gives it, instead of the picture's own pixels",
+        help="leave the rest as the autoencoder gives it, instead of the image's own pixels",
     )
     group.add_argument(
         "--outpaint",
@@ -243,9 +243,7 @@ def _four_numbers(text: str) -> tuple[int, int, int, int]:
 def add_upscale_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the second pass at a larger size."""
     group = parser.add_argument_group("upscaling")
-    group.add_argument(
-        "--upscale", metavar="X", type=float, help="enlarge the finished picture and refine it"
-    )
+    group.add_argument("--upscale", metavar="X", type=float, help="enlarge the finished image and refine it")
     group.add_argument(
         "--upscale_strength",
         metavar="X",

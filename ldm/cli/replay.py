@@ -247,7 +247,7 @@ def describe_watermark(evidence: Evidence, text: str) -> str:
         verdict = "may be there"
     return (
         f"the watermark {printable(text)} {verdict}: {evidence.agreeing_bits} of {evidence.total_bits} bits agree, "
-        f"which chance brings about in 1 of {1 / evidence.chance:.3g} pictures"
+        f"which chance brings about in 1 of {1 / evidence.chance:.3g} images"
     )
 
 

@@ -222,7 +222,7 @@ def _mask(init: Init, source: Source) -> tuple[Image.Image | None, str, list[str
         mask = _grey(given)
         if mask.size != source.color.size:
             old, new = (f"{width}x{height}" for width, height in (mask.size, source.color.size))
-            notes.append(f"mask of {old} resized to the picture's {new}")
+            notes.append(f"mask of {old} resized to the image's {new}")
             mask = mask.resize(source.color.size, Image.Resampling.BILINEAR)
     elif init.alpha_mask and source.alpha is not None:
         mask = ImageChops.invert(source.alpha)
@@ -294,7 +294,7 @@ def find_images(paths: Sequence[str]) -> list[str]:
 def _images_in(folder: str) -> list[str]:
     names = [name for name in _picture_names(folder) if not _stem(name).endswith(_MASK_ENDING)]
     if not names:
-        raise InputError(f"{printable(folder)}: has no pictures ({', '.join(EXTENSIONS)})")
+        raise InputError(f"{printable(folder)}: has no images ({', '.join(EXTENSIONS)})")
     return [os.path.join(folder, name) for name in names]
 
 
@@ -355,9 +355,7 @@ def _picture_of(mask: str, pictures: Sequence[str], folder: str) -> str:
     found = [name for name in pictures if _stem(name) == stem]
     if len(found) != 1:
         what = (
-            f"belongs to several pictures: {', '.join(found)}"
-            if found
-            else f"has no picture {stem}.* beside it"
+            f"belongs to several images: {', '.join(found)}" if found else f"has no image {stem}.* beside it"
         )
         raise InputError(f"{printable(os.path.join(folder, mask))}: {printable(what)}")
     return found[0]
@@ -368,4 +366,4 @@ def _warn_of_single(paired: set[str], pictures: Sequence[str]) -> None:
     if single:
         more = ", ..." if len(single) > _MOST_NAMED else ""
         named = ", ".join(single[:_MOST_NAMED])
-        logger.warning("%d pictures without a mask are skipped: %s%s", len(single), named, more)
+        logger.warning("%d images without a mask are skipped: %s%s", len(single), named, more)

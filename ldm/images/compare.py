@@ -40,7 +40,7 @@ def compare(first: np.ndarray, second: np.ndarray) -> Difference:
 
     if first.shape != second.shape:
         sizes = [f"{picture.shape[1]}x{picture.shape[0]}" for picture in (first, second)]
-        raise InputError(f"pictures of {sizes[0]} and {sizes[1]} cannot be compared; make them the same size")
+        raise InputError(f"images of {sizes[0]} and {sizes[1]} cannot be compared; make them the same size")
     apart = np.abs(first.astype(np.int16) - second)
     mean_square = float(np.square(apart, dtype=np.float64).mean())
     psnr = 10 * math.log10(255**2 / mean_square) if mean_square else math.inf

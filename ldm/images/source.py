@@ -115,7 +115,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno:
         return f"cannot be read: {error.strerror}"
     if "MAX_TEXT" in str(error):
-        return "holds text that inflates too far; save the picture again without its metadata"
+        return "holds text that inflates too far; save the image again without its metadata"
     if "truncated" in str(error).lower():
         return "is truncated; get the whole file"
     return f"is damaged ({type(error).__name__}: {error}); save or download it again"
@@ -130,7 +130,7 @@ def read_bytes(path: str) -> bytes:
         return path.data
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
-        raise InputError("is a directory; give the picture inside it")
+        raise InputError("is a directory; give the image inside it")
     if not stat.S_ISREG(status.st_mode):
         raise InputError("is a pipe, socket or device, not a regular file")
     if not 0 < status.st_size <= _MAX_BYTES:
@@ -184,7 +184,7 @@ def _foreign(data: bytes) -> str:
     if data[4:8] == b"ftyp":
         return f"is a HEIC, AVIF or video file; {_READABLE}"
     head = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    what = next((what for start, what in _FOREIGN if head.startswith(start.lower())), "is no picture")
+    what = next((what for start, what in _FOREIGN if head.startswith(start.lower())), "is not an image")
     return f"{what}; {_READABLE}"
 
 

@@ -64,7 +64,7 @@ class Watermark:
 
     def _note_small(self, width: int, height: int) -> None:
         if not self._noted_small:
-            logger.info("pictures of %dx%d are too small for the invisible watermark", width, height)
+            logger.info("images of %dx%d are too small for the invisible watermark", width, height)
             self._noted_small = True
 
 
@@ -78,7 +78,7 @@ def detect(rgb: np.ndarray, text: str = TEXT) -> Evidence:
     expected = _bits_of(text)
     height, width, _ = rgb.shape
     if too_small(width, height) or (width // _BLOCK) * (height // _BLOCK) < expected.size:
-        raise InputError(f"a picture of {width}x{height} is too small to hold the watermark {text!r}")
+        raise InputError(f"an image of {width}x{height} is too small to hold the watermark {text!r}")
     decoder = _library().WatermarkDecoder("bits", expected.size)
     found = np.asarray(decoder.decode(_swap_red_and_blue(rgb), METHOD))
     agreeing = int((found == expected.astype(bool)).sum())

@@ -129,7 +129,7 @@ def _within_limit(text: str) -> str:
     last = text.rpartition("\n")[2]
     kept = last if len(last.encode("utf-8")) <= MAX_TEXT_BYTES else ""
     logger.warning(
-        "metadata of %d bytes left out of a picture%s: the limit is %d",
+        "metadata of %d bytes left out of an image%s: the limit is %d",
         size, " but for its last line" if kept else "", MAX_TEXT_BYTES,
     )  # fmt: skip
     return kept

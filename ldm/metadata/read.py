@@ -53,8 +53,7 @@ def read_job(path: str) -> Recipe:
     if recipe is not None:
         return replace(recipe, notes=(*faults, *recipe.notes))
     reason = (
-        "; ".join(faults)
-        or "holds no generation settings; pictures lose them when they are edited or uploaded"
+        "; ".join(faults) or "holds no generation settings; images lose them when they are edited or uploaded"
     )
     raise InputError(f"{printable(path)}: {reason}")
 

@@ -99,7 +99,7 @@ def gallery(folder: str | Path, command: Words, remark: Words = lambda recipe: "
             f"{printable(samples)} cannot be read: {error.strerror}; give a run's folder"
         ) from None
     if not names:
-        raise InputError(f"{printable(samples)} holds no pictures; give a run's folder")
+        raise InputError(f"{printable(samples)} holds no images; give a run's folder")
     names.sort(key=lambda name: (len(name), name))  # 99999.png comes before 100000.png
     figures = "\n".join(_figure(samples / name, command, remark) for name in names)
     return f"""<!DOCTYPE html>

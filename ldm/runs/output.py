@@ -207,7 +207,7 @@ class Output:
     def _write(self, index: int, picture: Picture, pixels: np.ndarray, notes: Mapping[str, str]) -> None:
         """Writes an image that passed the check, watermarked except in the user's original pixels."""
         if notes["Safety"] == "flagged":
-            logger.warning("the safety check flagged seed %d, so its picture is blank", picture.job.seed)
+            logger.warning("the safety check flagged seed %d, so its image is blank", picture.job.seed)
         marked = self._mark(pixels)
         if picture.kept is not None:
             marked[picture.kept] = pixels[picture.kept]

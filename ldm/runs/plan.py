@@ -199,7 +199,7 @@ class Plan(Sequence[Job]):
         """Returns the job in the size of its starting image, if it has one, fitted to --W and --H."""
         need(
             job.init is not None or "strength" not in values,
-            "a strength needs a picture to start from; give one with --init-img or leave it out",
+            "a strength needs an image to start from; give one with --init-img or leave it out",
         )
         if job.init is None:
             return replace(job, strength=1.0)

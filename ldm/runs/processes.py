@@ -211,7 +211,7 @@ def _together() -> Iterator[None]:
     except RuntimeError as error:
         logger.debug("%s", error)
         raise InputError(
-            "another process of this run ended before the first picture; see what it said"
+            "another process of this run ended before the first image; see its messages"
         ) from None
 
 

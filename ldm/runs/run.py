@@ -267,6 +267,6 @@ def log_steps(job: Job) -> None:
     if job.init is not None:
         logger.info("strength %g: %d of %d steps run", job.strength, first.steps, rows)
         if first.steps == 0:
-            logger.info("so the picture only passes through the autoencoder")
+            logger.info("so the image only passes through the autoencoder")
     for again in second:
         logger.info("upscaling at strength %g: %d of %d more steps", job.upscale_strength, again.steps, rows)

@@ -52,7 +52,7 @@ def read_starts(
 ) -> list[Start]:
     """Returns the starts of the jobs: each image, fitted to the canvas, or text alone unless a mask is needed."""
     if not (request.images or request.folder):
-        need(not masked, "give a picture with --init-img, or a folder of pairs with --indir")
+        need(not masked, "give an image with --init-img, or a folder of pairs with --indir")
         return [Start(None, *own_size(request, model))]
     starts = []
     for init in inits_of(request, masked):

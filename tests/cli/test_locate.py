@@ -320,7 +320,7 @@ def test_pictures_of_other_content_are_taken_with_a_note_if_they_are_given() -> 
     image, mask = written("photos/scene.png", b"scene"), written("masks/mask.png", b"mask")
     located = locate(begun("0" * 10, "0" * 10), HERE, {"init_img": "photos", "mask": "masks/mask.png"})
     assert located.notes == [
-        "photos/scene.png has another hash than the picture it started from",
+        "photos/scene.png has another hash than the image it started from",
         "masks/mask.png has another hash than the mask",
     ]
     assert not located.missing
@@ -335,7 +335,7 @@ def test_pictures_that_are_not_in_the_folder_are_missing(capsys: pytest.CaptureF
     file = picture("a.png", begun("0" * 10, "0" * 10))
     code, [line] = replayed(capsys, file, "--init-img", "photos", "--mask", "photos")
     assert code == 2
-    assert "the picture it started from, photos/scene.png, does not exist; give it with --init-img" in line
+    assert "the image it started from, photos/scene.png, does not exist; give it with --init-img" in line
     assert "the mask, photos/mask.png, does not exist; give it with --mask" in line
 
 

@@ -285,7 +285,7 @@ def test_pictures_of_two_sizes_are_refused() -> None:
         (136, 2.0**-136, "is there"),
         (80, 1e-3, "may be there"),
         (68, 0.53, "is not to be seen"),
-        (0, 1.0, "1 of 1 pictures"),
+        (0, 1.0, "1 of 1 images"),
     ],
 )
 def test_evidence_in_words(agreeing: int, chance: float, words: str) -> None:

@@ -95,12 +95,12 @@ def refusal(init: Init, **options: Any) -> str:
         (b"GIF89a" + bytes(40), "GIF"),
         (b"8BPS\x00\x01" + bytes(40), "Photoshop"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "PostScript"),
-        (b"SIMPLE  =                    T" + bytes(80), "no picture"),
-        (b"\x00\x00\x00\x0cjP  \r\n\x87\n" + bytes(40), "no picture"),
-        (b"\x00\x00\x00\x00\x00\x00\x00\x04" + bytes(300), "no picture"),
+        (b"SIMPLE  =                    T" + bytes(80), "not an image"),
+        (b"\x00\x00\x00\x0cjP  \r\n\x87\n" + bytes(40), "not an image"),
+        (b"\x00\x00\x00\x00\x00\x00\x00\x04" + bytes(300), "not an image"),
         (b"\x00\x00\x00\x18ftypheic" + bytes(40), "HEIC"),
         (b"\x89PNG\r\n\x1a\n\x00\x00", "truncated"),
-        (b"hello", "no picture"),
+        (b"hello", "not an image"),
     ],
 )
 def test_files_of_other_kinds_are_named_and_refused(save: Save, content: bytes, said: str) -> None:
@@ -542,7 +542,7 @@ def test_a_mask_of_another_size_is_resized_and_noted(save: Save) -> None:
     canvas = masked(save, mask)
     expected = np.asarray(Image.fromarray(mask).resize((96, 64), BILINEAR)) >= 128
     assert np.array_equal(np.asarray(canvas.repaint), expected)
-    assert canvas.notes == ("mask of 30x20 resized to the picture's 96x64",)
+    assert canvas.notes == ("mask of 30x20 resized to the image's 96x64",)
 
 
 def test_image_and_mask_are_turned_each_by_its_own_exif(save: Save) -> None:
@@ -699,7 +699,7 @@ def test_missing_paths_and_empty_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         find_images([str(tmp_path / "none")])
     touch(tmp_path, "a_mask.png", "b.txt")
-    with pytest.raises(InputError, match="no pictures"):
+    with pytest.raises(InputError, match="no images"):
         find_images([str(tmp_path)])
 
 
@@ -712,7 +712,7 @@ def test_pairs_and_the_pictures_left_over(tmp_path: Path, caplog: pytest.LogCapt
         ["a10.jpg", "a10_mask.png"],
     ]
     assert [record.getMessage() for record in caplog.records] == [
-        "7 pictures without a mask are skipped: x0.png, x1.png, x2.png, x3.png, x4.png, ..."
+        "7 images without a mask are skipped: x0.png, x1.png, x2.png, x3.png, x4.png, ..."
     ]
 
 
@@ -720,8 +720,8 @@ def test_pairs_and_the_pictures_left_over(tmp_path: Path, caplog: pytest.LogCapt
     ("names", "said"),
     [
         (["a.png"], "no pairs"),
-        (["a_mask.png", "b.png"], r"a_mask\.png: has no picture a\.\*"),
-        (["a_mask.png", "a.png", "a.jpg"], "several pictures: a.jpg, a.png"),
+        (["a_mask.png", "b.png"], r"a_mask\.png: has no image a\.\*"),
+        (["a_mask.png", "a.png", "a.jpg"], "several images: a.jpg, a.png"),
     ],
 )
 def test_folders_without_clear_pairs_are_refused(tmp_path: Path, names: list[str], said: str) -> None:

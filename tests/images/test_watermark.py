@@ -67,7 +67,7 @@ def test_small_pictures_come_back_unmarked_with_one_note(caplog: pytest.LogCaptu
         results = [mark(rgb) for _ in range(3)]
     assert all((result == rgb).all() for result in results)
     assert [record.getMessage() for record in caplog.records] == [
-        "pictures of 64x64 are too small for the invisible watermark"
+        "images of 64x64 are too small for the invisible watermark"
     ]
 
 

@@ -380,7 +380,7 @@ def test_long_prompts_are_left_out_but_not_the_settings(caplog: pytest.LogCaptur
         png = encode_png(PICTURE, "x" * 40_000 + "\n" + "y" * 40_000 + "\nSteps: 5, Seed: 1")
     with Image.open(io.BytesIO(png)) as image:
         assert image.info["parameters"] == "Steps: 5, Seed: 1"
-    assert "80019 bytes left out of a picture but for its last line" in caplog.text
+    assert "80019 bytes left out of an image but for its last line" in caplog.text
 
 
 @pytest.mark.parametrize("level", [0, 1, 9])

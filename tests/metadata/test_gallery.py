@@ -162,7 +162,7 @@ def test_folders_without_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         gallery(tmp_path, command)
     (tmp_path / "samples").mkdir()
-    with pytest.raises(InputError, match="no pictures"):
+    with pytest.raises(InputError, match="no images"):
         gallery(tmp_path, command)
 
 

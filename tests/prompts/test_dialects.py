@@ -584,7 +584,7 @@ def test_a_line_changes_what_it_says():
 
 
 def test_a_line_needs_a_picture_to_change():
-    with pytest.raises(ValueError, match=r"^mask of a picture to start from, but there is none"):
+    with pytest.raises(ValueError, match=r"^mask of an image to start from, but there is none"):
         changed(Line(4, "a", overrides={"init.mask": "m.png"}), Job("", width=512, height=512))
 
 

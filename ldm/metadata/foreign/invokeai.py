@@ -63,7 +63,7 @@ def read_sd_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
     images = content.get("images")
     image = content.get("image") or (images[0] if isinstance(images, list) and images else None)
     if not isinstance(image, dict):
-        raise InputError("it describes no picture")
+        raise InputError("it describes no image")
     draft = Draft("InvokeAI")
     prompt = image.get("prompt")
     if isinstance(prompt, list):
