@@ -244,8 +244,7 @@ def _settle_tiles(pipeline: Pipeline, plan: Plan, claim: Claim, here: ProcessInf
 
     The choice depends on the memory that is free at that time.
     """
-    kinds = plan.kinds()
-    sizes = {size for job in kinds for size in ((job.height, job.width), job.upscaled_size)}
+    sizes = {size for job in plan.kinds() for size in ((job.height, job.width), job.upscaled_size)}
     run = claim.run
     noted = None if run is None else run.tiles
     if noted is None:

@@ -83,10 +83,6 @@ class CLIPTokenizer:
         if table is None:
             raise InputError(f"CLIP's token table {_TABLE} is not installed: run `pip install openai-clip`")
         merges = _read_openai_merges(table)
-        if hashlib.sha256(table.read_bytes()).hexdigest() != _TABLE_SHA256:
-            raise InputError(
-                f"{printable(table)} is not the table of OpenAI: reinstall it, pip install openai-clip"
-            )
         return cls(_openai_vocabulary(merges), merges, printable(table))
 
     @classmethod
@@ -237,12 +233,17 @@ def _openai_vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 def _read_openai_merges(table: Path) -> list[tuple[str, str]]:
     count = VOCABULARY_SIZE - 2 * 256 - 2
     try:
-        with gzip.open(table, "rt", encoding="utf-8", newline="\n") as file:
+        data = table.read_bytes()
+        with gzip.open(io.BytesIO(data), "rt", encoding="utf-8", newline="\n") as file:
             merges = _parse_merges(islice(file, 1, 1 + count), table)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise _unreadable(table, error) from None
     if len(merges) != count:
         raise InputError(f"{printable(table)} is damaged: it holds {len(merges)} merges instead of {count}")
+    if hashlib.sha256(data).hexdigest() != _TABLE_SHA256:
+        raise InputError(
+            f"{printable(table)} is not the table of OpenAI: reinstall it, pip install openai-clip"
+        )
     return merges
 
 
