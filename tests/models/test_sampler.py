@@ -1,5 +1,6 @@
 """The samplers' public API."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +59,28 @@ def test_guidance_formula_is_linear_in_the_scale(tiny):
     at = {s: Guidance(cond, uncond, s).noise(model, x, t) for s in (0.0, 1.0, 3.0)}
     assert torch.allclose(at[0.0], 0.2 * x)
     assert torch.allclose(at[3.0], at[0.0] + 3 * (at[1.0] - at[0.0]), atol=1e-6)
+
+
+class Velocity(Shrinker):
+    """Predicts v for the noise that `Shrinker` predicts, at the level of a timestep or between two."""
+
+    parameterization = "v"
+
+    def apply_model(self, x, t, cond):
+        level = np.interp(t.double().numpy(), np.arange(1000), self.alphas_cumprod.double().log().numpy())
+        alpha = torch.from_numpy(np.exp(level)).view(-1, 1, 1, 1)
+        return ((super().apply_model(x, t, cond) - (1 - alpha) ** 0.5 * x) / alpha**0.5).float()
+
+
+@pytest.mark.parametrize("kind", [DDIMSampler, PLMSSampler, DPMSolverSampler])
+def test_a_model_of_v_gives_the_latents_of_the_same_model_of_the_noise(tiny, kind):
+    options = {
+        "unconditional_guidance_scale": 3.0,
+        "unconditional_conditioning": torch.full((2, 1, 1, 1), 0.2),
+    }
+    (noise, _), (velocity, _) = (run(kind(model(tiny)), **options) for model in (Shrinker, Velocity))
+    assert velocity.dtype == torch.float32
+    assert relative_error(velocity, noise) < 1e-5
 
 
 def test_join_keeps_the_structure():

@@ -33,11 +33,13 @@ class Predictor:
 @pytest.mark.parametrize("steps", [10, 50])
 @pytest.mark.parametrize(("ours", "theirs", "options"), [
     (DDIMSampler, "DDIMScheduler", {"clip_sample": False}),
+    (DDIMSampler, "DDIMScheduler", {"clip_sample": False, "prediction_type": "v_prediction"}),
     (PLMSSampler, "PNDMScheduler", {"skip_prk_steps": True}),
 ])  # fmt: skip
 def test_diffusers_schedulers(tiny, ours, theirs, options, steps):
     diffusers = pytest.importorskip("diffusers")
     model = Predictor(tiny)
+    model.parameterization = "v" if "prediction_type" in options else "eps"
     x = figure("sample/x_T")
     got, _ = ours(model).sample(
         S=steps, batch_size=2, shape=x.shape[1:], conditioning=x, x_T=x, verbose=False

@@ -50,7 +50,7 @@ class DDIMSampler(Sampler):
             c, index, repeat_noise, use_original_steps, quantize_denoised, temperature, noise_dropout,
             score_corrector, corrector_kwargs, unconditional_guidance_scale, unconditional_conditioning,
         )  # fmt: skip
-        return run.advance(x, run.predict(x, t), step)
+        return run.advance(x, run.predict(x, t, step.alpha), step)
 
     def _stepper(self, run: SamplingRun) -> TakeStep:
         foreign = getattr(self.p_sample_ddim, "__func__", None) is not _OWN_STEP
@@ -58,7 +58,7 @@ class DDIMSampler(Sampler):
         def take(x: Tensor, step: Step, next_t: float) -> tuple[Tensor, Tensor]:
             if foreign:
                 return self.p_sample_ddim(x, run.guidance.cond, times_of(x, step.t), **run.arguments(step))
-            return run.advance(x, run.predict(x, step.t), step)
+            return run.advance(x, run.predict(x, step.t, step.alpha), step)
 
         return take
 

@@ -69,9 +69,10 @@ class DDPM(nn.Module):
     """A noise predictor and its schedule of noise levels (Ho et al. 2020).
 
     Parameters are those of the published configs. Sampling reads the schedule (`timesteps`, `linear_start`,
-    `linear_end`, `beta_schedule`, `cosine_s`, `given_betas`, `v_posterior`), `parameterization` ("eps"),
-    `conditioning_key`, `channels`, `image_size` and the config of the U-Net; `use_ema` keeps averaged weights under
-    `model_ema`. The rest serves training. `ckpt_path` and the parameters for reading it are ignored.
+    `linear_end`, `beta_schedule`, `cosine_s`, `given_betas`, `v_posterior`), `parameterization` (what the U-Net
+    predicts: "eps", the noise, or "v", which samplers convert to it), `conditioning_key`, `channels`, `image_size`
+    and the config of the U-Net; `use_ema` keeps averaged weights under `model_ema`. The rest serves training.
+    `ckpt_path` and the parameters for reading it are ignored.
     """
 
     def __init__(
@@ -105,8 +106,10 @@ class DDPM(nn.Module):
         logvar_init: float = 0.0,
     ):
         super().__init__()
-        if parameterization != "eps":
-            raise InputError(f"parameterization {parameterization!r} is not supported; v1 models predict eps")
+        if parameterization not in ("eps", "v"):
+            raise InputError(
+                f"parameterization {parameterization!r} is not supported; a model predicts eps, the noise, or v"
+            )
         only_with(type(self).__name__, learn_logvar=(learn_logvar, False))  # a weight that v1 models lack
         if ckpt_path is not None:
             logger.warning("the config's ckpt_path %s is ignored", printable(ckpt_path))
@@ -231,7 +234,7 @@ class LatentDiffusion(DDPM):
         self.cond_stage_model = text_encoder if cond_stage_trainable else _frozen(text_encoder)
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning, return_ids: bool = False) -> Tensor:
-        """Predicts the noise in latents [N, C, h, w] at timesteps t [N].
+        """Returns what the U-Net predicts for latents [N, C, h, w] at timesteps t [N]: see `parameterization`.
 
         `cond` is a tensor, a list of tensors, or a dict with `c_crossattn` and `c_concat` lists. `return_ids` is for
         U-Nets with a codebook, which these are not.

@@ -87,11 +87,11 @@ def _multistep(
     run: SamplingRun, x: Tensor, step: Step, t: Tensor, t_next: Tensor | None, past: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the next latent, the clean one and the prediction, from it and the last three of `past`."""
-    eps = run.predict(x, t)
+    eps = run.predict(x, t, step.alpha)
     if not past:  # Heun's method: average with the prediction at the far end of the step
         assert t_next is not None
         ahead, _ = run.advance(x, eps, step)
-        mixed = (eps + run.predict(ahead, t_next)) / 2
+        mixed = (eps + run.predict(ahead, t_next, step.alpha_prev)) / 2
     else:
         recent = [eps, *reversed(past)][: max(WEIGHTS)]
         mixed = sum((w * e for w, e in zip(WEIGHTS[len(recent)], recent, strict=True)), 0 * eps)

@@ -24,6 +24,16 @@ def clean_latent(x: Tensor, eps: Tensor, step: Step) -> Tensor:
     return (x - (1 - step.alpha) ** 0.5 * eps) / step.alpha**0.5
 
 
+def noise_of_velocity(x: Tensor, v: Tensor, alpha: float) -> Tensor:
+    """Returns the noise in `x` of noise level `alpha` that v = sqrt(alpha) eps - sqrt(1 - alpha) x_0 implies.
+
+    With x = sqrt(alpha) x_0 + sqrt(1 - alpha) eps (Salimans and Ho 2022, appendix D). The result is in float64,
+    except on MPS, which has none.
+    """
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    return alpha**0.5 * v.to(wide) + (1 - alpha) ** 0.5 * x.to(wide)
+
+
 def previous_latent(pred_x0: Tensor, eps: Tensor, step: Step) -> Tensor:
     """Returns the latent one step less noisy, before fresh noise is added (DDIM, Song et al. 2021, equation 12)."""
     # an eta above 1 can ask for more noise than there is
@@ -48,10 +58,16 @@ class SamplingRun:
     corrector_kwargs: Mapping[str, Any] | None = None
     original_steps: bool = False
 
-    def predict(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """Predicts the guided noise in `x` [N, ...] at timestep `t`, or at timesteps [N]."""
+    def predict(self, x: Tensor, t: float | Tensor, alpha: float) -> Tensor:
+        """Predicts the guided noise in `x` [N, ...] of noise level `alpha`, at timestep `t` or timesteps [N].
+
+        The output of a model whose `parameterization` is "v" is converted, after guidance; the noise is then in
+        float64, so that `advance` also gets the clean latent from it where there is almost no signal.
+        """
         times = t if isinstance(t, Tensor) else times_of(x, t)
         eps = self.guidance.noise(self.model, x, times)
+        if getattr(self.model, "parameterization", "eps") == "v":
+            eps = noise_of_velocity(x, eps, alpha)
         if self.score_corrector is not None:
             kwargs = self.corrector_kwargs or {}
             eps = self.score_corrector.modify_score(self.model, eps, x, times, self.guidance.cond, **kwargs)
@@ -71,7 +87,7 @@ class SamplingRun:
             if self.noise_dropout > 0:
                 fresh = torch.nn.functional.dropout(fresh, p=self.noise_dropout)
             x_prev = x_prev + step.sigma * self.temperature * fresh
-        return x_prev, pred_x0
+        return x_prev.to(x.dtype), pred_x0.to(x.dtype)
 
     def keep_masked(self, x: Tensor, step: Step) -> Tensor:
         """Returns `x` with the masked part replaced by `x0` at the noise level of this step."""

@@ -40,7 +40,7 @@ class DPMSolverSampler(Sampler):
         few = len(self.table) < FEW_STEPS
 
         def take(x: Tensor, step: Step, next_t: float) -> tuple[Tensor, Tensor]:
-            eps = run.predict(x, step.t)
+            eps = run.predict(x, step.t, step.alpha)
             clean = clean_latent(x, eps, step)
             if last and not (few and step.index == 0):
                 before, step_before = last.pop()
