@@ -9,6 +9,7 @@ from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.guidance import Guidance, join
 from ldm.models.diffusion.noise import PhiloxNoise, TorchNoise
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampling_run import times_of
 from tests.support.golden_data import TOLERANCE, figure, relative_error
 
 
@@ -288,3 +289,17 @@ def test_an_extension_takes_every_step_of_a_run(tiny, monkeypatch, hooked, kind,
     calls.clear()
     sampler.decode(latents, torch.ones(2, 1, 1, 1), 5, use_original_steps=True)
     assert calls == [4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "t", "expected"),
+    [
+        (torch.float64, 999 / 7, torch.float64),
+        (torch.float32, 999 / 7, torch.float32),
+        (torch.float64, 3, torch.int64),
+    ],
+)
+def test_timesteps_are_as_exact_as_the_latents(kind, t, expected):
+    times = times_of(torch.zeros(2, 4, 1, 1, dtype=kind), t)
+    assert times.dtype == expected and times.tolist() == pytest.approx([t, t], rel=1e-7)
+    assert expected != torch.float64 or times[0].item() == t

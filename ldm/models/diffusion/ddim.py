@@ -55,7 +55,7 @@ class DDIMSampler(Sampler):
     def _stepper(self, run: SamplingRun) -> TakeStep:
         foreign = getattr(self.p_sample_ddim, "__func__", None) is not _OWN_STEP
 
-        def take(x: Tensor, step: Step, next_t: float) -> tuple[Tensor, Tensor]:
+        def take(x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
             if foreign:
                 return self.p_sample_ddim(x, run.guidance.cond, times_of(x, step.t), **run.arguments(step))
             return run.advance(x, run.predict(x, step.t, step.alpha), step)

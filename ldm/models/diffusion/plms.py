@@ -69,8 +69,10 @@ class PLMSSampler(Sampler):
         foreign = getattr(self.p_sample_plms, "__func__", None) is not _OWN_STEP
         past: deque[Tensor] = deque(maxlen=3)
 
-        def take(x: Tensor, step: Step, next_t: float) -> tuple[Tensor, Tensor]:
-            t, t_next = times_of(x, step.t), times_of(x, next_t)
+        def take(x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+            t = times_of(x, step.t)
+            # the original's last step has no next timestep: it repeats its own
+            t_next = times_of(x, step.t_prev) if step.index else t
             if foreign:
                 x, pred_x0, eps = self.p_sample_plms(
                     x, run.guidance.cond, t, **run.arguments(step), old_eps=list(past), t_next=t_next

@@ -19,8 +19,8 @@ from ldm.util import warn_of_ignored
 logger = logging.getLogger(__name__)
 
 Intermediates = dict[str, list[Tensor]]
-# (x, step, timestep of the step after it) -> (next x, predicted clean latent)
-TakeStep = Callable[[Tensor, Step, float], tuple[Tensor, Tensor]]
+# (x, step) -> (next x, predicted clean latent)
+TakeStep = Callable[[Tensor, Step], tuple[Tensor, Tensor]]
 
 
 _STEPS = ("ddim_timesteps", "ddim_alphas", "ddim_alphas_prev", "ddim_sigmas")
@@ -330,8 +330,7 @@ class Sampler:
         take_step = self._stepper(run)
         trail: Intermediates = {"x_inter": [x], "pred_x0": [x]}
         for i, step in enumerate(steps):
-            following = steps[min(i + 1, len(steps) - 1)]
-            x, pred_x0 = take_step(run.keep_masked(x, step), step, following.t)
+            x, pred_x0 = take_step(run.keep_masked(x, step), step)
             if callback is not None:
                 callback(i)
             if img_callback is not None:

@@ -15,8 +15,9 @@ from ldm.models.diffusion.schedule import Step
 
 
 def times_of(x: Tensor, t: float) -> Tensor:
-    """Returns the timestep for each entry of the batch `x`: [N]."""
-    return torch.full((x.shape[0],), t, device=x.device)
+    """Returns the timestep for each entry of the batch `x`: [N], in float64 if `x` is and `t` is not an integer."""
+    exact = isinstance(t, float) and x.dtype == torch.float64
+    return torch.full((x.shape[0],), t, device=x.device, dtype=x.dtype if exact else None)
 
 
 def clean_latent(x: Tensor, eps: Tensor, step: Step) -> Tensor:

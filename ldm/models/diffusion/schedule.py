@@ -152,7 +152,7 @@ def passes_of(job: Job, rows: int | None = None, from_noise: bool | None = None)
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One denoising step: from noise level `alpha` at timestep `t` to `alpha_prev`, adding `sigma` fresh noise.
+    """One denoising step: from noise level `alpha` at timestep `t` to `alpha_prev` at `t_prev`, adding `sigma` noise.
 
     `index` counts down to 0, the last step. `t` is whole where the step begins at a trained timestep.
     """
@@ -162,6 +162,7 @@ class Step:
     alpha: float
     alpha_prev: float
     sigma: float
+    t_prev: float = 0
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ class StepTable:
             float(self.alphas[index]),
             float(self.alphas_prev[index]),
             float(self.sigmas[index]),
+            self.timesteps[index - 1].item() if index else 0,
         )
 
 

@@ -39,7 +39,7 @@ class DPMSolverSampler(Sampler):
         last: list[tuple[Tensor, Step]] = []
         few = len(self.table) < FEW_STEPS
 
-        def take(x: Tensor, step: Step, next_t: float) -> tuple[Tensor, Tensor]:
+        def take(x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
             eps = run.predict(x, step.t, step.alpha)
             clean = clean_latent(x, eps, step)
             if last and not (few and step.index == 0):
