@@ -9,9 +9,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader
 
 SUCCESSORS: dict[str, tuple[str, ...]] = {
     "ldm.images.foreign": ("ldm.metadata.read",),
@@ -31,14 +34,17 @@ SUCCESSORS: dict[str, tuple[str, ...]] = {
 }
 
 
-class FormerModules(MetaPathFinder, Loader):
-    """Finds modules by their former names."""
+class FormerModules:
+    """Finds modules by their former names; importlib.abc, whose classes it could have as bases, imports much."""
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Returns None: a module of the usual class."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Returns a spec for a module that has moved, None for any other."""
-        return ModuleSpec(fullname, self) if fullname in SUCCESSORS else None
+        return ModuleSpec(fullname, cast("Loader", self)) if fullname in SUCCESSORS else None
 
     def exec_module(self, module: ModuleType) -> None:
         """Fills a module with what its successors hold, theirs under each of their names."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import importlib
 import inspect
 import itertools
@@ -121,6 +120,8 @@ def parallel_data_prefetch(
     the part is the keyword argument `worker_id`. `target_data_type` "ndarray" joins the results along their first
     axis, "list" into one list; any other returns them part by part. Raises ValueError without data.
     """
+    from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
     import numpy as np
 
     count = min(n_proc, len(data))
@@ -128,7 +129,7 @@ def parallel_data_prefetch(
         raise ValueError(f"there are {len(data)} values for {n_proc} workers; give at least one of each")
     bounds = [len(data) * i // count for i in range(count + 1)]
     parts = [data[first:last] for first, last in itertools.pairwise(bounds)]
-    pool = concurrent.futures.ProcessPoolExecutor if cpu_intensive else concurrent.futures.ThreadPoolExecutor
+    pool = ProcessPoolExecutor if cpu_intensive else ThreadPoolExecutor
     with pool(count) as workers:
         extra = [{"worker_id": i} if use_worker_id else {} for i in range(count)]
         started = [workers.submit(func, part, **more) for part, more in zip(parts, extra, strict=True)]

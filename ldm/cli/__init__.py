@@ -9,7 +9,6 @@ if sys.version_info < (3, 10):  # noqa: UP036 - older Pythons cannot read what i
 
 try:
     from ldm.cli.app import main
-    from ldm.cli.generate import run
     from ldm.cli.model_options import add_laion_option, add_model_options, add_rank_options
     from ldm.cli.options import (
         add_batch_options,
@@ -45,5 +44,4 @@ __all__ = [
     "add_version_option",
     "main",
     "make_parser",
-    "run",
 ]

@@ -74,16 +74,22 @@ def _add_run_options(options: argparse.ArgumentParser, outdir: str, laion: bool 
     cli.add_report_options(options)
 
 
+def _run(opt: argparse.Namespace) -> int:
+    from ldm.cli.generate import run  # late: --help needs nothing of it
+
+    return run(opt)
+
+
 def txt2img(argv: Sequence[str] | None = None) -> int:
     """Runs `ldm txt2img` with these arguments, or those of the process; returns its exit code."""
-    return cli.main(txt2img_parser(), cli.run, argv)
+    return cli.main(txt2img_parser(), _run, argv)
 
 
 def img2img(argv: Sequence[str] | None = None) -> int:
     """Runs `ldm img2img` with these arguments, or those of the process; returns its exit code."""
-    return cli.main(img2img_parser(), cli.run, argv)
+    return cli.main(img2img_parser(), _run, argv)
 
 
 def inpaint(argv: Sequence[str] | None = None) -> int:
     """Runs `ldm inpaint` with these arguments, or those of the process; returns its exit code."""
-    return cli.main(inpaint_parser(), cli.run, argv)
+    return cli.main(inpaint_parser(), _run, argv)
