@@ -30,6 +30,8 @@ SUCCESSORS: dict[str, tuple[str, ...]] = {
     "ldm.checkpoints.recognise": ("ldm.checkpoints.layouts.recognise",),
     "ldm.checkpoints.safety": ("ldm.safety.load",),
     "ldm.checkpoints.sniff": ("ldm.checkpoints.formats.detect",),
+    "ldm.metadata.foreign.comfyui_graph": ("ldm.metadata.foreign.comfyui.graph",),
+    "ldm.metadata.foreign.comfyui_prompt": ("ldm.metadata.foreign.comfyui.prompt",),
     "ldm.modules.encoders.safety": ("ldm.safety.network",),
 }
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ldm.job import Init, Job
 from ldm.metadata.foreign import comfyui
-from ldm.metadata.foreign.comfyui_prompt import parse_prompt
+from ldm.metadata.foreign.comfyui.prompt import parse_prompt
 from ldm.metadata.read import Recipe, read_job
 from ldm.metadata.recipe import UNKNOWN, Origin
 from ldm.metadata.record import read_record, record
@@ -97,6 +97,13 @@ def test_the_name_of_the_file_tells_its_end(name: str, seed: int) -> None:
         "13": ("SaveImage", {"filename_prefix": "sub/other", "images": ["12", 0]}),
     }
     assert read(nodes(other), Origin(name, (64, 64))).job.seed == seed
+
+
+@pytest.mark.parametrize("resized", [{}, {"_10": {"scale_by": None, "width": 64, "height": 0}}])
+def test_an_empty_latent_of_no_height_has_no_size(resized: dict[str, Any]) -> None:
+    recipe = read(nodes(HIRES, _5={"height": 7}, **resized))
+    assert (recipe.job.upscale, recipe.job.height) == (1.0, 512)
+    assert noted(recipe, "height cannot be 0")
 
 
 def test_a_file_of_another_size_than_its_graph_makes_is_named() -> None:

@@ -12,10 +12,10 @@ from ldm.util import InputError
 
 MAX_NODES = 10_000
 _MAX_VALUE_LINKS = 64
-_MAX_BESIDE = 16  # nodes in a row that hold a sampler's settings
+_MAX_SETTINGS = 16  # nodes in a row that hold a sampler's settings
 _MAX_TEXT = 100_000
 _PIPES = ("basic_pipe", "pipe")
-_BESIDE_SAMPLER = ("noise", "guider", "sampler", "sigmas", *_PIPES)
+_SETTINGS = ("noise", "guider", "sampler", "sigmas", *_PIPES)
 _NUMBERS = ("value", "int", "float", "number", "seed", "noise_seed")
 _TEXTS = ("populated_text", "text", "string", "value", "prompt")
 _PARTS = re.compile(r"(text|string|prompt)_?([a-z]|[0-9]{1,2})")  # inputs of a node that joins texts
@@ -41,7 +41,7 @@ class Node(NamedTuple):
 
 
 class Graph:
-    """The nodes of a workflow. A walk visits each node once, even if links form a circle.
+    """The nodes of a workflow. A chain has each node once, even if links form a circle.
 
     `foreign` collects the kinds of nodes that gave a value and may have computed it, `lost` the links that lead
     to no node.
@@ -69,7 +69,7 @@ class Graph:
         """Returns the node linked to these inputs, to the input that a switch has chosen, or to the only link."""
         return self.linked(node, *names) or self.linked(node, *_chosen(node))
 
-    def walk(self, node: Node | None, *names: str) -> Iterator[Node]:
+    def chain(self, node: Node | None, *names: str) -> Iterator[Node]:
         """Yields `node`, the node linked to these inputs, and so on; each node once, so that a circle ends."""
         passed: set[str] = set()
         while node is not None and node.name not in passed:
@@ -121,15 +121,15 @@ class Graph:
     def sampler(self, node: Node) -> Node:
         """Returns a sampler whose inputs include the settings of the nodes linked to it."""
         inputs = dict(node.inputs)
-        for name in _BESIDE_SAMPLER:
-            for beside in itertools.islice(self.walk(self.linked(node, name), name), _MAX_BESIDE):
-                own = dict(beside.inputs)
-                if beside.kind == "BasicGuider":  # it has no negative prompt, so no guidance
+        for name in _SETTINGS:
+            for source in itertools.islice(self.chain(self.linked(node, name), name), _MAX_SETTINGS):
+                own = dict(source.inputs)
+                if source.kind == "BasicGuider":  # it has no negative prompt, so no guidance
                     own |= {"cfg": 1.0, "positive": own.pop("conditioning", None)}
                 elif name == "sampler":
-                    own.setdefault("sampler_name", beside.kind)
+                    own.setdefault("sampler_name", source.kind)
                 elif name == "sigmas" and "steps" in own:
-                    own.setdefault("scheduler", beside.kind)
+                    own.setdefault("scheduler", source.kind)
                 inputs = {**own, **inputs}
         return Node(node.name, node.kind, inputs)
 
@@ -188,6 +188,11 @@ def as_number(value: Any) -> int | float | None:
         except ValueError:
             return None
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def as_whole(value: int | float | None) -> int | float | None:
+    """Returns a number without its fraction, as ComfyUI reads integers; one beyond 64 bits as it is."""
+    return int(value) if isinstance(value, float) and abs(value) < 2**64 else value
 
 
 def _chosen(node: Node) -> list[str]:
