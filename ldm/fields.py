@@ -1,18 +1,18 @@
-"""The fields of a job: one table of names, types, ranges and choices, used to check every value from outside.
+"""The fields of a job: one table, read by options, prompt lists, sweeps, metadata, replay and checks.
 
-Outside is whatever this toolkit did not compute: options, prompt lists, sweeps, and the texts in image files.
+A new field is a line of `ldm.job.Job` (or `Init`), a row of `FIELDS`, and the code that uses it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ldm.job import Init, Job
-from ldm.util import InputError, printable
+from ldm.setting import Setting, shown
+from ldm.util import InputError
 
 # The highest seed of each noise generator. torch's take longer ones, of which that of the CPU uses the lower 32 bits.
 MAX_SEEDS: Mapping[str, int] = {
@@ -24,206 +24,239 @@ MAX_SEEDS: Mapping[str, int] = {
 MAX_TEXT = 65_536  # characters
 MAX_LORAS = 100
 _MAX_SIDE = 65_536
-_INIT = "init."
+INIT = "init."  # before the name of a field of a job's `Init`
+SIZE = ("width", "height")
+# the groups of options, and of fields, that only a job with a starting image has, and only one with a mask
+START, MASK = "start", "mask"
+
+
+class Switch(NamedTuple):
+    """An option without a value, which sets a field to `value`."""
+
+    option: str
+    value: Any
+    help: str
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """One field of a `Job`, or `init.` and one of its `Init`: its type and valid values.
+class Field:
+    """One field of `Job`, or after `init.` of its `Init`, and how it is set, checked and written.
 
-    `low` and `high` are inclusive; of a text without `choices`, and of a tuple with `many`, `high` limits the
-    length. A tuple has a setting for each of its entries in `row`; with `many` it is a tuple of such tuples. `strict`
-    texts have no lone surrogates, which UTF-8 cannot hold.
+    `option` is the name of its option, without dashes, `group` that of the options' group in `--help`; an option that
+    is `unset` by default leaves the value to the run. `limits` are those of its `Setting`. `label` names its entry
+    in an image's text, where `words` replace values; the entry of a default value is written only if it is `always`
+    written. `is_file` marks paths, whose folders are not written. Fields `of_run` are the same for all jobs of a run.
     """
 
-    field: str
-    kind: type
-    low: float = -math.inf
-    high: float = math.inf
-    multiple: int = 1
-    choices: tuple[str, ...] = ()
-    row: tuple[Setting, ...] = ()
-    many: bool = False
-    optional: bool = False
-    strict: bool = True
+    name: str
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    option: str = ""
+    group: str = ""
+    metavar: str | None = None
+    help: str = ""
+    switches: tuple[Switch, ...] = ()
+    unset: bool = False
+    label: str = ""
+    words: Mapping[str, str] = field(default_factory=dict)
+    always: bool = False
+    is_file: bool = False
+    of_run: bool = False
 
-    def parse(self, text: str) -> Any:
-        """Parses the value from text. Raises ValueError, with the reason, if it is of another type."""
-        try:
-            if self.row and not self.many:
-                return tuple(part.parse(word) for part, word in zip(self.row, text.split(","), strict=True))
-            if self.kind is bool:
-                return {"true": True, "false": False}[text.strip().lower()]
-            if self.choices:
-                return "_".join(text.lower().split())
-            return text if self.many else self.kind(text)
-        except (ValueError, KeyError):
-            raise ValueError(self._refusal(text)) from None
+    @property
+    def dest(self) -> str:
+        """The attribute of the option among parsed options."""
+        return self.option.replace("-", "_")
 
-    def check(self, value: Any) -> Any:
-        """Returns the value as the job holds it. Raises ValueError, with the reason, for a wrong type or range."""
-        if not self.fits(value):
-            raise ValueError(self._refusal(value))
-        if value is None:
-            return None
-        if self.many:
-            return tuple(map(self._as_row, value))
-        return self._as_row(value) if self.row else self.kind(value)
-
-    def _as_row(self, value: Any) -> tuple[Any, ...]:
-        return tuple(part.check(entry) for part, entry in zip(self.row, value, strict=True))
-
-    def read(self, text: str) -> Any:
-        """Parses and checks a value."""
-        return self.check(self.parse(text))
-
-    def fits(self, value: Any) -> bool:
-        """Returns whether the field can have the value."""
-        if value is None:
-            return self.optional
-        if self.many:
-            few = isinstance(value, list | tuple) and len(value) <= self.high
-            return few and all(map(self._fits_row, value))
-        if self.row:
-            return self._fits_row(value)
-        if self.kind is str:
-            return isinstance(value, str) and self._fits_text(value)
-        if self.kind is bool or isinstance(value, bool):
-            return self.kind is bool and isinstance(value, bool)
-        if not isinstance(value, int | float if self.kind is float else int):
-            return False
-        in_range = _is_finite(value) and self.low <= value <= self.high
-        return in_range and (self.multiple == 1 or value % self.multiple == 0)
-
-    def _fits_text(self, value: str) -> bool:
-        if self.choices:
-            return value in self.choices
-        return len(value) <= self.high and (not self.strict or _is_text(value))
-
-    def _fits_row(self, value: Any) -> bool:
-        if not isinstance(value, list | tuple) or len(value) != len(self.row):
-            return False
-        return all(part.fits(entry) for part, entry in zip(self.row, value, strict=True))
-
-    def _refusal(self, value: Any) -> str:
-        one = self.row and not self.many and isinstance(value, tuple)
-        return f"is {shown(','.join(map(str, value)) if one else value)}; give {self.wanted()}"
-
-    def wanted(self) -> str:
-        """Describes in words the values that the field can have."""
-        if self.row:
-            each = [part.wanted() for part in self.row]
-            if not self.many and len(set(each)) == 1:
-                return f"{len(each)} values, each {each[0]}"
-            entries = ", ".join(each)
-            return f"a list of [{entries}]" if self.many else entries
-        if self.choices:
-            return " or ".join([", ".join(self.choices[:-1]), self.choices[-1]])
-        if self.kind is bool:
-            return "true or false"
-        if self.kind is str:
-            return "valid text" if math.isinf(self.high) else f"valid text of up to {self.high:,} characters"
-        number = "a number" if self.kind is float else "a whole number"
-        if self.multiple > 1:
-            number = f"a multiple of {self.multiple}"
-        if math.isinf(self.high):
-            return "a finite number" if math.isinf(self.low) else f"{number} of {self.low:g} or more"
-        low, high = (str(end) if isinstance(end, int) else f"{end:.10g}" for end in (self.low, self.high))
-        return f"{number} from {low} to {high}"
+    @property
+    def of_init(self) -> bool:
+        """Whether it is a field of `Init`."""
+        return self.name.startswith(INIT)
 
 
-def shown(value: Any) -> str:
-    """Formats a value for a message: printable, and short."""
-    text = value if isinstance(value, str) else _repr(value)
-    return printable(text[:80]) or "empty"
+# in the order of the entries in an image's text
+FIELDS: tuple[Field, ...] = (
+    Field("prompt", {"high": MAX_TEXT}, "prompt", "prompt", "TEXT", "what to draw"),
+    Field("negative_prompt", {"high": MAX_TEXT}, "negative_prompt", "prompt", "TEXT", "what to keep away from"),
+    Field(
+        "steps", {"low": 1, "high": 999}, "ddim_steps", "sampling", "N", "denoising steps, 1 to 999",
+        label="Steps", always=True,
+    ),
+    Field(
+        "sampler", {}, "sampler", "sampling",
+        help="how noise is removed step by step (default: ddim, or that of a switch)",
+        switches=(
+            Switch("plms", "plms", "the same as --sampler plms"),
+            Switch("dpm_solver", "dpm_solver", "the same as --sampler dpm_solver"),
+        ),
+        unset=True, label="Sampler", words={"ddim": "DDIM", "plms": "PLMS"}, always=True,
+    ),
+    Field(
+        "scale", {}, "scale", "sampling", "X", "guidance scale; 1 turns guidance off",
+        label="CFG scale", always=True,
+    ),
+    Field(
+        "seed", {"low": 0, "high": max(MAX_SEEDS.values())}, "seed", "sampling", "N",
+        "seed of the first image, of up to 64 bits for --rng philox and 32 for the others; random or -1: any",
+        label="Seed", always=True,
+    ),
+    Field("width", {"low": 8, "high": _MAX_SIDE, "multiple": 8}, "W", "size", "N", "width in pixels", unset=True),
+    Field("height", {"low": 8, "high": _MAX_SIDE, "multiple": 8}, "H", "size", "N", "height in pixels", unset=True),
+    # The web UI writes GPU where the sampling device draws the noise, and NV where CUDA's Philox noise is computed on
+    # another. A text without RNG is read as NV: as a rule its noise was drawn on a CUDA device, and philox reproduces
+    # that on every machine.
+    Field(
+        "rng", {}, "rng", "sampling",
+        help="philox: the noise of a CUDA device, on any device; cpu, device: torch's generator there; numpy: "
+        "NumPy's, as in the published inpainting app",
+        label="RNG", words={"philox": "NV", "cpu": "CPU", "device": "GPU", "numpy": "NumPy"}, always=True,
+    ),
+    Field("eta", {"low": 0, "high": 10}, "ddim_eta", "sampling", "X", "DDIM's noise, 0 to 1", label="Eta DDIM"),
+    Field(
+        "timestep_spacing", {}, "timestep_spacing", "sampling",
+        help="which timesteps are visited; compvis gives the original's list, which can be longer than asked",
+        label="Timestep spacing",
+    ),
+    Field(
+        "seed_mode", {}, "seed_mode", "sampling",
+        help="image: image i has seed + i and does not depend on the others; batch: one stream, as in the original",
+        label="Seed mode", of_run=True,
+    ),
+    Field("batch_index", {"low": 0}, label="Batch index", of_run=True),
+    Field(
+        "strength", {"low": 0, "high": 1}, "strength", START, "X",
+        "how much changes: the share of the steps that run, 0 (nothing) to 1 (everything)",
+        label="Denoising strength",
+    ),
+    Field(
+        "posterior", {}, group=START,
+        switches=(
+            Switch(
+                "posterior_mean", "mean",
+                "encode an image to the mean of its latent distribution instead of a draw from it",
+            ),
+        ),
+        label="Posterior",
+    ),
+    Field(
+        "init.image", {}, "init-img", START, "FILE",
+        "images to start from: PNG, JPEG, WebP, BMP or TIFF files, or folders of them",
+        label="Init image", is_file=True,
+    ),
+    Field("init.width", {"low": 1, "high": _MAX_SIDE}, label="Init width"),
+    Field("init.height", {"low": 1, "high": _MAX_SIDE}, label="Init height"),
+    Field(
+        "init.resize", {}, "resize", START,
+        help="how an image becomes --W by --H: fit inside, fill and crop, stretch, or pad "
+        "(default: fill; with only one of --W and --H: fit; without: none)",
+        unset=True, label="Resize",
+    ),
+    Field(
+        "init.background", {}, "background", START, "COLOUR",
+        "what shows through transparency and pads: a name or #rrggbb",
+        label="Background",
+    ),
+    Field(
+        "init.outpaint", {"low": 0, "high": _MAX_SIDE}, "outpaint", MASK, "L,T,R,B",
+        "add this many pixels at the left, top, right and bottom",
+        label="Outpaint",
+    ),
+    Field(
+        "init.mask", {}, "mask", MASK, "FILE", "white is repainted (default: where the image is transparent)",
+        unset=True, label="Mask", is_file=True,
+    ),
+    Field("init.alpha_mask", label="Alpha mask"),
+    Field(
+        "init.invert_mask", group=MASK, switches=(Switch("invert_mask", True, "black is repainted"),),
+        label="Invert mask",
+    ),
+    Field(
+        "init.mask_blur", {"low": 0, "high": 256}, "mask_blur", MASK, "PX",
+        "how softly the new part fades in at its edges",
+        label="Mask blur",
+    ),
+    Field(
+        "paste", group=MASK,
+        switches=(
+            Switch(
+                "no_paste", False,
+                "leave the rest as the autoencoder gives it, instead of the image's own pixels",
+            ),
+        ),
+        label="Paste",
+    ),
+    Field(
+        "upscale", {"low": 1, "high": 8}, "upscale", "upscaling", "X", "enlarge the finished image and refine it",
+        label="Hires upscale",
+    ),
+    Field("upscale_in", {}, "upscale_in", "upscaling", help="what is enlarged", label="Hires upscaler"),
+    Field(
+        "upscale_strength", {"low": 0, "high": 1}, "upscale_strength", "upscaling", "X",
+        "the second pass's share of the steps, 0 to 1",
+        label="Upscale strength",
+    ),
+    Field(
+        "prompt_syntax", {}, "prompt_syntax", "prompt",
+        help="a1111: (x:1.3), [x] and BREAK in prompts mean what they mean in AUTOMATIC1111's web UI",
+        label="Prompt syntax",
+    ),
+    Field("loras", {"high": MAX_LORAS}),
+)  # fmt: skip
 
 
-def _repr(value: Any) -> str:
-    try:
-        return repr(value)
-    except ValueError:  # a whole number of more digits than Python writes out
-        return "a very large number"
-
-
-def _is_text(value: str) -> bool:
-    """Returns whether UTF-8 can hold the text: lone surrogates can come out of JSON."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
-        return False
-
-
-_RANGES: Mapping[str, Mapping[str, Any]] = {
-    "prompt": {"high": MAX_TEXT},
-    "negative_prompt": {"high": MAX_TEXT},
-    "seed": {"low": 0, "high": max(MAX_SEEDS.values())},
-    "width": {"low": 8, "high": _MAX_SIDE, "multiple": 8},
-    "height": {"low": 8, "high": _MAX_SIDE, "multiple": 8},
-    "steps": {"low": 1, "high": 999},
-    "eta": {"low": 0, "high": 10},
-    "batch_index": {"low": 0},
-    "strength": {"low": 0, "high": 1},
-    "upscale": {"low": 1, "high": 8},
-    "upscale_strength": {"low": 0, "high": 1},
-    "loras": {"high": MAX_LORAS},
-    "init.width": {"low": 1, "high": _MAX_SIDE},
-    "init.height": {"low": 1, "high": _MAX_SIDE},
-    "init.outpaint": {"low": 0, "high": _MAX_SIDE},
-    "init.mask_blur": {"low": 0, "high": 256},
-}
-
-
-def _setting(field: str, hint: Any) -> Setting:
-    """Builds the setting of a field from its annotation and `_RANGES`."""
+def _setting(name: str, hint: Any, limits: Mapping[str, Any]) -> Setting:
+    """Builds the setting of a field from its annotation and its limits."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     (kind,) = (option for option in options if option is not type(None))
-    extra: dict[str, Any] = {"optional": len(options) > 1, **_RANGES.get(field, {})}
+    extra: dict[str, Any] = {"optional": len(options) > 1, **limits}
     if get_origin(kind) is tuple:
         many = get_args(kind)[-1] is ...
         row = get_args(get_args(kind)[0]) if many else get_args(kind)
-        parts = tuple(_setting("" if many else field, part) for part in row)
-        return Setting(field, tuple, row=parts, many=many, **extra)
+        parts = tuple(_setting("" if many else name, part, {} if many else limits) for part in row)
+        return Setting(name, tuple, row=parts, many=many, **extra)
     if get_origin(kind) is Literal:
         kind, extra["choices"] = str, get_args(kind)
-    return Setting(field, kind, **extra)
+    return Setting(name, kind, **extra)
 
 
-def _settings(cls: type, prefix: str = "") -> dict[str, Setting]:
-    hints = get_type_hints(cls)
-    names = [prefix + field.name for field in fields(cls) if field.name != "init"]
-    return {name: _setting(name, hints[name.removeprefix(prefix)]) for name in names}
+def _annotations(cls: type, prefix: str = "") -> dict[str, Any]:
+    return {prefix + name: hint for name, hint in get_type_hints(cls).items() if name != "init"}
 
 
-SETTINGS: Mapping[str, Setting] = _settings(Job) | _settings(Init, _INIT)
-
-
-# names of options that differ from those of the fields
-OWN_NAMES: Mapping[str, str] = {
-    "ddim_steps": "steps",
-    "ddim_eta": "eta",
-    "W": "width",
-    "H": "height",
-    "init-img": "init.image",
-    "init_img": "init.image",
-    "mask": "init.mask",
-    "resize": "init.resize",
-    "background": "init.background",
-    "mask_blur": "init.mask_blur",
-    "outpaint": "init.outpaint",
+_ANNOTATIONS = _annotations(Job) | _annotations(Init, INIT)
+SETTINGS: Mapping[str, Setting] = {
+    row.name: _setting(row.name, _ANNOTATIONS[row.name], row.limits) for row in FIELDS
+}
+# None for those that must be given
+DEFAULTS: Mapping[str, Any] = {
+    prefix + one.name: None if one.default is MISSING else one.default
+    for cls, prefix in ((Job, ""), (Init, INIT))
+    for one in fields(cls)
+}
+# the fields of options whose names differ, in both spellings
+_BY_OPTION: Mapping[str, str] = {
+    name: row.name for row in FIELDS if row.option for name in (row.option, row.dest)
 }
 
 
 def find_setting(name: str) -> Setting | None:
     """Returns the setting called `name`: a field of `Job`, `init.` and one of `Init`, or an option's name."""
-    return SETTINGS.get(OWN_NAMES.get(name, name))
+    return SETTINGS.get(_BY_OPTION.get(name, name))
+
+
+def values_of_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values that parsed options give to fields, by field; None and switches that are off give none.
+
+    Of several images to start from it is the first.
+    """
+    values: dict[str, Any] = {}
+    for row in FIELDS:
+        value = options.get(row.dest) if row.option else None
+        if isinstance(value, list):
+            value = next(iter(value), None)
+        value = next((switch.value for switch in row.switches if options.get(switch.option)), value)
+        if value is not None:
+            values[row.name] = value
+    return values
 
 
 def override(job: Job, values: Mapping[str, Any]) -> Job:
@@ -231,8 +264,8 @@ def override(job: Job, values: Mapping[str, Any]) -> Job:
 
     Raises ValueError if a job without an image gets only other fields of one.
     """
-    of_init = {name.removeprefix(_INIT): v for name, v in values.items() if name.startswith(_INIT)}
-    own = {name: v for name, v in values.items() if name != "init" and not name.startswith(_INIT)}
+    of_init = {name.removeprefix(INIT): v for name, v in values.items() if name.startswith(INIT)}
+    own = {name: v for name, v in values.items() if name != "init" and not name.startswith(INIT)}
     start = None if "init" in values else job.init
     if of_init and start is None:
         if "image" not in of_init:
@@ -247,29 +280,29 @@ _HELD = {name: replace(setting, strict=False) for name, setting in SETTINGS.item
 
 def values_of(job: Job) -> dict[str, Any]:
     """Returns the values of a job by field, those of its image, if it has one, prefixed with `init.`."""
-    own = {field.name: getattr(job, field.name) for field in fields(Job) if field.name != "init"}
+    own = {one.name: getattr(job, one.name) for one in fields(Job) if one.name != "init"}
     return own if job.init is None else own | _values_of_init(job.init)
 
 
 def _values_of_init(init: Init) -> dict[str, Any]:
-    return {_INIT + field.name: getattr(init, field.name) for field in fields(Init)}
+    return {INIT + one.name: getattr(init, one.name) for one in fields(Init)}
 
 
-def read_held(field: str, value: Any) -> Any:
+def read_held(name: str, value: Any) -> Any:
     """Reads a field's value, as a job holds it, from the text of a file. InputError names the field."""
-    setting = _HELD[field]
+    setting = _HELD[name]
     if not setting.fits(value):
-        raise InputError(f"job.{field} cannot be {shown(value)}; give {setting.wanted()}")
+        raise InputError(f"job.{name} cannot be {shown(value)}; give {setting.wanted()}")
     return setting.check(value)
 
 
 def check_fields(job: Job) -> None:
     """Checks that every field of a job has a valid value, else raises an InputError that names the field."""
-    for field, value in values_of(job).items():
+    for name, value in values_of(job).items():
         try:
-            SETTINGS[field].check(value)
+            SETTINGS[name].check(value)
         except ValueError as error:
-            raise InputError(f"{field} {error}") from None
+            raise InputError(f"{name} {error}") from None
     check_seed(job.seed, job.rng)
 
 

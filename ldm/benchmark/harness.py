@@ -22,8 +22,9 @@ from ldm.benchmark.options import PARTS
 from ldm.benchmark.process import Process
 from ldm.benchmark.report import Report, Sample, facts_line, print_errors, print_report
 from ldm.benchmark.subjects import Setting
-from ldm.fields import SETTINGS, shown
+from ldm.fields import SETTINGS
 from ldm.places import cache_path, find
+from ldm.setting import shown
 from ldm.util import need, printable
 
 logger = logging.getLogger("ldm")

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ldm.fields import OWN_NAMES, SETTINGS, override
+from ldm.fields import FIELDS, MASK, START, override, values_of_options
 from ldm.job import DEFAULT_STRENGTH, Job
 from ldm.metadata.command import Options, lora_option, text_of
 from ldm.util import InputError
 
-_OF_A_START = ("strength", "resize", "background", "posterior_mean")
-_OF_A_MASK = ("invert_mask", "mask_blur", "no_paste")
+_BEGINS, _MASKS = ("init_img",), ("mask", "outpaint")  # options that give a job a start, and a mask
+
+
+def _options_of(group: str) -> Iterator[str]:
+    """Yields the names of a group's options that need what the group is about."""
+    for row in FIELDS:
+        if row.group == group:
+            yield from (switch.option for switch in row.switches)
+            if row.option and row.dest not in (*_BEGINS, *_MASKS):
+                yield row.dest
 
 
 def as_changes(parser: argparse.ArgumentParser) -> None:
@@ -35,35 +43,18 @@ def _typed(name: str, value: Any) -> str | list[str]:
     return [str(one) for one in value] if isinstance(value, list) else text_of(value)
 
 
-def job_values(typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a job that typed options set."""
-    values: dict[str, Any] = {}
-    for name, value in typed.items():
-        if name in SETTINGS["sampler"].choices:  # a switch
-            values["sampler"] = name
-        elif name == "posterior_mean":
-            values["posterior"] = "mean"
-        elif name == "no_paste":
-            values["paste"] = False
-        elif name == "init_img":
-            values["init.image"] = value[0] if isinstance(value, list) else value
-        elif (field := OWN_NAMES.get(name, name)) in SETTINGS:
-            values[field] = value
-    return values
-
-
 def changed(job: Job, typed: Mapping[str, Any]) -> Job:
     """Returns a job with the typed options. InputError for those that need a starting image, or a mask.
 
     The size of a job that starts from an image stays unset: it is that of the canvas.
     """
-    values = job_values(typed)
+    values = values_of_options(typed)
     begins = job.init is not None or "init_img" in typed or job.strength != 1
     masked = job.init is not None and bool(job.init.mask or job.init.alpha_mask)
     masked = masked or "mask" in typed or "outpaint" in typed
     for names, there, what in (
-        ((*_OF_A_START, "mask", "outpaint"), begins, "an image to start from; give one with --init-img"),
-        (_OF_A_MASK, masked, "a mask; give one with --mask"),
+        ((*_options_of(START), *_MASKS), begins, "an image to start from; give one with --init-img"),
+        (_options_of(MASK), masked, "a mask; give one with --mask"),
     ):
         for name in names:
             if name in typed and not there:

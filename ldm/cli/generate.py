@@ -8,15 +8,15 @@ import secrets
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from ldm.cli.app import outcome
 from ldm.cli.effects import warn_of_options_without_effect
-from ldm.fields import OWN_NAMES, SETTINGS
-from ldm.job import Init, Job, Sampler
+from ldm.fields import DEFAULTS, FIELDS, SETTINGS, SIZE, override, values_of_options
+from ldm.job import Init, Job
 from ldm.prompts.files import MAX_LINE, too_long
 from ldm.prompts.lines import MAX_COUNT
 from ldm.runs.model_cache import ModelCache
@@ -32,10 +32,6 @@ from ldm.util import InputError, need, printable
 logger = logging.getLogger("ldm")
 
 RANDOM = -1  # the value of --seed for a random one
-# options that set a field of every job, by the field whose range applies to them
-_CHECKED = {name: OWN_NAMES.get(name, name) for name in (
-    "ddim_steps", "seed", "scale", "ddim_eta", "strength", "upscale", "upscale_strength", "mask_blur", "outpaint",
-)}  # fmt: skip
 
 
 def run(opt: argparse.Namespace, cache: ModelCache | None = None) -> int:
@@ -98,42 +94,15 @@ def request_of(opt: argparse.Namespace) -> Request:
     for name in ("W", "H"):
         side = getattr(opt, name)
         need(side is None or side > 0, f"--{name} is {side}; give a multiple of {opt.f}, at least {opt.f}")
-    job = Job(
-        prompt="" if opt.from_file is not None else _text("--prompt", opt.prompt),
-        negative_prompt=_text("--negative_prompt", opt.negative_prompt),
-        seed=opt.seed,
-        width=opt.W or 0,
-        height=opt.H or 0,
-        steps=opt.ddim_steps,
-        sampler=chosen_sampler(opt),
-        scale=opt.scale,
-        eta=opt.ddim_eta,
-        timestep_spacing=opt.timestep_spacing,
-        rng=opt.rng,
-        seed_mode=opt.seed_mode,
-        strength=opt.strength,
-        posterior="mean" if opt.posterior_mean else "sample",
-        paste=not opt.no_paste,
-        upscale=opt.upscale,
-        upscale_in=opt.upscale_in,
-        upscale_strength=opt.upscale_strength,
-        prompt_syntax=opt.prompt_syntax,
-    )
+    values = values_of_options(vars(opt))
+    values |= {name: _text(f"--{name}", values[name]) for name in ("prompt", "negative_prompt")}
+    values |= {"sampler": chosen_sampler(opt)} | ({} if opt.from_file is None else {"prompt": ""})
     given = sum(side is not None for side in (opt.W, opt.H))
-    start = Init(
-        image="",
-        width=opt.W,
-        height=opt.H,
-        resize=opt.resize or ("none", "fit", "fill")[given],
-        background=opt.background,
-        outpaint=opt.outpaint,
-        mask=opt.mask or "",
-        invert_mask=opt.invert_mask,
-        mask_blur=opt.mask_blur,
-    )
+    start = Init("", width=opt.W, height=opt.H, resize=("none", "fit", "fill")[given])
+    job = override(Job("", init=start), values | {"init.image": ""})
     return Request(
-        job=job,
-        start=start,
+        job=replace(job, init=None),
+        start=job.init or start,
         images=tuple(opt.init_img),
         folder=opt.indir,
         from_file=opt.from_file,
@@ -157,11 +126,7 @@ def check_options(opt: argparse.Namespace) -> None:
     chosen_sampler(opt)
     if opt.from_file == "-" and sys.stdin is not None and sys.stdin.isatty():
         logger.info("reading prompts from this terminal: one a line, then Ctrl-D")
-    for name, field in _CHECKED.items():
-        try:
-            SETTINGS[field].check(getattr(opt, name))
-        except ValueError as error:
-            raise InputError(f"--{name} {error}") from None
+    _check_ranges(opt)
     for name in ("n_iter", "n_samples", "images_per_prompt"):
         count = getattr(opt, name)
         need(count is None or 1 <= count <= MAX_COUNT, f"--{name} is {count}; give 1 to {MAX_COUNT}")
@@ -193,15 +158,26 @@ def check_options(opt: argparse.Namespace) -> None:
         )
 
 
-def chosen_sampler(opt: argparse.Namespace) -> Sampler:
+def _check_ranges(opt: argparse.Namespace) -> None:
+    """Checks the numbers that options give to fields. A size has messages of its own."""
+    for row in FIELDS:
+        value = getattr(opt, row.dest) if row.option and row.name not in SIZE else None
+        if isinstance(value, int | float | tuple):
+            try:
+                SETTINGS[row.name].check(value)
+            except ValueError as error:
+                raise InputError(f"--{row.option} {error}") from None
+
+
+def chosen_sampler(opt: argparse.Namespace) -> str:
     """Returns the sampler that --sampler or a switch selects."""
-    switches: list[Sampler] = [name for name in get_args(Sampler) if getattr(opt, name, False)]
-    for name in switches:
-        need(
-            opt.sampler in (None, name),
-            f"--{name} and --sampler {opt.sampler} contradict; leave one of them out",
-        )
-    return opt.sampler or (switches or ["ddim"])[0]
+    for row in FIELDS:
+        for name, value, _ in row.switches if row.name == "sampler" else ():
+            need(
+                not getattr(opt, name) or opt.sampler in (None, value),
+                f"--{name} and --sampler {opt.sampler} contradict; leave one of them out",
+            )
+    return values_of_options(vars(opt)).get("sampler", DEFAULTS["sampler"])
 
 
 def _random_seed(options: RunOptions) -> int:

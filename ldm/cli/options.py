@@ -3,47 +3,39 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ldm import __version__
 from ldm.cli.parser import Parser
-from ldm.fields import SETTINGS
-from ldm.job import RESIZES, Init
+from ldm.fields import DEFAULTS, FIELDS, MASK, SETTINGS, SIZE, START, Field
 from ldm.prompts.dialects import FORMATS
 
-# the defaults of options that not every script has; the shared code reads all of them
-_DEFAULTS: dict[str, Any] = {
+Group = argparse._ArgumentGroup
+
+# the defaults of options of a run that not every script has; the shared code reads all of them
+_DEFAULTS: Mapping[str, Any] = {
     "laion400m": False,
     "keep_going": False,
     "on_oom": "fail",
-    "init_img": [],
     "indir": None,
-    "strength": 1.0,
-    "resize": None,
-    "background": "white",
-    "posterior_mean": False,
     "inpaint": False,
-    "mask": None,
-    "invert_mask": False,
-    "mask_blur": Init("").mask_blur,
-    "no_paste": False,
-    "outpaint": (0, 0, 0, 0),
-    "sampler": None,
     "devices": None,
     "num_nodes": None,
     "kept_input": None,  # the file that replaces standard input
     "typed": None,  # the arguments of the interpreter, if that started the script
-    "upscale": 1.0,
     "images_per_prompt": None,
-    "upscale_in": "pixels",
-    "upscale_strength": 0.5,
 }
+_SWEPT = [row.name for row in FIELDS if not row.of_run and row.name != "loras"]
 
 
-_SWEPT = [
-    name for name in SETTINGS if name not in ("seed_mode", "batch_index", "loras")
-]  # those belong to the run
+def _defaults_of_fields() -> dict[str, Any]:
+    """Returns the defaults of all options that set fields of a job, those of starting images included."""
+    values: dict[str, Any] = {
+        row.dest: None if row.unset else DEFAULTS[row.name] for row in FIELDS if row.option
+    }
+    switches = {switch.option: False for row in FIELDS for switch in row.switches}
+    return values | switches | {"init_img": []}
 
 
 def make_parser(
@@ -51,16 +43,66 @@ def make_parser(
 ) -> argparse.ArgumentParser:
     """Creates a parser with grouped help; `usage` follows the script's name, `examples` are whole command lines."""
     parser = Parser(description, usage, examples)
-    parser.set_defaults(**_DEFAULTS)
+    parser.set_defaults(**_defaults_of_fields(), **_DEFAULTS)
     return parser
+
+
+def _group(parser: argparse.ArgumentParser, name: str, title: str = "", **own: Mapping[str, Any]) -> Group:
+    """Adds the options of the fields in a group of the table; returns the group of the parser.
+
+    `own` are arguments of `add_argument` that are the script's, by option.
+    """
+    group = parser.add_argument_group(title or name)
+    for row in FIELDS:
+        if row.group == name:
+            _add_field(group, row, own.get(row.dest, {}))
+    return group
+
+
+def _add_field(group: Group, row: Field, own: Mapping[str, Any]) -> None:
+    """Adds the option of a field, and its switches, of which one excludes the others."""
+    setting = SETTINGS[row.name]
+    if row.option:
+        shape = {"choices": setting.choices} if setting.choices else {"metavar": row.metavar}
+        kind = _KINDS.get(row.name, setting.kind if setting.kind in (int, float) else None)
+        group.add_argument(f"--{row.option}", **{**shape, "type": kind, "help": row.help, **own})
+    switches = group.add_mutually_exclusive_group() if len(row.switches) > 1 else group
+    for switch in row.switches:
+        switches.add_argument(f"--{switch.option}", action="store_true", help=switch.help)
+
+
+def _seed(text: str) -> int:
+    try:
+        return -1 if text.strip().lower() == "random" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _word(text: str) -> str:
+    """Spells a choice as here: DPM-Solver is dpm_solver."""
+    return "_".join(text.lower().replace("-", " ").split())
+
+
+def _four_numbers(text: str) -> tuple[int, int, int, int]:
+    try:
+        left, top, right, bottom = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not four whole numbers such as 0,0,64,0") from None
+    return left, top, right, bottom
+
+
+# readers of options that accept more than the type of their field, or explain its form
+_KINDS: Mapping[str, Callable[[str], Any]] = {
+    "seed": _seed,
+    "sampler": _word,
+    "init.outpaint": _four_numbers,
+}
 
 
 def add_prompt_options(parser: argparse.ArgumentParser, prompt: str) -> None:
     """Adds the options of the prompt."""
     parser.set_defaults(default_prompt=prompt)
-    group = parser.add_argument_group("prompt")
-    group.add_argument("--prompt", metavar="TEXT", default=prompt, help="what to draw")
-    group.add_argument("--negative_prompt", metavar="TEXT", default="", help="what to keep away from")
+    group = _group(parser, "prompt", prompt={"default": prompt})
     group.add_argument(
         "--from-file",
         dest="from_file",
@@ -85,77 +127,20 @@ def add_prompt_options(parser: argparse.ArgumentParser, prompt: str) -> None:
         help="make each image for each of these values, such as scale=5,7.5,10 or steps=10..50:10, and a labelled "
         f"sheet; can be given several times, for all combinations. FIELD is one of {', '.join(_SWEPT)}",
     )
-    group.add_argument(
-        "--prompt_syntax",
-        choices=("plain", "a1111"),
-        default="plain",
-        help="a1111: (x:1.3), [x] and BREAK in prompts mean what they mean in AUTOMATIC1111's web UI",
-    )
-
-
-def _seed(text: str) -> int:
-    try:
-        return -1 if text.strip().lower() == "random" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, scale: float) -> None:
     """Adds the options of sampling."""
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--ddim_steps", metavar="N", type=int, default=50, help="denoising steps, 1 to 999")
-    group.add_argument(
-        "--sampler",
-        choices=SETTINGS["sampler"].choices,
-        type=_word,
-        help="how noise is removed step by step (default: ddim, or what a switch says)",
-    )
-    samplers = group.add_mutually_exclusive_group()
-    samplers.add_argument("--plms", action="store_true", help="the same as --sampler plms")
-    samplers.add_argument("--dpm_solver", action="store_true", help="the same as --sampler dpm_solver")
-    group.add_argument("--ddim_eta", metavar="X", type=float, default=0.0, help="DDIM's noise, 0 to 1")
-    group.add_argument(
-        "--scale", metavar="X", type=float, default=scale, help="guidance scale; 1 turns guidance off"
-    )
-    group.add_argument(
-        "--timestep_spacing",
-        choices=("uniform", "compvis", "quad"),
-        default="uniform",
-        help="which timesteps are visited; compvis gives the original's list, which can be longer than asked",
-    )
-    group.add_argument(
-        "--seed",
-        metavar="N",
-        type=_seed,
-        default=42,
-        help="seed of the first image, of up to 64 bits for --rng philox and 32 for the others; random or -1: any",
-    )
-    group.add_argument(
-        "--seed_mode",
-        choices=("image", "batch"),
-        default="image",
-        help="image: image i has seed + i and can be made again alone; batch: one stream, as in the original",
-    )
-    group.add_argument(
-        "--rng",
-        choices=("philox", "cpu", "device", "numpy"),
-        default="philox",
-        help="philox: the noise of a CUDA device, on any device; cpu, device: torch's generator there; numpy: "
-        "NumPy's, as in the published inpainting app",
-    )
+    group = _group(parser, "sampling", scale={"default": scale})
     group.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise")
-
-
-def _word(text: str) -> str:
-    """Spells a choice as here: DPM-Solver is dpm_solver."""
-    return "_".join(text.lower().replace("-", " ").split())
 
 
 def add_size_options(parser: argparse.ArgumentParser, own: str = "the model's own size") -> None:
     """Adds the options of size; `own` describes the default in words."""
-    group = parser.add_argument_group("size")
-    group.add_argument("--H", metavar="N", type=int, help=f"height in pixels (default: {own})")
-    group.add_argument("--W", metavar="N", type=int, help=f"width in pixels (default: {own})")
+    sides: dict[str, Any] = {
+        row.dest: {"help": f"{row.help} (default: {own})"} for row in FIELDS if row.name in SIZE
+    }
+    group = _group(parser, "size", **sides)
     group.add_argument("--C", metavar="N", type=int, default=4, help="latent channels, as in the config")
     group.add_argument("--f", metavar="N", type=int, default=8, help="downsampling factor, as in the config")
     group.add_argument(
@@ -168,89 +153,21 @@ def add_size_options(parser: argparse.ArgumentParser, own: str = "the model's ow
 
 def add_image_options(parser: argparse.ArgumentParser, strength: float, required: bool) -> None:
     """Adds the options of starting images, and of fitting them to the canvas."""
-    group = parser.add_argument_group("image to start from")
-    group.add_argument(
-        "--init-img",
-        dest="init_img",
-        metavar="FILE",
-        nargs="+",
-        required=required,
-        help="images to start from: PNG, JPEG, WebP, BMP or TIFF files, or folders of them",
-    )
-    group.add_argument(
-        "--strength",
-        metavar="X",
-        type=float,
-        default=strength,
-        help="how much changes: the share of the steps that run, 0 (nothing) to 1 (everything)",
-    )
-    group.add_argument(
-        "--resize",
-        choices=RESIZES,
-        help="how an image becomes --W by --H: fit inside, fill and crop, stretch, or pad "
-        "(default: fill; with only one of --W and --H: fit; without: none)",
-    )
-    group.add_argument(
-        "--background",
-        metavar="COLOUR",
-        help="what shows through transparency and pads: a name or #rrggbb",
-    )
-    group.add_argument(
-        "--posterior_mean",
-        action="store_true",
-        help="encode an image to the mean of its latent distribution instead of a draw from it",
-    )
+    image = {"nargs": "+", "required": required}
+    _group(parser, START, "image to start from", init_img=image, strength={"default": strength})
 
 
 def add_mask_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of masks."""
     parser.set_defaults(inpaint=True)
-    group = parser.add_argument_group("mask")
-    group.add_argument(
-        "--mask", metavar="FILE", help="white is repainted (default: where the image is transparent)"
-    )
-    group.add_argument(
+    _group(parser, MASK).add_argument(
         "--indir", metavar="DIR", help="a folder of images NAME.png with their masks NAME_mask.png"
     )
-    group.add_argument("--invert_mask", action="store_true", help="black is repainted")
-    group.add_argument(
-        "--mask_blur",
-        metavar="PX",
-        type=float,
-        help="how softly the new part fades in at its edges",
-    )
-    group.add_argument(
-        "--no_paste",
-        action="store_true",
-        help="leave the rest as the autoencoder gives it, instead of the image's own pixels",
-    )
-    group.add_argument(
-        "--outpaint",
-        metavar="L,T,R,B",
-        type=_four_numbers,
-        help="add this many pixels at the left, top, right and bottom",
-    )
-
-
-def _four_numbers(text: str) -> tuple[int, int, int, int]:
-    try:
-        left, top, right, bottom = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not four whole numbers such as 0,0,64,0") from None
-    return left, top, right, bottom
 
 
 def add_upscale_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the second pass at a larger size."""
-    group = parser.add_argument_group("upscaling")
-    group.add_argument("--upscale", metavar="X", type=float, help="enlarge the finished image and refine it")
-    group.add_argument(
-        "--upscale_strength",
-        metavar="X",
-        type=float,
-        help="the second pass's share of the steps, 0 to 1",
-    )
-    group.add_argument("--upscale_in", choices=("pixels", "latents"), help="what is enlarged")
+    _group(parser, "upscaling")
 
 
 def add_batch_options(parser: argparse.ArgumentParser, n_iter: int, n_samples: int) -> None:

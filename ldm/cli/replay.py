@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
 from ldm.cli.app import outcome
-from ldm.cli.changes import changed, job_values, texts_of
+from ldm.cli.changes import changed, texts_of
 from ldm.cli.generate import check_options, options_of
 from ldm.cli.locate import locate
-from ldm.fields import check_fields
+from ldm.fields import check_fields, values_of_options
 from ldm.files import temporary_folder
 from ldm.images.compare import compare
 from ldm.job import Job, lora_name, split_loras
@@ -157,7 +157,7 @@ def _readable(recipe: Recipe) -> Recipe:
 def _show(file: Path, recipe: Recipe, typed: Mapping[str, Any], as_json: bool) -> int:
     """Prints the content of a file, without searching for anything but its watermark."""
     recipe = replace(recipe, job=changed(recipe.job, typed))
-    changes = texts_of({name: value for name, value in typed.items() if not job_values({name: value})})
+    changes = texts_of({name: value for name, value in typed.items() if not values_of_options({name: value})})
     script, words = arguments(recipe, changes)
     line = command(recipe, changes)
     samples, sample = count(recipe, changes), place(recipe, changes)

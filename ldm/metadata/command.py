@@ -10,8 +10,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ldm.fields import MAX_SEEDS, count_up
-from ldm.job import Init, Job, lora_tag
+from ldm.fields import DEFAULTS, FIELDS, MASK, MAX_SEEDS, SIZE, START, Field, count_up, values_of
+from ldm.job import Job, lora_tag
 from ldm.metadata.recipe import Recipe
 from ldm.places import is_checkout
 from ldm.util import InputError, printable
@@ -27,7 +27,7 @@ Options = dict[
 Changes = Mapping[str, str | list[str] | None]
 
 _REPEATED = ("lora", "embedding", "allow_targets")  # options that are given once for each value
-_SWITCHES = ("plms", "dpm_solver")  # samplers that are options themselves
+_ALWAYS = ("prompt", "seed", "steps", "scale")  # fields whose options are always written
 MAX_PLACE = 20_000  # images of a run whose noise can be drawn before that of the image
 MAX_BATCH = 1_000  # the largest batch that a file can ask for
 
@@ -41,29 +41,22 @@ def options(recipe: Recipe, changes: Changes) -> tuple[str, Options]:
     on both (not on the other images); of the run's samples, `place(recipe)` is the image.
     """
     job = recipe.job
-    init = job.init
-    chosen: Options = {"prompt": job.prompt}
-    if job.negative_prompt:
-        chosen["negative_prompt"] = job.negative_prompt
-    chosen |= {"seed": str(job.seed), "ddim_steps": str(job.steps), "scale": _number(job.scale)}
-    if job.sampler != "ddim":
-        chosen |= {job.sampler: None} if job.sampler in _SWITCHES else {"sampler": job.sampler}
-    chosen |= _unless_default(
-        job,
-        {"ddim_eta": "eta", "timestep_spacing": "timestep_spacing", "rng": "rng", "seed_mode": "seed_mode"}
-        | {"prompt_syntax": "prompt_syntax"},
-    )
+    begins = job.init is not None or job.strength != 1
+    written = (*_ALWAYS, "strength", "init.image") if begins else (*_ALWAYS, *SIZE)
+    if job.init is not None and (job.init.width, job.init.height) != (None, None):
+        written = (*written, "init.resize")
+    held = values_of(job)
+    chosen: Options = {}
+    for row in FIELDS:
+        value = held.get(row.name)
+        if value is None or (row.name in SIZE if begins else row.group in (START, MASK)):
+            continue
+        if row.name in written or value != DEFAULTS[row.name]:
+            chosen |= _option(row, value)
+    if job.init is not None:
+        sides = {"W": job.init.width, "H": job.init.height}
+        chosen |= {option: str(side) for option, side in sides.items() if side is not None}
     chosen |= _count(recipe, changes)
-    if init is None and job.strength == 1:
-        chosen |= {"W": str(job.width), "H": str(job.height)}
-    else:
-        chosen |= {"strength": _number(job.strength)}
-        chosen |= {"posterior_mean": None} if job.posterior == "mean" else {}
-        chosen |= _picture(init) if init else {}
-        chosen |= {} if job.paste else {"no_paste": None}
-    chosen |= _unless_default(
-        job, {"upscale": "upscale", "upscale_in": "upscale_in", "upscale_strength": "upscale_strength"}
-    )
     chosen |= {name: None if value is True else value for name, value in of_the_run(recipe).items()}
     return _script(job), chosen
 
@@ -201,11 +194,12 @@ def _script(job: Job) -> str:
     return "inpaint" if job.init.mask or job.init.alpha_mask else "img2img"
 
 
-def _unless_default(job: Job | Init, names: Mapping[str, str]) -> Options:
-    """Returns the options whose fields do not have the default value."""
-    default = Job("") if isinstance(job, Job) else Init("")
-    values = {option: (getattr(job, field), getattr(default, field)) for option, field in names.items()}
-    return {option: text_of(value) for option, (value, usual) in values.items() if value != usual}
+def _option(row: Field, value: Any) -> Options:
+    """Returns the option that sets a field to a value: the switch for it, if there is one; none for some fields."""
+    for switch in row.switches:
+        if switch.value == value:
+            return {switch.option: None}
+    return {row.dest: text_of(value)} if row.option else {}
 
 
 def text_of(value: object) -> str:
@@ -216,22 +210,6 @@ def text_of(value: object) -> str:
 
 def _number(value: float) -> str:
     return repr(float(value)).removesuffix(".0")
-
-
-def _picture(init: Init) -> Options:
-    chosen: Options = {"init_img": init.image}
-    chosen |= {"mask": init.mask} if init.mask else {}
-    names = {
-        "W": "width",
-        "H": "height",
-        "background": "background",
-        "outpaint": "outpaint",
-        "mask_blur": "mask_blur",
-    }
-    chosen |= _unless_default(init, names)
-    if init.width is not None or init.height is not None:
-        chosen["resize"] = init.resize
-    return chosen | ({"invert_mask": None} if init.invert_mask else {})
 
 
 def _count(recipe: Recipe, changes: Changes) -> Options:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from ldm.job import V1_DEFAULTS, Init, Job, lora_name, lora_tag, split_loras
+from ldm.fields import DEFAULTS, FIELDS, INIT, SETTINGS, Field, override, values_of
+from ldm.job import V1_DEFAULTS, Job, lora_name, lora_tag, split_loras
 from ldm.util import InputError, printable
 
 NEGATIVE = "Negative prompt:"
@@ -96,7 +96,7 @@ def _named_loras(job: Job) -> tuple[tuple[str, float, float], ...]:
     return tuple((lora_name(file_name(name)), weight, on_text) for name, weight, on_text in job.loras)
 
 
-_INT, _FLOAT, _WORD = _Codec(str, int), _Codec(_number, float), _Codec(str, str)
+_INT, _FLOAT = _Codec(str, int), _Codec(_number, float)
 _SWITCH = _Codec(lambda value: "on" if value else "off", _read_switch)
 _BORDERS = _Codec(lambda borders: " ".join(map(str, borders)), _read_borders)
 # A1111 has many upscalers; those of latents are called Latent (nearest) and the like
@@ -105,45 +105,26 @@ _UPSCALER = _Codec(
     lambda label: "latents" if label.startswith("Latent") else "pixels",
 )
 _FILE = _Codec(file_name, str)  # its folder is private to the user
-
-# Key in the text, field of Job (of its `init` after a dot), codec. The web UI writes GPU where the sampling device
-# draws the noise, and NV where CUDA's Philox noise is computed on another. A text without RNG is read as NV: as
-# a rule its noise was drawn on a CUDA device, and philox reproduces that on every machine.
-_ALWAYS = (
-    ("Steps", "steps", _INT),
-    ("Sampler", "sampler", _table({"ddim": "DDIM", "plms": "PLMS"})),
-    ("CFG scale", "scale", _FLOAT),
-    ("Seed", "seed", _INT),
-)
-_RNG = ("RNG", "rng", _table({"philox": "NV", "cpu": "CPU", "device": "GPU", "numpy": "NumPy"}))
-_UNLESS_DEFAULT = (
-    ("Eta DDIM", "eta", _FLOAT),
-    ("Timestep spacing", "timestep_spacing", _WORD),
-    ("Seed mode", "seed_mode", _WORD),
-    ("Batch index", "batch_index", _INT),
-    ("Denoising strength", "strength", _FLOAT),
-    ("Posterior", "posterior", _WORD),
-    ("Init image", "init.image", _FILE),
-    ("Init width", "init.width", _INT),
-    ("Init height", "init.height", _INT),
-    ("Resize", "init.resize", _WORD),
-    ("Background", "init.background", _WORD),
-    ("Outpaint", "init.outpaint", _BORDERS),
-    ("Mask", "init.mask", _FILE),
-    ("Alpha mask", "init.alpha_mask", _SWITCH),
-    ("Invert mask", "init.invert_mask", _SWITCH),
-    ("Mask blur", "init.mask_blur", _FLOAT),
-    ("Paste", "paste", _SWITCH),
-    ("Hires upscale", "upscale", _FLOAT),
-    ("Hires upscaler", "upscale_in", _UPSCALER),
-    ("Upscale strength", "upscale_strength", _FLOAT),
-    ("Prompt syntax", "prompt_syntax", _WORD),
-)
-# the entries of a text that belong to the job, as `parse_infotext` names them; all others are extras
-JOB_KEYS = frozenset(key for key, _, _ in (*_ALWAYS, _RNG, *_UNLESS_DEFAULT)) | {"Size", *_NOT_FOR_EXTRAS}
-_DEFAULTS = {field.name: field.default for field in fields(Job)} | {
-    f"init.{field.name}": field.default for field in fields(Init)
+_CODECS: Mapping[str, _Codec] = {
+    "init.outpaint": _BORDERS,
+    "upscale_in": _UPSCALER,
 }
+
+
+def _codec(row: Field) -> _Codec:
+    """Returns the writer and the reader of a field's values."""
+    kind = SETTINGS[row.name].kind
+    if row.name in _CODECS:
+        return _CODECS[row.name]
+    if row.is_file:
+        return _FILE
+    return {bool: _SWITCH, int: _INT, float: _FLOAT}.get(kind) or _table(row.words)
+
+
+_ENTRIES = [(row, _codec(row)) for row in FIELDS if row.label]
+# the entries of a text that belong to the job, as `parse_infotext` names them; all others are extras
+_FIRST = ("Steps", "Sampler", "CFG scale", "Seed")  # before the size
+JOB_KEYS = frozenset(row.label for row, _ in _ENTRIES) | {"Size", *_NOT_FOR_EXTRAS}
 
 
 def infotext(job: Job, extras: Mapping[str, str]) -> str:
@@ -206,14 +187,9 @@ def job_from_entries(entries: Mapping[str, str]) -> Job:
     """Does the same as `job_from_infotext`, from the entries that `parse_infotext` returns."""
     if "Steps" not in entries:
         raise InputError("the text holds no generation settings: its last line should begin with `Steps: `")
-    codecs = (
-        *_ALWAYS,
-        ("Size-1", "width", _INT),
-        ("Size-2", "height", _INT),
-        _RNG,
-        *_UNLESS_DEFAULT,
-        (_LORAS, "loras", _Codec(to_json, _read_loras)),
-    )
+    codecs = [(row.label, row.name, codec) for row, codec in _ENTRIES]
+    codecs += [("Size-1", "width", _INT), ("Size-2", "height", _INT)]
+    codecs += [(_LORAS, "loras", _Codec(to_json, _read_loras))]
     values: dict[str, Any] = {}
     for key, name, codec in codecs:
         if key in entries:
@@ -223,36 +199,28 @@ def job_from_entries(entries: Mapping[str, str]) -> Job:
                 raise InputError(
                     f"the text's entry {key} cannot be {printable(entries[key][:100])!r}"
                 ) from None
-    init = {name.removeprefix("init."): values.pop(name) for name in list(values) if name.startswith("init.")}
-    if "image" in init:
-        values["init"] = Init(**init)
+    if "init.image" not in values:
+        values = {name: value for name, value in values.items() if not name.startswith(INIT)}
     prompts = {"prompt": entries["Prompt"], "negative_prompt": entries["Negative prompt"]}
-    return replace(V1_DEFAULTS, **prompts, **values)
-
-
-def _field(job: Job, name: str) -> Any:
-    """Returns a field of a job, or, after a dot, of its image (the field's default without an image)."""
-    if not name.startswith("init."):
-        return getattr(job, name)
-    return _DEFAULTS[name] if job.init is None else getattr(job.init, name.removeprefix("init."))
+    return override(V1_DEFAULTS, prompts | values)
 
 
 def _pairs(job: Job, extras: Mapping[str, str]) -> dict[str, str]:
-    """Returns all entries as written, in the web UI's order."""
-    own = {key: codec.write(getattr(job, name)) for key, name, codec in _ALWAYS}
-    own["Size"] = f"{job.width}x{job.height}"
-    later = {
-        key: codec.write(_field(job, name))
-        for key, name, codec in (_RNG, *_UNLESS_DEFAULT)
-        if key == "RNG" or _field(job, name) != _DEFAULTS[name]
+    """Returns all entries as written, in the web UI's order: the size and the model after the main settings."""
+    held = values_of(job)
+    own = {
+        row.label: codec.write(held[row.name])
+        for row, codec in _ENTRIES
+        if row.name in held and (row.always or held[row.name] != DEFAULTS[row.name])
     }
+    first = {key: own.pop(key) for key in _FIRST} | {"Size": f"{job.width}x{job.height}"}
     for key in extras:
         if key in JOB_KEYS or not _KEY.fullmatch(key):
             raise ValueError(f"{key!r} cannot be the name of an extra entry")
     model = {key: extras[key] for key in ("Model hash", "Model") if key in extras}
     version = {key: extras[key] for key in ("Version",) if key in extras}
     rest = {key: value for key, value in extras.items() if key not in model and key not in version}
-    pairs = own | model | later | rest | version
+    pairs = first | model | own | rest | version
     return {key: value if key == "Size" else _quoted(value) for key, value in pairs.items()}
 
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from ldm.fields import MAX_SEEDS, SETTINGS, override, read_held, shown, values_of
+from ldm.fields import MAX_SEEDS, SETTINGS, override, read_held, values_of
 from ldm.job import V1_DEFAULTS, Init, Job, lora_name
 from ldm.metadata.infotext import file_name
 from ldm.metadata.record import without_folders
+from ldm.setting import shown
 from ldm.util import InputError, printable
 
 _MAX_NOTES, _MAX_NOTE = 40, 300

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
-from ldm.fields import MAX_TEXT, SETTINGS, override, read_held, shown
+from ldm.fields import MAX_TEXT, SETTINGS, override, read_held
 from ldm.job import V1_DEFAULTS, Job, lora_name
 from ldm.metadata.infotext import file_name, to_json
+from ldm.setting import shown
 from ldm.util import InputError, printable
 
 VERSION = 1

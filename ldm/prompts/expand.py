@@ -10,9 +10,10 @@ from decimal import Decimal, InvalidOperation
 from math import factorial, prod
 from typing import Any
 
-from ldm.fields import Setting, find_setting
+from ldm.fields import find_setting
 from ldm.prompts.files import Faults
 from ldm.prompts.lines import Line
+from ldm.setting import Setting
 from ldm.util import InputError, printable
 
 MAX_JOBS = 10_000

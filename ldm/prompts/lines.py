@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from ldm.fields import SETTINGS, Setting
+from ldm.fields import SETTINGS
 from ldm.prompts.files import MAX_LINE, Faults, too_long
+from ldm.setting import Setting
 from ldm.util import printable
 
 COUNT, SEEDS = "count", "seeds"  # in addition to the fields of a job: how many images, and several seeds

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ldm.fields import OWN_NAMES
+from ldm.fields import FIELDS
 from ldm.prompts.files import Faults
 from ldm.prompts.lines import COUNT, SEEDS, Line, Values, is_number, numbered, parse_field
 from ldm.prompts.notations import warn_of_lines
@@ -339,21 +339,13 @@ _INVOKEAI = (
         "init_mask grid outdir variation_amount with_variations upscale facetool_strength text_mask fit"
     )
 )
+_OWN = [row for row in FIELDS if not row.of_run]
 _OPTIONS = _dashed(
-    {
-        **{name: name for name in ("prompt", "negative_prompt", "seed", "scale", "timestep_spacing", "rng")},
-        **{name: name for name in ("strength", "upscale", "upscale_in", "upscale_strength")},
-        **OWN_NAMES,
-        "n_iter": COUNT,
-        "n_samples": COUNT,
-    }
+    {name: row.name for row in _OWN if row.option for name in (row.option, row.dest)}
+    | {"n_iter": COUNT, "n_samples": COUNT}
 )
 _FLAGS: Mapping[str, tuple[str, Any]] = {
-    "--plms": ("sampler", "plms"),
-    "--dpm_solver": ("sampler", "dpm_solver"),
-    "--posterior_mean": ("posterior", "mean"),
-    "--invert_mask": ("init.invert_mask", True),
-    "--no_paste": ("paste", False),
+    f"--{switch.option}": (row.name, switch.value) for row in _OWN for switch in row.switches
 }
 DIALECTS = (
     Dialect("options", "this tool's options for a line", _split_long, _OPTIONS, _FLAGS),
