@@ -18,6 +18,7 @@ from ldm.checkpoints.formats.read import Checkpoint
 from ldm.checkpoints.formats.safetensors_file import HASH_ENTRY
 from ldm.checkpoints.formats.write import types_for, write_safetensors, write_torch
 from ldm.checkpoints.layouts.names import PREFIXES
+from ldm.checkpoints.layouts.prediction import marks_of
 from ldm.checkpoints.layouts.recognise import INPAINTING_CHANNELS
 from ldm.checkpoints.load import (
     EMA_COUNTERS,
@@ -28,6 +29,7 @@ from ldm.checkpoints.load import (
     load_into,
     use_vocabulary,
 )
+from ldm.checkpoints.variants import suited
 from ldm.files import part_beside, without_leftovers, written_whole
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.keys import EMA_PREFIX
@@ -77,7 +79,7 @@ def convert(
     writing fails.
     """
     check_output(out, to, ema)
-    model = build_model(config)
+    model = build_model(suited(config, checkpoint))
     check_fit(model, checkpoint)
     load_into(model, checkpoint, ema="on" if ema == "both" else ema)
     averages: dict[str, Tensor] = {}
@@ -86,6 +88,8 @@ def convert(
         averages = {k: v for k, v in checkpoint.state_dict.items() if k.startswith(EMA_PREFIX)}
     own = {key: value for key, value in model.state_dict().items() if not key.startswith(EMA_PREFIX)}
     tensors = {**own, **averages}
+    if to != "diffusers":
+        tensors |= marks_of(model)
     types = types_for(tensors, dtype, keep=SCHEDULE_BUFFERS | EMA_COUNTERS)
     if to == "diffusers":
         use_vocabulary(model, checkpoint.vocabulary)
@@ -151,7 +155,7 @@ def _model_spec(
         "modelspec.architecture": "stable-diffusion-v1" + ("-inpainting" if inpaints else ""),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": "epsilon",
+        "modelspec.prediction_type": {"eps": "epsilon"}.get(model.parameterization, model.parameterization),
         **{f"modelspec.{part}_dtype": str(kind).removeprefix("torch.") for part, kind in first.items()},
         HASH_ENTRY: f"0x{0:064x}",
     }

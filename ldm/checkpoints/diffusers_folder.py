@@ -63,14 +63,19 @@ def _descriptive(model: LatentDiffusion) -> dict[str, dict[str, Any]]:
             "pad_token_id": tokens - 1,
             "attention_dropout": 0.0,
         },
-        "scheduler": {
-            **_class("PNDMScheduler"),
-            "skip_prk_steps": True,
-            "set_alpha_to_one": False,
-            "steps_offset": 1,
-            "clip_sample": False,
-        },
+        "scheduler": _scheduler(model),
     }
+
+
+def _scheduler(model: LatentDiffusion) -> dict[str, Any]:
+    """PLMS as in the original; without signal at the last timestep, DDIM that begins there."""
+    name = _scheduler_class(model)
+    begins = {"timestep_spacing": "trailing"} if model.zero_terminal_snr else {"skip_prk_steps": True}
+    return {**_class(name), **begins, "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
+
+
+def _scheduler_class(model: LatentDiffusion) -> str:
+    return "DDIMScheduler" if model.zero_terminal_snr else "PNDMScheduler"
 
 
 def _class(name: str) -> dict[str, str]:
@@ -79,7 +84,7 @@ def _class(name: str) -> dict[str, str]:
 
 def _model_index(model: LatentDiffusion) -> dict[str, Any]:
     inpaints = model.model.diffusion_model.in_channels == INPAINTING_CHANNELS
-    classes = {**CLASSES, "scheduler": "PNDMScheduler", "tokenizer": "CLIPTokenizer"}
+    classes = {**CLASSES, "scheduler": _scheduler_class(model), "tokenizer": "CLIPTokenizer"}
     return {
         **_class("StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"),
         "requires_safety_checker": False,

@@ -22,11 +22,12 @@ from ldm.checkpoints.formats.safetensors_file import HASH_ENTRY, read_header
 from ldm.checkpoints.formats.tensor_bytes import FileBytes
 from ldm.checkpoints.hashing import file_sha256
 from ldm.checkpoints.inspection_text import amount
-from ldm.checkpoints.layouts.prediction import config_beside, foreign_prediction
+from ldm.checkpoints.layouts.prediction import config_beside, stated_prediction
 from ldm.checkpoints.layouts.published import PUBLISHED
 from ldm.checkpoints.layouts.recognise import COMPVIS_PREFIXES, ModelKind, kind_of, tensors_in
 from ldm.checkpoints.load import build_model, check_fit, has_averages, load_into, only_averages
 from ldm.checkpoints.model_files import model_files, read_model
+from ldm.checkpoints.variants import suited
 from ldm.models.keys import EMA_PREFIX
 from ldm.util import printable
 
@@ -94,8 +95,8 @@ class Inspection:
 
     @property
     def sound(self) -> bool:
-        """Whether the file is read and not damaged, predicts the noise, and fits the model if there is one."""
-        return not (self.refused or self.damaged or self.prediction) and self.fits is not False
+        """Whether the file is read and not damaged, and fits the model if there is one."""
+        return not (self.refused or self.damaged) and self.fits is not False
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for `json.dumps`."""
@@ -146,7 +147,10 @@ def _inspect_file(
         found = replace(found, format=_format(path), refused=str(error))
     else:
         entries = {**content.values, **config_beside(path)}
-        found = replace(_describe(found, content), prediction=foreign_prediction(content.tensors, entries))
+        prediction = stated_prediction(content.tensors, entries)
+        found = replace(_describe(found, content), prediction=prediction.stated)
+        if prediction.foreign:
+            found = replace(found, fits=False, problem=f"was trained for {prediction.foreign}")
         found = _compare(found, path, config_for)
         found = _check(found, path, content, report) if deep else found
     return _hash(found, path, report) if deep else _hash_quickly(found, path)
@@ -217,9 +221,9 @@ def _compare(found: Inspection, path: Path, config_for: ConfigFor) -> Inspection
     config = config_for(found.kind)
     if config is None:
         return found
-    model = build_model(config)
     try:
         checkpoint = read_model(path)
+        model = build_model(suited(config, checkpoint))
         check_fit(model, checkpoint)
         unexpected = load_into(model, checkpoint).unknown
     except CheckpointError as error:
@@ -292,4 +296,4 @@ def _inspect_folder(path: Path, files: Sequence[Inspection], config_for: ConfigF
     )
     if found.refused:
         return found
-    return _compare(replace(found, prediction=read_model(path).prediction), path, config_for)
+    return _compare(replace(found, prediction=read_model(path).prediction.stated), path, config_for)

@@ -47,7 +47,7 @@ def _weights(found: Inspection) -> Iterator[tuple[str, str]]:
     if found.global_step is not None:
         yield "training steps", f"{found.global_step:,}"
     if found.prediction:
-        yield "predicts", f"not the noise: trained for {found.prediction}"
+        yield "predicts", f"not the noise: {found.prediction}"
     if found.fits is not None:
         yield "loads", "yes" if found.fits else f"no: {found.problem}"
     if found.unexpected:

@@ -16,7 +16,7 @@ from ldm.checkpoints.formats.detect import CheckpointError, reading
 from ldm.checkpoints.formats.read import Checkpoint
 from ldm.checkpoints.formats.tensor_bytes import FLOAT8
 from ldm.checkpoints.layouts.names import PREFIXES, WORDS, parts_in
-from ldm.checkpoints.layouts.prediction import check_prediction, check_schedule
+from ldm.checkpoints.layouts.prediction import check_prediction, check_schedule, is_mark
 from ldm.checkpoints.layouts.recognise import (
     LONG_POSITIONS,
     V1,
@@ -118,7 +118,7 @@ def build_model(config: Mapping[str, Any]) -> LatentDiffusion:
 
 
 def check_fit(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
-    """That a checkpoint predicts the noise, has every part of a model, and agrees with it where it describes itself.
+    """That a checkpoint predicts the noise or v, has every part of a model, and agrees with how it describes itself.
 
     The settings of a diffusers folder (heads, groups, schedule, scale) are not visible in the shapes of its weights.
     Raises `CheckpointError`.
@@ -283,7 +283,7 @@ def _is_computed(key: str) -> bool:
 
 
 def _is_harmless(key: str) -> bool:
-    return _is_computed(key) or key == "lvlb_weights" or key.startswith(_HARMLESS_PREFIXES)
+    return _is_computed(key) or key == "lvlb_weights" or key.startswith(_HARMLESS_PREFIXES) or is_mark(key)
 
 
 def _held_in(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:

@@ -7,14 +7,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError, Format, reading
 from ldm.checkpoints.formats.read import Checkpoint, Scalar, read_checkpoint
 from ldm.checkpoints.layouts.names import CLASSES, PREFIXES, WORDS, Component, parts_in, to_compvis
-from ldm.checkpoints.layouts.prediction import config_beside, foreign_prediction
+from ldm.checkpoints.layouts.prediction import Choice, Prediction, config_beside, stated_prediction
 from ldm.checkpoints.layouts.recognise import kind_of
 from ldm.files import read_side_file
 from ldm.job import MODEL_ENDINGS
@@ -38,12 +38,13 @@ def read_model(
     mmap: bool = True,
     vae: str | os.PathLike[str] | None = None,
     text_encoder: str | os.PathLike[str] | None = None,
+    prediction: Choice = "auto",
 ) -> Checkpoint:
     """A model, or what a file has of one, under CompVis's names: from any file or a folder of diffusers.
 
     `vae` and `text_encoder` are files or folders whose part of that kind takes the place of the model's own,
-    if it has one. The layout is recognised by content. Nothing in a file is run. Faults are a
-    `CheckpointError` of one line.
+    if it has one. With a `prediction` other than "auto" what the files state about it does not count. The layout is
+    recognised by content. Nothing in a file is run. Faults are a `CheckpointError` of one line.
     """
     others: dict[Component, str | os.PathLike[str]] = {}
     if vae is not None:
@@ -53,7 +54,7 @@ def read_model(
     model = _read_any(path, mmap, [part for part in PREFIXES if part not in others])
     for part, other in others.items():
         model = _with_part(model, part, _read_any(other, mmap, [part]))
-    return model
+    return model if prediction == "auto" else _with_prediction(model, prediction)
 
 
 def model_files(path: str | os.PathLike[str], only: Component | None = None) -> list[Path]:
@@ -71,7 +72,7 @@ def _read_any(path: str | os.PathLike[str], mmap: bool, parts: list[Component]) 
     with reading(path):
         scheduler = model.configs.get("scheduler", {}).items()
         entries = {**model.metadata, **{f"scheduler: {k}": v for k, v in scheduler}, **config_beside(path)}
-        prediction = foreign_prediction(model.state_dict, entries)
+        prediction = stated_prediction(model.state_dict, entries)
         return replace(model, state_dict=to_compvis(model.state_dict), prediction=prediction)
 
 
@@ -89,6 +90,14 @@ def _with_part(model: Checkpoint, part: Component, other: Checkpoint) -> Checkpo
     vocabulary = other.vocabulary if part == "text_encoder" and other.vocabulary else model.vocabulary
     path = Path(f"{model.path} with {other.path}")
     return replace(model, path=path, state_dict={**kept, **new}, configs=configs, vocabulary=vocabulary)
+
+
+def _with_prediction(model: Checkpoint, choice: Literal["eps", "v"]) -> Checkpoint:
+    """`model` as if it stated this prediction type, and its scheduler's settings none."""
+    stated = ("prediction_type", "rescale_betas_zero_snr")
+    scheduler = {k: v for k, v in model.configs.get("scheduler", {}).items() if k not in stated}
+    configs = {**model.configs, "scheduler": scheduler} if model.configs else {}
+    return replace(model, configs=configs, prediction=Prediction.chosen(choice, model.prediction))
 
 
 def _read_folder(folder: Path, mmap: bool, parts: list[Component]) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,10 @@ from ldm import __version__
 from ldm.checkpoints.cache import cached_file, through_cache
 from ldm.checkpoints.configs import config_for
 from ldm.checkpoints.hashing import file_sha256
+from ldm.checkpoints.layouts.prediction import Choice
 from ldm.checkpoints.load import Ema, build_model, check_fit, load_into, use_vocabulary
 from ldm.checkpoints.model_files import model_files, read_model
+from ldm.checkpoints.variants import suited
 from ldm.config import read_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.places import find
@@ -21,6 +24,9 @@ from ldm.runtime.device import Precision, resolve_precision
 from ldm.runtime.fast import halved
 from ldm.safety.load import find_safety_model, load_safety_model
 from ldm.safety.screen import Screen
+from ldm.util import need, printable
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -33,16 +39,24 @@ def load_model(
     text_encoder: str | Path | None = None,
     dtype: torch.dtype | None = torch.float32,
     cache: Path | None = None,
+    prediction: Choice = "auto",
 ) -> LatentDiffusion:
     """The model of a checked config with the weights of a checkpoint in `dtype` (None: the file's), ready to sample.
 
     `ckpt` is a file or a folder of diffusers, `vae` and `text_encoder` files or folders with another part. The
     model is built without memory of its own and takes the checkpoint's tensors; see `ldm.checkpoints` for what
-    is refused. In the folder `cache` the weights are kept as a CPU runs them in bf16, for the next time.
+    is refused. The checkpoint states what it predicts, unless `prediction` does. In the folder `cache` the weights
+    are kept as a CPU runs them in bf16, for the next time.
     """
-    model = build_model(config)
-    checkpoint = read_model(ckpt, mmap, vae, text_encoder)
+    checkpoint = read_model(ckpt, mmap, vae, text_encoder, prediction)
+    model = build_model(suited(config, checkpoint))
     check_fit(model, checkpoint)
+    if checkpoint.prediction.stated:
+        logger.info("%s: %s", printable(checkpoint.path), checkpoint.prediction.stated)
+    need(
+        not model.zero_terminal_snr or torch.device(device).type != "mps",
+        "a model with zero terminal SNR needs float64, which MPS has not; use --device cpu",
+    )
     if cache is not None:
         files = [file for path in (ckpt, vae, text_encoder) if path is not None for file in model_files(path)]
         path = cached_file(cache, files, ema)
@@ -71,12 +85,15 @@ def load_pretrained(
     ema: Ema,
     vae: str | Path | None,
     text_encoder: str | Path | None,
+    prediction: Choice = "auto",
 ) -> Pretrained:
     """The model of a checkpoint whose content chooses the config; see `Pipeline.from_pretrained`."""
     ckpt = find(path)
     chosen = config or config_for(read_model(ckpt).state_dict)
     held = resolve_precision(precision, device)
-    model = load_model(read_config(find(chosen)), ckpt, device, ema, True, vae, text_encoder, None)
+    model = load_model(
+        read_config(find(chosen)), ckpt, device, ema, True, vae, text_encoder, None, None, prediction
+    )
     entries = {
         "Model hash": file_sha256(ckpt)[:10] if ckpt.is_file() else "",
         "Model": ckpt.stem if ckpt.is_file() and ckpt.stem != "model" else ckpt.absolute().parent.name,

@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.checkpoints.adapters.lora import LoraStack
 from ldm.checkpoints.adapters.lora_files import lora_file
 from ldm.checkpoints.configs import BUNDLED_CKPT
+from ldm.checkpoints.layouts.prediction import Choice
 from ldm.checkpoints.load import Ema
 from ldm.job import Init, Job, batch_key, batches_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -69,15 +70,16 @@ class Pipeline:
         vae: str | Path | None = None,
         text_encoder: str | Path | None = None,
         safety: bool = True,
+        prediction: Choice = "auto",
     ) -> Pipeline:
         """A pipeline of a checkpoint, a file or a folder of diffusers; without one, of the bundled model.
 
-        Its content chooses the config unless one is given. Nothing is downloaded. With `safety` the images of
-        `make` are checked if the safety checker's weights are on this machine. Raises `InputError` for what cannot
-        be loaded.
+        Its content chooses the config unless one is given, and whether it predicts the noise or v unless `prediction`
+        does. Nothing is downloaded. With `safety` the images of `make` are checked if the safety checker's weights
+        are on this machine. Raises `InputError` for what cannot be loaded.
         """
         here = resolve_device(device)
-        loaded = load_pretrained(path, config, here, precision, ema, vae, text_encoder)
+        loaded = load_pretrained(path, config, here, precision, ema, vae, text_encoder, prediction)
         pipeline = cls(loaded.model, loaded.precision)
         pipeline.entries = loaded.entries
         if safety:

@@ -14,29 +14,33 @@ from torch import Tensor
 
 from ldm.checkpoints.convert import convert
 from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.checkpoints.inspect import inspect_path
-from ldm.checkpoints.layouts.prediction import foreign_prediction
+from ldm.checkpoints.layouts.prediction import Prediction, stated_prediction
 from ldm.checkpoints.load import build_model, check_fit
 from ldm.checkpoints.model_files import read_model
+from ldm.checkpoints.variants import suited
 from ldm.config import read_config
-from tests.support.golden_data import tiny_config
+from ldm.models.diffusion.schedule import make_beta_schedule, zero_terminal_snr
+from ldm.pipeline import load_model
+from tests.support.golden_data import WEIGHT_PREFIXES, tiny_config
 
 EMPTY = torch.empty(0)
-KEYS = {
-    "v_pred": "v-prediction",
-    "ztsnr": "zero terminal SNR",
-    "model.diffusion_model.v_pred": "v-prediction",
-    "edm_vpred.sigma_max": "EDM's parameterization and v-prediction",
-    "edm_mean": "EDM",
-}
+V, ZERO = {"parameterization": "v"}, {"parameterization": "v", "zero_terminal_snr": True}
+KEYS = {"v_pred": V, "ztsnr": ZERO, "model.diffusion_model.v_pred": V}
+FOREIGN_KEYS = {"edm_vpred.sigma_max": "EDM's parameterization and v-prediction", "edm_mean": "EDM"}
 SAID = {
-    "modelspec.prediction_type": "v",
-    "modelspec.predict_key": "v",
-    "prediction_type": "v_prediction",
-    "parameterization": "v",
-    "ss_v_parameterization": "True",
-    "ss_zero_terminal_snr": "True",
+    "modelspec.prediction_type": ("v", V),
+    "modelspec.predict_key": ("v", V),
+    "prediction_type": ("v_prediction", V),
+    "parameterization": ("v", V),
+    "ss_v_parameterization": ("True", V),
+    "ss_zero_terminal_snr": ("True", ZERO),
+}
+FOREIGN = {
     "ss_v2": "True",
+    "prediction_type": "sample",
+    "modelspec.prediction_type": "x0",
 }
 
 
@@ -70,21 +74,41 @@ def refuse(path: Path, reason: str) -> None:
     assert reason in found.prediction and found.fits is False and not found.sound
 
 
+def run(path: Path, wanted: dict[str, Any]) -> None:
+    """Checks that the model is built as `wanted` says, fits, and is sound for inspection."""
+    checkpoint = read_model(path)
+    config = suited(tiny_config(), checkpoint)
+    assert {**config["params"], **wanted} == config["params"]
+    assert {name: config["params"].get(name) for name in ZERO} == {**dict.fromkeys(ZERO), **wanted}
+    check_fit(build_model(config), checkpoint)
+    found = inspect_path(path, deep=False, config_for=lambda kind: tiny_config())[0]
+    assert "v-prediction" in found.prediction or "zero terminal SNR" in found.prediction
+    assert found.sound and found.fits, found.problem
+
+
 @pytest.mark.parametrize("name", ["m.ckpt", "legacy.ckpt", "m.safetensors"])
-@pytest.mark.parametrize("key", KEYS)
-def test_a_marking_key(tmp_path: Path, state: dict[str, Tensor], name: str, key: str) -> None:
-    refuse(save(tmp_path / name, {**state, key: EMPTY}), KEYS[key])
+def test_a_marking_key(tmp_path: Path, state: dict[str, Tensor], name: str) -> None:
+    for key, wanted in KEYS.items():
+        run(save(tmp_path / name, {**without_schedule(state), key: EMPTY}), wanted)
+    for key, reason in FOREIGN_KEYS.items():
+        refuse(save(tmp_path / name, {**state, key: EMPTY}), reason)
+
+
+def without_schedule(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if key.startswith(WEIGHT_PREFIXES)}
 
 
 @pytest.mark.parametrize("name", ["m.ckpt", "m.safetensors"])
-@pytest.mark.parametrize("key", SAID)
-def test_an_entry_beside_the_weights(tmp_path: Path, state: dict[str, Tensor], name: str, key: str) -> None:
-    refuse(save(tmp_path / name, state, **{key: SAID[key]}), f"{key}: {SAID[key]}")
+def test_an_entry_beside_the_weights(tmp_path: Path, state: dict[str, Tensor], name: str) -> None:
+    for key, (value, wanted) in SAID.items():
+        run(save(tmp_path / name, without_schedule(state), **{key: value}), wanted)
+    for key, value in FOREIGN.items():
+        refuse(save(tmp_path / name, state, **{key: value}), f"{key}: {value}")
 
 
 @pytest.mark.parametrize("said", [{"v_pred": EMPTY}, {"hyper_parameters": {"parameterization": "v"}}])
 def test_a_mark_beside_the_state_dict(tmp_path: Path, state: dict[str, Tensor], said: dict[str, Any]) -> None:
-    refuse(save(tmp_path / "m.ckpt", state, **said), "v-prediction")
+    run(save(tmp_path / "m.ckpt", state, **said), V)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +122,7 @@ def test_a_mark_beside_the_state_dict(tmp_path: Path, state: dict[str, Tensor], 
 )
 def test_a_config_beside_the_file(tmp_path: Path, state: dict[str, Tensor], text: str) -> None:
     (tmp_path / "m.yaml").write_text(text)
-    refuse(save(tmp_path / "m.ckpt", state), "v-prediction")
+    run(save(tmp_path / "m.ckpt", state), V)
 
 
 def test_a_folder_of_diffusers(tmp_path: Path, state: dict[str, Tensor]) -> None:
@@ -106,23 +130,62 @@ def test_a_folder_of_diffusers(tmp_path: Path, state: dict[str, Tensor]) -> None
     convert(read_model(save(tmp_path / "m.ckpt", state)), tiny_config(), folder, "diffusers")
     unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
     whole = unet.read_bytes()
-    weights = read_model(folder / "unet").state_dict
-    save_file({"v_pred": EMPTY, **weights}, unet)
-    refuse(folder, "v-prediction")
+    save_file({"v_pred": EMPTY, **read_checkpoint(unet, mmap=False).state_dict}, unet)
+    (folder / "scheduler/scheduler_config.json").unlink()
+    run(folder, V)
     unet.write_bytes(whole)
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    scheduler.write_text(json.dumps({"prediction_type": "v_prediction"}))
-    refuse(folder, "scheduler: prediction_type: v_prediction")
-    assert "v-prediction" in read_model(folder / "unet").prediction, "a part says so too"
+    scheduler.write_text(json.dumps({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}))
+    run(folder, ZERO)
+    assert "v-prediction" in read_model(folder / "unet").prediction.stated, "a part says so too"
+    assert not read_model(folder, prediction="eps").prediction.stated
+    check_fit(build_model(tiny_config()), read_model(folder, prediction="eps"))
+    scheduler.write_text(json.dumps({"prediction_type": "sample"}))
+    refuse(folder, "scheduler: prediction_type: sample")
     shutil.rmtree(folder / "scheduler")
     check_fit(build_model(tiny_config()), read_model(folder))
+
+
+def test_a_choice_counts_more_than_the_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = save(tmp_path / "m.safetensors", without_schedule(state), ss_zero_terminal_snr="True")
+    for choice, wanted in (("auto", ZERO), ("v", ZERO), ("eps", {})):
+        params = suited(tiny_config(), read_model(path, prediction=choice))["params"]
+        assert {name: params.get(name) for name in ZERO} == {**dict.fromkeys(ZERO), **wanted}
+    plain = save(tmp_path / "plain.ckpt", state)
+    assert suited(tiny_config(), read_model(plain, prediction="v"))["params"]["parameterization"] == "v"
+    model = load_model(tiny_config(), plain, prediction="v")
+    assert (model.parameterization, float(model.alphas_cumprod[-1])) == (
+        "v",
+        pytest.approx(0.00466, abs=1e-5),
+    )
+
+
+def test_zero_snr_of_a_model_of_the_noise_is_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    said = {"modelspec.prediction_type": "epsilon", "ss_zero_terminal_snr": "True"}
+    refuse(save(tmp_path / "m.safetensors", without_schedule(state), **said), "though it predicts the noise")
+
+
+@pytest.mark.parametrize("to", ["compvis", "ckpt", "diffusers"])
+def test_a_conversion_keeps_the_prediction(tmp_path: Path, state: dict[str, Tensor], to: Any) -> None:
+    out = tmp_path / {"compvis": "out.safetensors", "ckpt": "out.ckpt", "diffusers": "out"}[to]
+    weights = [key for key in without_schedule(state) if not key.endswith("position_ids")]
+    for mark, wanted in (("v_pred", V), ("ztsnr", ZERO)):
+        source = save(tmp_path / "m.ckpt", {**without_schedule(state), mark: EMPTY})
+        convert(read_model(source), tiny_config(), out, to)
+        run(out, wanted)
+        written = read_model(out).state_dict
+        assert all(torch.equal(written[key], state[key]) for key in weights)
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
 
 
 def test_what_says_noise_or_nothing_is_run(tmp_path: Path, state: dict[str, Tensor]) -> None:
     (tmp_path / "m.yaml").write_text("# parameterization: v\nparameterization: eps\nv_pred: false\n")
     said = {"modelspec.prediction_type": "epsilon", "ss_v2": "False", "ss_zero_terminal_snr": "None"}
-    check_fit(build_model(tiny_config()), read_model(save(tmp_path / "m.safetensors", state, **said)))
-    assert foreign_prediction(["my_v_pred", "edmund.weight"], {"title": "v"}) == ""
+    checkpoint = read_model(save(tmp_path / "m.safetensors", state, **said))
+    config = tiny_config()
+    assert suited(config, checkpoint) is config
+    check_fit(build_model(config), checkpoint)
+    assert stated_prediction({"my_v_pred": 0, "edmund.weight": 0}, {"title": "v"}) == Prediction()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -133,18 +196,21 @@ def test_a_rounded_schedule_is_the_same(tmp_path: Path, state: dict[str, Tensor]
     check_fit(build_model(tiny_config()), read_model(save(tmp_path / "m.ckpt", rounded)))
 
 
-def test_another_schedule_is_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    """Zero terminal SNR by Lin et al. 2024, algorithm 1; and LDM's schedule for other models."""
-    root = state["alphas_cumprod"].double().sqrt()
-    zero = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    other = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
-    for changes, reason in (
-        ({"alphas_cumprod": zero.float()}, r"zero terminal SNR\), its alphas_cumprod shows"),
-        ({"betas": other}, r"another noise schedule .* --config$"),
+def test_the_schedule_of_a_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    """One that ends without signal is used; LDM's for other models is refused."""
+    betas = torch.tensor(zero_terminal_snr(make_beta_schedule("linear", 1000, 0.00085, 0.012)))
+    levels = torch.cumprod(1 - betas, 0)
+    for name, values in (
+        ("alphas_cumprod", levels.float()),
+        ("alphas_cumprod", levels.half()),
+        ("betas", betas),
     ):
-        path = save(tmp_path / "m.ckpt", {**state, **changes})
-        with pytest.raises(CheckpointError, match=reason):
-            check_fit(build_model(tiny_config()), read_model(path))
+        run(save(tmp_path / "m.ckpt", {**without_schedule(state), name: values}), ZERO)
+    other = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
+    with pytest.raises(CheckpointError, match=r"another noise schedule .* --config$"):
+        check_fit(
+            build_model(tiny_config()), read_model(save(tmp_path / "m.ckpt", {**state, "betas": other}))
+        )
 
 
 def test_the_published_configs_predict_the_noise() -> None:

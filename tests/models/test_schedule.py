@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.models.diffusion.schedule import ORIGINAL_EXACT_COUNTS, make_beta_schedule, make_timesteps
+from ldm.models.diffusion.schedule import (
+    ORIGINAL_EXACT_COUNTS,
+    make_beta_schedule,
+    make_timesteps,
+    zero_terminal_snr,
+)
 from ldm.modules.diffusionmodules.util import (
     extract_into_tensor,
     make_ddim_sampling_parameters,
@@ -98,3 +103,11 @@ def test_noise_that_is_repeated():
     one = noise_like((1, 3, 2), "cpu")
     torch.manual_seed(1)
     assert torch.equal(noise_like((4, 3, 2), "cpu", repeat=True), one.expand(4, 3, 2))
+
+
+def test_zero_terminal_snr_has_the_figures_of_its_algorithm():
+    """Lin et al. 2024, algorithm 1, on Stable Diffusion's betas."""
+    levels = np.cumprod(1 - zero_terminal_snr(make_beta_schedule("linear", 1000, 0.00085, 0.012)))
+    assert levels[999] == 0
+    assert levels[0] == pytest.approx(0.99914998, abs=3e-8)
+    assert levels[500] ** 0.5 == pytest.approx(0.49093649, abs=3e-7)

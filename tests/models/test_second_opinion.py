@@ -3,10 +3,15 @@
 import pytest
 import torch
 
+from ldm.checkpoints.load import build_model
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.guidance import Guidance
+from ldm.models.diffusion.noise import PhiloxNoise
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampling_run import SamplingRun
+from ldm.models.diffusion.schedule import StepTable
 from ldm.modules.encoders.clip import CLIPTextModel
-from tests.support.golden_data import figure, relative_error
+from tests.support.golden_data import figure, relative_error, tiny_config
 
 SCHEDULE = {
     "beta_start": 0.00085,
@@ -51,6 +56,35 @@ def test_diffusers_schedulers(tiny, ours, theirs, options, steps):
         eps = model.apply_model(x, torch.full((2,), int(t)), None)
         x = scheduler.step(eps, t, x).prev_sample
     assert relative_error(got, x) < 2e-5
+
+
+def test_diffusers_without_terminal_signal():
+    """A model of v on a schedule that ends at alpha 0, from its last timestep, with and without fresh noise."""
+    diffusers = pytest.importorskip("diffusers")
+    config = tiny_config()
+    config["params"].update(parameterization="v", zero_terminal_snr=True)
+    schedule = build_model(config)
+    model = Predictor(schedule)
+    model.parameterization = "v"
+    sampler = DDIMSampler(model)
+    scheduler = diffusers.DDIMScheduler(
+        **SCHEDULE, clip_sample=False, prediction_type="v_prediction", rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )  # fmt: skip
+    assert relative_error(schedule.alphas_cumprod, scheduler.alphas_cumprod) < 1e-6
+    scheduler.set_timesteps(10)
+    sampler.make_schedule(10, verbose=False)
+    start = figure("sample/x_T")
+    for eta in (0.0, 0.5):  # with 1 the rounding of their float32 shows
+        table = StepTable.build(sampler._alphas_cumprod(), scheduler.timesteps.numpy()[::-1].copy(), eta)
+        noise = PhiloxNoise(3, "cpu")
+        run = SamplingRun(model, PhiloxNoise(3, "cpu"), Guidance(None))
+        ours = x = start
+        for t, step in zip(scheduler.timesteps, table.downwards(), strict=True):
+            ours, _ = run.advance(ours, run.predict(ours, step.t, step.alpha), step)
+            v = model.apply_model(x, torch.full((2,), int(t)), None)
+            x = scheduler.step(v, t, x, eta=eta, variance_noise=noise.draw(x.shape)).prev_sample
+            assert relative_error(ours, x) < 1e-5, f"eta {eta}, timestep {t}"
 
 
 def test_transformers_text_model():

@@ -19,6 +19,7 @@ from ldm.checkpoints.formats.safetensors_file import read_safetensors
 from ldm.checkpoints.formats.tensor_bytes import FLOAT8
 from ldm.checkpoints.formats.torch_legacy import read_torch_legacy
 from ldm.checkpoints.formats.torch_zip import damaged_records, read_torch_zip
+from ldm.checkpoints.layouts.prediction import Prediction
 from ldm.checkpoints.layouts.recognise import ModelKind, kind_of, looks_like
 
 _WRAPPERS = ("state_dict", "model")
@@ -35,8 +36,8 @@ class Checkpoint:
 
     `metadata` has the scalars next to the state dict (`global_step`, `epoch`, ...) or the text metadata of a
     safetensors file. For a diffusers folder `configs` has the settings of its components (`unet/config.json` and so
-    on) and `vocabulary` the folder of its tokenizer. `prediction` names what a model predicts instead of the noise;
-    empty if `read_model` found nothing of the kind.
+    on) and `vocabulary` the folder of its tokenizer. `prediction` is what `read_model` found about its prediction
+    type.
     """
 
     path: Path
@@ -45,7 +46,7 @@ class Checkpoint:
     metadata: Mapping[str, Scalar] = field(default_factory=dict)
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     vocabulary: Path | None = None
-    prediction: str = ""
+    prediction: Prediction = field(default_factory=Prediction)
 
     @cached_property
     def kind(self) -> ModelKind:

@@ -1,12 +1,13 @@
-"""The prediction type that a checkpoint states: this toolkit runs models that predict the noise."""
+"""What a checkpoint states about its prediction type and its noise schedule."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +16,7 @@ from ldm.files import read_side_file
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import printable
 
+_NOISE = "the noise"
 _V = "v-prediction"
 _ZERO_SNR = "a noise schedule that ends without signal (zero terminal SNR)"
 _EDM = "EDM's parameterization"
@@ -42,7 +44,7 @@ _WORDS = (
     "predict_key",
     "parameterization",
 )
-_NOISE = frozenset({"", "none", "eps", "epsilon", "noise"})
+_NOISES = frozenset({"eps", "epsilon", "noise"})
 _NO = frozenset({"", "0", "0.0", "false", "no", "none", "off"})
 _MAX_CONFIG = 2**20
 _CONFIG_ENTRY = re.compile(
@@ -52,24 +54,73 @@ _CONFIG_ENTRY = re.compile(
 _CONFIG_V = re.compile(r"^[^#\n]*\.V(?:Scaling|Weighting)\w*", re.MULTILINE)  # of Stability AI's configs
 
 
-def foreign_prediction(keys: Iterable[str], entries: Mapping[str, Any]) -> str:
-    """The prediction type of a model that does not predict the noise, and where it is stated: in keys or `entries`.
+Choice = Literal["auto", "eps", "v"]
 
-    Empty for a model that predicts the noise or states nothing. A false value, such as "False", is a no.
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a checkpoint states about what its U-Net predicts.
+
+    `parameterization` is "eps" (the noise), "v", or "" where nothing is stated. With `zero_snr` the schedule ends
+    without signal (zero terminal SNR). `stated` says it in words, with the place of the statement, if it is not the
+    noise. `foreign` is what this toolkit does not run, in the same form, or "".
     """
-    for key in keys:
-        for pattern, what in _MARKS:
-            if pattern.search(key):
-                return f"{what} (its key {printable(key[:100])})"
+
+    parameterization: Literal["", "eps", "v"] = ""
+    zero_snr: bool = False
+    stated: str = ""
+    foreign: str = ""
+
+    @classmethod
+    def chosen(cls, parameterization: Literal["eps", "v"], file: Prediction) -> Prediction:
+        """The prediction type that a user chose for a file that states `file`; "eps" also turns zero SNR off."""
+        zero_snr = file.zero_snr and parameterization == "v"
+        words = {"eps": "", "v": f"{_V} (chosen){f' and {_ZERO_SNR}' if zero_snr else ''}"}
+        return cls(parameterization, zero_snr, words[parameterization])
+
+
+def stated_prediction(state_dict: Mapping[str, Any], entries: Mapping[str, Any]) -> Prediction:
+    """What the keys of a file, its own noise schedule, and the `entries` next to its weights state.
+
+    A false value, such as "False", is a no. Zero terminal SNR means v-prediction, unless the noise is stated.
+    """
+    found = [*_of_keys(state_dict), *_of_entries(entries)]
+    kinds = {what for what, _ in found}
+    known = {_NOISE: "", _V: _V, _ZERO_SNR: _ZERO_SNR}
+    stated = " and ".join(dict.fromkeys(f"{what} {where}" for what, where in found if known.get(what, what)))
+    if foreign := [f"{what} {where}" for what, where in found if what not in known]:
+        return Prediction(stated=stated, foreign=foreign[0])
+    if _ZERO_SNR in kinds and _V not in kinds and _NOISE in kinds:
+        stated = f"{stated}, though it predicts the noise"
+        return Prediction(stated=stated, foreign=stated)
+    if _V in kinds or _ZERO_SNR in kinds:
+        return Prediction("v", _ZERO_SNR in kinds, stated)
+    return Prediction("eps" if kinds else "")
+
+
+def _of_keys(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The kinds of prediction that keys mean, each with its first key; and that of a schedule without signal."""
+    for pattern, what in _MARKS:
+        key = next(filter(pattern.search, state_dict), None)
+        if key is not None:
+            yield what, f"(its key {printable(key[:100])})"
+    for name in ("alphas_cumprod", "betas"):
+        levels = _levels(name, state_dict.get(name))
+        if levels is not None and abs(levels[-1]) < 1e-6:
+            yield _ZERO_SNR, f"(its {name})"
+            return
+
+
+def _of_entries(entries: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in entries.items():
         word = str(value).strip().lower()
         where = f"({printable(name[:100])}: {printable(str(value)[:50])})"
         own = name.rpartition(": ")[2]
         if own in _FLAGS and word not in _NO:
-            return f"{_FLAGS[own]} {where}"
-        if own in _WORDS and word not in _NOISE:
-            return f"{_V if re.match('v([_-]|$)', word) else 'another prediction'} {where}"
-    return ""
+            yield _FLAGS[own], where
+        if own in _WORDS and word not in _NO:
+            v = re.match("v([_-]|$)", word)
+            yield _NOISE if word in _NOISES else _V if v else "another prediction", where
 
 
 def config_beside(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -88,11 +139,23 @@ def config_beside(path: str | os.PathLike[str]) -> dict[str, str]:
     return entries
 
 
-def check_prediction(prediction: str, likeness: str = "") -> None:
-    """Refuses a model for which `foreign_prediction` is not empty; `likeness` is added to the line."""
-    if prediction:
+def is_mark(key: str) -> bool:
+    """Whether a key of a state dict only marks the prediction type: its tensor is empty."""
+    return any(pattern.search(key) for pattern, what in _MARKS if what in (_V, _ZERO_SNR))
+
+
+def marks_of(model: LatentDiffusion) -> dict[str, torch.Tensor]:
+    """The empty tensors by which a state dict marks what a model predicts, other than the noise."""
+    marks = {"v_pred": model.parameterization == "v", "ztsnr": model.zero_terminal_snr}
+    return {key: torch.empty(0) for key, present in marks.items() if present}
+
+
+def check_prediction(prediction: Prediction, likeness: str = "") -> None:
+    """Refuses a model that predicts neither the noise nor v; `likeness` is added to the line."""
+    if prediction.foreign:
         raise CheckpointError(
-            f"was trained for {prediction}; this toolkit runs only models that predict the noise{likeness}"
+            f"was trained for {prediction.foreign}; this toolkit runs only models that predict the noise or v"
+            f"{likeness}"
         )
 
 
@@ -101,17 +164,22 @@ def check_schedule(model: LatentDiffusion, state_dict: Mapping[str, torch.Tensor
     ours = model.alphas_cumprod
     for name in ("alphas_cumprod", "betas"):
         found = state_dict.get(name)
-        if found is None or found.shape != ours.shape or ours.is_meta:
+        theirs = _levels(name, found)
+        if found is None or theirs is None or theirs.shape != ours.shape or ours.is_meta:
             continue
-        if not found.is_floating_point() or found.element_size() < 2:  # too coarse to compare
-            continue
-        theirs = found.double() if name == "alphas_cumprod" else torch.cumprod(1 - found.double(), 0)
         tolerance = max(1e-4, 2 * torch.finfo(found.dtype).eps)
         if torch.allclose(theirs, ours.double(), rtol=tolerance, atol=1e-6):
             continue
-        if abs(theirs[-1]) < 1e-6:
-            check_prediction(f"{_ZERO_SNR}, its {name} shows")
         raise CheckpointError(
             f"has another noise schedule than this config's model (the last of alphas_cumprod is {theirs[-1]:.4g}, "
             f"the model's {ours[-1]:.4g}); give the config that it was trained with: --config"
         )
+
+
+def _levels(name: str, found: object) -> torch.Tensor | None:
+    """The noise levels alphas_cumprod in float64, from a file's tensor of this name; None if it holds none."""
+    if not isinstance(found, torch.Tensor) or found.ndim != 1 or not len(found) or found.is_meta:
+        return None
+    if not found.is_floating_point() or found.element_size() < 2:  # too coarse to compare
+        return None
+    return found.double() if name == "alphas_cumprod" else torch.cumprod(1 - found.double(), 0)

@@ -9,7 +9,7 @@ import numpy as np
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.schedule import make_beta_schedule
+from ldm.models.diffusion.schedule import make_beta_schedule, zero_terminal_snr
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
@@ -103,8 +103,10 @@ def _text_config(model: LatentDiffusion) -> dict[str, Any]:
 
 def _scheduler_config(model: LatentDiffusion) -> dict[str, Any]:
     """diffusers calls the square of a line, CompVis's "linear" schedule, scaled_linear."""
-    start, end = (float(f"{float(model.betas[i]):.6g}") for i in (0, -1))
+    start, end = model.linear_start, model.linear_end
     line = make_beta_schedule("linear", model.num_timesteps, start, end)
+    if model.zero_terminal_snr:
+        line = zero_terminal_snr(line)
     if not np.allclose(model.betas.cpu().numpy(), line, rtol=1e-5):
         raise _not_describable("a noise schedule that is not v1's")
     return {
@@ -113,8 +115,8 @@ def _scheduler_config(model: LatentDiffusion) -> dict[str, Any]:
         "beta_start": start,
         "beta_end": end,
         "trained_betas": None,
-        "prediction_type": "epsilon",
-        "rescale_betas_zero_snr": False,
+        "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[model.parameterization],
+        "rescale_betas_zero_snr": model.zero_terminal_snr,
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.schedule import diffusion_buffers, make_beta_schedule
+from ldm.models.diffusion.schedule import zero_terminal_snr as rescaled_to_zero_snr
 from ldm.modules.diffusionmodules.util import extract_into_tensor
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
@@ -69,7 +70,8 @@ class DDPM(nn.Module):
     """A noise predictor and its schedule of noise levels (Ho et al. 2020).
 
     Parameters are those of the published configs. Sampling reads the schedule (`timesteps`, `linear_start`,
-    `linear_end`, `beta_schedule`, `cosine_s`, `given_betas`, `v_posterior`), `parameterization` (what the U-Net
+    `linear_end`, `beta_schedule`, `cosine_s`, `given_betas`, `v_posterior`, and `zero_terminal_snr`, with which it
+    ends without signal), `parameterization` (what the U-Net
     predicts: "eps", the noise, or "v", which samplers convert to it), `conditioning_key`, `channels`, `image_size`
     and the config of the U-Net; `use_ema` keeps averaged weights under `model_ema`. The rest serves training.
     `ckpt_path` and the parameters for reading it are ignored.
@@ -104,16 +106,21 @@ class DDPM(nn.Module):
         use_positional_encodings: bool = False,
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
+        zero_terminal_snr: bool = False,
     ):
         super().__init__()
         if parameterization not in ("eps", "v"):
             raise InputError(
                 f"parameterization {parameterization!r} is not supported; a model predicts eps, the noise, or v"
             )
+        if zero_terminal_snr and parameterization != "v":
+            raise InputError(
+                "zero_terminal_snr needs parameterization: v; without signal the noise says nothing"
+            )
         only_with(type(self).__name__, learn_logvar=(learn_logvar, False))  # a weight that v1 models lack
         if ckpt_path is not None:
             logger.warning("the config's ckpt_path %s is ignored", printable(ckpt_path))
-        self.parameterization = parameterization
+        self.parameterization, self.zero_terminal_snr = parameterization, zero_terminal_snr
         self.image_size, self.channels = image_size, channels
         self.log_every_t, self.first_stage_key, self.monitor = log_every_t, first_stage_key, monitor
         self.loss_type, self.l_simple_weight = loss_type, l_simple_weight
@@ -156,6 +163,9 @@ class DDPM(nn.Module):
             if given_betas is None
             else np.asarray(given_betas, dtype=np.float64)
         )
+        if self.zero_terminal_snr:
+            betas = rescaled_to_zero_snr(betas)
+        self.linear_start, self.linear_end = linear_start, linear_end
         for name, values in diffusion_buffers(betas, self.v_posterior).items():
             # computed values, so they are never left on the meta device that a model may be built on
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32, device="cpu"))

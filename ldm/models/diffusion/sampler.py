@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.models.diffusion.guidance import Conditioning, Guidance
 from ldm.models.diffusion.noise import NoiseSource, RepeatedNoise, TorchNoise
 from ldm.models.diffusion.sampling_run import SamplingRun
-from ldm.models.diffusion.schedule import Step, StepTable, make_timesteps
+from ldm.models.diffusion.schedule import LEAST_ALPHA, Step, StepTable, make_timesteps
 from ldm.util import warn_of_ignored
 
 logger = logging.getLogger(__name__)
@@ -345,7 +345,7 @@ class Sampler:
         return self.model.alphas_cumprod.device
 
     def _alphas_cumprod(self) -> np.ndarray:
-        return self.model.alphas_cumprod.cpu().double().numpy()
+        return self.model.alphas_cumprod.cpu().double().clamp(min=LEAST_ALPHA).numpy()
 
     def _choose_table(self, steps: int, spacing: str, eta: float) -> StepTable:
         timesteps = make_timesteps(spacing, steps, self.ddpm_num_timesteps)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.floating]  # float64 throughout
 
+# samplers take this for the level of a timestep without signal (`zero_terminal_snr`): what they divide by stays above
+# 0, and in float64, in which predictions of v are converted, the clean latent differs from the exact one by 1e-8
+LEAST_ALPHA = 2.0**-52
+
 ORIGINAL_EXACT_COUNTS = (1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500)
 
 
@@ -49,10 +53,26 @@ def make_beta_schedule(
     raise InputError(f"unknown beta_schedule {schedule!r}; it is linear, sqrt_linear, sqrt or cosine")
 
 
+def zero_terminal_snr(betas: Array) -> Array:
+    """Returns `betas` rescaled so that the last noise level has no signal (Lin et al. 2024, algorithm 1).
+
+    sqrt(alpha) is shifted to end in 0 and scaled to begin as before, in float64; the last beta is 1.
+    """
+    signal = np.sqrt(np.cumprod(1.0 - betas))
+    signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    alphas = signal**2
+    return 1.0 - alphas / np.append(1.0, alphas[:-1])
+
+
 def diffusion_buffers(betas: Array, v_posterior: float = 0.0) -> dict[str, Array]:
-    """Returns the twelve tables of a checkpoint, by name (DDPM, equations 4 to 7)."""
+    """Returns the twelve tables of a checkpoint, by name (DDPM, equations 4 to 7).
+
+    Where no signal is left (`zero_terminal_snr`), the two tables of reciprocals are infinite.
+    """
     alphas = 1.0 - betas
     alphas_cumprod = np.cumprod(alphas)
+    with np.errstate(divide="ignore"):
+        reciprocals = 1 / alphas_cumprod
     previous = np.append(1.0, alphas_cumprod[:-1])
     variance = (1 - v_posterior) * betas * (1 - previous) / (1 - alphas_cumprod) + v_posterior * betas
     return {
@@ -62,8 +82,8 @@ def diffusion_buffers(betas: Array, v_posterior: float = 0.0) -> dict[str, Array
         "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
         "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_cumprod),
         "log_one_minus_alphas_cumprod": np.log(1 - alphas_cumprod),
-        "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_cumprod),
-        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_cumprod - 1),
+        "sqrt_recip_alphas_cumprod": np.sqrt(reciprocals),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(reciprocals - 1),
         "posterior_variance": variance,
         # the first variance is 0
         "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
