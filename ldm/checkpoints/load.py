@@ -63,9 +63,6 @@ _USES: Mapping[Part, str] = {
     "embedding": "give it with --embedding, and a model with --ckpt",
 }
 _NO_USE = "this toolkit has no use for it: give a Stable Diffusion v1 model"
-_REMARKS = {
-    "num_hidden_layers": "; is CLIP skip built into it?",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +142,7 @@ def check_fit(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
                 raise _error(
                     checkpoint,
                     f"its {component} has {name} {printable(settings[name])[:100]}, and this config's model "
-                    f"{printable(value)}{_REMARKS.get(name, '')}{looks_like(checkpoint.kind)}",
+                    f"{printable(value)}{looks_like(checkpoint.kind)}",
                 )
 
 

@@ -2,28 +2,78 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ldm.checkpoints.formats.read import Checkpoint
+from ldm.checkpoints.layouts.names import PREFIXES
+from ldm.util import printable
+
+logger = logging.getLogger(__name__)
+
+Config = Mapping[str, Any]
+_CLIP = "ldm.modules.encoders.modules.FrozenCLIPEmbedder"
+_TEXT_LAYER = re.compile(
+    rf"{re.escape(PREFIXES['text_encoder'])}transformer\.text_model\.encoder\.layers\.(\d+)\."
+)
 
 
-def suited(config: Mapping[str, Any], checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Returns a checked config with what `checkpoint` states about itself; the same object if nothing differs."""
-    params = config.get("params")
-    if not isinstance(params, Mapping):
+def suited(config: Config, checkpoint: Checkpoint) -> Config:
+    """Returns a checked config with what `checkpoint` states about itself; the same object if nothing differs.
+
+    What is changed is logged.
+    """
+    if not isinstance(config.get("params"), Mapping):
         return config
-    changes = _of_prediction(params, checkpoint)
-    return {**config, "params": {**params, **changes}} if changes else config
+    for adapt in (_to_prediction, _to_text_layers):
+        config = adapt(config, checkpoint)
+    return config
 
 
-def _of_prediction(params: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+def _changed(config: Config, checkpoint: Checkpoint, why: str, **params: Any) -> Config:
+    """`config` with other parameters, for a stated reason."""
+    logger.info("%s: %s", printable(checkpoint.path), why)
+    return {**config, "params": {**config["params"], **params}}
+
+
+def _to_prediction(config: Config, checkpoint: Checkpoint) -> Config:
     """What the U-Net predicts, and whether the schedule ends without signal."""
-    stated = checkpoint.prediction
+    params, stated = config["params"], checkpoint.prediction
     wanted: dict[str, Any] = {}
     if stated.parameterization:
         wanted["parameterization"] = stated.parameterization
     if stated.zero_snr:
         wanted["zero_terminal_snr"] = True
     usual = {"parameterization": "eps", "zero_terminal_snr": False}
-    return {name: value for name, value in wanted.items() if params.get(name, usual[name]) != value}
+    if all(params.get(name, usual[name]) == value for name, value in wanted.items()):
+        return config
+    return _changed(config, checkpoint, stated.stated or "predicts the noise", **wanted)
+
+
+def _to_text_layers(config: Config, checkpoint: Checkpoint) -> Config:
+    """A text encoder without its last layers, which has a CLIP skip built in."""
+    encoder = config["params"].get("cond_stage_config")
+    if not isinstance(encoder, Mapping) or encoder.get("target") != _CLIP:
+        return config
+    params = encoder.get("params") or {}
+    layers, usual = _text_layers(checkpoint), params.get("layers", 12)
+    if not 0 < layers < usual:
+        return config
+    why = (
+        f"its text encoder has {layers} layers instead of {usual}: CLIP skip {usual - layers + 1} is built in"
+    )
+    changed = {**encoder, "params": {**params, "layers": layers}}
+    return _changed(config, checkpoint, why, cond_stage_config=changed)
+
+
+def _text_layers(checkpoint: Checkpoint) -> int:
+    """How many layers a text encoder states or has; 0 if that is not known."""
+    settings = checkpoint.configs.get("text_encoder", {})
+    of_clip = settings.get("text_config")  # a whole CLIP's text encoder
+    stated = (of_clip if isinstance(of_clip, Mapping) else settings).get("num_hidden_layers")
+    if type(stated) is int:
+        return stated
+    found = {match[1] for match in map(_TEXT_LAYER.match, checkpoint.state_dict) if match}
+    return len(found) if found == set(map(str, range(len(found)))) else 0

@@ -24,6 +24,11 @@ class InpaintingCondition(NamedTuple):
     masked_latents: Tensor
 
 
+def clip_skip_of(job: Job) -> int:
+    """The layer, counted from the text encoder's end, whose states are a job's conditioning; 1 is the last."""
+    return getattr(job, "clip_skip", 1)
+
+
 class TextConditioning:
     """Encodes the prompts of jobs, and keeps what it has encoded."""
 
@@ -47,10 +52,12 @@ class TextConditioning:
         """The conditioning of a batch, that of its negative prompts if any job has guidance, and the scales."""
         with self._placement.running(self._model.cond_stage_model):
             chunks = self._count_chunks(jobs[0])
-            cond = self._joined([self._encode_prompt(job.prompt, chunks) for job in jobs], inpainting)
+            cond = self._joined(
+                [self._encode_prompt(job.prompt, chunks, clip_skip_of(job)) for job in jobs], inpainting
+            )
             if all(job.scale == 1.0 for job in jobs):
                 return Guidance(cond, scale=1.0)
-            negative = [self._encode_negative(job.negative_prompt, chunks) for job in jobs]
+            negative = [self._encode_negative(job.negative_prompt, chunks, clip_skip_of(job)) for job in jobs]
             return Guidance(cond, self._joined(negative, inpainting), self._scales(jobs))
 
     def _scales(self, jobs: Sequence[Job]) -> float | Tensor:
@@ -73,11 +80,12 @@ class TextConditioning:
         cut_words = getattr(self._model.cond_stage_model, "cut_words", None)
         return cut_words(job.prompt) if cut_words and job.prompt_syntax == "plain" else ""
 
-    def _encode(self, prompt: str, chunks: int | None) -> Tensor:
+    def _encode(self, prompt: str, chunks: int | None, clip_skip: int) -> Tensor:
         """A prompt [1, L, width]: as it is, or with weights and in so many chunks of 75 tokens."""
         if chunks is None:
-            return self._model.get_learned_conditioning([prompt])
-        return encode_weighted(self._model.cond_stage_model, [prompt], chunks)
+            skip = {"clip_skip": clip_skip} if clip_skip != 1 else {}  # which a replaced method may not know
+            return self._model.get_learned_conditioning([prompt], **skip)
+        return encode_weighted(self._model.cond_stage_model, [prompt], chunks, clip_skip)
 
     def _count_chunks(self, job: Job) -> int | None:
         """How many chunks both prompts of a job are read in; None where they are read plainly."""

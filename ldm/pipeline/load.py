@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +23,7 @@ from ldm.runtime.device import Precision, resolve_precision
 from ldm.runtime.fast import halved
 from ldm.safety.load import find_safety_model, load_safety_model
 from ldm.safety.screen import Screen
-from ldm.util import need, printable
-
-logger = logging.getLogger(__name__)
+from ldm.util import need
 
 
 def load_model(
@@ -51,8 +48,6 @@ def load_model(
     checkpoint = read_model(ckpt, mmap, vae, text_encoder, prediction)
     model = build_model(suited(config, checkpoint))
     check_fit(model, checkpoint)
-    if checkpoint.prediction.stated:
-        logger.info("%s: %s", printable(checkpoint.path), checkpoint.prediction.stated)
     need(
         not model.zero_terminal_snr or torch.device(device).type != "mps",
         "a model with zero terminal SNR needs float64, which MPS has not; use --device cpu",

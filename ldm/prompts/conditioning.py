@@ -17,12 +17,14 @@ def count_chunks(embedder: nn.Module, prompts: Sequence[str]) -> int:
     return max(map(len, _chunked(embedder, prompts)))
 
 
-def encode_weighted(embedder: nn.Module, prompts: Sequence[str], chunks: int = 1) -> Tensor:
+def encode_weighted(
+    embedder: nn.Module, prompts: Sequence[str], chunks: int = 1, clip_skip: int = 1
+) -> Tensor:
     """Encodes prompts in A1111's syntax as [N, 77 * C, width]; C is `chunks`, by default that of the longest prompt.
 
     Each chunk is encoded separately, so that the result does not depend on the other prompts;
     shorter prompts are padded with chunks of the empty one. A prompt of one chunk without weights gives the output
-    of `embedder.encode`, bit for bit. `InputError` for a text encoder other than CLIP's.
+    of `embedder.encode`, bit for bit; `clip_skip` is as there. `InputError` for a text encoder other than CLIP's.
     """
     rows = _chunked(embedder, prompts)
     count = max(chunks, *map(len, rows))
@@ -30,7 +32,7 @@ def encode_weighted(embedder: nn.Module, prompts: Sequence[str], chunks: int = 1
     encoded: dict[Chunk, Tensor] = {}
     for row in rows:
         row += empty * (count - len(row))
-        encoded |= {chunk: _encode(embedder, chunk) for chunk in row if chunk not in encoded}
+        encoded |= {chunk: _encode(embedder, chunk, clip_skip) for chunk in row if chunk not in encoded}
     return torch.cat([torch.cat([encoded[chunk] for chunk in row], dim=1) for row in rows])
 
 
@@ -45,14 +47,12 @@ def _chunked(embedder: nn.Module, prompts: Sequence[str]) -> list[list[Chunk]]:
     return [chunk_prompt(prompt, clip.reader, clip.max_length - 2) for prompt in prompts]
 
 
-def _encode(embedder: nn.Module, chunk: Chunk) -> Tensor:
+def _encode(embedder: nn.Module, chunk: Chunk, clip_skip: int) -> Tensor:
     """Encodes one chunk as [1, 77, width], multiplied by its weights."""
-    transformer = _clip(embedder).transformer
-    device = transformer.device
-    hidden = transformer(torch.tensor([chunk.ids], device=device)).last_hidden_state
+    hidden = _clip(embedder).hidden_states(torch.tensor([chunk.ids]), clip_skip)
     if all(weight == 1 for weight in chunk.weights):
         return hidden
-    return weigh(hidden, torch.tensor(chunk.weights, device=device))
+    return weigh(hidden, torch.tensor(chunk.weights, device=hidden.device))
 
 
 def weigh(hidden: Tensor, weights: Tensor) -> Tensor:

@@ -14,7 +14,14 @@ from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.util import InputError, instantiate_from_config
-from tests.support.golden_data import TOLERANCE, figure, relative_error, tiny_config, tiny_model
+from tests.support.golden_data import (
+    TOLERANCE,
+    figure,
+    laion_config,
+    relative_error,
+    tiny_config,
+    tiny_model,
+)
 
 SAMPLERS = [DDIMSampler, PLMSSampler, DPMSolverSampler]
 
@@ -345,6 +352,16 @@ def test_a_text_encoder_of_bert_takes_one_text(tmp_path):
         {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": params}
     )
     assert torch.equal(encoder("a cat"), encoder(["a cat"])) and encoder.encode("").shape == (1, 77, 8)
+
+
+def test_clip_skip_needs_clip(tiny):
+    assert torch.equal(
+        tiny.get_learned_conditioning("a cat", clip_skip=1), tiny.get_learned_conditioning("a cat")
+    )
+    with torch.device("meta"):
+        model = instantiate_from_config(laion_config(30))
+    with pytest.raises(InputError, match=r"CLIP skip 2 needs CLIP's text encoder, .* has a BERTEmbedder"):
+        model.get_learned_conditioning("a cat", clip_skip=2)
 
 
 # --- the text encoder -----------------------------------------------------------------------------------------

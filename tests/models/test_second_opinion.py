@@ -11,6 +11,7 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling_run import SamplingRun
 from ldm.models.diffusion.schedule import StepTable
 from ldm.modules.encoders.clip import CLIPTextModel
+from ldm.util import InputError
 from tests.support.golden_data import figure, relative_error, tiny_config
 
 SCHEDULE = {
@@ -118,3 +119,10 @@ def test_transformers_text_model():
         assert relative_error(state, other) < 2e-5
     for i in range(2):
         assert relative_error(found[i], expected[i]) < 2e-5
+    norm = getattr(theirs, "text_model", theirs).final_layer_norm
+    for skip in (1, 2, 3):
+        states = ours(input_ids=ids, clip_skip=skip).last_hidden_state
+        assert relative_error(states.detach(), norm(expected.hidden_states[-skip]).detach()) < 2e-5
+    for skip in (0, 4):
+        with pytest.raises(InputError, match=rf"CLIP skip {skip} leaves no layer .* give 1 to 3"):
+            ours(input_ids=ids, clip_skip=skip)

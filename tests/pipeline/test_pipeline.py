@@ -54,6 +54,20 @@ def test_equal_batches_give_equal_bytes(pipeline):
     assert torch.equal(pixels(pipeline, jobs), pixels(pipeline, jobs))
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Skipping(Job):
+    clip_skip: int = 1
+
+
+def test_each_job_of_a_batch_has_the_conditioning_of_its_clip_skip(pipeline):
+    jobs = [Skipping("a red cube", negative_prompt="blue", clip_skip=skip) for skip in (1, 2, 1)]
+    guidance = pipeline.maker.conditioning.guidance(jobs, None)
+    for text, found in (("a red cube", guidance.cond), ("blue", guidance.uncond)):
+        for row, skip in zip(found, (1, 2, 1), strict=True):
+            assert torch.equal(row, pipeline.model.get_learned_conditioning([text], skip)[0])
+    assert not torch.equal(guidance.cond[0], guidance.cond[1])
+
+
 def test_global_randomness_has_no_influence(pipeline):
     torch.manual_seed(1)
     first = pixels(pipeline, [dataclasses.replace(JOB, eta=1.0)])

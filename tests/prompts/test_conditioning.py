@@ -22,6 +22,14 @@ def test_without_weights_it_is_the_plain_conditioning(tiny, embedder, prompt):
     assert torch.equal(encode_weighted(embedder, [prompt]), tiny.get_learned_conditioning([plain]))
 
 
+def test_clip_skip_is_that_of_the_plain_conditioning(tiny, embedder):
+    plain = tiny.get_learned_conditioning(["a cat"], clip_skip=2)
+    assert torch.equal(encode_weighted(embedder, ["a cat"], clip_skip=2), plain)
+    assert not torch.equal(plain, tiny.get_learned_conditioning(["a cat"]))
+    with pytest.raises(InputError, match="CLIP skip 3 leaves no layer of a text encoder with 2"):
+        encode_weighted(embedder, ["a cat"], clip_skip=3)
+
+
 def test_chunks_are_encoded_apart_and_joined(tiny, embedder):
     parts = [tiny.get_learned_conditioning([text]) for text in ("a cat", "a dog")]
     assert torch.equal(encode_weighted(embedder, ["a cat BREAK a dog"]), torch.cat(parts, dim=1))

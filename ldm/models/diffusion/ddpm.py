@@ -18,6 +18,7 @@ from ldm.models.diffusion.schedule import zero_terminal_snr as rescaled_to_zero_
 from ldm.modules.diffusionmodules.util import extract_into_tensor
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import InputError, instantiate_from_config, only_with, printable
 
 logger = logging.getLogger(__name__)
@@ -254,8 +255,18 @@ class LatentDiffusion(DDPM):
             cond = {"c_concat" if self.model.conditioning_key == "concat" else "c_crossattn": conds}
         return self.model(x_noisy, t, **cond)
 
-    def get_learned_conditioning(self, c: str | Sequence[str]) -> Tensor:
-        """Encodes one or more prompts as the context of the U-Net's cross-attention [N, tokens, width]."""
+    def get_learned_conditioning(self, c: str | Sequence[str], clip_skip: int = 1) -> Tensor:
+        """Encodes one or more prompts as the context of the U-Net's cross-attention [N, tokens, width].
+
+        With a `clip_skip` other than 1 see `FrozenCLIPEmbedder.encode`; `InputError` for other text encoders.
+        """
+        if clip_skip != 1:
+            if not isinstance(self.cond_stage_model, FrozenCLIPEmbedder):
+                raise InputError(
+                    f"CLIP skip {clip_skip} needs CLIP's text encoder, and this model has a "
+                    f"{type(self.cond_stage_model).__name__}; leave it out, or give 1"
+                )
+            return self.cond_stage_model.encode(c, clip_skip)
         method = "encode" if hasattr(self.cond_stage_model, "encode") else "__call__"
         found = getattr(self.cond_stage_model, self.cond_stage_forward or method)(c)
         return found.mode() if isinstance(found, DiagonalGaussianDistribution) else found

@@ -134,9 +134,9 @@ class CLIPEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(CLIPEncoderLayer(width, heads, inner, causal) for _ in range(layers))
 
-    def forward(self, x: Tensor, seen: list[Tensor] | None = None) -> Tensor:
-        """The outputs of the layers are appended to `seen`."""
-        for layer in self.layers:
+    def forward(self, x: Tensor, seen: list[Tensor] | None = None, count: int | None = None) -> Tensor:
+        """Runs the first `count` layers, or all of them; their outputs are appended to `seen`."""
+        for layer in self.layers[:count]:
             x = layer(x)
             if seen is not None:
                 seen.append(x)
@@ -177,19 +177,28 @@ class CLIPTextTransformer(nn.Module):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        clip_skip: int = 1,
     ) -> TextOutput | tuple[Any, ...]:
         """Encodes ids [B, L]: `last_hidden_state` [B, L, width] after the final norm; `pooler_output` [B, width], its
         row at the first end token; with `output_hidden_states` the embeddings and each layer's states before it.
 
-        With `return_dict` False a tuple. `InputError` for a mask that hides tokens, and for `output_attentions`.
+        With `clip_skip` N the last N - 1 layers are not run: the final norm follows the Nth layer from the end.
+        With `return_dict` False a tuple. `InputError` for a `clip_skip` that leaves no layer, for a mask that hides
+        tokens, and for `output_attentions`.
         """
         only_with("CLIPTextModel", output_attentions=(bool(output_attentions), False))
         if attention_mask is not None and not bool(attention_mask.all()):
             raise InputError(
                 "CLIPTextModel: an attention_mask that hides tokens is not supported; leave it out"
             )
+        layers = len(self.encoder.layers)
+        if not 1 <= clip_skip <= layers:
+            raise InputError(
+                f"CLIP skip {clip_skip} leaves no layer of a text encoder with {layers}; give 1 to {layers}"
+            )
         states = [self.embeddings(input_ids, position_ids)]
-        last = self.final_layer_norm(self.encoder(states[0], states if output_hidden_states else None))
+        seen = states if output_hidden_states else None
+        last = self.final_layer_norm(self.encoder(states[0], seen, layers + 1 - clip_skip))
         ends = (input_ids == self.eos_token_id).int().argmax(dim=1)
         output = TextOutput(
             last,

@@ -147,9 +147,14 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         """Sets evaluation mode, without gradients."""
         self.eval().requires_grad_(False)
 
-    def forward(self, text: str | Sequence[str]) -> Tensor:
-        ids = self._ids(self.listed(text)).to(self.transformer.device)
-        return self.transformer(input_ids=ids).last_hidden_state
+    def forward(self, text: str | Sequence[str], clip_skip: int = 1) -> Tensor:
+        """Does the same as `encode`."""
+        return self.hidden_states(self._ids(self.listed(text)), clip_skip)
+
+    def hidden_states(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
+        """Encodes ids [B, L] as [B, L, width]; see `encode`."""
+        skip = {"clip_skip": clip_skip} if clip_skip != 1 else {}  # which a replaced transformer may not know
+        return self.transformer(input_ids=ids.to(self.transformer.device), **skip).last_hidden_state
 
     def _ids(self, texts: list[str]) -> Tensor:
         tokenizer = self.__dict__.get("tokenizer")
@@ -171,9 +176,13 @@ class FrozenCLIPEmbedder(AbstractEncoder):
     def cut_words(self, prompt: str) -> str:
         return self.reader.cut_words(prompt, self.max_length)
 
-    def encode(self, text: str | Sequence[str]) -> Tensor:
-        """Encodes prompts as [B, max_length, width]; one too long is cut, with a warning that shows the rest."""
-        return self(text)
+    def encode(self, text: str | Sequence[str], clip_skip: int = 1) -> Tensor:
+        """Encodes prompts as [B, max_length, width]; one too long is cut, with a warning that shows the rest.
+
+        With `clip_skip` N, in AUTOMATIC1111's count, the states are those of the Nth layer from the end, after the
+        final norm: 1 is the last layer, 2 the last but one. `InputError` if that leaves no layer.
+        """
+        return self(text, clip_skip)
 
 
 class BERTEmbedder(AbstractEncoder):
