@@ -29,6 +29,11 @@ def clip_skip_of(job: Job) -> int:
     return getattr(job, "clip_skip", 1)
 
 
+def guidance_rescale_of(job: Job) -> float:
+    """The share of a job's guided predictions that has the contrast of the conditional ones; 0 is none."""
+    return getattr(job, "guidance_rescale", 0.0)
+
+
 class TextConditioning:
     """Encodes the prompts of jobs, and keeps what it has encoded."""
 
@@ -58,14 +63,15 @@ class TextConditioning:
             if all(job.scale == 1.0 for job in jobs):
                 return Guidance(cond, scale=1.0)
             negative = [self._encode_negative(job.negative_prompt, chunks, clip_skip_of(job)) for job in jobs]
-            return Guidance(cond, self._joined(negative, inpainting), self._scales(jobs))
+            scale = self._per_job([job.scale for job in jobs])
+            rescale = self._per_job([guidance_rescale_of(job) for job in jobs])
+            return Guidance(cond, self._joined(negative, inpainting), scale, rescale)
 
-    def _scales(self, jobs: Sequence[Job]) -> float | Tensor:
-        """The guidance scale of a batch, or where its jobs differ those of each [N, 1, 1, 1]."""
-        scales = [job.scale for job in jobs]
-        if len(set(scales)) == 1:
-            return scales[0]
-        return torch.tensor(scales, device=self._model.device)[:, None, None, None]
+    def _per_job(self, values: Sequence[float]) -> float | Tensor:
+        """The value that all jobs of a batch have, or where they differ those of each [N, 1, 1, 1]."""
+        if len(set(values)) == 1:
+            return values[0]
+        return torch.tensor(values, device=self._model.device)[:, None, None, None]
 
     def by_length(self, jobs: Sequence[Job]) -> list[list[int]]:
         """Indices of the jobs of a batch, grouped: prompts that are read in as many chunks are made together."""

@@ -104,6 +104,7 @@ class LatentSampler:
                 guidance.cond,
                 one.steps,
                 unconditional_guidance_scale=guidance.scale,
+                guidance_rescale=guidance.rescale,
                 unconditional_conditioning=guidance.uncond,
                 img_callback=None if on_step is None else partial(_report_step, on_step, one.steps),
                 noise=noise,

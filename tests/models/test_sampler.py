@@ -84,6 +84,42 @@ def test_a_model_of_v_gives_the_latents_of_the_same_model_of_the_noise(tiny, kin
     assert relative_error(velocity, noise) < 1e-5
 
 
+def test_rescaled_guidance(tiny):
+    """Against diffusers' function; each sample has a share of its own, and 0 changes no bit."""
+    pipelines = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
+    model, x, t = Shrinker(tiny), torch.randn(3, 4, 3, 5), torch.tensor([5, 5, 5])
+    cond, uncond = torch.full((3, 4, 3, 5), 0.5), 0.2 * torch.randn(3, 4, 3, 5)
+    plain = Guidance(cond, uncond, 7.5).noise(model, x, t)
+    assert torch.equal(Guidance(cond, uncond, 7.5, 0.0).noise(model, x, t), plain)
+    shares = torch.tensor([0.0, 0.7, 1.0])[:, None, None, None]
+    found = Guidance(cond, uncond, 7.5, shares).noise(model, x, t)
+    assert torch.equal(found[0], plain[0])
+    for i, share in enumerate(shares.flatten().tolist()):
+        expected = pipelines.rescale_noise_cfg(plain[i : i + 1], (x * cond)[i : i + 1], share)
+        assert relative_error(found[i : i + 1], expected) < 1e-6
+        assert (
+            relative_error(Guidance(cond, uncond, 7.5, share).noise(model, x, t)[i : i + 1], expected) < 1e-6
+        )
+    assert torch.equal(Guidance(cond, cond * 0, 0.0, 0.7).noise(model, x, t), x * 0), (
+        "nothing has no contrast"
+    )
+
+
+@pytest.mark.parametrize("kind", [DDIMSampler, PLMSSampler, DPMSolverSampler])
+def test_a_run_rescales_its_guidance(tiny, kind):
+    options = {
+        "unconditional_guidance_scale": 3.0,
+        "unconditional_conditioning": torch.full((2, 1, 1, 1), 0.2),
+    }
+    plain, off, on = (
+        run(kind(Shrinker(tiny)), **options, **more)[0]
+        for more in ({}, {"guidance_rescale": 0.0}, {"guidance_rescale": 1.0})
+    )
+    assert torch.equal(plain, off)
+    # two conditionings that are multiples of x: full rescaling leaves the conditional prediction
+    assert relative_error(on, run(kind(Shrinker(tiny)))[0]) < 1e-5
+
+
 def test_join_keeps_the_structure():
     a, b = torch.zeros(1, 2), torch.ones(1, 2)
     joined = join({"c_crossattn": [a], "c_concat": [a]}, {"c_crossattn": [b], "c_concat": [b]})

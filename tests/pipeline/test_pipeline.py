@@ -57,6 +57,7 @@ def test_equal_batches_give_equal_bytes(pipeline):
 @dataclasses.dataclass(frozen=True, slots=True)
 class Skipping(Job):
     clip_skip: int = 1
+    guidance_rescale: float = 0.0
 
 
 def test_each_job_of_a_batch_has_the_conditioning_of_its_clip_skip(pipeline):
@@ -66,6 +67,15 @@ def test_each_job_of_a_batch_has_the_conditioning_of_its_clip_skip(pipeline):
         for row, skip in zip(found, (1, 2, 1), strict=True):
             assert torch.equal(row, pipeline.model.get_learned_conditioning([text], skip)[0])
     assert not torch.equal(guidance.cond[0], guidance.cond[1])
+
+
+def test_each_job_of_a_batch_has_its_share_of_rescaled_guidance(pipeline):
+    plain = Skipping("a red cube", width=64, height=64, steps=3, seed=11)
+    jobs = [plain, dataclasses.replace(plain, guidance_rescale=0.7)]
+    guidance = pipeline.maker.conditioning.guidance(jobs, None)
+    assert torch.as_tensor(guidance.rescale).flatten().tolist() == pytest.approx([0.0, 0.7])
+    first, second = pixels(pipeline, jobs)
+    assert torch.equal(first, pixels(pipeline, [plain, plain])[0]) and not torch.equal(first, second)
 
 
 def test_global_randomness_has_no_influence(pipeline):

@@ -39,17 +39,31 @@ def join(first: T, second: T) -> T:
     return torch.cat([first, second])  # type: ignore[list-item, return-value]
 
 
+def rescaled(guided: Tensor, conditional: Tensor, share: float | Tensor) -> Tensor:
+    """Returns guided predictions [N, ...] with a contrast closer to that of the conditional ones.
+
+    `share` (phi, 0 to 1, a number or [N, 1, 1, 1]) mixes the prediction that has the conditional one's standard
+    deviation over each sample with the unchanged one (Lin et al. 2024, equations 15 and 16).
+    """
+    axes = tuple(range(1, guided.dim()))
+    spread = guided.std(axes, keepdim=True).clamp(min=torch.finfo(guided.dtype).tiny)
+    ratio = conditional.std(axes, keepdim=True) / spread
+    return guided * (share * ratio + (1 - share))
+
+
 @dataclass(frozen=True)
 class Guidance:
     """The conditioning of the noise prediction, and the scale by which to move away from another one.
 
-    With scale 1 or without `uncond` the model runs on `cond` alone, otherwise on both as one batch. A scale of
-    several numbers [N, 1, 1, 1] has one for each sample.
+    With scale 1 or without `uncond` the model runs on `cond` alone, otherwise on both as one batch. `rescale`, 0 to
+    1, is the share of `rescaled` in the result, whatever the model predicts. Of scale and rescale several numbers
+    [N, 1, 1, 1] have one for each sample.
     """
 
     cond: Conditioning
     uncond: Conditioning | None = None
     scale: float | Tensor = 1.0
+    rescale: float | Tensor = 0.0
 
     @cached_property
     def both(self) -> Conditioning:
@@ -57,9 +71,11 @@ class Guidance:
         return join(self.uncond, self.cond)
 
     def noise(self, model: Denoiser, x: Tensor, t: Tensor) -> Tensor:
-        """Predicts the guided noise in `x` [N, ...] at timesteps t [N], in the dtype of `x`."""
+        """Returns the guided prediction for `x` [N, ...] at timesteps t [N], in the dtype of `x`."""
         if self.uncond is None or (isinstance(self.scale, float | int) and self.scale == 1.0):
             return model.apply_model(x, t, self.cond).to(x.dtype)
         both = model.apply_model(torch.cat([x, x]), torch.cat([t, t]), self.both)
         without, with_ = both.to(x.dtype).chunk(2)
-        return without + self.scale * (with_ - without)
+        guided = without + self.scale * (with_ - without)
+        off = isinstance(self.rescale, float | int) and self.rescale == 0
+        return guided if off else rescaled(guided, with_, self.rescale)

@@ -144,6 +144,7 @@ class Sampler:
         unconditional_conditioning: Conditioning = None,
         ddim_discretize: str = "uniform",
         noise: NoiseSource | None = None,
+        guidance_rescale: float | Tensor = 0.0,
         **kwargs: Any,
     ) -> tuple[Tensor, Intermediates]:
         """Runs `S` steps from noise to latents [batch_size, *shape]; returns the latents and the intermediates.
@@ -153,11 +154,13 @@ class Sampler:
         `x_inter` and `pred_x0` hold the start and every `log_every_t`-th step. `temperature` scales the fresh
         noise, `noise_dropout` is the share of it that is zeroed; `score_corrector.modify_score(model, eps, x, t,
         cond, **corrector_kwargs)` may alter the predicted noise; `quantize_x0` sends the predicted clean
-        latent through the first stage's quantizer. `normals_sequence` is accepted and has never had a use; a
-        warning names `kwargs`, which are ignored. The steps are the rows of `ddim_timesteps` as they are after
-        `make_schedule`, which an extension may have replaced.
+        latent through the first stage's quantizer; `guidance_rescale` is that of `Guidance`, which steps of
+        extensions do without. `normals_sequence` is accepted and has never had a use; a warning names `kwargs`,
+        which are ignored. The steps are the rows of `ddim_timesteps` as they are after `make_schedule`, which an
+        extension may have replaced.
         """
         warn_of_ignored(type(self).__name__, kwargs)
+        rescales = isinstance(guidance_rescale, Tensor) or guidance_rescale != 0
         # by name and only where needed: a replaced method may accept the original's keywords only
         spacing = {} if ddim_discretize == "uniform" else {"ddim_discretize": ddim_discretize}
         self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose, **spacing)
@@ -179,6 +182,7 @@ class Sampler:
             unconditional_guidance_scale=unconditional_guidance_scale,
             unconditional_conditioning=unconditional_conditioning,
             **({} if noise is None else {"noise": noise}),
+            **({"guidance_rescale": guidance_rescale} if rescales else {}),
         )
 
     @torch.no_grad()
@@ -202,6 +206,7 @@ class Sampler:
         unconditional_guidance_scale: float | Tensor = 1.0,
         unconditional_conditioning: Conditioning = None,
         noise: NoiseSource | None = None,
+        guidance_rescale: float | Tensor = 0.0,
     ) -> tuple[Tensor, Intermediates]:
         """Runs the steps of the current schedule, from noise to latents of `shape` [N, ...]; the rest as in `sample`.
 
@@ -211,7 +216,9 @@ class Sampler:
         run = SamplingRun(
             model=self.model,
             noise=self._noise(noise),
-            guidance=Guidance(cond, unconditional_conditioning, unconditional_guidance_scale),
+            guidance=Guidance(
+                cond, unconditional_conditioning, unconditional_guidance_scale, guidance_rescale
+            ),
             draws_always=self.draws_always,
             mask=mask,
             x0=x0,
@@ -266,6 +273,7 @@ class Sampler:
         mask: Tensor | None = None,
         x0: Tensor | None = None,
         img_callback: Callable[[Tensor, int], object] | None = None,
+        guidance_rescale: float | Tensor = 0.0,
     ) -> Tensor:
         """Denoises latents through the last `t_start` steps of the schedule made by `make_schedule`.
 
@@ -274,7 +282,9 @@ class Sampler:
         run = SamplingRun(
             model=self.model,
             noise=self._noise(noise),
-            guidance=Guidance(cond, unconditional_conditioning, unconditional_guidance_scale),
+            guidance=Guidance(
+                cond, unconditional_conditioning, unconditional_guidance_scale, guidance_rescale
+            ),
             draws_always=self.draws_always,
             mask=mask,
             x0=x0,
