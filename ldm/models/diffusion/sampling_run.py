@@ -25,6 +25,11 @@ def clean_latent(x: Tensor, eps: Tensor, step: Step) -> Tensor:
     return (x - (1 - step.alpha) ** 0.5 * eps) / step.alpha**0.5
 
 
+def implied_noise(x: Tensor, clean: Tensor, step: Step) -> Tensor:
+    """Returns the noise in `x` that makes `clean` its clean latent."""
+    return (x - step.alpha**0.5 * clean) / (1 - step.alpha) ** 0.5
+
+
 def noise_of_velocity(x: Tensor, v: Tensor, alpha: float) -> Tensor:
     """Returns the noise in `x` of noise level `alpha` that v = sqrt(alpha) eps - sqrt(1 - alpha) x_0 implies.
 
@@ -89,6 +94,11 @@ class SamplingRun:
                 fresh = torch.nn.functional.dropout(fresh, p=self.noise_dropout)
             x_prev = x_prev + step.sigma * self.temperature * fresh
         return x_prev.to(x.dtype), pred_x0.to(x.dtype)
+
+    def add_noise(self, x: Tensor, alpha: float, higher: float) -> Tensor:
+        """Returns `x`, of noise level `alpha`, with fresh noise added up to the level `higher` (a smaller alpha)."""
+        share = higher / alpha
+        return share**0.5 * x + (1 - share) ** 0.5 * self.temperature * self.noise.draw(x.shape)
 
     def keep_masked(self, x: Tensor, step: Step) -> Tensor:
         """Returns `x` with the masked part replaced by `x0` at the noise level of this step."""
