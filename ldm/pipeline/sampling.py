@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.job import Job
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.guidance import Guidance, ZeroDenoiser
+from ldm.models.diffusion.guidance import GuidancePlan, ZeroDenoiser
 from ldm.models.diffusion.noise import NoiseSource, SkippingNoise
 from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.schedule import Pass, passes_of
@@ -77,21 +78,24 @@ class LatentSampler:
             if start is not None and one.steps == 0:
                 latents = start.latents
             else:
-                guidance = self._conditioning.guidance(jobs, inpainting)
-                latents = self._denoise(one, sampler, guidance, start, code, noise, on_step)
+                plan = self._conditioning.plan(jobs, inpainting)
+                latents = self._denoise(one, sampler, plan, start, code, noise, on_step)
         return latents
 
     def _denoise(
         self,
         one: Pass,
         sampler: Sampler,
-        guidance: Guidance,
+        plan: GuidancePlan,
         start: StartLatents | None,
         code: Tensor,
         noise: NoiseSource,
         on_step: OnStep | None,
     ) -> Tensor:
         """One pass, from the noise `code`, or from `start` with as much of it as the steps take out."""
+        guidance = plan.first
+        # only where needed: a replaced method may accept the original's keywords only
+        extra: dict[str, Any] = {"plan": plan} if plan.changes else {}
         with self._placement.running(self._model.model):
             return sampler.decode(
                 sampler.starting(code)
@@ -106,6 +110,7 @@ class LatentSampler:
                 noise=noise,
                 mask=None if start is None else start.keep,
                 x0=None if start is None else start.latents,
+                **extra,
             )
 
     def skip(self, job: Job, count: int, noise: NoiseSource) -> None:

@@ -634,6 +634,7 @@ def test_options_without_effect_are_warned_of(draw, tmp_path, capsys, typed, sai
             ["--negative_prompt", "fog", "--scale", "1"],
             "--negative_prompt has no effect at --scale 1",
         ),
+        (txt2img, ["--guidance_interval_in", "sigma"], "--guidance_interval_in has no effect without"),
         (txt2img, ["--skip_grid", "--n_rows", "2"], "--n_rows has no effect with --skip_grid"),
         (img2img, ["--init-img", "a.png", "--resize", "fit"], "--resize has no effect without --W or --H"),
         (inpaint, ["--mask_blur", "9", "--no_paste"], "--mask_blur has no effect with --no_paste"),
@@ -645,7 +646,7 @@ def test_each_half_of_a_pair_without_effect_is_silent_alone(caplog, script, type
     check_options(parser.parse_args(typed))
     assert said in caplog.text
     caplog.clear()
-    cure = {"fog": ["--scale", "2"], "fit": ["--W", "64"]}
+    cure = {"fog": ["--scale", "2"], "fit": ["--W", "64"], "sigma": ["--guidance_interval", "0,2"]}
     cured = [*typed, *(more for word in typed for more in cure.get(word, []))]
     check_options(parser.parse_args([word for word in cured if word not in ("--skip_grid", "--no_paste")]))
     assert "no effect" not in caplog.text

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.guidance import Conditioning, Guidance
+from ldm.models.diffusion.guidance import Conditioning, Guidance, GuidancePlan
 from ldm.models.diffusion.noise import NoiseSource, RepeatedNoise, TorchNoise
 from ldm.models.diffusion.sampling_run import SamplingRun
 from ldm.models.diffusion.schedule import LEAST_ALPHA, Step, StepTable
@@ -254,7 +254,7 @@ class Sampler:
         count = timesteps
         if timesteps is not None and not ddim_use_original_steps:
             count = max(min(timesteps, len(table)) - 1, 0)
-        return self._run(run, x, list(table.downwards(count)), callback, img_callback, log_every_t)
+        return self._run(run, x, table, count, callback, img_callback, log_every_t)
 
     @torch.no_grad()
     def stochastic_encode(
@@ -301,10 +301,12 @@ class Sampler:
         x0: Tensor | None = None,
         img_callback: Callable[[Tensor, int], object] | None = None,
         guidance_rescale: float | Tensor = 0.0,
+        plan: GuidancePlan | None = None,
     ) -> Tensor:
         """Denoises latents through the last `t_start` steps of the schedule made by `make_schedule`.
 
-        `mask` is 1 where the latent `x0` is kept; `callback` and `img_callback` are those of `sample`.
+        `mask` is 1 where the latent `x0` is kept; `callback` and `img_callback` are those of `sample`. `plan` takes
+        the place of the conditionings and the scale where the steps differ in them.
         """
         run = SamplingRun(
             model=self.model,
@@ -316,9 +318,10 @@ class Sampler:
             mask=mask,
             x0=x0,
             original_steps=use_original_steps,
+            plan=plan,
         )
-        steps = list(self._table_for(use_original_steps).downwards(t_start))
-        return self._run(run, x_latent, steps, callback, img_callback)[0]
+        table = self._table_for(use_original_steps)
+        return self._run(run, x_latent, table, t_start, callback, img_callback)[0]
 
     def _stepper(self, run: SamplingRun) -> TakeStep:
         """Returns the function that runs a step; called once per run, so that history belongs to the run."""
@@ -358,7 +361,8 @@ class Sampler:
         self,
         run: SamplingRun,
         x: Tensor,
-        steps: Sequence[Step],
+        table: StepTable,
+        count: int | None,
         callback: Callable[[int], object] | None = None,
         img_callback: Callable[[Tensor, int], object] | None = None,
         log_every_t: int = 100,
@@ -366,7 +370,8 @@ class Sampler:
         self._source = run.noise
         take_step = self._stepper(run)
         trail: Intermediates = {"x_inter": [x], "pred_x0": [x]}
-        for i, step in enumerate(steps):
+        for i, step in enumerate(table.downwards(count)):
+            run.begin(step, i, len(table))
             x, pred_x0 = take_step(run.keep_masked(x, step), step)
             if callback is not None:
                 callback(i)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.guidance import Guidance
+from ldm.models.diffusion.course import Moment
+from ldm.models.diffusion.guidance import Guidance, GuidancePlan
 from ldm.models.diffusion.noise import NoiseSource
 from ldm.models.diffusion.schedule import Step
 
@@ -47,9 +48,12 @@ def previous_latent(pred_x0: Tensor, eps: Tensor, step: Step) -> Tensor:
     return step.alpha_prev**0.5 * pred_x0 + kept**0.5 * eps
 
 
-@dataclass(frozen=True)
+@dataclass
 class SamplingRun:
-    """One run of the denoising loop: the model, its guidance, the source of noise, and the other settings."""
+    """One run of the denoising loop: the model, its guidance, the source of noise, and the other settings.
+
+    `guidance` is that of the current step, which `plan` chooses if there is one.
+    """
 
     model: Any
     noise: NoiseSource
@@ -63,6 +67,15 @@ class SamplingRun:
     score_corrector: Any = None
     corrector_kwargs: Mapping[str, Any] | None = None
     original_steps: bool = False
+    plan: GuidancePlan | None = None
+
+    def begin(self, step: Step, before: int, rows: int) -> None:
+        """Chooses the guidance of a step that has `before` steps of this run before it; the schedule has `rows`.
+
+        A solver that predicts several times in a step uses it for all of them.
+        """
+        if self.plan is not None:
+            self.guidance = self.plan.at(Moment(before, rows - 1 - step.index, rows, step.alpha))
 
     def predict(self, x: Tensor, t: float | Tensor, alpha: float) -> Tensor:
         """Predicts the guided noise in `x` [N, ...] of noise level `alpha`, at timestep `t` or timesteps [N].
