@@ -84,6 +84,46 @@ def test_imports_point_downwards(path):
         assert other not in SEPARATE or room in MAY_IMPORT_SEPARATE, f"{room} imports {other}"
 
 
+MAX_LINES, MAX_CLASS_LINES, MAX_IMPORTS = 400, 250, 25
+# classes whose attributes and methods other people's code uses, as the original has them
+PUBLISHED_CLASSES = {"ldm.models.diffusion.sampler.Sampler"}
+
+
+def import_count(tree):
+    """The import statements of a module, wherever they are; `from __future__` is not counted."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return sum(getattr(node, "module", "") != "__future__" for node in imports)
+
+
+def long_classes(tree):
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    return {node.name for node in classes if node.end_lineno - node.lineno >= MAX_CLASS_LINES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_module_is_short_and_imports_little(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES
+    assert import_count(ast.parse(text)) <= MAX_IMPORTS, "one module does two things: divide it"
+
+
+def test_no_class_is_long_but_the_published_ones():
+    found = set()
+    for path in FILES:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        found |= {f"{module}.{name}" for name in long_classes(ast.parse(path.read_text(encoding="utf-8")))}
+    assert found == PUBLISHED_CLASSES
+
+
+def test_imports_of_functions_and_of_type_checkers_count():
+    code = "from __future__ import annotations\nimport a, b\nif TYPE_CHECKING:\n    from c import d\n"
+    assert (
+        import_count(ast.parse(code + "def f():\n    from e import (\n        g,\n        h,\n    )\n")) == 3
+    )
+    assert long_classes(ast.parse("class A:\n" + "    x = 0\n" * 250)) == {"A"}
+    assert long_classes(ast.parse("class A:\n" + "    x = 0\n" * 249)) == set()
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_only_the_command_line_prints(path):
     if room_of(path) in ("cli", "commands", "benchmark"):

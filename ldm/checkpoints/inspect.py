@@ -6,21 +6,17 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldm.checkpoints.adapters.lora_files import lora_hash
 from ldm.checkpoints.formats.detect import CheckpointError, file_size, open_regular, reading, sniff
 from ldm.checkpoints.formats.embedding_image import is_png
 from ldm.checkpoints.formats.imports import imports_of
 from ldm.checkpoints.formats.pickle_reader import is_known
 from ldm.checkpoints.formats.read import find_damaged_records, find_not_finite, read_checkpoint, read_tree
-from ldm.checkpoints.formats.safetensors_file import HASH_ENTRY, read_header
-from ldm.checkpoints.formats.tensor_bytes import FileBytes
-from ldm.checkpoints.hashing import file_sha256
+from ldm.checkpoints.inspection_hashes import file_hashes, noted_hash_fits, quick_hashes
 from ldm.checkpoints.inspection_text import amount
 from ldm.checkpoints.layouts.prediction import config_beside, stated_prediction
 from ldm.checkpoints.layouts.published import PUBLISHED
@@ -38,8 +34,6 @@ _FOLDER = "diffusers folder"
 _LONGEST_VALUE = 300
 _MOST_ENTRIES = 100
 
-_NOTED_HASHES = (HASH_ENTRY, "sshs_model_hash")  # of ModelSpec and of kohya's scripts
-_OLD_HASH_START, _OLD_HASH_BYTES = 0x100000, 0x10000
 # whose weights a key names, whatever the file is as a whole
 _PARTS = {
     EMA_PREFIX: "EMA",
@@ -153,7 +147,11 @@ def _inspect_file(
             found = replace(found, fits=False, problem=f"was trained for {prediction.foreign}")
         found = _compare(found, path, config_for)
         found = _check(found, path, content, report) if deep else found
-    return _hash(found, path, report) if deep else _hash_quickly(found, path)
+    if not deep:
+        return replace(found, hashes=quick_hashes(path, found.size))
+    report(f"computing the checksum of {found.path} ({amount(found.size)})")
+    hashes = file_hashes(path, found.size, found.format, found.kind.part)
+    return replace(found, hashes=hashes, published=PUBLISHED.get(hashes["SHA-256"], ""))
 
 
 def _read(path: Path) -> _Content:
@@ -234,48 +232,8 @@ def _compare(found: Inspection, path: Path, config_for: ConfigFor) -> Inspection
 def _check(found: Inspection, path: Path, content: _Content, report: Callable[[str], None]) -> Inspection:
     report(f"looking for damage in {found.path} ({amount(found.size)})")
     damaged = find_damaged_records(path) or find_not_finite(content.tensors)
-    fits = _noted_hash_fits(path, content)
+    fits = noted_hash_fits(path, content.values) if content.format == "safetensors" else None
     return replace(found, checked=True, damaged=tuple(map(_short, damaged)), noted_hash_fits=fits)
-
-
-def _noted_hash_fits(path: Path, content: _Content) -> bool | None:
-    noted = {str(content.values[name]).lower() for name in _NOTED_HASHES if content.values.get(name)}
-    if content.format != "safetensors" or not noted:
-        return None
-    return {digest.removeprefix("0x") for digest in noted} == {_weights_sha256(path)}
-
-
-def _hash_quickly(found: Inspection, path: Path) -> Inspection:
-    has_it = found.size > _OLD_HASH_START
-    return replace(found, hashes={"A1111, old": old_model_hash(path)} if has_it else {})
-
-
-def _hash(found: Inspection, path: Path, report: Callable[[str], None]) -> Inspection:
-    report(f"computing the checksum of {found.path} ({amount(found.size)})")
-    digest = file_sha256(path, again=True)
-    hashes = {"SHA-256": digest, "AutoV2": digest[:10], **_hash_quickly(found, path).hashes}
-    if found.kind.part == "LoRA":
-        hashes["A1111, LoRA"] = lora_hash(path)
-        if found.format == "safetensors":
-            hashes["AutoV3"] = _weights_sha256(path)[:12]
-    if found.kind.part == "embedding":
-        hashes["A1111, embedding"] = digest[:12]
-    return replace(found, hashes=hashes, published=PUBLISHED.get(digest, ""))
-
-
-def old_model_hash(path: Path) -> str:
-    """The first rule of AUTOMATIC1111's web UI: 8 hex digits of the SHA-256 of 64 KiB after the first MiB."""
-    with path.open("rb") as file:
-        file.seek(_OLD_HASH_START)
-        return sha256(file.read(_OLD_HASH_BYTES)).hexdigest()[:8]
-
-
-def _weights_sha256(path: Path) -> str:
-    """The SHA-256 of what follows the header of a safetensors file."""
-    with reading(path), open_regular(path) as file:
-        content = FileBytes(file, use_mmap=True)
-        _, start = read_header(content)
-        return sha256(content.read(start, content.size - start)).hexdigest()
 
 
 def _inspect_folder(path: Path, files: Sequence[Inspection], config_for: ConfigFor) -> Inspection:

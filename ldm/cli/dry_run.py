@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import os
-import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.runs.claim import Claim, Source
-from ldm.runs.estimate import (
-    Memory,
-    batch_kinds,
-    beyond_memory,
-    count_texts,
-    needed_memory,
-    parallel,
-    program_bytes,
-    run_seconds,
-)
+from ldm.runs.claim import Claim
+from ldm.runs.estimate import batch_kinds, count_texts, parallel, run_seconds
 from ldm.runs.existing import Present
 from ldm.runs.jobs import count_steps
+from ldm.runs.memory import Memory, beyond_memory, needed_memory, program_bytes
 from ldm.runs.options import RunOptions
 from ldm.runs.plan import Plan
+from ldm.runs.prepare import Prepared
 from ldm.runs.processes import ProcessInfo
 from ldm.runs.progress import Events
-from ldm.runs.run import Prepared
+from ldm.runs.source import Source
 from ldm.util import printable
 
 if TYPE_CHECKING:
@@ -81,7 +72,7 @@ def preview(
     yield f"files in {folder}: {'no files of their own (--skip_save)' if options.skip_save else _numbers(new)}"
     if plan.wishes.sweep is not None:
         yield f"labelled sheets: {len(list(plan.sheets()))}"
-    yield from _starting_pictures(plan)
+    yield from _starting_images(plan)
     model = build_model(source.config)
     yield from _cut_prompts(plan, model)
     yield from _costs(options, plan, batches, model, source.here.device, source.precision, facts)
@@ -89,13 +80,14 @@ def preview(
 
 def _begun(options: RunOptions, plan: Plan, source: Source) -> tuple[int, set[int]]:
     """Returns the number of the run's first image, and the existing images, which only --resume can have."""
-    if options.resume and (Path(options.outdir) / "samples").is_dir():
-        from ldm.images.writer import RunFolder
+    from ldm.images.writer import RunFolder
 
-        run = Claim(options, RunFolder(options.outdir, look_only=True), plan, source).find()
+    folder = RunFolder(options.outdir, look_only=True)
+    if options.resume and folder.samples_path.is_dir():
+        run = Claim(options, folder, plan, source).find()
         if run is not None:
             return run.first, Present(run, options.verify).whole
-    return _next_number(Path(options.outdir)), set()
+    return folder.next_number("sample"), set()
 
 
 def _count(number: int, thing: str) -> str:
@@ -130,22 +122,7 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield stretch[0], stretch[-1]
 
 
-def _next_number(outdir: Path) -> int:
-    """Returns the number after the highest existing sample."""
-    try:
-        names = os.listdir(outdir / "samples")
-    except OSError:
-        return 0
-    return (
-        max(
-            (int(match[1]) for match in map(re.compile(r"([0-9]{5,})\.png").fullmatch, names) if match),
-            default=-1,
-        )
-        + 1
-    )
-
-
-def _starting_pictures(plan: Plan) -> Iterator[str]:
+def _starting_images(plan: Plan) -> Iterator[str]:
     """Yields how starting images are resized."""
     inits = dict.fromkeys(job.init for job in plan.kinds() if job.init is not None)
     for init in inits:

@@ -141,8 +141,8 @@ class RunFolder:
     The constructor creates the folders, tries to write to them, removes the partial files of killed runs and
     reads the highest numbers; InputError if the folder cannot be used. Numbers continue from the highest plus
     one, and a number that exists by now is skipped, so several processes may write into one folder.
-    `compress_level` is zlib's, 0 to 9; it never changes pixels. With `look_only` nothing is created or removed,
-    and the folder must exist. Use one object from one thread at a time.
+    `compress_level` is zlib's, 0 to 9; it never changes pixels. With `look_only` nothing is created or removed; a
+    folder that does not exist counts as empty. Use one object from one thread at a time.
     """
 
     def __init__(
@@ -211,8 +211,11 @@ class _NumberedFiles:
         return max(self.numbers(), default=-1) + 1
 
     def numbers(self) -> list[int]:
-        found = (self._name.fullmatch(entry) for entry in os.listdir(self._folder))
-        return [int(match[1]) for match in found if match]
+        try:
+            names = os.listdir(self._folder)
+        except (FileNotFoundError, NotADirectoryError):  # nothing was written there yet
+            return []
+        return [int(match[1]) for match in map(self._name.fullmatch, names) if match]
 
     def path(self, number: int) -> Path:
         return self._folder / f"{self._prefix}{number:0{self._digits}d}.png"

@@ -15,7 +15,8 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.pipeline.placement import Placement
 from ldm.runtime.device import widened
-from ldm.runtime.tiling import Tiling, available_memory, choose_tile, decode_in_tiles, encode_in_tiles
+from ldm.runtime.memory import available_memory
+from ldm.runtime.tiling import Tiling, choose_tile, decode_in_tiles, encode_in_tiles
 
 
 class FirstStage:

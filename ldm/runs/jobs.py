@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ from ldm.util import need
 
 def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Path]) -> None:
     """Checks that a config's model can make a job, else raises InputError."""
-    from ldm.models.diffusion.course import check_guidance
     from ldm.models.diffusion.schedule import check_sampling
 
     check_sampling(job.sampler, job.steps, job.timestep_spacing, job.eta)
-    check_guidance(job)
     factor = latent_factor(model)
     for name, side in (("--W", job.width), ("--H", job.height)):
         need(side % factor == 0, f"{name} is {side}, not a multiple of {factor}")
@@ -45,21 +42,17 @@ def check_syntax(job: Job) -> None:
 
 def check_memory(job: Job, model: Mapping[str, Any]) -> None:
     """Refuses a size whose denoising alone (ten float32 maps of the U-Net's first level) can never fit."""
+    import torch
+
     from ldm.config import section
+    from ldm.runtime.memory import total_memory
 
     height, width = job.upscaled_size
     channels = section(model, "unet_config").get("model_channels", 320)
     needed = 10 * 4 * channels * height * width // latent_factor(model) ** 2
-    total = _total_memory()
+    total = total_memory(torch.device("cpu"))
     need(
         total is None or needed <= 4 * total,
-        f"an image of {width}x{height} needs about {needed / 2**30:.0f} GiB; this machine has "
+        f"an image of {width}x{height} needs about {needed / 2**30:.0f} GiB, and this machine has "
         f"{(total or 0) / 2**30:.0f} GiB; use a smaller --W and --H",
     )
-
-
-def _total_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None

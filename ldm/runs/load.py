@@ -1,20 +1,21 @@
-"""Loads a run's model, and collects its metadata."""
+"""Loads what a run needs to make images: the model, its LoRAs and textual inversions, and the safety checker."""
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Mapping
+import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ldm import __version__
-from ldm.job import Job, lora_name
 from ldm.places import cache_path
-from ldm.runs.claim import Source, files_by_part
+from ldm.runs.claim import Claim
+from ldm.runs.filters import make_screen
 from ldm.runs.options import RunOptions
 from ldm.runs.plan import Plan
+from ldm.runs.processes import ProcessInfo
+from ldm.runs.source import Source
+from ldm.runs.weights import weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +24,42 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.pipeline import Pipeline
     from ldm.runtime.device import Precision
+    from ldm.safety.screen import Screen
 
 logger = logging.getLogger("ldm")
 
 
-def load(options: RunOptions, plan: Plan, source: Source) -> tuple[Pipeline, Embeddings | None]:
-    """Loads the model to its device, with the LoRAs and textual inversions of the run."""
+class Loaded(NamedTuple):
+    """What a run needs to make images: no pipeline if none is missing."""
+
+    screen: Screen
+    pipeline: Pipeline | None = None
+    embeddings: Embeddings | None = None
+
+
+def load_nothing() -> Loaded:
+    """Returns what a run needs of which all images exist."""
+    from ldm.safety.screen import Screen
+
+    return Loaded(Screen(None))
+
+
+def load(options: RunOptions, plan: Plan, source: Source, claim: Claim, started: float) -> Loaded:
+    """Loads the model to its device, and settles the tiles. The run began at the monotonic time `started`."""
+    here = source.here
+    screen = make_screen(options, here.device)
+    pipeline = _load_pipeline(options, plan, source)
+    embeddings = _embeddings(options, pipeline.model)
+    for name in plan.loras():
+        pipeline.loras.read(name)
+    seconds = time.monotonic() - started
+    logger.info("model loaded in %.1f s; %s, %s", seconds, here.device, source.precision.name)
+    _settle_tiles(pipeline, plan, claim, here)
+    return Loaded(screen, pipeline, embeddings)
+
+
+def _load_pipeline(options: RunOptions, plan: Plan, source: Source) -> Pipeline:
+    """Loads the model to its device, or takes the one that is kept from the run before."""
     from ldm.checkpoints.cache import identity
     from ldm.pipeline import Pipeline, load_model
 
@@ -51,14 +82,11 @@ def load(options: RunOptions, plan: Plan, source: Source) -> tuple[Pipeline, Emb
         lowmem=options.lowmem,
         compiled=options.compile,
     )
-    files = [file for of_part in files_by_part(options, source.ckpt).values() for file in of_part]
+    files = [file for of_part in weight_files(options, source.ckpt).values() for file in of_part]
     key = model.keywords, shape.keywords, identity(files)
     pipeline = source.cache.get(key, lambda: shape(model()))
     pipeline.start_over(source.canvases, source.find_lora)
-    embeddings = _embeddings(options, pipeline.model)
-    for name in plan.loras():
-        pipeline.loras.read(name)
-    return pipeline, embeddings
+    return pipeline
 
 
 def _weights_cache(options: RunOptions, device: torch.device, precision: Precision) -> Path | None:
@@ -73,53 +101,6 @@ def _weights_cache(options: RunOptions, device: torch.device, precision: Precisi
     return Path(options.cache_weights) if options.cache_weights else cache_path("weights")
 
 
-def extras_of(
-    options: RunOptions,
-    plan: Plan,
-    source: Source,
-    hashes: Mapping[str, Callable[[], str]],
-    embeddings: Embeddings | None,
-) -> Callable[[Job], dict[str, str]]:
-    """Returns the model's part of an image's metadata, from which the command can be repeated.
-
-    LoRAs and textual inversions are named as AUTOMATIC1111's web UI does it.
-    """
-    from ldm.checkpoints.adapters.lora_files import lora_hash
-    from ldm.checkpoints.hashing import file_sha256
-    from ldm.metadata.infotext import file_name, model_name
-
-    extras = {
-        "Model": model_name(source.ckpt),
-        "Config": source.config_path.stem,
-        "Precision": source.precision.name,
-        "Version": f"ldm {__version__}",
-    }
-    if options.ema != "auto":
-        extras["EMA"] = options.ema
-    if plan[0].seed_mode == "batch":
-        extras["Batch size"] = str(options.n_samples)
-    if options.fixed_code:
-        extras["Fixed code"] = "on"
-    if options.no_watermark:
-        extras["Watermark"] = "off"
-    if options.vae is not None:
-        extras["VAE"] = Path(options.vae).name
-    if options.text_encoder is not None:
-        extras["Text encoder"] = Path(options.text_encoder).name
-
-    def of(job: Job) -> dict[str, str]:
-        entries = {**{name: digest()[:10] for name, digest in hashes.items()}, **extras}
-        if job.init is not None:
-            canvas = source.canvases(job.init)
-            entries |= {"Init image hash": canvas.digest[:10], "Mask hash": canvas.mask_digest[:10]}
-        loras = {lora_name(file_name(name)): lora_hash(source.find_lora(name)) for name, *_ in job.loras}
-        used = embeddings.used_in(job.prompt, job.negative_prompt) if embeddings else []
-        inversions = {e.name: file_sha256(e.path)[:12] for e in used}
-        return {**entries, "Lora hashes": _listed(loras), "TI hashes": _listed(inversions)}
-
-    return of
-
-
 def _embeddings(options: RunOptions, model: LatentDiffusion) -> Embeddings | None:
     """Returns the textual inversions that prompts can use; None if there are none."""
     if not options.embedding and options.embedding_dir is None:
@@ -129,5 +110,18 @@ def _embeddings(options: RunOptions, model: LatentDiffusion) -> Embeddings | Non
     return Embeddings(model.cond_stage_model, options.embedding, options.embedding_dir)
 
 
-def _listed(hashes: Mapping[str, str]) -> str:
-    return ", ".join(f"{re.sub('[:,]', '', name)}: {digest}" for name, digest in hashes.items())
+def _settle_tiles(pipeline: Pipeline, plan: Plan, claim: Claim, here: ProcessInfo) -> None:
+    """Makes all processes, and a resumed run, use the tiles that were chosen at its beginning.
+
+    The choice depends on the memory that is free at that time.
+    """
+    sizes = {size for job in plan.kinds() for size in ((job.height, job.width), job.upscaled_size)}
+    run = claim.run
+    noted = None if run is None else run.tiles
+    if noted is None:
+        noted = {size: here.agree(pipeline.tile_side(*size) or 0) or None for size in sorted(sizes)}
+        if run is None:
+            claim.take(noted)
+        else:
+            run.note_tiles(noted, leads=here.rank == 0, shared=here.world > 1)
+    pipeline.tile_sides.update(noted)

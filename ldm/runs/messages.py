@@ -9,6 +9,7 @@ import sys
 
 logger = logging.getLogger("ldm")
 
+REST = "to finish the rest, run the same command with --resume"
 OF_EACH = 25  # the level of messages that each of several processes logs for itself
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -15,13 +13,12 @@ from ldm.job import Job
 from ldm.runs.background import Background
 from ldm.runs.existing import Present, is_whole
 from ldm.runs.grids import Mark, OrderedGrid
-from ldm.runs.messages import OF_EACH
 from ldm.runs.options import RunOptions
-from ldm.util import InputError, need, printable
+from ldm.runs.samples import SampleFiles
+from ldm.util import InputError, printable
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from ldm.images.writer import RunFolder
     from ldm.pipeline import Picture
@@ -30,31 +27,6 @@ if TYPE_CHECKING:
     from ldm.safety.screen import Screen, Verdict
 
 logger = logging.getLogger("ldm")
-
-
-def make_mark(options: RunOptions) -> Mark:
-    """Returns the function that watermarks an image; a missing library is reported before the model is loaded."""
-    if options.no_watermark:
-        return lambda rgb: rgb
-    from ldm.images.watermark import INPAINTING_TEXT, TEXT, Watermark
-
-    return Watermark(INPAINTING_TEXT if options.inpaint else TEXT).mark
-
-
-def make_screen(options: RunOptions, device: torch.device) -> Screen:
-    """Returns the safety check that --safety selects."""
-    from ldm.safety.load import OWN_FOLDER, find_safety_model, load_safety_model
-    from ldm.safety.screen import Screen
-
-    path = None if options.safety == "off" else find_safety_model(options.safety_model)
-    if path is not None:
-        checker = load_safety_model(path, device)
-        return Screen(checker, checker.side)
-    where = f"put the files of CompVis/stable-diffusion-safety-checker into {OWN_FOLDER}"
-    need(options.safety != "on", f"--safety on: no safety model found; {where}")
-    if options.safety == "auto":
-        logger.info("safety check: no model found, images are unchecked; %s", where)
-    return Screen(None)
 
 
 class Output:
@@ -83,14 +55,13 @@ class Output:
         shared: bool = False,
         name_files: bool = True,
     ) -> None:
-        self._options, self._run, self._mark, self._screen, self._extras = options, run, mark, screen, extras
-        self._folder, self._events = folder, events
-        self._present, self._name_files = present, name_files
+        self._options, self._folder, self._run, self._present = options, folder, run, present
+        self._mark, self._screen = mark, screen
+        self._files = SampleFiles(run, present, extras, events, name_files)
         self._new_sheet = partial(OrderedGrid, folder.path, run, columns, mark)
         self._on_cpu, self._shared = on_cpu, shared
         self._sheet = None if options.skip_grid or shared else self._new_sheet()
         self._background = Background()
-        self._last = time.monotonic()
         self.saved = self.failed = 0
         if self._sheet is not None and not options.skip_save:
             self._sheet.expect(present.whole)
@@ -211,42 +182,14 @@ class Output:
         marked = self._mark(pixels)
         if picture.kept is not None:
             marked[picture.kept] = pixels[picture.kept]
-        if not self._options.skip_save and not self._publish(index, picture.job, marked, notes):
+        in_file = not self._options.skip_save
+        if in_file and not self._files.write(index, picture.job, marked, notes):
+            path = printable(self._run.sample_path(index))
+            self.fail("error: %s appeared during the run and is left alone", path)
             return
-        in_file = (
-            not self._options.skip_save
-        )  # the grid shows the pixels of the files, so that it is the same after a resume
         self.saved += 1
+        # the grid shows the pixels of the files, so that it is the same after a resume
         self._in_grid(lambda sheet: sheet.add(index, marked, in_file))
-
-    def _publish(self, index: int, job: Job, pixels: np.ndarray, notes: Mapping[str, str]) -> bool:
-        """Publishes an image under its name, or compares it with the existing file; False if neither is possible."""
-        from ldm.images.writer import encode_png, holds, publish
-        from ldm.metadata.infotext import infotext
-        from ldm.metadata.record import record
-
-        extras = {**self._extras(job), **notes}
-        data = encode_png(pixels, infotext(job, extras), record=record(job, extras))
-        path = self._run.sample_path(index)
-        if index in self._present.whole:
-            if not holds(path, data):
-                logger.warning("%s differs from what was made for it now and is left alone", printable(path))
-            return True
-        self._run.complete()
-        try:
-            publish(path, data, overwrite=index in self._present.damaged)
-        except FileExistsError:
-            self.fail("error: %s appeared during the run and is left alone", printable(path))
-            return False
-        seconds, self._last = time.monotonic() - self._last, time.monotonic()
-        self._events.emit(
-            "image",
-            path=str(path), index=index, seed=job.seed, sha256=hashlib.sha256(data).hexdigest(),
-            seconds=round(seconds, 3),
-        )  # fmt: skip
-        if self._name_files:
-            logger.log(OF_EACH, "%s, seed %d", printable(path), job.seed)
-        return True
 
 
 def _batch_notes(job: Job, entry: int, size: int) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """One run by several processes, on several devices and machines: which take part, and which images each makes.
 
-`--devices N` starts N processes here and waits for them. Where torchrun, SLURM, LSF or MPI has started the processes,
+`--devices N` starts N processes here (`ldm.runs.launch`). Where torchrun, SLURM, LSF or MPI has started them,
 Lightning's Fabric finds this one's rank. They synchronise twice before the first image, so that all know the run's
 numbers and its existing images. After that they are independent: each makes every world-th batch, and the last one to
 end writes the files that need all images.
@@ -14,15 +14,12 @@ import importlib.util
 import logging
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ldm.files import temporary_folder
 from ldm.runs.options import RunOptions
@@ -33,7 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ldm")
 
-REST = "to finish the rest, run the same command with --resume"
 PATIENCE = timedelta(minutes=15)  # for the slowest process to load its model
 _LAUNCHERS = (
     "SLURM_",
@@ -45,8 +41,8 @@ _LAUNCHERS = (
     "MV2_",
     "HYDRA_",
 )  # prefix of their variables
-_TEMPORARY = "ldm-v1-processes-"  # prefix of the names of temporary folders
-_MEETING, _PARENT = "LDM_MEETING", "LDM_PARENT"  # set for the processes that are started here
+TEMPORARY = "ldm-v1-processes-"  # prefix of the names of temporary folders
+MEETING, PARENT = "LDMMEETING", "LDMPARENT"  # set for the processes that are started here
 _Item = TypeVar("_Item")
 
 
@@ -77,7 +73,7 @@ class ProcessInfo:
     @property
     def deserted(self) -> bool:
         """Whether the parent process is gone, so that no process would stop this one."""
-        parent = os.environ.get(_PARENT, "") if self.supervised else ""
+        parent = os.environ.get(PARENT, "") if self.supervised else ""
         return parent.isdigit() and int(parent) != os.getppid()
 
 
@@ -89,7 +85,7 @@ class DistributedProcess(ProcessInfo):
         from lightning_fabric.strategies import DDPStrategy
 
         devices, nodes = asked_for(options)
-        if nodes == 1 and _MEETING in os.environ:
+        if nodes == 1 and MEETING in os.environ:
             _meet_by_file(devices)
         strategy = DDPStrategy(process_group_backend="gloo", timeout=PATIENCE)
         try:
@@ -116,7 +112,7 @@ class DistributedProcess(ProcessInfo):
             self._fabric.barrier()
         torch.distributed.destroy_process_group()
         if self.supervised:
-            _begun(os.environ[_MEETING]).touch()
+            begun_file(os.environ[MEETING]).touch()
 
 
 def join(options: RunOptions, device: torch.device) -> ProcessInfo:
@@ -132,7 +128,7 @@ def silence_other_ranks(options: RunOptions) -> None:
 
 def _is_started_here() -> bool:
     """Returns whether this process is one of those that `start` starts."""
-    return _PARENT in os.environ and _MEETING in os.environ
+    return PARENT in os.environ and MEETING in os.environ
 
 
 def is_one_of_several(options: RunOptions) -> bool:
@@ -143,7 +139,7 @@ def is_one_of_several(options: RunOptions) -> bool:
 
 def starts_all(options: RunOptions) -> bool:
     """Returns whether this process starts all others of the run."""
-    return asked_for(options)[1] == 1 and not _started_by_another()
+    return asked_for(options)[1] == 1 and not started_by_another()
 
 
 def check(options: RunOptions, device: torch.device, reads_input: bool = False) -> str | None:
@@ -164,9 +160,9 @@ def check(options: RunOptions, device: torch.device, reads_input: bool = False) 
         importlib.util.find_spec("lightning_fabric") is not None,
         "several devices need the package pytorch-lightning, which is not installed: run pip install -e .",
     )
-    if not reads_input or _PARENT in os.environ:
+    if not reads_input or PARENT in os.environ:
         return None
-    need(not _started_by_another(), "only one process can read --from-file -; give a file")
+    need(not started_by_another(), "only one process can read --from-file -; give a file")
     return _copy_input()
 
 
@@ -184,7 +180,7 @@ def _own_device(device: torch.device, local_rank: int) -> torch.device:
     if device.type != "cuda":
         return device
     count = torch.cuda.device_count()
-    if count == 1 and _PARENT not in os.environ:  # the launcher shows each process one device
+    if count == 1 and PARENT not in os.environ:  # the launcher shows each process one device
         return device
     need(
         local_rank < count,
@@ -198,7 +194,7 @@ def _meet_by_file(world: int) -> None:
     import torch
 
     torch.distributed.init_process_group(
-        "gloo", init_method=Path(os.environ[_MEETING], "store").as_uri(), rank=int(os.environ["LOCAL_RANK"]),
+        "gloo", init_method=Path(os.environ[MEETING], "store").as_uri(), rank=int(os.environ["LOCAL_RANK"]),
         world_size=world, timeout=PATIENCE,
     )  # fmt: skip
 
@@ -219,39 +215,12 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-# --- starting processes ------------------------------------------------------------------------------------------
-
-
-def start(options: RunOptions, command: Sequence[str] | None, stdin_copy: str | None = None) -> int | None:
-    """Starts the processes of this machine and waits for them; returns the exit code, or None in one of them.
-
-    Each runs this Python with the arguments `command`, and reads the file `stdin_copy` as its standard input.
-    """
-    if not is_one_of_several(options) or _started_by_another():
-        return None
-    devices, nodes = asked_for(options)
-    if nodes > 1:
-        for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
-            need(
-                name in os.environ,
-                f"--num_nodes {nodes} without torchrun or SLURM needs {name} in the environment of each machine",
-            )
-    need(command is not None, "--devices starts the script again, so it works from a command line only")
-    with temporary_folder(_TEMPORARY, Path(tempfile.gettempdir())) as folder:
-        environment = {**os.environ, _PARENT: str(os.getpid()), _MEETING: str(folder)}
-        environment |= {"WORLD_SIZE": str(devices * nodes), "NODE_RANK": os.environ.get("NODE_RANK", "0")}
-        if nodes == 1 and sys.platform == "linux":
-            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        whole, given = [sys.executable, *(command or ())], stdin_copy or os.devnull
-        return _supervise(whole, environment, devices, given, _begun(str(folder)))
-
-
-def _begun(meeting: str) -> Path:
+def begun_file(meeting: str) -> Path:
     """Returns the file whose existence means that all processes have connected and begun."""
     return Path(meeting, "begun")
 
 
-def _started_by_another() -> bool:
+def started_by_another() -> bool:
     """Returns whether a launcher has started the processes already."""
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return True
@@ -267,74 +236,9 @@ def _copy_input() -> str:
     """Replaces standard input with a copy in a file, so that every process can read it; returns its name."""
     keeper = contextlib.ExitStack()  # until the end
     atexit.register(keeper.close)
-    kept = keeper.enter_context(temporary_folder(_TEMPORARY, Path(tempfile.gettempdir()))) / "input"
+    kept = keeper.enter_context(temporary_folder(TEMPORARY, Path(tempfile.gettempdir()))) / "input"
     with kept.open("w+b") as file:
         shutil.copyfileobj(sys.stdin.buffer, file)
         file.seek(0)
         os.dup2(file.fileno(), 0)
     return str(kept)
-
-
-def _supervise(
-    command: Sequence[str], environment: Mapping[str, str], count: int, given: str, begun: Path
-) -> int:
-    """Runs `command` in `count` processes, forwards signals, and waits; returns the exit code for all of them.
-
-    `given` is the file that they read as standard input. A failure before the file `begun` exists ends all of them; a
-    later one does not affect the others.
-    """
-    processes: list[subprocess.Popen[bytes]] = []
-    received: list[int] = []
-
-    def hand_on(number: int, frame: object) -> None:
-        received.append(number)
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)
-
-    with _handling(hand_on):
-        for local_rank in range(count):
-            with open(given, "rb") as stdin:
-                processes.append(
-                    subprocess.Popen(
-                        command,
-                        stdin=stdin,
-                        env={**environment, "LOCAL_RANK": str(local_rank)},
-                        start_new_session=True,  # Ctrl-C arrives here, and is forwarded once to each of them
-                    )
-                )
-        while any(process.poll() is None for process in processes):
-            time.sleep(0.1)
-            if any(process.poll() for process in processes) and not begun.exists():
-                break
-        codes = [code for process in processes if (code := process.poll()) is not None]
-        for process in processes:  # the others would wait long for the one that is lost
-            process.kill()
-            process.wait()
-    for code in codes:
-        if code < 0 and not received:
-            logger.error(
-                "error: signal %d ended one of the %d processes; what is finished is kept", -code, count
-            )
-    if any(code not in (0, 2) for code in codes):
-        logger.warning(REST)
-    return _joint_code(codes, received)
-
-
-def _joint_code(codes: Sequence[int], received: Sequence[int]) -> int:
-    """Returns 0 if all is done, 2 if nothing was, 128 + n after a signal, else 1."""
-    if received and any(codes):
-        return 128 + received[0]
-    return codes[0] if len(set(codes)) == 1 and codes[0] >= 0 else 1
-
-
-@contextlib.contextmanager
-def _handling(handler: Any) -> Iterator[None]:
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    old = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, former in old.items():
-            signal.signal(number, former)

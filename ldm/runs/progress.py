@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 logger = logging.getLogger("ldm")
@@ -163,3 +164,15 @@ class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         kind = "warning" if record.levelno == logging.WARNING else "error"
         self._events.emit(kind, text=record.getMessage().removeprefix("error: "))
+
+
+@dataclass
+class Report:
+    """The state of a run: events, images before it, images made so far, and the start time."""
+
+    events: Events
+    existing: int = 0
+    saved: int = 0
+    failed: int = 0
+    elsewhere: bool = False  # in processes that report for themselves
+    started: float = field(default_factory=time.monotonic)

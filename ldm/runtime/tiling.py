@@ -7,9 +7,7 @@ approximation; nothing else differs, and the tiles are blended without a seam.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -124,65 +122,6 @@ def needed_memory(widths: Sequence[int], pixels: int) -> int:
     is where the finest level is entered, with the channels of the next one at full size.
     """
     return int(4 * LIVE_MAPS * max(widths[:2]) * pixels)
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Returns how many bytes are available on `device`, or None if that is unknown."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    return _system_memory(Path("/")) if device.type == "cpu" else None
-
-
-def total_memory(device: torch.device) -> int | None:
-    """Returns the total bytes of `device`, or of the control group of this process; None if that is unknown."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    if device.type != "cpu":
-        return None
-    whole = _field(Path("/proc/meminfo"), "MemTotal:")
-    return None if whole is None else min([whole * 1024, *(limit for limit, _ in _groups(Path("/")))])
-
-
-def _system_memory(root: Path) -> int | None:
-    """Returns the bytes available on Linux, or in the control group of this process if that is less."""
-    free = _field(root / "proc/meminfo", "MemAvailable:")
-    if free is None:
-        return None
-    return min([free * 1024, *_group_memory(root)])
-
-
-def _group_memory(root: Path) -> Iterator[int]:
-    """Yields the bytes left in each limited control group (v2) around this process; page cache counts as free."""
-    for limit, folder in _groups(root):
-        with suppress(OSError, ValueError):
-            used = int((folder / "memory.current").read_text())
-            yield max(limit - used + (_field(folder / "memory.stat", "inactive_file") or 0), 0)
-
-
-def _groups(root: Path) -> Iterator[tuple[int, Path]]:
-    """Yields the limit of each limited control group (v2) around this process, and its folder."""
-    group = "/"
-    with suppress(OSError):
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-        group = next((line[3:] for line in lines if line.startswith("0::")), group)
-    mount = root / "sys/fs/cgroup"
-    own = mount / group.lstrip("/")
-    for folder in (own, *own.parents):
-        with suppress(OSError, ValueError):  # a group without a limit has no number there, the root no file
-            yield int((folder / "memory.max").read_text()), folder
-        if folder == mount:
-            return
-
-
-def _field(path: Path, name: str) -> int | None:
-    """Returns the number after `name` in a file of the kernel, if both exist."""
-    with suppress(OSError):
-        for line in path.read_text().splitlines():
-            key, value = line.split()[:2]
-            if key == name:
-                return int(value)
-    return None
 
 
 def choose_tiles(needed: int, available: int | None) -> bool:

@@ -2,196 +2,33 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-import math
-import os
-import re
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_type_hints
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
-from yaml import YAMLError
 
-from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.data.captions import caption
-from ldm.data.dataset import render_many
 from ldm.data.scenes import scene_at
 from ldm.data.vocabulary import train_vocabulary
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.keys import COND_STAGE_PREFIX, FIRST_STAGE_PREFIX
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
-from ldm.places import find
 from ldm.training.autoencoder import AutoencoderTraining, crop_batches, latent_scale, start_sharp, to_pixels
 from ldm.training.diffusion import DiffusionTraining, encode_latents, noise_batches
 from ldm.training.export import export, save_atomically
 from ldm.training.quality import accuracies, judge, load_reader, save_reader, train_reader
-from ldm.training.runs import (
-    Batches,
-    MakeBatch,
-    Optimisation,
-    RunSettings,
-    fit,
-    last_state,
-    load_state,
-    make_trainer,
-)
+from ldm.training.runs import Batches, last_state, load_state
+from ldm.training.stage import Stage
 from ldm.training.text import TextTraining, caption_batches
 from ldm.util import InputError, instantiate_from_config, printable
 
 logger = logging.getLogger(__name__)
 
-_OF_THE_COMMAND = ("run.logdir", "run.steps", "run.max_time", "run.bar")  # options, or of another section
 AUTOENCODER, TEXT, LATENTS = "autoencoder.pt", "text.pt", "latents.npy"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One requested stage: its name and config, the folder of its files, and how it runs."""
-
-    name: str
-    config: DictConfig
-    logdir: Path
-    resume: bool = False
-    max_time: str | None = None
-    bar: bool = False
-
-    def check(self) -> None:
-        """Checks that the stage can begin, else raises `InputError`. Creates the folder of results."""
-        if OmegaConf.select(self.config, "training.optimisation") is None:
-            raise InputError(
-                f"the config of {self.name} has no training.optimisation; give another with --base"
-            )
-        if self.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", self.max_time):
-            raise InputError(
-                f"--max_time is {printable(self.max_time)}; write DD:HH:MM:SS, such as 00:00:05:00"
-            )
-        try:
-            self.logdir.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.logdir).close()
-        except OSError as error:
-            raise InputError(
-                f"--logdir {printable(self.logdir)} cannot be written to: {error.strerror}"
-            ) from None
-        if self.resume and "run" in self.config:
-            last_state(self.logdir / self.name)
-
-    @property
-    def optimisation(self) -> Optimisation:
-        """The `training.optimisation` section."""
-        return Optimisation(**self.config.training.optimisation)
-
-    def model_config(self) -> dict[str, Any]:
-        """Returns the parameters of the model that the config names under `model`."""
-        params: Any = OmegaConf.to_container(read_config(Path(self.config.model)).model)["params"]  # type: ignore[index]
-        text = params["cond_stage_config"]["params"]
-        text["version"] = str(find(text["version"]))
-        return params
-
-    def rendered(self, split: str, count: int) -> np.ndarray:
-        """Returns the images of the first scenes of a split (uint8 [N, H, W, 3]), rendered if missing."""
-        workers = os.cpu_count() or 1
-        return np.load(render_many(count, split, self.config.data.folder, workers), mmap_mode="r")
-
-    def start(self, part: nn.Module, prefix: str) -> None:
-        """Loads `part` from the checkpoint at `training.start_from`, if the config names one."""
-        if path := self.config.training.get("start_from"):
-            weights = read_checkpoint(path).state_dict
-            part.load_state_dict({k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)})
-
-    def train(
-        self, module: pl.LightningModule, make: MakeBatch, validation: DataLoader | None = None
-    ) -> None:
-        """Trains `module` on the numbered batches of `make`, from the last state if the run is resumed."""
-        settings = RunSettings(
-            logdir=self.logdir / self.name,
-            steps=self.optimisation.steps,
-            max_time=self.max_time,
-            bar=self.bar,
-            **self.config.run,
-        )
-        state, step = last_state(settings.logdir) if self.resume else (None, 0)
-        train = Batches(make, first=step * settings.accumulate).loader()
-        fit(make_trainer(settings), module, train, validation, state)
-
-
-def read_config(path: Path, changes: Sequence[str] = ()) -> DictConfig:
-    """Reads the YAML at `path` with dotted changes such as `training.batch_size=32`, each of a known setting."""
-    path = find(path)
-    try:
-        config = OmegaConf.load(path)
-        if not isinstance(config, DictConfig):
-            raise InputError(f"the config {printable(path)} is not a mapping")
-        changed = OmegaConf.from_dotlist(list(changes))
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"there is no config {printable(path)}") from None
-    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        reason = " ".join(printable(error).split())[:200]
-        raise InputError(
-            f"the config {printable(path)}, or a change to it, cannot be read: {reason}"
-        ) from None
-    known = _settings(config)
-    for change in changes:
-        name, sign, _ = change.partition("=")
-        if not sign:
-            raise InputError(f"{printable(change)} is not a change; write SETTING=VALUE")
-        _check_setting(printable(name), OmegaConf.select(changed, name), known)
-    return OmegaConf.merge(config, changed)  # type: ignore[return-value]
-
-
-def _settings(config: DictConfig) -> dict[str, tuple[type, ...]]:
-    """Returns the types of all settings that a stage's config can have, by their dotted names."""
-    known: dict[str, tuple[type, ...]] = {"training.start_from": (str,)}
-    for section, of in (("training.optimisation", Optimisation), ("run", RunSettings)):
-        if OmegaConf.select(config, section) is not None:
-            hints = get_type_hints(of)
-            known |= {
-                f"{section}.{field.name}": get_args(hint) if isinstance(hint, UnionType) else (hint,)
-                for field in fields(of)
-                for hint in [hints[field.name]]
-            }
-
-    def walk(node: Any, prefix: str) -> None:
-        for key, value in node.items():
-            if isinstance(value, DictConfig):
-                walk(value, f"{prefix}{key}.")
-            else:
-                known.setdefault(f"{prefix}{key}", (type(value),))
-
-    walk(config, "")
-    return {name: kinds for name, kinds in known.items() if name not in _OF_THE_COMMAND}
-
-
-def _check_setting(name: str, value: Any, known: Mapping[str, tuple[type, ...]]) -> None:
-    if name not in known:
-        last = {full.rpartition(".")[2]: full for full in known}
-        close = [last[name.rpartition(".")[2]]] if name.rpartition(".")[2] in last else []
-        close = close or difflib.get_close_matches(name, known, 1)
-        raise InputError(
-            f"unknown setting {name}; "
-            + (f"did you mean {close[0]}?" if close else f"choose from {', '.join(sorted(known))}")
-        )
-    kind, *others = known[name]
-    if value is None and type(None) in others:
-        return
-    if kind in (int, float):
-        numbers = int if kind is int else int | float
-        least = 1 if kind is int and not name.endswith("warm_up_steps") else 0
-        if isinstance(value, bool) or not isinstance(value, numbers) or not least <= value < math.inf:
-            what = "a whole number" if kind is int else "a number"
-            raise InputError(f"{name} is {printable(value)}; give {what} of {least} or more")
-    elif kind is str and not isinstance(value, str):
-        raise InputError(f"{name} is {printable(value)}; give a text")
 
 
 def train_autoencoder(stage: Stage) -> None:

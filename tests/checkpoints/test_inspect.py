@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from ldm.checkpoints import hashing, inspect
+from ldm.checkpoints import hashing, inspect, inspection_hashes
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.formats.imports import imports_of
 from ldm.checkpoints.inspect import Inspection, inspect_path
@@ -145,7 +145,7 @@ def test_a_file_of_a_known_checksum_is_called_by_its_published_name(
     v1_4 = "fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556"
     torch.save({"a": torch.ones(1)}, tmp_path / "m.ckpt")
     assert inspected(tmp_path / "m.ckpt").published == ""
-    monkeypatch.setattr(inspect, "file_sha256", lambda path, again: v1_4)
+    monkeypatch.setattr(inspection_hashes, "file_sha256", lambda path, again: v1_4)
     assert inspected(tmp_path / "m.ckpt").published == "sd-v1-4.ckpt"
     assert all(len(digest) == 64 and set(digest) <= set("0123456789abcdef") for digest in inspect.PUBLISHED)
 

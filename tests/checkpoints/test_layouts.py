@@ -23,7 +23,7 @@ from ldm.checkpoints.load import build_model, check_fit
 from ldm.checkpoints.model_files import model_files, read_model
 from ldm.config import read_config
 from ldm.pipeline import load_model
-from ldm.runs import claim
+from ldm.runs.settings import file_digests, vocabulary_files
 from ldm.util import InputError
 from tests.support.golden_data import inpainting_config, rebuilt_state_dict, tiny_config
 from tests.support.paths import GOLDEN
@@ -432,7 +432,7 @@ def test_a_side_file_of_20_gb_is_refused_by_its_size(
         load_model(tiny_config(), folder).get_learned_conditioning(["a"])
     if name.startswith("tokenizer"):
         with pytest.raises(InputError, match=rf"{name} is larger than 16 MB"):
-            claim._digests(claim._vocabulary(folder, None))
+            file_digests(vocabulary_files(folder, None))
 
 
 def test_a_single_file_of_another_model_is_named_not_advised(tmp_path: Path) -> None:

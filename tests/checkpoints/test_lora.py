@@ -17,7 +17,7 @@ from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.layouts.recognise import family_by_key, kind_of
 from ldm.checkpoints.load import skip_init
 from ldm.config import read_config
-from ldm.runs import claim
+from ldm.runs.settings import file_digest
 from ldm.util import InputError, instantiate_from_config
 from tests.support.golden_data import inpainting_config, tiny_model
 
@@ -397,7 +397,7 @@ def test_settings_of_20_gb_are_refused_by_their_size(model, save, monkeypatch):
     settings.touch()
     os.truncate(settings, 20 * 2**30)
     monkeypatch.setattr(hashing, "_digest", lambda path: pytest.fail(f"{path} is read as a whole"))
-    for use in (lambda: change_of(model, file.parent, layer), lambda: claim._digest(settings)):
+    for use in (lambda: change_of(model, file.parent, layer), lambda: file_digest(settings)):
         with pytest.raises(InputError, match=r"adapter_config\.json is larger than 16 MB"):
             use()
 

@@ -21,7 +21,7 @@ from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.checkpoints.hashing import file_sha256
 from ldm.checkpoints.layouts.recognise import ema_key
 from ldm.cli.commands import convert
-from ldm.cli.generate import options_of
+from ldm.cli.values import options_of
 from ldm.metadata.infotext import parse_infotext
 from ldm.runs.models import choose_model
 from tests.support.paths import ROOT

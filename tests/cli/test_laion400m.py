@@ -9,7 +9,7 @@ from PIL import Image
 import scripts.img2img as img2img
 import scripts.txt2img as txt2img
 from ldm.checkpoints import configs as known
-from ldm.cli.generate import request_of
+from ldm.cli.values import request_of
 from ldm.config import read_config
 from ldm.metadata.infotext import parse_infotext
 from ldm.modules.encoders import bert

@@ -26,8 +26,8 @@ import scripts.inpaint
 import scripts.replay
 import scripts.txt2img
 from ldm.cli.changes import changed
-from ldm.cli.generate import check_options, options_of, request_of
-from ldm.cli.replay import describe_watermark
+from ldm.cli.explain import describe_watermark
+from ldm.cli.values import check_options, options_of, request_of
 from ldm.data.scenes import image_at
 from ldm.images.canvas import open_canvas
 from ldm.images.compare import compare

@@ -20,7 +20,7 @@ from PIL import Image
 import scripts.replay as replay
 import scripts.txt2img as txt2img
 from ldm.checkpoints import configs as known
-from ldm.cli.generate import request_of
+from ldm.cli.values import request_of
 from ldm.metadata.infotext import job_from_infotext, parse_infotext
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import Pipeline
@@ -328,8 +328,8 @@ def test_a_batch_begins_before_the_last_one_is_finished(draw, monkeypatch):
 
     monkeypatch.setattr(Pipeline, "begin", note)
     monkeypatch.setattr(Pipeline, "finish", wait)
-    run = importlib.import_module("ldm.runs.run")
-    monkeypatch.setattr(run, "Output", lambda *args: Output(*args[:-3], False, *args[-2:]))  # as on a GPU
+    make = importlib.import_module("ldm.runs.make")
+    monkeypatch.setattr(make, "Output", lambda *args: Output(*args[:-3], False, *args[-2:]))  # as on a GPU
     code, files = draw("--n_iter", "3", "--n_samples", "1", "--ddim_steps", "1")
     assert (code, len([name for name in files if name.startswith("samples")])) == (0, 3)
 

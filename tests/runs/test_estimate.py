@@ -12,23 +12,14 @@ import scripts.txt2img as txt2img
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG, INPAINTING_CONFIG, V1_CONFIG
 from ldm.checkpoints.load import build_model
 from ldm.cli.dry_run import tell_memory, tell_time
-from ldm.cli.generate import options_of, request_of
+from ldm.cli.values import options_of, request_of
 from ldm.config import read_config
 from ldm.images.canvas import open_canvas
 from ldm.job import Init, Job
 from ldm.modules.attention import CrossAttention
 from ldm.pipeline import LOW_MEMORY, Pipeline, load_model
-from ldm.runs.estimate import (
-    MOST_MAPS,
-    Batch,
-    Memory,
-    batch_kinds,
-    beyond_memory,
-    count_texts,
-    needed_memory,
-    parallel,
-    run_seconds,
-)
+from ldm.runs.estimate import Batch, batch_kinds, count_texts, parallel, run_seconds
+from ldm.runs.memory import MOST_MAPS, Memory, beyond_memory, needed_memory
 from ldm.runs.options import RunOptions
 from ldm.runs.plan import Plan, read_wishes
 from ldm.runs.starts import Start
@@ -213,7 +204,7 @@ def test_time_in_words(seconds, said):
 
 @pytest.mark.parametrize(("total", "advice"), [(10, "--n_samples 30 would fit"), (2, "use a smaller --W")])
 def test_more_than_the_machine_has_is_said_with_what_would_fit(monkeypatch, total, advice):
-    monkeypatch.setattr("ldm.runtime.tiling.total_memory", lambda device: total * 2**30)
+    monkeypatch.setattr("ldm.runtime.memory.total_memory", lambda device: total * 2**30)
     memory, cuda = Memory(4 * 2**30, 20 * 2**30, "denoising 512x512"), torch.device("cuda")
     said = beyond_memory(memory, cuda, 100)
     assert said is not None

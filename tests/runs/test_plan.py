@@ -11,7 +11,7 @@ from PIL import Image
 
 import scripts.img2img as img2img
 import scripts.txt2img as txt2img
-from ldm.cli.generate import options_of, request_of
+from ldm.cli.values import options_of, request_of
 from ldm.images.sheet import layout
 from ldm.job import batch_key
 from ldm.metadata.infotext import job_from_infotext
@@ -408,7 +408,7 @@ def test_a_dry_run_for_programs_is_one_event(draw, capsys):
 
 
 def test_a_batch_beyond_memory_is_refused_before_the_model_is_read(draw, capsys, monkeypatch):
-    monkeypatch.setattr("ldm.runtime.tiling.total_memory", lambda device: 2**30)
+    monkeypatch.setattr("ldm.runtime.memory.total_memory", lambda device: 2**30)
     monkeypatch.setattr("ldm.pipeline.load_model", lambda *args, **more: pytest.fail("the model was loaded"))
     assert draw("--n_samples", "2000") == (2, {})
     fitting = re.search(r"--n_samples (\d+) would fit", capsys.readouterr().err)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import scripts.txt2img as txt2img
+from ldm.runs import launch
 from ldm.runs import processes as ranks
 from tests.support.forking import ForkServer
 from tests.support.paths import ROOT, tree
@@ -297,7 +298,7 @@ CHILD = "import os, sys, time; rank = int(os.environ['LOCAL_RANK']); "
 def supervise(tmp_path, code, count=2):
     begun = tmp_path / "begun"
     command = [sys.executable, "-c", CHILD + code.replace("BEGUN", repr(str(begun)))]
-    return ranks._supervise(command, {**os.environ}, count, os.devnull, begun)
+    return launch._supervise(command, {**os.environ}, count, os.devnull, begun)
 
 
 def test_one_that_is_lost_before_they_have_met_ends_all(tmp_path):
@@ -327,4 +328,4 @@ def test_one_that_is_lost_later_ends_nobody(tmp_path, caplog):
     ],
 )
 def test_the_exit_code_is_that_of_all(codes, received, joint):
-    assert ranks._joint_code(codes, received) == joint
+    assert launch._joint_code(codes, received) == joint

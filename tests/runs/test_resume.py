@@ -26,7 +26,7 @@ from ldm.images.grid import _Page
 from ldm.images.writer import encode_png
 from ldm.job import Init, Job
 from ldm.pipeline import Pipeline
-from ldm.runs import claim
+from ldm.runs.settings import file_digests, foreign_classes, vocabulary_files
 from tests.support.fake_run import in_batches, make_jobs, run_without_model
 from tests.support.forking import ForkServer
 from tests.support.paths import ROOT, tree
@@ -423,10 +423,10 @@ def test_another_tokenizer_of_a_folder_of_weights_is_another_run(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(ROOT / "models/ldm/shapes" / name, tmp_path / "tokenizer")
-    before = claim._digests(claim._vocabulary(tmp_path, None))
-    assert claim._digests(claim._vocabulary(Path("x.ckpt"), str(tmp_path))) == before
+    before = file_digests(vocabulary_files(tmp_path, None))
+    assert file_digests(vocabulary_files(Path("x.ckpt"), str(tmp_path))) == before
     reorder(tmp_path / "tokenizer/merges.txt")
-    after = claim._digests(claim._vocabulary(tmp_path, None))
+    after = file_digests(vocabulary_files(tmp_path, None))
     assert [Path(path).name for path in before if before[path] != after[path]] == ["merges.txt"]
 
 
@@ -440,9 +440,9 @@ def test_another_class_of_a_foreign_package_is_another_run(tmp_path, monkeypatch
     (tmp_path / file).write_text("class Mine:\n    pass\n")
     params = {"unet_config": {"target": "my_encoder.Mine"}}
     config = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
-    before = claim._foreign_classes(config)
+    before = foreign_classes(config)
     (tmp_path / file).write_text("class Mine:\n    word = 1\n")
-    after = claim._foreign_classes(config)
+    after = foreign_classes(config)
     assert (list(before), list(after), before != after) == (["my_encoder"], ["my_encoder"], True)
 
 

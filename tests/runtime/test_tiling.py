@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,6 @@ from ldm.data.scenes import image_at
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.pipeline import load_model
 from ldm.runtime.tiling import (
-    _system_memory,
-    available_memory,
     blending_weights,
     choose_tiles,
     decode_in_tiles,
@@ -169,40 +166,10 @@ def test_one_tile_is_the_whole_to_the_bit(autoencoder: AutoencoderKL, scenery: T
 # --- memory -------------------------------------------------------------------------------------------------
 
 
-def kernel_files(root: Path, group: str = "/") -> Path:
-    (root / "proc/self").mkdir(parents=True)
-    (root / "proc/meminfo").write_text("MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:   4000 kB\n")
-    (root / "proc/self/cgroup").write_text(f"4:memory:/old\n0::{group}\n")
-    folder = root / "sys/fs/cgroup" / group.lstrip("/")
-    folder.mkdir(parents=True)
-    return folder
-
-
-def test_available_memory_is_the_kernels_estimate(tmp_path: Path) -> None:
-    kernel_files(tmp_path)
-    assert _system_memory(tmp_path) == 4000 * 1024
-
-
-@pytest.mark.parametrize(
-    ("limit", "expected"), [("max", 4096000), ("9000000", 4096000), ("3000000", 2200000)]
-)
-def test_a_control_groups_limit_counts_if_it_is_lower(tmp_path: Path, limit: str, expected: int) -> None:
-    folder = kernel_files(tmp_path, "/user/run")
-    (folder.parent / "memory.max").write_text(limit + "\n")  # the limit may be that of a group around ours
-    (folder.parent / "memory.current").write_text("1000000\n")
-    (folder.parent / "memory.stat").write_text("anon 800000\ninactive_file 200000\n")
-    assert _system_memory(tmp_path) == expected
-
-
-def test_unknown_memory_is_none_and_needs_no_tiles(tmp_path: Path) -> None:
-    assert _system_memory(tmp_path) is None
-    assert available_memory(torch.device("meta")) is None
-    assert not choose_tiles(10**15, None)
-
-
 def test_tiles_are_chosen_before_memory_is_short() -> None:
     assert choose_tiles(needed=80, available=100)
     assert not choose_tiles(needed=70, available=100)
+    assert not choose_tiles(10**15, None)  # unknown
 
 
 @pytest.mark.parametrize(

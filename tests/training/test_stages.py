@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.training.config import read_config
 from ldm.training.export import save_atomically
-from ldm.training.stages import STAGES, Stage, read_config
+from ldm.training.stage import Stage
+from ldm.training.stages import STAGES
 from ldm.util import InputError, instantiate_from_config
 from tests.support.paths import ROOT
 

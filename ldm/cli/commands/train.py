@@ -48,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(opt: argparse.Namespace) -> int:
-    from ldm.training.stages import STAGES, Stage, read_config
+    from ldm.training.config import read_config
+    from ldm.training.stage import Stage
+    from ldm.training.stages import STAGES
 
     config = read_config(Path(opt.base or f"configs/shapes/{CONFIGS[opt.stage]}"), opt.settings)
     bar = sys.stderr.isatty() and not opt.quiet

@@ -21,7 +21,6 @@ class DDIMSampler(Sampler):
     every run.
     """
 
-    name = "ddim"
     loop = "ddim_sampling"
     ddim_sampling = Sampler.denoise
 

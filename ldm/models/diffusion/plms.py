@@ -29,7 +29,7 @@ class PLMSSampler(Sampler):
     every run.
     """
 
-    name = "plms"
+    allows_eta = False
     loop = "plms_sampling"
     plms_sampling = Sampler.denoise
 

@@ -1,0 +1,146 @@
+"""Estimates the memory of a plan, and refuses one that the machine cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ldm.runs.estimate import Batch, batch_kinds
+from ldm.runs.models import latent_factor
+from ldm.runs.options import RunOptions
+from ldm.runs.plan import Plan
+from ldm.util import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.runtime.estimate import NetworkWork
+
+MOST_MAPS = 30  # of the finest level that a U-Net has at a time; v1's has 25
+PROGRAM = 350 * 2**20  # bytes of Python, torch and their imports; measured on Linux
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of weights, and of activations at the peak; `peak` names the stage of the peak."""
+
+    weights: int
+    computed: float
+    peak: str
+
+
+def needed_memory(
+    options: RunOptions,
+    batches: Iterable[Batch],
+    model: LatentDiffusion,
+    work: NetworkWork,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Memory:
+    """Returns the peak memory of one device."""
+    from ldm.models.diffusion.ddpm import LatentInpaintDiffusion
+    from ldm.pipeline import LOW_MEMORY
+    from ldm.runtime import tiling
+    from ldm.runtime.estimate import weight_bytes
+
+    def share(size: tuple[int, int]) -> float:
+        return _share_at_once(options, model, size, device)
+
+    batches, sees_image = list(batches), isinstance(model, LatentInpaintDiffusion)
+    widths = model.first_stage_model.widths
+    largest = max((batch.job.upscaled_size for batch in batches), key=_area)
+    encoded = {batch.size for batch in batches if sees_image or batch.job.init is not None}
+    encoded |= {batch.job.upscaled_size for batch in batches if batch.encodes_again}
+    passing = {size: tiling.needed_memory(widths, _area(size)) * share(size) for size in {largest, *encoded}}
+    to_encode = work.encode(*largest).alive / work.decode(*largest).alive  # always in float32
+    denoised = {(size, batch.samples) for batch in batches for size, steps in batch.passes() if steps}
+    peaks = [
+        (passing[largest] * dtype.itemsize / 4, f"decoding {_words(largest)}"),
+        *((passing[size] * to_encode, f"encoding {_words(size)}") for size in encoded),
+        *(
+            (dtype.itemsize * work.predict(*size).alive * samples, f"denoising {_words(size)}")
+            for size, samples in denoised
+        ),
+    ]
+    networks = weight_bytes(model, dtype, encodes=bool(encoded)).values()
+    weights = max(networks) if options.lowmem else sum(networks)
+    if options.lowmem and device.type == "cpu":
+        weights = min(weights, LOW_MEMORY)
+    return Memory(weights, *max(peaks))
+
+
+def check_batches(
+    options: RunOptions, plan: Plan, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Refuses a run with a batch that exceeds this machine's memory; the `InputError` names what would fit.
+
+    The estimate takes seconds, so it is made only if an upper bound is close to the available memory.
+    """
+    from ldm.checkpoints.load import build_model
+    from ldm.config import section
+    from ldm.runtime.estimate import NetworkWork
+    from ldm.runtime.memory import total_memory
+
+    total, batches = total_memory(device), batch_kinds(plan)
+    width = section(config, "unet_config").get("model_channels", 320)
+    cells = max(_area(size) * batch.samples for batch in batches for size, _ in batch.passes())
+    bound = MOST_MAPS * 4 * width * cells // latent_factor(config) ** 2
+    if total is None or 2 * bound < total:
+        return
+    try:
+        model = build_model(config)
+        memory = needed_memory(options, batches, model, NetworkWork(model), device, dtype)
+    except RuntimeError:  # a network of another package may need its weights
+        return
+    too_much = beyond_memory(memory, device, max(batch.images for batch in batches))
+    if too_much is not None:
+        raise InputError(too_much)
+
+
+def beyond_memory(memory: Memory, device: torch.device, images: int) -> str | None:
+    """Returns the message for batches of up to `images` images that need more memory than there is; else None."""
+    from ldm.runtime.memory import total_memory
+
+    total, program = total_memory(device), program_bytes(device)
+    needed = memory.weights + memory.computed + program
+    if total is None or needed <= total:
+        return None
+    fitting = int(images * max(total - memory.weights - program, 0) / memory.computed)
+    advice = (
+        f"--n_samples {fitting} would fit"
+        if 1 <= fitting < images
+        else "use a smaller --W and --H, or --lowmem"
+    )
+    whose = "this machine" if device.type == "cpu" else f"{device}"
+    return (
+        f"{memory.peak} in batches of {images} needs about {needed / 2**30:.0f} GiB, and {whose} has "
+        f"{total / 2**30:.0f} GiB; {advice}"
+    )
+
+
+def program_bytes(device: torch.device) -> int:
+    """Returns the bytes of everything that is not a tensor, from the memory that the tensors are in."""
+    return PROGRAM if device.type == "cpu" else 0
+
+
+def _share_at_once(
+    options: RunOptions, model: LatentDiffusion, size: tuple[int, int], device: torch.device
+) -> float:
+    """Returns the fraction of an image that the autoencoder processes at a time: 1, or one tile's."""
+    from ldm.runtime.memory import available_memory
+    from ldm.runtime.tiling import choose_tile
+
+    widths, factor = model.first_stage_model.widths, model.first_stage_model.downsampling
+    tile = choose_tile(options.tiles, widths, factor, size, available_memory(device))
+    return 1.0 if tile is None else min((tile * factor) ** 2 / _area(size), 1.0)
+
+
+def _area(size: tuple[int, int]) -> int:
+    return size[0] * size[1]
+
+
+def _words(size: tuple[int, int]) -> str:
+    height, width = size
+    return f"{width}x{height}"

@@ -1,0 +1,104 @@
+"""A run before it begins: the model, the device and the plan, checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.job import Job
+from ldm.runs.jobs import check_job
+from ldm.runs.model_cache import ModelCache
+from ldm.runs.models import check_latents, choose_model, find_loras
+from ldm.runs.notes import note_jobs
+from ldm.runs.options import Request, RunOptions
+from ldm.runs.plan import Plan, read_wishes
+from ldm.runs.processes import ProcessInfo, check
+from ldm.runs.source import Source
+from ldm.runs.starts import Canvases, read_starts
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.checkpoints.adapters.lora_files import LoraFiles
+
+logger = logging.getLogger("ldm")
+
+Planner = Callable[[Mapping[str, Any], "LoraFiles"], Plan]  # from a checked config and the finder of LoRAs
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is checked and planned; nothing is loaded, and nothing is written."""
+
+    options: RunOptions
+    plan: Plan
+    config_path: Path
+    config: Mapping[str, Any]
+    ckpt: Path
+    device: torch.device
+    find_lora: LoraFiles
+    cache: ModelCache
+    stdin_copy: str | None
+
+    def source(self, here: ProcessInfo) -> Source:
+        """Returns the source of the images of one process."""
+        from ldm.runtime.device import resolve_precision
+
+        precision = resolve_precision(self.options.precision, here.device)
+        canvases = self.plan.canvases
+        return Source(
+            self.config_path, self.config, self.ckpt, here, precision, canvases, self.find_lora, self.cache
+        )
+
+
+def prepare(
+    options: RunOptions, planner: Planner, cache: ModelCache | None = None, reads_input: bool = False
+) -> Prepared:
+    """Finds the model and the device, and makes the plan. Raises InputError for invalid requests.
+
+    `cache` holds the model between runs of one process. With `reads_input` the prompts come from standard input.
+    """
+    from ldm.config import read_config
+
+    config_path, ckpt = choose_model(options)
+
+    from ldm.runtime.device import resolve_device  # torch, which takes seconds
+
+    device = resolve_device(options.device)
+    stdin_copy = check(options, device, reads_input)
+    find_lora = find_loras(options)
+    config = read_config(config_path, options.allow_targets)
+    check_latents(options, config)
+    plan = planner(config, find_lora)
+    return Prepared(
+        options, plan, config_path, config, ckpt, device, find_lora, cache or ModelCache(), stdin_copy
+    )
+
+
+def plan_request(
+    options: RunOptions, request: Request, config: Mapping[str, Any], find_lora: LoraFiles
+) -> Plan:
+    """Makes the plan of a request for a config's model."""
+    wishes, canvases = read_wishes(options, request), Canvases(mask_needed=options.inpaint)
+    starts = read_starts(request, options.inpaint, config, canvases)
+    plan = Plan(options, request, wishes, starts, canvases, lambda job: check_job(job, config, find_lora))
+    note_jobs(plan.kinds(), config)
+    return plan
+
+
+def log_steps(job: Job) -> None:
+    """Logs the number of denoising steps of an image if it differs from the requested one."""
+    from ldm.models.diffusion.schedule import passes_of, schedule_length
+
+    rows, (first, *second) = schedule_length(job), passes_of(job)
+    if rows != job.steps:
+        logger.info("compvis spacing has %d steps for --ddim_steps %d", rows, job.steps)
+    if job.init is not None:
+        logger.info("strength %g: %d of %d steps run", job.strength, first.steps, rows)
+        if first.steps == 0:
+            logger.info("so the image only passes through the autoencoder")
+    for again in second:
+        logger.info("upscaling at strength %g: %d of %d more steps", job.upscale_strength, again.steps, rows)
