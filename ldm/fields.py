@@ -195,6 +195,23 @@ FIELDS: tuple[Field, ...] = (
         label="Upscale strength",
     ),
     Field(
+        "guidance_interval", {"low": 0}, "guidance_interval", "sampling", "LO,HI",
+        "guide only between these shares of the steps, such as 0.1,0.7: other steps cost half",
+        label="Guidance interval",
+    ),
+    Field(
+        "guidance_interval_in", {}, "guidance_interval_in", "sampling",
+        help="what --guidance_interval counts: shares of the steps, or sigma, the noise over the signal, which falls "
+        "from 14.6 to 0",
+        label="Guidance interval in",
+    ),
+    Field(
+        "guidance_schedule", {}, "guidance_schedule", "sampling",
+        help="how the guidance changes over the steps, with --scale as its mean: linear and cosine rise, those with "
+        "_down fall, peak is high in the middle, valley at both ends",
+        label="Guidance schedule",
+    ),
+    Field(
         "prompt_syntax", {}, "prompt_syntax", "prompt",
         help="a1111: (x:1.3), [x] and BREAK in prompts mean what they mean in AUTOMATIC1111's web UI",
         label="Prompt syntax",

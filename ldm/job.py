@@ -18,6 +18,7 @@ RESIZES = ("fit", "fill", "stretch", "pad", "none")
 
 Sampler = Literal["ddim", "plms", "dpm_solver"]
 Spacing = Literal["uniform", "compvis", "quad"]
+GuidanceSchedule = Literal["constant", "linear", "cosine", "linear_down", "cosine_down", "peak", "valley"]
 
 
 class MemoryImage(str):
@@ -102,6 +103,9 @@ class Job:
     `loras` are files, or names of files that the pipeline finds, each with its weight on the U-Net and on the text
     encoder. `prompt_syntax` "a1111" reads weights and BREAK in the prompts, see `ldm.prompts.weights`.
 
+    Outside of `guidance_interval`, in shares of the steps or in sigma, there is no guidance, and inside it follows
+    `guidance_schedule`, see `ldm.models.diffusion.course`.
+
     With `upscale` above 1 the finished image is enlarged by that factor, as pixels or as latents (`upscale_in`), and
     denoised in a second pass at `upscale_strength`.
     """
@@ -126,6 +130,9 @@ class Job:
     upscale: float = 1.0
     upscale_in: Literal["pixels", "latents"] = "pixels"
     upscale_strength: float = 0.5
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval_in: Literal["steps", "sigma"] = "steps"
+    guidance_schedule: GuidanceSchedule = "constant"
     loras: tuple[tuple[str, float, float], ...] = ()
     prompt_syntax: Literal["plain", "a1111"] = "plain"
 

@@ -16,6 +16,10 @@ _OPTIONS_WITHOUT_EFFECT: tuple[tuple[str, Callable[[argparse.Namespace], bool]],
         lambda opt: opt.upscale == 1 and (opt.upscale_in, opt.upscale_strength) != ("pixels", 0.5),
     ),
     (
+        "--guidance_interval_in has no effect without --guidance_interval",
+        lambda opt: opt.guidance_interval_in == "sigma" and opt.guidance_interval == (0.0, 1.0),
+    ),
+    (
         "--prompt_format has no effect without --from-file",
         lambda opt: opt.prompt_format != "auto" and opt.from_file is None,
     ),

@@ -83,19 +83,24 @@ def _word(text: str) -> str:
     return "_".join(text.lower().replace("-", " ").split())
 
 
-def _four_numbers(text: str) -> tuple[int, int, int, int]:
-    try:
-        left, top, right, bottom = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not four whole numbers such as 0,0,64,0") from None
-    return left, top, right, bottom
+def _numbers(name: str, form: str) -> Callable[[str], tuple[Any, ...]]:
+    """Returns a reader of a field of several numbers, which have the form that a message names."""
+
+    def read(text: str) -> tuple[Any, ...]:
+        try:
+            return SETTINGS[name].parse(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {form}") from None
+
+    return read
 
 
 # readers of options that accept more than the type of their field, or explain its form
 _KINDS: Mapping[str, Callable[[str], Any]] = {
     "seed": _seed,
     "sampler": _word,
-    "init.outpaint": _four_numbers,
+    "init.outpaint": _numbers("init.outpaint", "four whole numbers such as 0,0,64,0"),
+    "guidance_interval": _numbers("guidance_interval", "two numbers such as 0.1,0.7"),
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ldm.fields import DEFAULTS, FIELDS, INIT, SETTINGS, Field, override, values_of
 from ldm.job import V1_DEFAULTS, Job, lora_name, lora_tag, split_loras
+from ldm.setting import Setting
 from ldm.util import InputError, printable
 
 NEGATIVE = "Negative prompt:"
@@ -75,11 +76,14 @@ def _read_switch(text: str) -> bool:
     return text == "on"
 
 
-def _read_borders(text: str) -> tuple[int, ...]:
-    borders = tuple(map(int, text.split()))
-    if len(borders) != 4:
-        raise ValueError(text)
-    return borders
+def _row(setting: Setting) -> _Codec:
+    """Returns a codec for several numbers."""
+    kinds = [part.kind for part in setting.row]
+
+    def read(text: str) -> tuple[Any, ...]:
+        return tuple(kind(word) for kind, word in zip(kinds, text.split(), strict=True))
+
+    return _Codec(lambda values: " ".join(map(_number, values)), read)
 
 
 def _read_loras(text: str) -> tuple[tuple[str, float, float], ...]:
@@ -98,7 +102,6 @@ def _named_loras(job: Job) -> tuple[tuple[str, float, float], ...]:
 
 _INT, _FLOAT = _Codec(str, int), _Codec(_number, float)
 _SWITCH = _Codec(lambda value: "on" if value else "off", _read_switch)
-_BORDERS = _Codec(lambda borders: " ".join(map(str, borders)), _read_borders)
 # A1111 has many upscalers; those of latents are called Latent (nearest) and the like
 _UPSCALER = _Codec(
     _table({"pixels": "Lanczos", "latents": "Latent"}).write,
@@ -106,16 +109,18 @@ _UPSCALER = _Codec(
 )
 _FILE = _Codec(file_name, str)  # its folder is private to the user
 _CODECS: Mapping[str, _Codec] = {
-    "init.outpaint": _BORDERS,
     "upscale_in": _UPSCALER,
 }
 
 
 def _codec(row: Field) -> _Codec:
     """Returns the writer and the reader of a field's values."""
-    kind = SETTINGS[row.name].kind
+    setting = SETTINGS[row.name]
+    kind = setting.kind
     if row.name in _CODECS:
         return _CODECS[row.name]
+    if setting.row:
+        return _row(setting)
     if row.is_file:
         return _FILE
     return {bool: _SWITCH, int: _INT, float: _FLOAT}.get(kind) or _table(row.words)

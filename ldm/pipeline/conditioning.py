@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ldm.job import Job
+from ldm.models.diffusion.course import Course
 from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
-from ldm.models.diffusion.guidance import Conditioning, Guidance
+from ldm.models.diffusion.guidance import Conditioning, Guidance, GuidancePlan
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.pipeline.placement import Placement
 from ldm.prompts.conditioning import count_chunks, encode_weighted
@@ -53,7 +55,11 @@ class TextConditioning:
             self._model.cond_stage_model.use_embeddings({})
         self.clear()
 
-    def guidance(self, jobs: Sequence[Job], inpainting: InpaintingCondition | None) -> Guidance:
+    def plan(self, jobs: Sequence[Job], inpainting: InpaintingCondition | None) -> GuidancePlan:
+        """The guidance of each step of a batch."""
+        return GuidancePlan([(math.inf, self._guidance(jobs, inpainting))], Course.of(jobs[0]))
+
+    def _guidance(self, jobs: Sequence[Job], inpainting: InpaintingCondition | None) -> Guidance:
         """The conditioning of a batch, that of its negative prompts if any job has guidance, and the scales."""
         with self._placement.running(self._model.cond_stage_model):
             chunks = self._count_chunks(jobs[0])

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.job import Job
-from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.guidance import Guidance, ZeroDenoiser
+from ldm.models.diffusion.guidance import GuidancePlan, ZeroDenoiser
 from ldm.models.diffusion.noise import NoiseSource, SkippingNoise
-from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.schedule import Pass, passes_of
+from ldm.models.diffusion.solvers import SOLVERS
 from ldm.pipeline.conditioning import TextConditioning
 from ldm.pipeline.noise import posterior_noise
 from ldm.pipeline.picture import OnStep, StepInfo
 from ldm.pipeline.placement import Placement
 from ldm.pipeline.starts import StartLatents, Starts
-
-SAMPLERS: Mapping[str, type[Sampler]] = {
-    "ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler,
-}  # fmt: skip
 
 
 class _Stopped(Exception):
@@ -83,24 +78,29 @@ class LatentSampler:
             if start is not None and one.steps == 0:
                 latents = start.latents
             else:
-                guidance = self._conditioning.guidance(jobs, inpainting)
-                latents = self._denoise(one, sampler, guidance, start, code, noise, on_step)
+                plan = self._conditioning.plan(jobs, inpainting)
+                latents = self._denoise(one, sampler, plan, start, code, noise, on_step)
         return latents
 
     def _denoise(
         self,
         one: Pass,
         sampler: Sampler,
-        guidance: Guidance,
+        plan: GuidancePlan,
         start: StartLatents | None,
         code: Tensor,
         noise: NoiseSource,
         on_step: OnStep | None,
     ) -> Tensor:
         """One pass, from the noise `code`, or from `start` with as much of it as the steps take out."""
+        guidance = plan.first
+        # only where needed: a replaced method may accept the original's keywords only
+        extra: dict[str, Any] = {"plan": plan} if plan.changes else {}
         with self._placement.running(self._model.model):
             return sampler.decode(
-                code if start is None else sampler.start_from(start.latents, one.steps, code),
+                sampler.starting(code)
+                if start is None
+                else sampler.start_from(start.latents, one.steps, code),
                 guidance.cond,
                 one.steps,
                 unconditional_guidance_scale=guidance.scale,
@@ -110,6 +110,7 @@ class LatentSampler:
                 noise=noise,
                 mask=None if start is None else start.keep,
                 x0=None if start is None else start.latents,
+                **extra,
             )
 
     def skip(self, job: Job, count: int, noise: NoiseSource) -> None:
@@ -134,8 +135,9 @@ class LatentSampler:
 
 def _make_sampler(model: LatentDiffusion | ZeroDenoiser, job: Job) -> Sampler:
     """The sampler of a job with its schedule, over a model."""
-    sampler = SAMPLERS[job.sampler](model)
-    sampler.make_schedule(job.steps, job.timestep_spacing, job.eta, verbose=False)
+    sampler = SOLVERS[job.sampler].make(model)
+    # eta 0, a job's default, is the solver's own
+    sampler.make_schedule(job.steps, job.timestep_spacing, job.eta or None, verbose=False)
     return sampler
 
 

@@ -14,9 +14,11 @@ from ldm.util import need
 
 def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Path]) -> None:
     """Checks that a config's model can make a job, else raises InputError."""
+    from ldm.models.diffusion.course import check_guidance
     from ldm.models.diffusion.schedule import check_sampling
 
     check_sampling(job.sampler, job.steps, job.timestep_spacing, job.eta)
+    check_guidance(job)
     factor = latent_factor(model)
     for name, side in (("--W", job.width), ("--H", job.height)):
         need(side % factor == 0, f"{name} is {side}, not a multiple of {factor}")

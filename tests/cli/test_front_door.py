@@ -30,7 +30,7 @@ from ldm.data.scenes import scene_at
 from ldm.job import Init
 from ldm.metadata.infotext import job_from_infotext
 from ldm.metadata.read import read_job
-from ldm.pipeline import SAMPLERS, Pipeline
+from ldm.pipeline import SOLVERS, Pipeline
 from ldm.runs.messages import set_up_messages
 from ldm.runs.models import _config_of
 from ldm.runs.starts import Canvases
@@ -182,7 +182,7 @@ def test_a_missing_option_does_not_hide_a_misspelt_one(capsys):
 
 
 def test_samplers_by_name_and_by_switch():
-    assert set(SAMPLERS) == set(txt2img.parser()._option_string_actions["--sampler"].choices)
+    assert set(txt2img.parser()._option_string_actions["--sampler"].choices) <= set(SOLVERS)
     chosen = {"--sampler plms": "plms", "--plms": "plms", "--plms --sampler plms": "plms", "": "ddim"}
     for typed, name in chosen.items():
         assert chosen_sampler(txt2img.parser().parse_args(typed.split())) == name
@@ -634,6 +634,7 @@ def test_options_without_effect_are_warned_of(draw, tmp_path, capsys, typed, sai
             ["--negative_prompt", "fog", "--scale", "1"],
             "--negative_prompt has no effect at --scale 1",
         ),
+        (txt2img, ["--guidance_interval_in", "sigma"], "--guidance_interval_in has no effect without"),
         (txt2img, ["--skip_grid", "--n_rows", "2"], "--n_rows has no effect with --skip_grid"),
         (img2img, ["--init-img", "a.png", "--resize", "fit"], "--resize has no effect without --W or --H"),
         (inpaint, ["--mask_blur", "9", "--no_paste"], "--mask_blur has no effect with --no_paste"),
@@ -645,7 +646,7 @@ def test_each_half_of_a_pair_without_effect_is_silent_alone(caplog, script, type
     check_options(parser.parse_args(typed))
     assert said in caplog.text
     caplog.clear()
-    cure = {"fog": ["--scale", "2"], "fit": ["--W", "64"]}
+    cure = {"fog": ["--scale", "2"], "fit": ["--W", "64"], "sigma": ["--guidance_interval", "0,2"]}
     cured = [*typed, *(more for word in typed for more in cure.get(word, []))]
     check_options(parser.parse_args([word for word in cured if word not in ("--skip_grid", "--no_paste")]))
     assert "no effect" not in caplog.text

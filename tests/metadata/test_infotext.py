@@ -40,6 +40,7 @@ def test_numbers_and_defaults_are_written_plainly() -> None:
         'Posterior: mean, Init image: "photo, of: me.png", Init width: 768, Init height: 8, Resize: pad, '
         "Background: #102030, Outpaint: 8 0 16 24, Mask: mask.png, Alpha mask: on, Invert mask: on, Mask blur: 0.5, "
         "Paste: off, Hires upscale: 2, Hires upscaler: Latent, Upscale strength: 0.3333333333333333, "
+        "Guidance interval: 0.1 0.3333333333333333, Guidance interval in: sigma, Guidance schedule: linear_down, "
         "Prompt syntax: a1111"
     )
     assert "RNG: CPU" in infotext(Job(prompt="x", rng="cpu", width=512, height=512), {})

@@ -62,7 +62,7 @@ class Skipping(Job):
 
 def test_each_job_of_a_batch_has_the_conditioning_of_its_clip_skip(pipeline):
     jobs = [Skipping("a red cube", negative_prompt="blue", clip_skip=skip) for skip in (1, 2, 1)]
-    guidance = pipeline.maker.conditioning.guidance(jobs, None)
+    guidance = pipeline.maker.conditioning.plan(jobs, None).first
     for text, found in (("a red cube", guidance.cond), ("blue", guidance.uncond)):
         for row, skip in zip(found, (1, 2, 1), strict=True):
             assert torch.equal(row, pipeline.model.get_learned_conditioning([text], skip)[0])
@@ -72,7 +72,7 @@ def test_each_job_of_a_batch_has_the_conditioning_of_its_clip_skip(pipeline):
 def test_each_job_of_a_batch_has_its_share_of_rescaled_guidance(pipeline):
     plain = Skipping("a red cube", width=64, height=64, steps=3, seed=11)
     jobs = [plain, dataclasses.replace(plain, guidance_rescale=0.7)]
-    guidance = pipeline.maker.conditioning.guidance(jobs, None)
+    guidance = pipeline.maker.conditioning.plan(jobs, None).first
     assert torch.as_tensor(guidance.rescale).flatten().tolist() == pytest.approx([0.0, 0.7])
     first, second = pixels(pipeline, jobs)
     assert torch.equal(first, pixels(pipeline, [plain, plain])[0]) and not torch.equal(first, second)
@@ -106,6 +106,15 @@ def test_a_mixed_batch_gives_each_job_what_it_gets_alone(pipeline, sampler):
     for job, picture in zip(jobs, together, strict=True):
         assert (picture - pixels(pipeline, [job])[0]).abs().mean() < 1.0  # rounding of another batch size
     assert (together[1] - pixels(pipeline, [dataclasses.replace(jobs[1], scale=3.0)])[0]).abs().mean() > 1.0
+
+
+def test_without_guidance_in_any_step_it_is_the_image_of_scale_one(pipeline):
+    def drawn(**fields):
+        return pixels(pipeline, [dataclasses.replace(JOB, **fields)])
+
+    assert torch.equal(drawn(guidance_interval=(0.5, 0.5)), drawn(scale=1.0))
+    assert torch.equal(drawn(guidance_interval=(0.0, 20.0), guidance_interval_in="sigma"), drawn())
+    assert not torch.equal(drawn(guidance_schedule="linear"), drawn())
 
 
 def test_many_prompts_leave_the_negative_one_encoded(tiny, monkeypatch):

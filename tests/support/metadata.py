@@ -68,6 +68,9 @@ FULL = Job(
     upscale=1.5,
     upscale_in="latents",
     upscale_strength=1 / 3,
+    guidance_interval=(0.1, 1 / 3),
+    guidance_interval_in="sigma",
+    guidance_schedule="linear_down",
     loras=(("ink", 0.8, 0.8), ("film, grain", 1.0, -0.25)),
     prompt_syntax="a1111",
 )

@@ -21,6 +21,7 @@ class DDIMSampler(Sampler):
     every run.
     """
 
+    name = "ddim"
     loop = "ddim_sampling"
     ddim_sampling = Sampler.denoise
 

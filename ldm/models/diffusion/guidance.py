@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from ldm.models.diffusion.course import CONSTANT, Course, Moment
 
 # a tensor, a list of conditionings, or a dict of them, as accepted by LatentDiffusion.apply_model
 Conditioning = Any
@@ -70,6 +73,16 @@ class Guidance:
         """Both conditionings as one batch, the same object at every step, so that models can cache derived values."""
         return join(self.uncond, self.cond)
 
+    def with_share(self, factor: float) -> Guidance:
+        """Returns the guidance with `factor` times (scale - 1); with 0 that of the conditioning alone."""
+        if factor == 1 or self.uncond is None:
+            return self
+        if factor == 0:
+            return replace(self, uncond=None)
+        other = replace(self, scale=1 + (self.scale - 1) * factor)
+        other.__dict__["both"] = self.both  # the same object: what models derived from it is computed once
+        return other
+
     def noise(self, model: Denoiser, x: Tensor, t: Tensor) -> Tensor:
         """Returns the guided prediction for `x` [N, ...] at timesteps t [N], in the dtype of `x`."""
         if self.uncond is None or (isinstance(self.scale, float | int) and self.scale == 1.0):
@@ -79,3 +92,26 @@ class Guidance:
         guided = without + self.scale * (with_ - without)
         off = isinstance(self.rescale, float | int) and self.rescale == 0
         return guided if off else rescaled(guided, with_, self.rescale)
+
+
+@dataclass(frozen=True)
+class GuidancePlan:
+    """The guidance of each step of a run: `entries` hold the last step of each, ascending, and `course` its share."""
+
+    entries: Sequence[tuple[float, Guidance]]
+    course: Course = CONSTANT
+
+    @property
+    def first(self) -> Guidance:
+        """The guidance of the first step, before the course."""
+        return self.entries[0][1]
+
+    @property
+    def changes(self) -> bool:
+        """Whether steps differ."""
+        return len(self.entries) > 1 or self.course != CONSTANT
+
+    def at(self, moment: Moment) -> Guidance:
+        """Returns the guidance of a step."""
+        guidance = next((one for last, one in self.entries if moment.step <= last), self.entries[-1][1])
+        return guidance.with_share(self.course.factor(moment))

@@ -29,7 +29,7 @@ class PLMSSampler(Sampler):
     every run.
     """
 
-    allows_eta = False
+    name = "plms"
     loop = "plms_sampling"
     plms_sampling = Sampler.denoise
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.guidance import Conditioning, Guidance
+from ldm.models.diffusion.guidance import Conditioning, Guidance, GuidancePlan
 from ldm.models.diffusion.noise import NoiseSource, RepeatedNoise, TorchNoise
 from ldm.models.diffusion.sampling_run import SamplingRun
-from ldm.models.diffusion.schedule import LEAST_ALPHA, Step, StepTable, make_timesteps
+from ldm.models.diffusion.schedule import LEAST_ALPHA, Step, StepTable
+from ldm.models.diffusion.schedules import SCHEDULES, Schedule
+from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.util import warn_of_ignored
 
 logger = logging.getLogger(__name__)
@@ -41,7 +44,7 @@ def _changes(value: Any) -> int:
 
 
 class Sampler:
-    """Samples latents from a model; a subclass defines one step in `_stepper`.
+    """Samples latents from a model; a subclass defines one step in `_stepper`, and has a row in `SOLVERS`.
 
     The model offers `apply_model`, `alphas_cumprod` and `num_timesteps`. Noise comes from a `NoiseSource`; the
     default is torch's global generator on the device of `alphas_cumprod`, drawn in the order of the original:
@@ -49,7 +52,7 @@ class Sampler:
     where its factor is 0.
     """
 
-    allows_eta: ClassVar[bool] = True
+    name: ClassVar[str] = ""
     draws_always: ClassVar[bool] = True  # whether the original drew a step's noise also where its factor is 0
     # image to image noises to the level one step above its first, as the original did
     starts_above: ClassVar[bool] = True
@@ -60,11 +63,21 @@ class Sampler:
     _source: NoiseSource | None = None  # of the last run
     _made: tuple[StepTable, list[tuple[Any, int]]] | None = None
 
-    def __init__(self, model: Any, schedule: str = "linear", **kwargs: Any):
-        """`kwargs` are other arguments of extensions of the original: they are ignored with a warning."""
+    def __init__(self, model: Any, schedule: str | Schedule = "linear", **kwargs: Any):
+        """`schedule` is one of `SCHEDULES`, or a `Schedule`; any other name is that of the sampler's own.
+
+        `kwargs` are settings of its row of `SOLVERS`. Other arguments, of extensions of the original, are ignored
+        with a warning.
+        """
+        row = SOLVERS.get(self.name)
+        own: Mapping[str, float] = {"eta": 0.0} if row is None else row.settings
+        self.settings = {name: float(kwargs.pop(name, value)) for name, value in own.items()}
         warn_of_ignored(type(self).__name__, kwargs)
         self.model = model
         self.schedule = schedule
+        if not isinstance(schedule, Schedule):
+            schedule = Schedule(schedule if schedule in SCHEDULES else row.schedule if row else "original")
+        self.noise_schedule = schedule
         self.ddpm_num_timesteps: int = model.num_timesteps
 
     def __getattr__(self, name: str) -> Any:
@@ -83,11 +96,16 @@ class Sampler:
         self,
         ddim_num_steps: int,
         ddim_discretize: str = "uniform",
-        ddim_eta: float = 0.0,
+        ddim_eta: float | None = None,
         verbose: bool = True,
     ) -> None:
-        """Chooses the timesteps (`uniform`, `compvis` or `quad` spacing) and computes the steps' coefficients."""
-        if ddim_eta != 0 and not self.allows_eta:
+        """Chooses the levels of the steps and computes their coefficients.
+
+        `ddim_discretize` is the spacing of the original's timesteps, where the schedule is that: `uniform`, `compvis`
+        or `quad`. `ddim_eta` is the share of fresh noise (None: the sampler's setting).
+        """
+        ddim_eta = self.settings.get("eta", 0.0) if ddim_eta is None else ddim_eta
+        if ddim_eta != 0 and "eta" not in self.settings:
             raise ValueError(f"{type(self).__name__} needs eta 0, not {ddim_eta}")
         table = self._choose_table(ddim_num_steps, ddim_discretize, ddim_eta)
         self.eta = ddim_eta
@@ -130,7 +148,7 @@ class Sampler:
         normals_sequence: None = None,
         img_callback: Callable[[Tensor, int], object] | None = None,
         quantize_x0: bool = False,
-        eta: float = 0.0,
+        eta: float | None = None,
         mask: Tensor | None = None,
         x0: Tensor | None = None,
         temperature: float = 1.0,
@@ -149,9 +167,10 @@ class Sampler:
     ) -> tuple[Tensor, Intermediates]:
         """Runs `S` steps from noise to latents [batch_size, *shape]; returns the latents and the intermediates.
 
-        `x_T` is the start noise, drawn if absent. `mask` [batch or 1, 1, h, w] is 1 where the latent `x0` is
-        kept. `callback(i)` and `img_callback(pred_x0, i)` are called after step i. The intermediates
-        `x_inter` and `pred_x0` hold the start and every `log_every_t`-th step. `temperature` scales the fresh
+        `x_T` is the start noise, drawn if absent. `eta` is the share of fresh noise (None: the sampler's setting).
+        `mask` [batch or 1, 1, h, w] is 1 where the latent `x0` is kept. `callback(i)` and `img_callback(pred_x0, i)`
+        are called after step i. The intermediates `x_inter` and `pred_x0` hold the start and every `log_every_t`-th
+        step. `temperature` scales the fresh
         noise, `noise_dropout` is the share of it that is zeroed; `score_corrector.modify_score(model, eps, x, t,
         cond, **corrector_kwargs)` may alter the predicted noise; `quantize_x0` sends the predicted clean
         latent through the first stage's quantizer; `guidance_rescale` is that of `Guidance`, which steps of
@@ -163,6 +182,7 @@ class Sampler:
         rescales = isinstance(guidance_rescale, Tensor) or guidance_rescale != 0
         # by name and only where needed: a replaced method may accept the original's keywords only
         spacing = {} if ddim_discretize == "uniform" else {"ddim_discretize": ddim_discretize}
+        eta = self.settings.get("eta", 0.0) if eta is None else eta
         self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose, **spacing)
         return getattr(self, self.loop)(
             conditioning,
@@ -229,12 +249,12 @@ class Sampler:
             corrector_kwargs=corrector_kwargs,
             original_steps=ddim_use_original_steps,
         )
-        x = run.noise.draw(shape) if x_T is None else x_T
+        x = self.starting(run.noise.draw(shape) if x_T is None else x_T, ddim_use_original_steps)
         table = self._table_for(ddim_use_original_steps)
         count = timesteps
         if timesteps is not None and not ddim_use_original_steps:
             count = max(min(timesteps, len(table)) - 1, 0)
-        return self._run(run, x, list(table.downwards(count)), callback, img_callback, log_every_t)
+        return self._run(run, x, table, count, callback, img_callback, log_every_t)
 
     @torch.no_grad()
     def stochastic_encode(
@@ -249,14 +269,21 @@ class Sampler:
         noise = torch.randn_like(x0) if noise is None else noise
         return signal * x0 + spread * noise
 
+    def starting(self, noise: Tensor, use_original_steps: bool = False) -> Tensor:
+        """Returns the latents with which all steps begin, from standard normal `noise` [N, ...]."""
+        if use_original_steps or self.noise_schedule.from_plain_noise:
+            return noise
+        return (1 - self.table.alphas[-1]) ** 0.5 * noise
+
     def start_from(self, x0: Tensor, count: int, noise: Tensor) -> Tensor:
-        """Noises clean latents to the start of the last `count` steps; returns `noise` if there are no more steps.
+        """Noises clean latents to the start of the last `count` steps; with all steps it is noise alone.
 
         With DDIM and PLMS that is one step more than they remove, as in the original.
         """
         if count >= len(self.table):
-            return noise
-        row = max(count if self.starts_above else count - 1, 0)
+            return self.starting(noise)
+        above = self.starts_above and self.noise_schedule.name == "original"
+        row = max(count if above else count - 1, 0)
         return self.stochastic_encode(x0, torch.full((len(x0),), row), noise=noise)
 
     @torch.no_grad()
@@ -274,10 +301,12 @@ class Sampler:
         x0: Tensor | None = None,
         img_callback: Callable[[Tensor, int], object] | None = None,
         guidance_rescale: float | Tensor = 0.0,
+        plan: GuidancePlan | None = None,
     ) -> Tensor:
         """Denoises latents through the last `t_start` steps of the schedule made by `make_schedule`.
 
-        `mask` is 1 where the latent `x0` is kept; `callback` and `img_callback` are those of `sample`.
+        `mask` is 1 where the latent `x0` is kept; `callback` and `img_callback` are those of `sample`. `plan` takes
+        the place of the conditionings and the scale where the steps differ in them.
         """
         run = SamplingRun(
             model=self.model,
@@ -289,9 +318,10 @@ class Sampler:
             mask=mask,
             x0=x0,
             original_steps=use_original_steps,
+            plan=plan,
         )
-        steps = list(self._table_for(use_original_steps).downwards(t_start))
-        return self._run(run, x_latent, steps, callback, img_callback)[0]
+        table = self._table_for(use_original_steps)
+        return self._run(run, x_latent, table, t_start, callback, img_callback)[0]
 
     def _stepper(self, run: SamplingRun) -> TakeStep:
         """Returns the function that runs a step; called once per run, so that history belongs to the run."""
@@ -331,7 +361,8 @@ class Sampler:
         self,
         run: SamplingRun,
         x: Tensor,
-        steps: Sequence[Step],
+        table: StepTable,
+        count: int | None,
         callback: Callable[[int], object] | None = None,
         img_callback: Callable[[Tensor, int], object] | None = None,
         log_every_t: int = 100,
@@ -339,7 +370,8 @@ class Sampler:
         self._source = run.noise
         take_step = self._stepper(run)
         trail: Intermediates = {"x_inter": [x], "pred_x0": [x]}
-        for i, step in enumerate(steps):
+        for i, step in enumerate(table.downwards(count)):
+            run.begin(step, i, len(table))
             x, pred_x0 = take_step(run.keep_masked(x, step), step)
             if callback is not None:
                 callback(i)
@@ -358,8 +390,9 @@ class Sampler:
         return self.model.alphas_cumprod.cpu().double().clamp(min=LEAST_ALPHA).numpy()
 
     def _choose_table(self, steps: int, spacing: str, eta: float) -> StepTable:
-        timesteps = make_timesteps(spacing, steps, self.ddpm_num_timesteps)
-        return StepTable.build(self._alphas_cumprod(), timesteps, eta)
+        chosen = replace(self.noise_schedule, spacing=spacing)
+        levels = chosen.levels(steps, self._alphas_cumprod())
+        return StepTable.at(levels.timesteps[::-1].copy(), levels.alphas[::-1].copy(), eta)
 
     def _table_for(self, use_original_steps: bool) -> StepTable:
         if not use_original_steps:

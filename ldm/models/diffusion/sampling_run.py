@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.guidance import Guidance
+from ldm.models.diffusion.course import Moment
+from ldm.models.diffusion.guidance import Guidance, GuidancePlan
 from ldm.models.diffusion.noise import NoiseSource
 from ldm.models.diffusion.schedule import Step
 
@@ -23,6 +24,11 @@ def times_of(x: Tensor, t: float) -> Tensor:
 def clean_latent(x: Tensor, eps: Tensor, step: Step) -> Tensor:
     """Returns the clean latent that `eps`, the noise predicted in `x`, implies."""
     return (x - (1 - step.alpha) ** 0.5 * eps) / step.alpha**0.5
+
+
+def implied_noise(x: Tensor, clean: Tensor, step: Step) -> Tensor:
+    """Returns the noise in `x` that makes `clean` its clean latent."""
+    return (x - step.alpha**0.5 * clean) / (1 - step.alpha) ** 0.5
 
 
 def noise_of_velocity(x: Tensor, v: Tensor, alpha: float) -> Tensor:
@@ -42,9 +48,12 @@ def previous_latent(pred_x0: Tensor, eps: Tensor, step: Step) -> Tensor:
     return step.alpha_prev**0.5 * pred_x0 + kept**0.5 * eps
 
 
-@dataclass(frozen=True)
+@dataclass
 class SamplingRun:
-    """One run of the denoising loop: the model, its guidance, the source of noise, and the other settings."""
+    """One run of the denoising loop: the model, its guidance, the source of noise, and the other settings.
+
+    `guidance` is that of the current step, which `plan` chooses if there is one.
+    """
 
     model: Any
     noise: NoiseSource
@@ -58,6 +67,15 @@ class SamplingRun:
     score_corrector: Any = None
     corrector_kwargs: Mapping[str, Any] | None = None
     original_steps: bool = False
+    plan: GuidancePlan | None = None
+
+    def begin(self, step: Step, before: int, rows: int) -> None:
+        """Chooses the guidance of a step that has `before` steps of this run before it; the schedule has `rows`.
+
+        A solver that predicts several times in a step uses it for all of them.
+        """
+        if self.plan is not None:
+            self.guidance = self.plan.at(Moment(before, rows - 1 - step.index, rows, step.alpha))
 
     def predict(self, x: Tensor, t: float | Tensor, alpha: float) -> Tensor:
         """Predicts the guided noise in `x` [N, ...] of noise level `alpha`, at timestep `t` or timesteps [N].
@@ -89,6 +107,11 @@ class SamplingRun:
                 fresh = torch.nn.functional.dropout(fresh, p=self.noise_dropout)
             x_prev = x_prev + step.sigma * self.temperature * fresh
         return x_prev.to(x.dtype), pred_x0.to(x.dtype)
+
+    def add_noise(self, x: Tensor, alpha: float, higher: float) -> Tensor:
+        """Returns `x`, of noise level `alpha`, with fresh noise added up to the level `higher` (a smaller alpha)."""
+        share = higher / alpha
+        return share**0.5 * x + (1 - share) ** 0.5 * self.temperature * self.noise.draw(x.shape)
 
     def keep_masked(self, x: Tensor, step: Step) -> Tensor:
         """Returns `x` with the masked part replaced by `x0` at the noise level of this step."""

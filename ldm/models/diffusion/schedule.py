@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ldm.job import Job
+from ldm.job import Job, Spacing
+from ldm.models.diffusion.schedules import Schedule
+from ldm.models.diffusion.schedules.levels import sigma_of
+from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.util import InputError
 
 if TYPE_CHECKING:
@@ -117,14 +120,20 @@ def make_timesteps(spacing: str, steps: int, total: int = 1000) -> NDArray[np.in
     raise InputError(f"unknown timestep spacing {spacing!r}; it is uniform, compvis or quad")
 
 
-def check_sampling(sampler: str, steps: int, spacing: str, eta: float) -> None:
+def check_sampling(sampler: str, steps: int, spacing: Spacing, eta: float) -> None:
     """Raises `InputError` if a sampler cannot run this number of steps with this spacing and eta."""
-    if sampler != "ddim" and eta:
+    row = SOLVERS[sampler]
+    if eta and "eta" not in row.settings:
         raise InputError(f"--{sampler} adds no noise; leave --ddim_eta {eta:g} out, or use --sampler ddim")
-    if sampler == "dpm_solver" and spacing != "uniform":
-        raise InputError(f"--dpm_solver has uniform --timestep_spacing only, not {spacing}")
+    if spacing != "uniform" and (sampler == "dpm_solver" or row.schedule != "original"):
+        raise InputError(f"--{sampler} has uniform --timestep_spacing only, not {spacing}")
     if sampler != "dpm_solver":
-        make_timesteps(spacing, steps)
+        own_schedule(sampler, spacing).length(steps)
+
+
+def own_schedule(sampler: str, spacing: Spacing) -> Schedule:
+    """Returns the schedule that a sampler has of its own, with this spacing of the original's timesteps."""
+    return Schedule(SOLVERS[sampler].schedule, spacing=spacing)
 
 
 def steps_to_run(strength: float, steps: int, rows: int) -> int:
@@ -133,6 +142,14 @@ def steps_to_run(strength: float, steps: int, rows: int) -> int:
     int(strength * steps), as in the original; at strength 1 all of them.
     """
     return rows if strength == 1 else min(int(strength * steps), rows)
+
+
+def steps_to_run_a1111(strength: float, steps: int) -> int:
+    """Returns how many of `steps` steps A1111's web UI runs at a strength in [0, 1]: one more, or all.
+
+    It noises the image to the level at which the first of them begins.
+    """
+    return min(int(strength * steps), steps - 1) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +165,10 @@ class Pass:
 
 
 def schedule_length(job: Job) -> int:
-    """Returns the number of steps in a job's schedule; with `compvis` spacing it can exceed `job.steps`."""
+    """Returns the number of steps in a job's schedule, which with `compvis` spacing can exceed `job.steps`."""
     if job.sampler == "dpm_solver":
         return job.steps
-    return len(make_timesteps(job.timestep_spacing, job.steps))
+    return own_schedule(job.sampler, job.timestep_spacing).length(job.steps)
 
 
 def passes_of(job: Job, rows: int | None = None, from_noise: bool | None = None) -> list[Pass]:
@@ -172,9 +189,10 @@ def passes_of(job: Job, rows: int | None = None, from_noise: bool | None = None)
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One denoising step: from noise level `alpha` at timestep `t` to `alpha_prev` at `t_prev`, adding `sigma` noise.
+    """One denoising step: from level `alpha` at timestep `t` to `alpha_prev` at `t_prev`, adding `sigma` noise.
 
-    `index` counts down to 0, the last step. `t` is whole where the step begins at a trained timestep.
+    `index` counts down to 0, the last step. `t` is whole where the step begins at a trained timestep. `start` and
+    `end` are the two levels as noise over signal.
     """
 
     index: int
@@ -183,6 +201,14 @@ class Step:
     alpha_prev: float
     sigma: float
     t_prev: float = 0
+
+    @property
+    def start(self) -> float:
+        return sigma_of(self.alpha)
+
+    @property
+    def end(self) -> float:
+        return sigma_of(self.alpha_prev)
 
 
 @dataclass(frozen=True)
@@ -199,8 +225,13 @@ class StepTable:
         cls, alphas_cumprod: Array, timesteps: NDArray[np.int64], eta: float, last: float | None = None
     ) -> StepTable:
         """Builds the table for an ascending subset of timesteps; it ends at `last`, or at the level of timestep 0."""
-        alphas = alphas_cumprod[timesteps]
-        previous = np.append(alphas_cumprod[0] if last is None else last, alphas[:-1])
+        end = alphas_cumprod[0] if last is None else last
+        return cls.at(timesteps, np.append(end, alphas_cumprod[timesteps]), eta)
+
+    @classmethod
+    def at(cls, timesteps: NDArray[np.int64] | Array, levels: Array, eta: float) -> StepTable:
+        """Builds the table from alphas `levels` [n + 1], ascending in time; no step begins at the first one."""
+        previous, alphas = levels[:-1], levels[1:]
         sigmas = eta * np.sqrt((1 - previous) / (1 - alphas) * (1 - alphas / previous))
         return cls(timesteps, alphas, previous, sigmas)
 

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from ldm.models.diffusion.sampler import Sampler, TakeStep
-from ldm.models.diffusion.sampling_run import SamplingRun, clean_latent
+from ldm.models.diffusion.sampling_run import SamplingRun, clean_latent, implied_noise
 from ldm.models.diffusion.schedule import Step, StepTable
 from ldm.util import InputError
 
@@ -17,14 +17,17 @@ class DPMSolverSampler(Sampler):
     """Feeds the update rule with the noise that implies an extrapolated clean latent.
 
     The steps are evenly spaced in time between the ends of the training schedule, so they fall between its
-    timesteps; the noise levels there are interpolated. `ddim_discretize` has only this one spacing.
+    timesteps; the noise levels there are interpolated. `ddim_discretize` has only this one spacing. With another
+    schedule it is the solver dpmpp_2m, but for the last of a few steps.
     """
 
-    allows_eta = False
+    name = "dpm_solver"
     draws_always = False
     starts_above = False
 
     def _choose_table(self, steps: int, spacing: str, eta: float) -> StepTable:
+        if self.noise_schedule.name != "original":
+            return super()._choose_table(steps, spacing, eta)
         total = self.ddpm_num_timesteps
         if not 1 <= steps < total:
             raise InputError(f"{steps} steps are not possible; give 1 to {total - 1}")
@@ -42,10 +45,11 @@ class DPMSolverSampler(Sampler):
         def take(x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
             eps = run.predict(x, step.t, step.alpha)
             clean = clean_latent(x, eps, step)
-            if last and not (few and step.index == 0):
+            first_order = step.alpha_prev == 1 or (few and step.index == 0)
+            if last and not first_order:
                 before, step_before = last.pop()
                 ahead = clean + _reach(step_before, step) * (clean - before)
-                eps = (x - step.alpha**0.5 * ahead) / (1 - step.alpha) ** 0.5
+                eps = implied_noise(x, ahead, step)
             last[:] = [(clean, step)]
             return run.advance(x, eps, step)
 
