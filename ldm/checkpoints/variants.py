@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm.checkpoints.formats.read import Checkpoint
-from ldm.checkpoints.layouts.names import PREFIXES
+from ldm.checkpoints.layouts.names import PREFIXES, unet_blocks
 from ldm.util import printable
 
 logger = logging.getLogger(__name__)
 
 Config = Mapping[str, Any]
 _CLIP = "ldm.modules.encoders.modules.FrozenCLIPEmbedder"
+_UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 _TEXT_LAYER = re.compile(
     rf"{re.escape(PREFIXES['text_encoder'])}transformer\.text_model\.encoder\.layers\.(\d+)\."
 )
@@ -27,7 +28,7 @@ def suited(config: Config, checkpoint: Checkpoint) -> Config:
     """
     if not isinstance(config.get("params"), Mapping):
         return config
-    for adapt in (_to_prediction, _to_text_layers):
+    for adapt in (_to_prediction, _to_text_layers, _to_blocks):
         config = adapt(config, checkpoint)
     return config
 
@@ -77,3 +78,30 @@ def _text_layers(checkpoint: Checkpoint) -> int:
         return stated
     found = {match[1] for match in map(_TEXT_LAYER.match, checkpoint.state_dict) if match}
     return len(found) if found == set(map(str, range(len(found)))) else 0
+
+
+def _to_blocks(config: Config, checkpoint: Checkpoint) -> Config:
+    """A U-Net with fewer levels, fewer blocks in each, or without its middle block."""
+    unet = config["params"].get("unet_config")
+    names = _unet_names(checkpoint)
+    if not isinstance(unet, Mapping) or unet.get("target") != _UNET or not names:
+        return config
+    params = unet.get("params") or {}
+    size, widths = unet_blocks(names), params.get("channel_mult", (1, 2, 4, 8))
+    usual = len(widths), params.get("num_res_blocks", 0), params.get("use_middle_block", True)
+    found = size.levels, size.each, size.middle
+    if found == usual or not (1 <= size.levels <= len(widths) and 1 <= size.each <= usual[1]):
+        return config
+    why = f"a small U-Net: {size.levels} levels of {size.each}, {'with' if size.middle else 'without'} a middle block"
+    small = {
+        "channel_mult": list(widths[: size.levels]),
+        "num_res_blocks": size.each,
+        "attention_resolutions": [2**level for level in sorted(size.attention)],
+        "use_middle_block": size.middle,
+    }
+    return _changed(config, checkpoint, why, unet_config={**unet, "params": {**params, **small}})
+
+
+def _unet_names(checkpoint: Checkpoint) -> list[str]:
+    prefix = PREFIXES["unet"]
+    return [key.removeprefix(prefix) for key in checkpoint.state_dict if key.startswith(prefix)]

@@ -65,12 +65,15 @@ def prepare(
 
     config_path, ckpt = choose_model(options)
 
+    from ldm.checkpoints.model_files import read_model
+    from ldm.checkpoints.variants import suited
     from ldm.runtime.device import resolve_device  # torch, which takes seconds
 
     device = resolve_device(options.device)
     stdin_copy = check(options, device, reads_input)
     find_lora = find_loras(options)
     config = read_config(config_path, options.allow_targets)
+    config = suited(config, read_model(ckpt, vae=options.vae, text_encoder=options.text_encoder))
     check_latents(options, config)
     plan = planner(config, find_lora)
     return Prepared(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,17 @@ from torch import Tensor
 from ldm.checkpoints.convert import convert
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.inspect import inspect_path
+from ldm.checkpoints.layouts.names import to_compvis, to_diffusers
+from ldm.checkpoints.layouts.settings import component_configs
 from ldm.checkpoints.load import build_model, check_fit
 from ldm.checkpoints.model_files import read_model
 from ldm.checkpoints.variants import suited
 from ldm.pipeline import load_model
-from tests.support.golden_data import rebuilt_state_dict, tiny_config
+from ldm.runs.options import RunOptions
+from ldm.runs.prepare import prepare as prepare_run
+from ldm.runtime.estimate import NetworkWork
+from ldm.runtime.fast import prepare
+from tests.support.golden_data import rebuilt_state_dict, relative_error, tiny_config, tiny_model
 
 State = Mapping[str, Tensor]
 LAST_LAYER = "cond_stage_model.transformer.text_model.encoder.layers.1."
@@ -37,6 +44,7 @@ def saved(path: Path, state: State) -> Path:
 # --- text encoders without their last layers ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["compvis", "diffusers"])
 def test_a_text_encoder_with_built_in_clip_skip(tmp_path: Path, weights: State, tiny: Any, to: Any) -> None:
     """Without its last layer it gives the states of CLIP skip 2, and keeps its layers in conversions."""
@@ -70,3 +78,113 @@ def test_a_layer_that_is_missing_between_others_is_an_error(tmp_path: Path, weig
     with pytest.raises(CheckpointError, match=r"lacks 16 keys .*layers\.0"):
         load_model(config, path)
     check_fit(build_model(config), read_model(path))
+
+
+# --- small U-Nets -------------------------------------------------------------------------------------------------
+
+BASE = {"channel_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attention_resolutions": [1, 2, 4]}
+SMALL = {**BASE, "use_middle_block": False}
+TINY = {**SMALL, "channel_mult": [1, 2, 4]}
+
+
+def small_config(**changes: Any) -> dict[str, Any]:
+    config = tiny_config()
+    config["params"]["unet_config"]["params"].update(changes)
+    return config
+
+
+def with_gaps(key: str) -> str:
+    """The name that diffusers' script for single files gives to a weight: room for three blocks in each level.
+
+    It gives none to an attention where v1 has none, and counts on one before the upsampling of all other levels.
+    """
+    match = re.match(r"(.*\.)(input|output)_blocks\.(\d+)\.(\d)\.(.*)", key)
+    if match is None or (match[3] == "0" == match[4] and match[2] == "input"):
+        return key
+    head, way, place, part, rest = match[1], match[2], int(match[3]), match[4], match[5]
+    if way == "input":
+        level, down = divmod(place - 1, 2)
+        return f"{head}input_blocks.{3 * level + (3 if down else 1)}.{part}.{rest}"
+    level, i = divmod(place, 2)
+    if rest.startswith("conv."):
+        return f"{head}output_blocks.{3 * level + 2}.{1 if level == 0 else 2}.{rest}"
+    if part == "1" and level == 0:
+        return f"{head}up_blocks.0.attentions.{i}.{rest}"
+    return f"{head}output_blocks.{3 * level + i}.{part}.{rest}"
+
+
+@pytest.mark.parametrize("changes", [BASE, SMALL, TINY], ids=["base", "small", "tiny"])
+def test_a_small_unet_is_that_of_diffusers(changes: dict[str, Any]) -> None:
+    config = small_config(**changes)
+    model = tiny_model(config)
+    weights = {k: v for k, v in model.state_dict().items() if k.startswith("model.diffusion_model.")}
+    settings = component_configs(model)["unet"]
+    assert settings["mid_block_type"] == (
+        None if "use_middle_block" in changes else "UNetMidBlock2DCrossAttn"
+    )
+    theirs = pytest.importorskip("diffusers").UNet2DConditionModel(**settings, sample_size=8).eval()
+    theirs.load_state_dict(to_diffusers(weights)["unet"])
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 64)
+    with torch.no_grad():
+        expected = theirs(x, torch.tensor([999, 3]), context).sample
+    assert relative_error(model.apply_model(x, torch.tensor([999, 3]), context), expected) < 2e-5
+    for names in (with_gaps, lambda key: key):
+        found = to_compvis({names(key): tensor for key, tensor in weights.items()})
+        assert found.keys() == weights.keys() and all(found[key] is weights[key] for key in weights)
+    assert any(".input_blocks.7." in with_gaps(key) for key in weights)
+
+
+SLOW = [pytest.param(form, marks=pytest.mark.slow) for form in ("diffusers", "compvis")]
+
+
+@pytest.mark.parametrize("form", ["file", "gaps", *SLOW])
+def test_a_small_unet_is_recognised(tmp_path: Path, small: tuple[Any, State], form: str) -> None:
+    """From a file, a file as diffusers' script writes it, a folder, and a folder that became a file again."""
+    config, weights = small
+    path = saved(
+        tmp_path / "m.ckpt", {(with_gaps(k) if form == "gaps" else k): v for k, v in weights.items()}
+    )
+    if form in ("diffusers", "compvis"):
+        convert(read_model(path), tiny_config(), tmp_path / "m", "diffusers")
+        path = tmp_path / "m"
+    if form == "compvis":
+        convert(read_model(path), tiny_config(), tmp_path / "m.safetensors", "compvis")
+        path = tmp_path / "m.safetensors"
+    checkpoint = read_model(path)
+    assert suited(tiny_config(), checkpoint) == config
+    assert all(torch.equal(checkpoint.state_dict[key], weights[key]) for key in weights)
+    found = inspect_path(path, deep=False, config_for=lambda kind: tiny_config())[0]
+    assert found.sound and found.fits and not found.unexpected, found.problem
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Any, State]:
+    config = small_config(**TINY)
+    return config, rebuilt_state_dict(build_model(config))
+
+
+def test_a_small_unet_runs_as_packed_layers() -> None:
+    """Blocks that are missing are missing in the fast network as well."""
+    config = small_config(**TINY)
+    plain, fast = tiny_model(config), tiny_model(config)
+    prepare(fast, torch.float32, lambda weight: None)
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 64)
+    t = torch.tensor([500, 500])
+    assert relative_error(fast.apply_model(x, t, context), plain.apply_model(x, t, context)) < 2e-5
+
+
+def test_a_run_is_planned_and_estimated_for_the_small_unet(tmp_path: Path, small: tuple[Any, State]) -> None:
+    config, weights = small
+    (tmp_path / "tiny.yaml").write_text(json.dumps({"model": tiny_config()}))  # JSON is YAML
+    options = RunOptions(
+        outdir=str(tmp_path),
+        ckpt=str(saved(tmp_path / "m.ckpt", weights)),
+        config=str(tmp_path / "tiny.yaml"),
+        device="cpu",
+    )
+    planned: list[Any] = []
+    with pytest.raises(StopIteration):
+        prepare_run(options, lambda model, find_lora: planned.append(model) or next(iter(())))
+    assert planned == [config]
+    works = [NetworkWork(build_model(model)).predict(64, 64).products for model in (config, tiny_config())]
+    assert all(0 < works[0][kind] < 0.8 * works[1][kind] for kind in ("convolution", "matrix", "attention"))

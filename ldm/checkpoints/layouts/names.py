@@ -45,6 +45,7 @@ _DIFFUSERS_BLOCKS = re.compile(r"((encoder|decoder)\.)?(down_blocks|mid_block|up
 _PIXEL_ATTENTION = re.compile(r"\.attn_1\.(q|k|v|proj_out)\.weight$")
 _OLD_PIXEL_ATTENTION = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
 _NEW_PIXEL_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_INPUT_BLOCK = r"input_blocks\.(\d+)\."
 _MOST_BLOCKS = 16  # a forged file may name any number
 
 # what a residual block, and the autoencoder's attention, consist of: CompVis's name, diffusers' name
@@ -76,6 +77,12 @@ class Blocks:
     levels: int
     each: int
     attention: frozenset[int] = frozenset()
+    middle: bool = True
+
+
+# CompVis numbers the blocks of a U-Net in one row. diffusers' script for single files, by which small U-Nets are
+# published, leaves room for v1's number of blocks in each level.
+_ROOM = 3
 
 
 def to_compvis(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,8 +93,7 @@ def to_compvis(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for part, names in _split(state_dict).items():
-        table = _table(part, names) if part in ("unet", "vae") and _is_diffusers(names) else {}
-        to_ours = {theirs: ours for ours, theirs in table.items()}
+        to_ours = _to_ours(part, names)
         for name, key in names:
             if part == "text_encoder" and _OTHER_HALF.match(name):
                 continue
@@ -139,6 +145,17 @@ def _split(state_dict: Mapping[str, Tensor]) -> dict[Component | None, Names]:
     return {alone: split[None]}
 
 
+def _to_ours(part: Component | None, names: Names) -> dict[str, str]:
+    """Other names of the modules of a part -> CompVis's; empty where they have these already."""
+    with_gaps = part == "unet" and _has_gaps([name for name, _ in names])
+    if part not in ("unet", "vae") or not (with_gaps or _is_diffusers(names)):
+        return {}
+    to_ours = {theirs: ours for ours, theirs in _table(part, names).items()}
+    if with_gaps:
+        to_ours |= dict(_closed_gaps(unet_blocks([name for name, _ in names])))
+    return to_ours
+
+
 def _is_diffusers(names: Names) -> bool:
     return any(_DIFFUSERS_BLOCKS.match(name) for name, _ in names)
 
@@ -183,7 +200,7 @@ def _table(part: Component, names: Names) -> dict[str, str]:
     if part == "text_encoder":
         modules = ("embeddings", "encoder", "final_layer_norm")
         return {_COMPVIS_TEXT + module: _DIFFUSERS_TEXT + module for module in modules}
-    pairs, blocks = (_unet, _unet_blocks) if part == "unet" else (_vae, _vae_blocks)
+    pairs, blocks = (_unet, unet_blocks) if part == "unet" else (_vae, _vae_blocks)
     return dict(pairs(blocks([name for name, _ in names])))
 
 
@@ -217,6 +234,25 @@ def _unet(size: Blocks) -> Iterator[tuple[str, str]]:
         yield f"output_blocks.{first_up + size.each}.{after}.conv", f"{up}.upsamplers.0.conv"
 
 
+def _closed_gaps(size: Blocks) -> Iterator[tuple[str, str]]:
+    """The blocks of a small U-Net in the numbers of diffusers' script -> in one row."""
+    for level in range(size.levels):
+        down, up = level * (size.each + 1), (size.levels - 1 - level) * (size.each + 1)
+        down_room, up_room = level * _ROOM, (size.levels - 1 - level) * _ROOM
+        for i in range(size.each):
+            yield f"input_blocks.{down_room + i + 1}", f"input_blocks.{down + i + 1}"
+        yield f"input_blocks.{down_room + _ROOM}.0.op", f"input_blocks.{down + size.each + 1}.0.op"
+        for i in range(size.each + 1):
+            for part in (0, 1):
+                yield f"output_blocks.{up_room + i}.{part}", f"output_blocks.{up + i}.{part}"
+        after = 2 if level in size.attention else 1
+        for written in (1, 2):  # the script counts on attention in all levels but v1's lowest
+            yield (
+                f"output_blocks.{up_room + _ROOM - 1}.{written}.conv",
+                f"output_blocks.{up + size.each}.{after}.conv",
+            )
+
+
 def _vae(size: Blocks) -> Iterator[tuple[str, str]]:
     """CompVis counts the decoder's levels from the finest, diffusers from the one that comes first."""
     yield "quant_conv", "quant_conv"
@@ -240,15 +276,24 @@ def _vae(size: Blocks) -> Iterator[tuple[str, str]]:
         yield f"{up}.upsample.conv", f"{their_up}.upsamplers.0.conv"
 
 
-def _unet_blocks(names: list[str]) -> Blocks:
+def unet_blocks(names: list[str]) -> Blocks:
+    """The size of the U-Net of these names, in any of the layouts, without the prefix of its part."""
+    middle = any(name.startswith(("mid_block.", "middle_block.")) for name in names)
     levels = len(_numbers(names, r"down_blocks\.(\d+)\."))
-    if levels:
+    if levels and not _numbers(names, _INPUT_BLOCK):
         each = len(_numbers(names, r"down_blocks\.0\.resnets\.(\d+)\."))
-        return _bounded(levels, each, _numbers(names, r"down_blocks\.(\d+)\.attentions\."))
+        return _bounded(levels, each, _numbers(names, r"down_blocks\.(\d+)\.attentions\."), middle)
     levels = 1 + len(_numbers(names, r"input_blocks\.(\d+)\.0\.op\."))
-    each = max(len(_numbers(names, r"input_blocks\.(\d+)\.")) // levels - 1, 0)
+    each = max(len(_numbers(names, _INPUT_BLOCK)) // levels - 1, 0)
     attention = _numbers(names, r"input_blocks\.(\d+)\.1\.")
-    return _bounded(levels, each, {(i - 1) // (each + 1) for i in attention})
+    room = _ROOM if _has_gaps(names) else each + 1
+    return _bounded(levels, each, {(i - 1) // room for i in attention}, middle)
+
+
+def _has_gaps(names: list[str]) -> bool:
+    """Whether the blocks of a U-Net are not numbered in one row."""
+    found = _numbers(names, _INPUT_BLOCK)
+    return found != set(range(len(found)))
 
 
 def _vae_blocks(names: list[str]) -> Blocks:
@@ -262,5 +307,5 @@ def _numbers(names: list[str], pattern: str) -> set[int]:
     return {int(match[1]) for match in found if match and len(match[1]) <= 4}
 
 
-def _bounded(levels: int, each: int, attention: set[int]) -> Blocks:
-    return Blocks(min(levels, _MOST_BLOCKS), min(each, _MOST_BLOCKS), frozenset(attention))
+def _bounded(levels: int, each: int, attention: set[int], middle: bool = True) -> Blocks:
+    return Blocks(min(levels, _MOST_BLOCKS), min(each, _MOST_BLOCKS), frozenset(attention), middle)

@@ -11,7 +11,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.schedule import make_beta_schedule, zero_terminal_snr
 from ldm.modules.attention import SpatialTransformer
-from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 
 
@@ -31,9 +31,11 @@ def component_configs(model: LatentDiffusion) -> dict[str, dict[str, Any]]:
 
 def _unet_config(model: LatentDiffusion) -> dict[str, Any]:
     unet = model.model.diffusion_model
-    transformer = unet.middle_block[1] if isinstance(unet, UNetModel) else None
-    if not isinstance(transformer, SpatialTransformer) or unet.num_heads < 1:
+    layers = list(unet.modules()) if isinstance(unet, UNetModel) else []
+    transformer = next((layer for layer in layers if isinstance(layer, SpatialTransformer)), None)
+    if transformer is None or unet.num_heads < 1:
         raise _not_describable(f"a {type(unet).__name__} without num_heads")
+    shifts = any(layer.use_scale_shift_norm for layer in layers if isinstance(layer, ResBlock))
     widths = [unet.model_channels * mult for mult in unet.channel_mult]
     attends = [2**level in unet.attention_resolutions for level in range(len(widths))]
     block: Any = transformer.transformer_blocks[0]
@@ -43,7 +45,7 @@ def _unet_config(model: LatentDiffusion) -> dict[str, Any]:
         "block_out_channels": widths,
         "layers_per_block": unet.num_res_blocks,
         "down_block_types": ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attends],
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if len(unet.middle_block) else None,
         "up_block_types": ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attends)],
         "cross_attention_dim": block.attn2.to_k.in_features,
         "transformer_layers_per_block": len(transformer.transformer_blocks),
@@ -55,7 +57,7 @@ def _unet_config(model: LatentDiffusion) -> dict[str, Any]:
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "downsample_padding": 1,
-        "resnet_time_scale_shift": "scale_shift" if unet.middle_block[0].use_scale_shift_norm else "default",
+        "resnet_time_scale_shift": "scale_shift" if shifts else "default",
         "use_linear_projection": False,
         "dual_cross_attention": False,
         "class_embed_type": None,

@@ -188,7 +188,8 @@ class UNetModel(nn.Module):
 
     `channel_mult` gives each level's width in units of `model_channels`; levels whose downsampling factor is
     in `attention_resolutions` get transformers with `num_heads` heads, or heads of `num_head_channels`.
-    Every group norm has `num_groups` groups. H and W are any positive sizes: each upsampling grows to the size
+    Every group norm has `num_groups` groups. Without `use_middle_block`, as in small models (Kim et al. 2024), the
+    lowest map goes up as it is. H and W are any positive sizes: each upsampling grows to the size
     of its skip connection.
     `image_size`, `legacy`, `num_heads_upsample` and `use_new_attention_order` are part of published configs and
     change nothing here. A parameter that would need another network is an `InputError` that names it, except with
@@ -226,6 +227,7 @@ class UNetModel(nn.Module):
         disable_middle_self_attn: bool = False,
         num_attention_blocks: Sequence[int] | None = None,
         use_linear_in_transformer: bool = False,
+        use_middle_block: bool = True,
     ):
         super().__init__()
         only_with(
@@ -308,7 +310,9 @@ class UNetModel(nn.Module):
                 self.input_blocks.append(TimestepEmbedSequential(Downsample(ch, conv_resample, dims=dims)))
                 skips.append(ch)
         self._feature_size = sum(skips) + ch  # the widths of all blocks, as published models count them
-        self.middle_block = TimestepEmbedSequential(res_block(ch, ch), transformer(ch), res_block(ch, ch))
+        self.middle_block = TimestepEmbedSequential()
+        if use_middle_block:
+            self.middle_block.extend([res_block(ch, ch), transformer(ch), res_block(ch, ch)])
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
