@@ -2,6 +2,8 @@
 
 import json
 import statistics
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,19 +15,36 @@ from ldm.benchmark import harness as benchmark
 from ldm.benchmark.report import Sample, ratios
 from ldm.benchmark.subjects import Enough, Stopwatch, Work
 from ldm.benchmark.weights import random_weight, write_picture, write_random_checkpoint
+from ldm.benchmark.worker import Worker
 from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.checkpoints.load import load_into
-from tests.support.golden_data import tiny_config, tiny_model
+from tests.support.golden_data import small_config, tiny_model
 
 STEPS = 3
 QUICK = ["--sizes", "64", "--steps", str(STEPS), "--device", "cpu", "--threads", "1", "--quiet"]
 
 
+class InThisProcess:
+    """Has the methods of a measured process, without starting one."""
+
+    def __init__(self, setting):
+        self._worker = Worker(replace(setting, spawned=time.time()))
+
+    def ask(self, order, fields):
+        return json.loads(json.dumps(getattr(self._worker, order)(**json.loads(json.dumps(fields)))))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
 @pytest.fixture
 def measure(tmp_path):
-    """Runs the script on the tiny model with random weights; returns its exit code and JSON lines."""
+    """Runs the script on a small model with random weights; returns its exit code and JSON lines."""
     config, lines = tmp_path / "tiny.yaml", tmp_path / "lines.jsonl"
-    OmegaConf.save(OmegaConf.create({"model": tiny_config()}), config)
+    OmegaConf.save(OmegaConf.create({"model": small_config()}), config)
     files = ["--config", str(config), "--cache", str(tmp_path / "cache"), "--json", str(lines)]
 
     def run(*options):
@@ -39,7 +58,11 @@ def of_kind(lines, kind):
     return [line for line in lines if line["kind"] == kind]
 
 
-def test_every_phase_of_our_own(measure, capfd):
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_phase_of_our_own(measure, capfd, monkeypatch, own):
+    """Measured in processes of their own, and in this one."""
+    if not own:
+        monkeypatch.setattr(benchmark, "Process", InThisProcess)
     code, lines = measure("--parts", "step,decode,whole", "--rounds", "1", "--precision", "full", "--check")
     assert code == 0
     live, fresh = of_kind(lines, "sample")
@@ -131,8 +154,8 @@ def test_random_weights_keep_activations_in_size():
 
 def test_a_random_checkpoint_fills_a_model(tmp_path):
     path = tmp_path / "random.ckpt"
-    write_random_checkpoint(path, tiny_config(), torch.bfloat16)
-    model = tiny_model()
+    write_random_checkpoint(path, small_config(), torch.bfloat16)
+    model = tiny_model(small_config())
     load_into(model, read_checkpoint(path), dtype=torch.float32)  # refuses what is missing or left over
     key = "model.diffusion_model.out.2.weight"
     value = model.state_dict()[key]

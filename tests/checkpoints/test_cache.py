@@ -29,22 +29,23 @@ def outputs(model):
     prepare(model, torch.bfloat16, lambda weight: None)
     with torch.inference_mode():
         yield model.apply_model(*(figure(f"unet/{name}") for name in ("x", "t", "context")))
-        yield model.decode_first_stage(figure("vae/z"))
+        yield model.decode_first_stage(figure("vae/z")[..., :2, :2])  # more is slow in bf16 on many CPUs
         yield model.encode_first_stage(figure("vae/image")).mean
         yield model.get_learned_conditioning(["a red cube"])
 
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory, checkpoint):
-    """The file that a first run has cached, and the result of that run."""
+    """The file that a first run has cached."""
     folder = tmp_path_factory.mktemp("cache") / "not" / "there"
-    first = list(outputs(load(checkpoint, folder)))
+    load(checkpoint, folder)
     (file,) = folder.iterdir()
-    return file, first
+    return file
 
 
-def test_the_same_numbers_from_fewer_bytes(checkpoint, cached):
-    file, first = cached
+def test_the_same_numbers_from_fewer_bytes(checkpoint, tmp_path):
+    first = list(outputs(load(checkpoint, tmp_path)))
+    (file,) = tmp_path.iterdir()
     assert file.stat().st_size < 0.75 * checkpoint.stat().st_size
     for model in (load(checkpoint, file.parent), load(checkpoint, None)):
         for a, b in zip(outputs(model), first, strict=True):
@@ -73,29 +74,27 @@ def test_another_file_or_choice_has_a_cache_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("damage", [b"", b"\x10\0\0\0\0\0\0\0{", b"no safetensors at all"])
 def test_a_damaged_cache_is_made_again(checkpoint, cached, tmp_path, damage, caplog):
-    whole, first = cached
-    file = tmp_path / whole.name
+    file = tmp_path / cached.name
     file.write_bytes(damage)
-    again = list(outputs(load(checkpoint, tmp_path)))
+    again, expected = (load(checkpoint, folder).state_dict() for folder in (tmp_path, cached.parent))
     assert "written again" in caplog.text
-    assert file.read_bytes() == whole.read_bytes()
-    assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+    assert file.read_bytes() == cached.read_bytes()
+    assert all(torch.equal(again[key], value) for key, value in expected.items())
 
 
 @pytest.mark.parametrize("change", ["missing", "more", "reshaped"])
 def test_a_cache_of_other_weights_is_made_again(checkpoint, cached, tmp_path, change, caplog):
-    whole, _ = cached
-    state = dict(read_checkpoint(whole).state_dict)
+    state = dict(read_checkpoint(cached).state_dict)
     key = next(key for key in state if key.startswith("first_stage_model.") and key.endswith("bias"))
     if change == "missing":
         del state[key]
     else:
         state.update({"extra": torch.ones(1)} if change == "more" else {key: state[key][:1].clone()})
-    file = tmp_path / whole.name
+    file = tmp_path / cached.name
     safetensors.torch.save_file(state, file)
     load(checkpoint, tmp_path)
     assert "holds other weights" in caplog.text
-    assert file.read_bytes() == whole.read_bytes()
+    assert file.read_bytes() == cached.read_bytes()
 
 
 def test_a_full_disk_costs_the_cache_only(checkpoint, tiny, tmp_path, monkeypatch, caplog):

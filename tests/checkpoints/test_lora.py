@@ -36,9 +36,18 @@ WORDS = ("lora_te_text_model_encoder_layers_1_self_attn_v_proj",
 FIRST = ("lora_unet_conv_in", "model.diffusion_model.input_blocks.0.0")
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(scope="module")
+def whole():
     return tiny_model()
+
+
+@pytest.fixture
+def model(whole):
+    """The tiny model, which has its own parameters again after each test."""
+    own = {module: dict(module._parameters) for module in whole.modules()}
+    yield whole
+    for module, parameters in own.items():
+        module._parameters.update(parameters)
 
 
 @pytest.fixture
@@ -330,7 +339,7 @@ def v1():
 
 def test_every_layer_of_v1_has_its_kohya_name(v1):
     diffusers = pytest.importorskip("diffusers")
-    with torch.device("meta"):
+    with torch.device("meta"), skip_init():
         unet = diffusers.UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
     layers = layers_by_name(v1)
     kinds = torch.nn.Linear, torch.nn.Conv2d
@@ -441,8 +450,8 @@ def test_changes_add_up(model, save):
     )
 
 
-def test_type_and_layout_stay(model, save):
-    name, layer = KERNEL
+def test_type_and_layout_stay(save):
+    model, (name, layer) = tiny_model(), KERNEL
     tensors = low_rank(name, weight_of(model, layer))
     module = model.get_submodule(layer)
     exact = module.weight.half().float() + torch.from_numpy(product(tensors, name))

@@ -23,7 +23,7 @@ from ldm.checkpoints.variants import suited
 from ldm.config import read_config
 from ldm.models.diffusion.schedule import make_beta_schedule, zero_terminal_snr
 from ldm.pipeline import load_model
-from tests.support.golden_data import WEIGHT_PREFIXES, tiny_config
+from tests.support.golden_data import WEIGHT_PREFIXES, small_config
 
 EMPTY = torch.empty(0)
 V, ZERO = {"parameterization": "v"}, {"parameterization": "v", "zero_terminal_snr": True}
@@ -46,8 +46,8 @@ FOREIGN = {
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, Tensor]:
-    """Weights of the tiny model, and its schedule."""
-    model = build_model(tiny_config())
+    """Weights of a small model, and its schedule."""
+    model = build_model(small_config())
     return {
         key: torch.randn(value.shape) if value.is_meta else value for key, value in model.state_dict().items()
     }
@@ -65,23 +65,23 @@ def save(path: Path, state: dict[str, Tensor], **said: Any) -> Path:
 def refuse(path: Path, reason: str) -> None:
     """Checks that the model is refused in one line, also by inspection, and that convert writes nothing."""
     with pytest.raises(CheckpointError, match=f"trained for .*{reason}") as caught:
-        check_fit(build_model(tiny_config()), read_model(path))
+        check_fit(build_model(small_config()), read_model(path))
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match=reason):
-        convert(read_model(path), tiny_config(), path.parent / "out", "diffusers")
+        convert(read_model(path), small_config(), path.parent / "out", "diffusers")
     assert not (path.parent / "out").exists()
-    found = inspect_path(path, deep=False, config_for=lambda kind: tiny_config())[0]
+    found = inspect_path(path, deep=False, config_for=lambda kind: small_config())[0]
     assert reason in found.prediction and found.fits is False and not found.sound
 
 
 def run(path: Path, wanted: dict[str, Any]) -> None:
     """Checks that the model is built as `wanted` says, fits, and is sound for inspection."""
     checkpoint = read_model(path)
-    config = suited(tiny_config(), checkpoint)
+    config = suited(small_config(), checkpoint)
     assert {**config["params"], **wanted} == config["params"]
     assert {name: config["params"].get(name) for name in ZERO} == {**dict.fromkeys(ZERO), **wanted}
     check_fit(build_model(config), checkpoint)
-    found = inspect_path(path, deep=False, config_for=lambda kind: tiny_config())[0]
+    found = inspect_path(path, deep=False, config_for=lambda kind: small_config())[0]
     assert "v-prediction" in found.prediction or "zero terminal SNR" in found.prediction
     assert found.sound and found.fits, found.problem
 
@@ -127,7 +127,7 @@ def test_a_config_beside_the_file(tmp_path: Path, state: dict[str, Tensor], text
 
 def test_a_folder_of_diffusers(tmp_path: Path, state: dict[str, Tensor]) -> None:
     folder = tmp_path / "m"
-    convert(read_model(save(tmp_path / "m.ckpt", state)), tiny_config(), folder, "diffusers")
+    convert(read_model(save(tmp_path / "m.ckpt", state)), small_config(), folder, "diffusers")
     unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
     whole = unet.read_bytes()
     save_file({"v_pred": EMPTY, **read_checkpoint(unet, mmap=False).state_dict}, unet)
@@ -139,21 +139,21 @@ def test_a_folder_of_diffusers(tmp_path: Path, state: dict[str, Tensor]) -> None
     run(folder, ZERO)
     assert "v-prediction" in read_model(folder / "unet").prediction.stated, "a part says so too"
     assert not read_model(folder, prediction="eps").prediction.stated
-    check_fit(build_model(tiny_config()), read_model(folder, prediction="eps"))
+    check_fit(build_model(small_config()), read_model(folder, prediction="eps"))
     scheduler.write_text(json.dumps({"prediction_type": "sample"}))
     refuse(folder, "scheduler: prediction_type: sample")
     shutil.rmtree(folder / "scheduler")
-    check_fit(build_model(tiny_config()), read_model(folder))
+    check_fit(build_model(small_config()), read_model(folder))
 
 
 def test_a_choice_counts_more_than_the_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
     path = save(tmp_path / "m.safetensors", without_schedule(state), ss_zero_terminal_snr="True")
     for choice, wanted in (("auto", ZERO), ("v", ZERO), ("eps", {})):
-        params = suited(tiny_config(), read_model(path, prediction=choice))["params"]
+        params = suited(small_config(), read_model(path, prediction=choice))["params"]
         assert {name: params.get(name) for name in ZERO} == {**dict.fromkeys(ZERO), **wanted}
     plain = save(tmp_path / "plain.ckpt", state)
-    assert suited(tiny_config(), read_model(plain, prediction="v"))["params"]["parameterization"] == "v"
-    model = load_model(tiny_config(), plain, prediction="v")
+    assert suited(small_config(), read_model(plain, prediction="v"))["params"]["parameterization"] == "v"
+    model = load_model(small_config(), plain, prediction="v")
     assert (model.parameterization, float(model.alphas_cumprod[-1])) == (
         "v",
         pytest.approx(0.00466, abs=1e-5),
@@ -171,7 +171,7 @@ def test_a_conversion_keeps_the_prediction(tmp_path: Path, state: dict[str, Tens
     weights = [key for key in without_schedule(state) if not key.endswith("position_ids")]
     for mark, wanted in (("v_pred", V), ("ztsnr", ZERO)):
         source = save(tmp_path / "m.ckpt", {**without_schedule(state), mark: EMPTY})
-        convert(read_model(source), tiny_config(), out, to)
+        convert(read_model(source), small_config(), out, to)
         run(out, wanted)
         written = read_model(out).state_dict
         assert all(torch.equal(written[key], state[key]) for key in weights)
@@ -182,7 +182,7 @@ def test_what_says_noise_or_nothing_is_run(tmp_path: Path, state: dict[str, Tens
     (tmp_path / "m.yaml").write_text("# parameterization: v\nparameterization: eps\nv_pred: false\n")
     said = {"modelspec.prediction_type": "epsilon", "ss_v2": "False", "ss_zero_terminal_snr": "None"}
     checkpoint = read_model(save(tmp_path / "m.safetensors", state, **said))
-    config = tiny_config()
+    config = small_config()
     assert suited(config, checkpoint) is config
     check_fit(build_model(config), checkpoint)
     assert stated_prediction({"my_v_pred": 0, "edmund.weight": 0}, {"title": "v"}) == Prediction()
@@ -193,7 +193,7 @@ def test_a_rounded_schedule_is_the_same(tmp_path: Path, state: dict[str, Tensor]
     rounded = {
         key: value.to(dtype) if key in ("betas", "alphas_cumprod") else value for key, value in state.items()
     }
-    check_fit(build_model(tiny_config()), read_model(save(tmp_path / "m.ckpt", rounded)))
+    check_fit(build_model(small_config()), read_model(save(tmp_path / "m.ckpt", rounded)))
 
 
 def test_the_schedule_of_a_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
@@ -209,7 +209,7 @@ def test_the_schedule_of_a_file(tmp_path: Path, state: dict[str, Tensor]) -> Non
     other = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
     with pytest.raises(CheckpointError, match=r"another noise schedule .* --config$"):
         check_fit(
-            build_model(tiny_config()), read_model(save(tmp_path / "m.ckpt", {**state, "betas": other}))
+            build_model(small_config()), read_model(save(tmp_path / "m.ckpt", {**state, "betas": other}))
         )
 
 

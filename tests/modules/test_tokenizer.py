@@ -231,6 +231,15 @@ def test_cut_words_are_what_the_kept_ids_lack(tokenizer, text):
     assert len(kept) + len(cut) - len(whole) in (0, 1)  # one character may be cut through
 
 
+def test_placeholders_are_those_of_one_tokenizer(tokenizer, monkeypatch):
+    """Though the tokenizers of a process share the table, which is read once."""
+    monkeypatch.setattr(gzip, "open", lambda *_, **__: pytest.fail("the table is read again"))
+    other, plain = CLIPTokenizer.openai(), tokenizer.encode("a cat")
+    other.use_placeholders({"cat": [49408]})
+    assert other.encode("a cat") == [plain[0], plain[1], 49408, plain[-1]]
+    assert tokenizer.encode("a cat") == CLIPTokenizer.openai().encode("a cat") == plain
+
+
 def test_lone_surrogate(tokenizer):
     message = refusal(lambda: tokenizer.encode("caf\udce9"))
     assert "\\udce9 at position 3" in message

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from tests.support.paths import GOLDEN
+from tests.support.paths import GOLDEN, ROOT
 
 WEIGHT_PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
 TOLERANCE = 2e-5
@@ -65,9 +65,24 @@ def tiny_config() -> dict[str, Any]:
     return config["model"]
 
 
-def inpainting_config() -> dict[str, Any]:
-    """The tiny model with 9 input channels."""
+def small_config(own_words: bool = True) -> dict[str, Any]:
+    """The tiny model with a quarter of its widths and half of its blocks, for tests of files; it has no figures.
+
+    With `own_words` its vocabulary is the bundled model's 1000 tokens, else OpenAI's.
+    """
     config = tiny_config()
+    parts = config["params"]
+    fewer = {"num_res_blocks": 1, "num_groups": 8}
+    parts["unet_config"]["params"] |= {"model_channels": 8, "context_dim": 16, **fewer}
+    parts["first_stage_config"]["params"]["ddconfig"] |= {"ch": 8, **fewer}
+    words = {"version": str(ROOT / "models/ldm/shapes"), "tokens": 1000} if own_words else {}
+    parts["cond_stage_config"]["params"] = {"width": 16, "layers": 2, "heads": 4, **words}
+    return config
+
+
+def inpainting_config(config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The tiny model, or another of four channels, with 9 input channels."""
+    config = config or tiny_config()
     config["target"] = "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"
     config["params"]["conditioning_key"] = "hybrid"
     config["params"]["unet_config"]["params"]["in_channels"] = 9
@@ -86,10 +101,9 @@ def laion_config(tokens: int) -> dict[str, Any]:
 
 def tiny_model(config: Mapping[str, Any] | None = None) -> Any:
     """The tiny model, or another config's, with rebuilt weights."""
-    from ldm.util import instantiate_from_config
+    from ldm.checkpoints.load import build_model
 
-    with torch.device("meta"):
-        model = instantiate_from_config(config or tiny_config())
+    model = build_model(config or tiny_config())
     missing, unexpected = model.load_state_dict(rebuilt_state_dict(model), strict=False, assign=True)
     assert not unexpected
     assert all(not key.startswith(WEIGHT_PREFIXES) or key.endswith("position_ids") for key in missing)

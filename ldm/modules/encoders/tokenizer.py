@@ -14,6 +14,8 @@ import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -78,10 +80,20 @@ class CLIPTokenizer:
 
     @classmethod
     def openai(cls) -> CLIPTokenizer:
-        """Builds the tokenizer from the table of the installed package `openai-clip` (not imported)."""
+        """Builds the tokenizer from the table of the installed package `openai-clip` (not imported).
+
+        The table is read once; the tokenizers of a process share it, and have placeholders of their own.
+        """
         table = next((path for path in openai_tables() if path.is_file()), None)
         if table is None:
             raise InputError(f"CLIP's token table {_TABLE} is not installed: run `pip install openai-clip`")
+        found = table.stat()
+        return copy(cls._of_table(table, found.st_size, found.st_mtime_ns))
+
+    @classmethod
+    @lru_cache(maxsize=1)
+    def _of_table(cls, table: Path, size: int, changed: int) -> CLIPTokenizer:
+        """Builds the tokenizer of a table; another size or time of its file is another table."""
         merges = _read_openai_merges(table)
         return cls(_openai_vocabulary(merges), merges, printable(table))
 
