@@ -303,7 +303,7 @@ def test_torch_and_zipfile_do_not_agree_on_two_archives(tmp_path: Path) -> None:
     assert list(torch.load(tmp_path / "evil.ckpt", weights_only=True)) == ["a"]
 
 
-@pytest.mark.parametrize("members", [1, 66_000])
+@pytest.mark.parametrize("members", [1, pytest.param(66_000, marks=pytest.mark.slow)])
 def test_archives_with_the_large_end_record_are_read(tmp_path: Path, members: int) -> None:
     """More than 65535 members need the format's second, 64-bit end record; a forged one is refused."""
     path = write_zip(

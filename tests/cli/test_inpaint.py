@@ -13,7 +13,7 @@ import scripts.txt2img as txt2img
 from ldm.data.scenes import image_at
 from ldm.images.watermark import INPAINTING_TEXT, Watermark
 from ldm.metadata.infotext import job_from_infotext
-from tests.support.golden_data import inpainting_config, tiny_model
+from tests.support.golden_data import inpainting_config, small_config, tiny_model
 
 FAST = ["--ddim_steps", "3", "--device", "cpu", "--precision", "full", "--quiet", "--skip_grid"]
 SAMPLERS = ["--seed=42", "--plms", "--dpm_solver", "--ddim_eta=1"]
@@ -21,11 +21,11 @@ SAMPLERS = ["--seed=42", "--plms", "--dpm_solver", "--ddim_eta=1"]
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
-    """Runs the script in this process, on scene.png (128x128) and mask.png (a square of 48 in the middle)."""
+    """Runs the script in this process, on scene.png (64x64) and mask.png (a square of 24 in the middle)."""
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(image_at(3, "fresh")).save("scene.png")
-    mask = np.zeros((128, 128), np.uint8)
-    mask[40:88, 40:88] = 255
+    Image.fromarray(image_at(3, "fresh")).resize((64, 64)).save("scene.png")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:44, 20:44] = 255
     Image.fromarray(mask).save("mask.png")
 
     def run(*options, outdir="out", inputs=("--init-img", "scene.png", "--mask", "mask.png")):
@@ -39,7 +39,7 @@ def draw(tmp_path, monkeypatch):
 def nine_channels(tmp_path_factory):
     """Options that choose a tiny inpainting model in files."""
     folder = tmp_path_factory.mktemp("inpainting")
-    config = inpainting_config()
+    config = inpainting_config(small_config())
     OmegaConf.save({"model": config}, folder / "config.yaml")
     torch.save({"state_dict": tiny_model(config).state_dict()}, folder / "model.ckpt")
     return ["--config", str(folder / "config.yaml"), "--ckpt", str(folder / "model.ckpt")]
@@ -117,9 +117,9 @@ def test_outpainting_keeps_the_picture(draw, nine_channels, kind):
     model = nine_channels if kind == "inpainting model" else []
     _, (path,) = draw("--outpaint", "0,16,64,8", "--no_watermark", *model, inputs=("--init-img", "scene.png"))
     grown = pixels(path)
-    assert grown.shape == (128 + 16 + 8, 128 + 64, 3)
-    assert np.array_equal(grown[16:144, :128], pixels("scene.png"))
-    assert grown[16:144, 160:].std() > 0
+    assert grown.shape == (64 + 16 + 8, 64 + 64, 3)
+    assert np.array_equal(grown[16:80, :64], pixels("scene.png"))
+    assert grown[16:80, 80:].std() > 0
 
 
 def test_an_inpainting_model_draws_from_text_alone(nine_channels, tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_the_command_is_in_the_picture(draw):
     _, (path,) = draw("--mask_blur", "2", "--outpaint", "0,0,8,0")
     job = job_from_infotext(Image.open(path).text["parameters"])
     assert (job.init.image, job.init.mask, job.init.mask_blur) == ("scene.png", "mask.png", 2)
-    assert (job.init.outpaint, job.width, job.strength) == ((0, 0, 8, 0), 136, 1.0)
+    assert (job.init.outpaint, job.width, job.strength) == ((0, 0, 8, 0), 72, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_the_command_is_in_the_picture(draw):
     ids=" ".join,
 )
 def test_mistakes_are_one_line_and_code_2(draw, tmp_path, capsys, inputs, said):
-    Image.new("L", (128, 128)).save("black.png")
+    Image.new("L", (64, 64)).save("black.png")
     (tmp_path / "empty").mkdir()
     if "-8,0,0,0" in inputs:  # a value that begins with a dash
         inputs = [*inputs[:2], "--outpaint=-8,0,0,0"]

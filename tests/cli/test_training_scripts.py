@@ -20,7 +20,11 @@ SCRIPTS = ROOT / "scripts"
             ["evaluate.py", "--count", "1"],
             "error: --count is 1; give 2 to 100000, half for each kind of pair",
         ),
-        (["train.py", "text", "--base", "none.yaml"], "error: there is no config none.yaml"),
+        pytest.param(
+            ["train.py", "text", "--base", "none.yaml"],
+            "error: there is no config none.yaml",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_faults_are_one_line_even_beside_a_foreign_toolkit_of_the_same_name(tmp_path, arguments, fault):

@@ -96,8 +96,8 @@ def test_files_and_grid(draw):
     code, files = draw("--n_iter", "2", "--n_samples", "3", "--n_rows", "2")
     assert code == 0
     assert list(files) == ["grid-0000.png", *(f"samples/{i:05}.png" for i in range(6))]
-    assert Image.open(files["samples/00000.png"]).size == (128, 128)
-    assert Image.open(files["grid-0000.png"]).size == (2 * 130 + 2, 3 * 130 + 2)
+    assert Image.open(files["samples/00000.png"]).size == (64, 64)
+    assert Image.open(files["grid-0000.png"]).size == (2 * 66 + 2, 3 * 66 + 2)
 
 
 def test_later_runs_add_and_never_overwrite(draw):
@@ -121,7 +121,7 @@ def test_the_command_is_in_the_picture(draw):
     job = job_from_infotext(text)
     assert (job.prompt, job.negative_prompt) == (prompt, "dull")
     assert (job.seed, job.sampler, job.scale, job.steps) == (7, "plms", 5.0, 2)
-    assert (job.width, job.height) == (128, 128)
+    assert (job.width, job.height) == (64, 64)
     assert re.fullmatch(r"[0-9a-f]{10}", parse_infotext(text)["Model hash"])
 
 
@@ -133,16 +133,16 @@ def test_image_i_can_be_made_alone(draw):
     assert np.abs(third - again).max() <= 2
 
 
-@pytest.mark.parametrize("option", ["--lowmem", "--no_mmap", "--cache_weights"])
-def test_how_weights_are_held_changes_no_pixel(draw, option, tmp_path, monkeypatch):
+def test_how_weights_are_held_changes_no_pixel(draw, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    small = ("--precision", "bf16", "--W", "64", "--H", "64")  # slow where the CPU has no bf16 instructions
+    small = ("--precision", "bf16", "--W", "16", "--H", "16")  # slow where the CPU has no bf16 instructions
     _, usual = draw(*small)
-    for outdir in ("first", "second"):  # the second finds what the first has cached
-        code, files = draw(*small, option, outdir=outdir)
-        assert code == 0
-        assert same(usual["samples/00000.png"], files["samples/00000.png"])
-    assert bool(list(tmp_path.glob("cache/ldm-v1/weights/*"))) == (option == "--cache_weights")
+    for option, times in (("--lowmem", 1), ("--no_mmap", 1), ("--cache_weights", 2)):
+        for i in range(times):  # the second finds what the first has cached
+            code, files = draw(*small, option, outdir=f"{option[2:]}{i}")
+            assert code == 0
+            assert same(usual["samples/00000.png"], files["samples/00000.png"]), option
+        assert bool(list(tmp_path.glob("cache/ldm-v1/weights/*"))) == (option == "--cache_weights")
 
 
 def test_fixed_code_repeats_the_noise(draw):
@@ -183,7 +183,7 @@ def test_one_start_code_serves_short_batches_too(draw, tmp_path):
     assert (info["Batch size"], info["Fixed code"]) == ("3", "on")
 
 
-@pytest.mark.parametrize("size", [("72", "104"), ("200", "136")])
+@pytest.mark.parametrize("size", [("72", "104"), ("40", "136")])
 def test_multiples_of_eight_work(draw, size):
     code, files = draw("--W", size[0], "--H", size[1])
     assert code == 0
@@ -415,7 +415,7 @@ def test_the_run_stops_at_an_image_that_is_not_finite_unless_told_otherwise(draw
         return real(self, z) * (float("nan") if next(calls) == 1 else 1)
 
     monkeypatch.setattr(LatentDiffusion, "decode_first_stage", decode)
-    run = ("--n_samples", "1", "--n_iter", "12", "--W", "64", "--H", "64", "--skip_grid")
+    run = ("--n_samples", "1", "--n_iter", "12", "--ddim_steps", "1", "--skip_grid")
     code, files = draw(*run, *options)
     assert code == 1
     seeds = [job_from_infotext(Image.open(path).text["parameters"]).seed for path in files.values()]
@@ -445,7 +445,7 @@ def test_what_fails_midway_keeps_what_is_finished(draw, monkeypatch, capsys, sai
         return real(*args)
 
     monkeypatch.setattr(Pipeline, "begin", begin)
-    code, files = draw("--n_iter", "3", "--W", "64", "--H", "64")
+    code, files = draw("--n_iter", "3")
     assert (code, list(files)) == (1, ["samples/00000.png"])
     (error,) = capsys.readouterr().err.splitlines()
     assert re.search(line, error)
@@ -496,7 +496,7 @@ def test_no_black_pictures_from_nan(draw, capsys, monkeypatch):
 
     monkeypatch.setattr(
         "ldm.models.diffusion.ddpm.LatentDiffusion.decode_first_stage",
-        lambda self, z: torch.full((1, 3, 128, 128), float("nan")),
+        lambda self, z: torch.full((1, 3, 64, 64), float("nan")),
     )
     code, files = draw("--prompt", "a red cube", "--gallery")
     assert (code, files) == (1, {})
@@ -538,6 +538,18 @@ def test_works_from_anywhere_offline_and_with_foreign_files_about(tmp_path):
     assert "bundled model" in done.stderr
 
 
+def test_closed_messages_do_not_stop_the_run(draw, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    closed = os.fdopen(writer, "w", buffering=1)
+    monkeypatch.setattr(sys, "stderr", closed)
+    assert txt2img.main([*FAST[:-1], "--outdir", "out"]) == 0
+    assert Path("out/grid-0000.png").is_file()
+    with pytest.raises(BrokenPipeError):
+        print("x", file=closed)
+
+
+@pytest.mark.slow
 def test_a_closed_pipe_does_not_stop_the_run(tmp_path):
     command = f"{sys.executable} {ROOT}/scripts/txt2img.py {' '.join(FAST[:-1])} 2>&1 | head -c 1"
     subprocess.run(command, shell=True, cwd=tmp_path, timeout=600, check=True)
@@ -547,6 +559,7 @@ def test_a_closed_pipe_does_not_stop_the_run(tmp_path):
     assert list(tmp_path.rglob("grid-0000.png"))
 
 
+@pytest.mark.kill
 def test_interrupting_finishes_the_batch(tmp_path):
     run = subprocess.Popen(
         [

@@ -177,6 +177,7 @@ def typed(*options, **environment):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_devices_are_counted_and_standard_input_reaches_all(whole, tmp_path):
     folder = tmp_path / "out"
     run = typed("--outdir", str(folder), "--devices", "2", "--from-file", "-", "--n_iter", "1", "--json")
@@ -219,6 +220,7 @@ def test_processes_whose_starter_is_killed_stop_too(tmp_path):
     assert len(list(folder.glob("samples/*.png"))) < 1000
 
 
+@pytest.mark.slow
 def test_torchrun_says_how_many(whole, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, SCRIPT, *RUN, "--quiet", "--outdir", str(tmp_path / "out")]

@@ -352,7 +352,9 @@ def test_the_script_goes_on_to_the_same_bytes(tmp_path, options):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("size", ["64", "256"])  # the watermark begins at 256
+@pytest.mark.parametrize(
+    "size", ["64", pytest.param("256", marks=pytest.mark.slow)]
+)  # the watermark begins at 256
 def test_an_interrupted_sweep_ends_with_the_sheets_of_an_unbroken_one(tmp_path, monkeypatch, size):
     run = [
         "--n_iter",
