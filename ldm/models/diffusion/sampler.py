@@ -28,15 +28,9 @@ TakeStep = Callable[[Tensor, Step], tuple[Tensor, Tensor]]
 
 _STEPS = ("ddim_timesteps", "ddim_alphas", "ddim_alphas_prev", "ddim_sigmas")
 _MODEL_TABLES = (
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-)
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
+)  # fmt: skip
 
 
 def _changes(value: Any) -> int:
