@@ -5,9 +5,9 @@ The prediction is taken as a polynomial through the last ones and integrated ove
     z_end = z + sum_k eps_k integral of L_k d sigma from start to end
     L_k = product over the other j of (u - u_j) / (u_k - u_j)
 
-lms: u = sigma (k-diffusion), order 4. deis: u = log sigma (DEIS, Zhang and Chen 2023, "log rho"), order 2; it runs
-the last steps with a lower order, as many as there are steps left. ipndm: the weights of PLMS, those of equal steps
-(iPNDM, Zhang and Chen 2023), without its Heun step at the start. Setting: order, 1 to 4.
+lms: u = sigma (k-diffusion), order 4. deis: u = log sigma (DEIS, Zhang and Chen 2023, "log rho"), order 2; a step to
+sigma 0 has order 1, and with few steps the last ones have no more than there are steps left. ipndm: the weights of
+PLMS, those of equal steps (iPNDM, Zhang and Chen 2023), without its Heun step at the start. Setting: order, 1 to 4.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from ldm.models.diffusion.dpm_solver.sampler import FEW_STEPS
 from ldm.models.diffusion.plms import WEIGHTS
 from ldm.models.diffusion.sampler import TakeStep
 from ldm.models.diffusion.sampling_run import SamplingRun
@@ -32,8 +33,6 @@ NODES, NODE_WEIGHTS = np.polynomial.legendre.leggauss(16)  # exact for a polynom
 class MultistepSolver(Solver):
     """Feeds the update rule with a mixture of the last predictions; a subclass chooses the weights."""
 
-    lower_at_the_end = False
-
     def _solve(self, run: SamplingRun) -> TakeStep:
         order = int(self.settings["order"])
         if not 1 <= order <= max(WEIGHTS):
@@ -42,12 +41,16 @@ class MultistepSolver(Solver):
 
         def take(x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
             past.appendleft((step.start, run.predict(x, step.t, step.alpha)))
-            used = list(past)[: step.index + 1] if self.lower_at_the_end else list(past)
+            used = list(past)[: self._highest_order(step)]
             weights = self._weights([start for start, _ in used], step) if len(used) > 1 else [1.0]
             mixed = sum((w * eps for w, (_, eps) in zip(weights, used, strict=True)), 0 * used[0][1])
             return run.advance(x, mixed, step)
 
         return take
+
+    def _highest_order(self, step: Step) -> int:
+        """Returns the order that a step may have at most."""
+        return max(WEIGHTS)
 
     def _weights(self, levels: Sequence[float], step: Step) -> Sequence[float]:
         """Returns the weights of the predictions at `levels`, newest first, for the step."""
@@ -68,7 +71,11 @@ class DEIS(MultistepSolver):
     """A polynomial in log sigma."""
 
     name = "deis"
-    lower_at_the_end = True
+
+    def _highest_order(self, step: Step) -> int:
+        if step.end == 0:
+            return 1
+        return step.index + 1 if len(self.table) < FEW_STEPS else max(WEIGHTS)
 
     def _weights(self, levels: Sequence[float], step: Step) -> Sequence[float]:
         length = math.log(step.end / step.start)
