@@ -20,6 +20,7 @@ from ldm.util import InputError, printable
 
 logger = logging.getLogger("ldm")
 _LOCK_TRIES = 20
+_MAX_REASON = 600  # characters
 
 
 def check_there(path: str | Path, cure: str) -> None:
@@ -35,6 +36,37 @@ def check_there(path: str | Path, cure: str) -> None:
     except (OSError, ValueError) as error:  # no permission, a loop of links, a name that no file can have
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{shown} cannot be read: {reason}; {cure}") from None
+
+
+@contextlib.contextmanager
+def guarded(
+    path: str | os.PathLike[str],
+    damage: Callable[[Exception], str],
+    kind: type[InputError] = InputError,
+) -> Iterator[None]:
+    """Turns any exception raised inside into an error of `kind`, of one line that begins with the path.
+
+    Files made by others reach deep into libraries, which raise many kinds of exception, so all of them are caught
+    here. `damage` describes those that a format has its own words for.
+    """
+    try:
+        yield
+    except Exception as error:
+        shown, reason = printable(os.fspath(path)), printable(_reason(error, damage)[:_MAX_REASON])
+        named = reason.startswith(shown)  # by a guard within this one
+        raise kind(reason if named else f"{shown}: {reason}") from error
+
+
+def _reason(error: Exception, damage: Callable[[Exception], str]) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return "no such file; check the path"
+    if isinstance(error, MemoryError):
+        return "does not fit into memory"
+    if isinstance(error, OSError) and error.errno:
+        return f"cannot be read: {error.strerror}"
+    return damage(error)
 
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import logging
@@ -10,12 +9,13 @@ import os
 import stat
 import struct
 import warnings
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from ldm.files import guarded
 from ldm.job import MemoryImage
 from ldm.util import InputError, printable
 
@@ -27,7 +27,6 @@ EXTENSIONS = (
 )  # fmt: skip
 MAX_PIXELS = 64_000_000
 _MAX_BYTES = 2**30
-_MAX_REASON = 300
 _READABLE = "give a PNG, JPEG, WEBP, BMP or TIFF file"
 
 _ORIENTATION = 0x0112
@@ -91,29 +90,14 @@ def read_picture(path: str) -> Source:
         return Source(color, alpha, hashlib.sha256(data).hexdigest(), tuple(notes))
 
 
-@contextlib.contextmanager
-def reading(path: str) -> Iterator[None]:
-    """Turns any exception raised inside into an `InputError` of one line that begins with the path.
-
-    A damaged file makes Pillow raise many kinds of exception, so all of them are caught here.
-    """
-    try:
-        yield
-    except Exception as error:
-        raise InputError(f"{printable(path)}: {printable(_reason(error)[:_MAX_REASON])}") from error
+def reading(path: str) -> AbstractContextManager[None]:
+    """Turns any exception raised inside into an `InputError` of one line that begins with the path."""
+    return guarded(path, _damage)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, InputError):
-        return str(error)
-    if isinstance(error, FileNotFoundError):
-        return "no such file; check the path"
+def _damage(error: Exception) -> str:
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"has more than {MAX_PIXELS // 10**6} megapixels; make it smaller first"
-    if isinstance(error, MemoryError):
-        return "does not fit into memory"
-    if isinstance(error, OSError) and error.errno:
-        return f"cannot be read: {error.strerror}"
     if "MAX_TEXT" in str(error):
         return "holds text that inflates too far; save the image again without its metadata"
     if "truncated" in str(error).lower():

@@ -77,7 +77,7 @@ def _usual_model(inpaint: bool) -> tuple[str, str]:
         return V1_CONFIG, V1_CKPT
     logger.info(
         "no Stable Diffusion weights at %s, so this is the bundled model, which draws coloured solids; "
-        "to use v1: ln -s /path/to/sd-v1-4.ckpt %s",
+        "to use v1: ln -s /path/to/sd-v1-4.ckpt %s (`ldm where` lists the places and the pages of the weights)",
         V1_CKPT,
         V1_CKPT,
     )

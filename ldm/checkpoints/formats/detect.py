@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import BinaryIO, Literal
 
 from ldm import files
-from ldm.util import InputError, printable
+from ldm.util import InputError
 
 Format = Literal["torch zip", "torch legacy", "safetensors"]
 
@@ -20,7 +19,6 @@ MAX_SAFETENSORS_HEADER = 100_000_000
 
 _HEAD_BYTES = 4096
 _SHORTEST = 16
-_MAX_REASON = 600
 
 # (offset, signature, what it is): formats that are recognised only to be named.
 _FOREIGN = (
@@ -43,30 +41,14 @@ class CheckpointError(InputError):
     """A checkpoint file cannot be used: one line names the file, the reason and the cure."""
 
 
-@contextlib.contextmanager
-def reading(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns whatever goes wrong inside into one `CheckpointError` line that begins with the path.
-
-    Files made by others reach deep into zipfile, pickletools and json, which raise many kinds of exception;
-    none of them is the caller's business, so this is the one guard that catches them all.
-    """
-    try:
-        yield
-    except Exception as error:
-        shown, reason = printable(os.fspath(path)), printable(_reason(error)[:_MAX_REASON])
-        named = reason.startswith(shown)  # by a guard within this one
-        raise CheckpointError(reason if named else f"{shown}: {reason}") from error
+def reading(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
+    """Turns any exception raised inside into a `CheckpointError` of one line that begins with the path."""
+    return files.guarded(path, _damage, CheckpointError)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, InputError):
-        return str(error)
-    if isinstance(error, FileNotFoundError):
-        return "no such file; check the path"
+def _damage(error: Exception) -> str:
     if isinstance(error, OSError):
-        return f"cannot be read: {error.strerror or error}"
-    if isinstance(error, MemoryError):
-        return "does not fit into memory"
+        return f"cannot be read: {error}"
     return f"is damaged or incomplete ({type(error).__name__}: {error}); download it again"
 
 
