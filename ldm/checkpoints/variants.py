@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 Config = Mapping[str, Any]
 _CLIP = "ldm.modules.encoders.modules.FrozenCLIPEmbedder"
 _UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+_GUIDANCE = f"{PREFIXES['unet']}time_embedding.cond_proj.weight"
 _TEXT_LAYER = re.compile(
     rf"{re.escape(PREFIXES['text_encoder'])}transformer\.text_model\.encoder\.layers\.(\d+)\."
 )
@@ -28,7 +29,7 @@ def suited(config: Config, checkpoint: Checkpoint) -> Config:
     """
     if not isinstance(config.get("params"), Mapping):
         return config
-    for adapt in (_to_prediction, _to_text_layers, _to_blocks):
+    for adapt in (_to_prediction, _to_text_layers, _to_blocks, _to_guidance):
         config = adapt(config, checkpoint)
     return config
 
@@ -105,3 +106,16 @@ def _to_blocks(config: Config, checkpoint: Checkpoint) -> Config:
 def _unet_names(checkpoint: Checkpoint) -> list[str]:
     prefix = PREFIXES["unet"]
     return [key.removeprefix(prefix) for key in checkpoint.state_dict if key.startswith(prefix)]
+
+
+def _to_guidance(config: Config, checkpoint: Checkpoint) -> Config:
+    """A distilled U-Net, which takes the guidance scale as an input."""
+    unet, weight = config["params"].get("unet_config"), checkpoint.state_dict.get(_GUIDANCE)
+    if not isinstance(unet, Mapping) or unet.get("target") != _UNET or weight is None or weight.dim() != 2:
+        return config
+    params = unet.get("params") or {}
+    if params.get("time_cond_proj_dim") == weight.shape[1]:
+        return config
+    why = "a distilled model: its U-Net takes the guidance scale as an input"
+    changed = {**unet, "params": {**params, "time_cond_proj_dim": weight.shape[1]}}
+    return _changed(config, checkpoint, why, unet_config=changed)

@@ -160,7 +160,7 @@ def _costs(
     """Yields the cost of the run, from the model without weights and a trial of the device."""
     from ldm.runtime.estimate import NetworkWork, measure_pace
 
-    batches, work = batch_kinds(plan, missing), NetworkWork(model)
+    batches, work = batch_kinds(plan, missing, model.embeds_guidance), NetworkWork(model)
     steps = sum(times * count_steps(batch.job) for batch, times in batches.items())
     try:
         memory = needed_memory(options, batches, model, work, device, precision.dtype)

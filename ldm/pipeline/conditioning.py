@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -17,6 +18,8 @@ from ldm.models.diffusion.guidance import Conditioning, Guidance, GuidancePlan
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.pipeline.placement import Placement
 from ldm.prompts.conditioning import count_chunks, encode_weighted
+
+logger = logging.getLogger(__name__)
 
 
 class InpaintingCondition(NamedTuple):
@@ -41,6 +44,7 @@ class TextConditioning:
 
     def __init__(self, model: LatentDiffusion, placement: Placement) -> None:
         self._model, self._placement = model, placement
+        self._warned = False
         self.clear()
 
     def clear(self) -> None:
@@ -66,12 +70,29 @@ class TextConditioning:
             cond = self._joined(
                 [self._encode_prompt(job.prompt, chunks, clip_skip_of(job)) for job in jobs], inpainting
             )
+            if self._model.embeds_guidance:
+                self._warn_of_negative_prompts(jobs)
+                return Guidance(self._with_scales(cond, [job.scale for job in jobs]))
             if all(job.scale == 1.0 for job in jobs):
                 return Guidance(cond, scale=1.0)
             negative = [self._encode_negative(job.negative_prompt, chunks, clip_skip_of(job)) for job in jobs]
             scale = self._per_job([job.scale for job in jobs])
             rescale = self._per_job([guidance_rescale_of(job) for job in jobs])
             return Guidance(cond, self._joined(negative, inpainting), scale, rescale)
+
+    def _with_scales(self, cond: Conditioning, scales: Sequence[float]) -> Conditioning:
+        """A conditioning with the guidance scales as an input of the U-Net."""
+        parts = cond if isinstance(cond, dict) else {"c_crossattn": [cond]}
+        return {**parts, "guidance": torch.tensor(scales, device=self._model.device)}
+
+    def _warn_of_negative_prompts(self, jobs: Sequence[Job]) -> None:
+        """Warns once that the model is distilled for one prediction, that of the prompt."""
+        if self._warned or not any(job.negative_prompt for job in jobs):
+            return
+        self._warned = True
+        logger.warning(
+            "this model was distilled with its guidance: negative prompts have no effect; leave them out"
+        )
 
     def _per_job(self, values: Sequence[float]) -> float | Tensor:
         """The value that all jobs of a batch have, or where they differ those of each [N, 1, 1, 1]."""

@@ -49,10 +49,15 @@ class Batch:
         return [(one.size, one.steps) for one in passes_of(self.job)]
 
 
-def batch_kinds(plan: Plan, missing: Sequence[Sequence[int]] | None = None) -> Counter[Batch]:
-    """Counts the batches of each kind in a run, or in its `missing` ones."""
+def batch_kinds(
+    plan: Plan, missing: Sequence[Sequence[int]] | None = None, embedded: bool = False
+) -> Counter[Batch]:
+    """Counts the batches of each kind in a run, or in its `missing` ones.
+
+    With `embedded` the guidance scale is an input of the U-Net, which then runs on the prompt alone.
+    """
     return Counter(
-        Batch(batch_key(plan[batch[0]]), len(batch), any(plan[i].scale != 1 for i in batch))
+        Batch(batch_key(plan[batch[0]]), len(batch), not embedded and any(plan[i].scale != 1 for i in batch))
         for batch in (plan.batches() if missing is None else missing)
     )
 

@@ -237,8 +237,10 @@ class FastUNet(unet.UNetModel):
     def forward(
         self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: None = None, **kwargs: Any
     ) -> Tensor:
-        if torch.equal(timesteps, timesteps[:1].expand_as(timesteps)):
+        given = {name: kwargs[name] for name in ("guidance",) if kwargs.get(name) is not None}
+        if all(torch.equal(value, value[:1].expand_as(value)) for value in (timesteps, *given.values())):
             timesteps = timesteps[:1]
+            kwargs |= {name: value[:1] for name, value in given.items()}
             half = len(x) // 2
             if self._looks_at(context, len(x)) and torch.equal(x[:half], x[half:]):
                 x = x[:half]
@@ -386,7 +388,8 @@ def _parts(model: LatentDiffusion) -> tuple[list[nn.Module], list[nn.Module]]:
     """
     vae, network = model.first_stage_model, model.model.diffusion_model
     fast = [network, model.cond_stage_model, vae.decoder, vae.post_quant_conv]
-    return fast, [network.time_embed, network.out, vae.encoder, vae.quant_conv]
+    guided = [network.time_embedding] if hasattr(network, "time_embedding") else []
+    return fast, [network.time_embed, *guided, network.out, vae.encoder, vae.quant_conv]
 
 
 def _packable(layer: nn.Conv2d) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from ldm.checkpoints.layouts.settings import component_configs
 from ldm.checkpoints.load import build_model, check_fit
 from ldm.checkpoints.model_files import read_model
 from ldm.checkpoints.variants import suited
-from ldm.pipeline import load_model
+from ldm.job import Job
+from ldm.pipeline import Pipeline, load_model
 from ldm.runs.options import RunOptions
 from ldm.runs.prepare import prepare as prepare_run
 from ldm.runtime.estimate import NetworkWork
 from ldm.runtime.fast import prepare
+from ldm.util import InputError
 from tests.support.golden_data import rebuilt_state_dict, relative_error, tiny_config, tiny_model
 
 State = Mapping[str, Tensor]
@@ -188,3 +191,71 @@ def test_a_run_is_planned_and_estimated_for_the_small_unet(tmp_path: Path, small
     assert planned == [config]
     works = [NetworkWork(build_model(model)).predict(64, 64).products for model in (config, tiny_config())]
     assert all(0 < works[0][kind] < 0.8 * works[1][kind] for kind in ("convolution", "matrix", "attention"))
+
+
+# --- distilled models ---------------------------------------------------------------------------------------------
+
+DISTILLED = {"time_cond_proj_dim": 16}
+
+
+def test_a_guidance_scale_as_an_input_is_that_of_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    config = small_config(**TINY, **DISTILLED)
+    model, fast = tiny_model(config), tiny_model(config)
+    weights = {k: v for k, v in model.state_dict().items() if k.startswith("model.diffusion_model.")}
+    theirs = diffusers.UNet2DConditionModel(**component_configs(model)["unet"], sample_size=8).eval()
+    theirs.load_state_dict(to_diffusers(weights)["unet"])
+    prepare(fast, torch.float32, lambda weight: None)
+    x, context, t = (
+        torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1),
+        torch.randn(2, 5, 64),
+        torch.tensor([499, 499]),
+    )
+    for scales in (torch.tensor([1.0, 7.5]), torch.tensor([3.0, 3.0])):
+        embedded = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, scales - 1, 16)
+        with torch.no_grad():
+            expected = theirs(x, t, context, timestep_cond=embedded).sample
+        for ours in (model, fast):
+            found = ours.apply_model(x, t, {"c_crossattn": [context], "guidance": scales})
+            assert relative_error(found, expected) < 2e-5
+    assert relative_error(expected, model.apply_model(x, t, context)) > 1e-3
+
+
+@pytest.mark.parametrize("form", ["file", *SLOW])
+def test_a_distilled_model_runs_once_a_step(
+    tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every layout; with each image's own scale, and a warning for negative prompts."""
+    config = small_config(**TINY, **DISTILLED)
+    path = saved(tmp_path / "m.ckpt", rebuilt_state_dict(build_model(config)))
+    if form in ("diffusers", "compvis"):
+        convert(read_model(path), tiny_config(), tmp_path / "m", "diffusers")
+        path = tmp_path / "m"
+    if form == "compvis":
+        convert(read_model(path), tiny_config(), tmp_path / "m.safetensors", "compvis")
+        path = tmp_path / "m.safetensors"
+    model = load_model(tiny_config(), path)
+    calls: list[tuple[int, list[float]]] = []
+    own = model.apply_model
+
+    def seen(x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        calls.append((len(x), cond["guidance"].tolist()))
+        return own(x, t, cond)
+
+    monkeypatch.setattr(model, "apply_model", seen)
+    job = Job("a cat", negative_prompt="a dog", width=64, height=64, steps=2)
+    pictures = Pipeline(model).make([replace(job, scale=scale, seed=4) for scale in (2.0, 8.0)])
+    assert calls == [(2, [2.0, 8.0])] * 2
+    assert (pictures[0].pixels != pictures[1].pixels).any()
+    assert [record.message for record in caplog.records if "negative" in record.message] == [
+        "this model was distilled with its guidance: negative prompts have no effect; leave them out"
+    ]
+
+
+def test_a_scale_for_a_unet_without_its_input_is_an_error(tiny: Any) -> None:
+    with pytest.raises(InputError, match="no time_cond_proj_dim"):
+        tiny.apply_model(
+            torch.zeros(1, 4, 8, 8),
+            torch.tensor([5]),
+            {"c_crossattn": [torch.zeros(1, 5, 64)], "guidance": torch.tensor([2.0])},
+        )

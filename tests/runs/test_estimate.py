@@ -178,6 +178,7 @@ def test_a_plan_has_kinds_of_batches(tmp_path):
     plan = Plan(run, request, read_wishes(run, request), [Start(None, 64, 64)], open_canvas)
     found = Counter({(kind.job.steps, kind.images, kind.guided): n for kind, n in batch_kinds(plan).items()})
     assert found == {(50, 3, True): 2, (50, 1, False): 2, (9, 1, False): 2}
+    assert not any(kind.guided for kind in batch_kinds(plan, embedded=True)), "with the scale as an input"
     assert count_texts(plan) == 5 + 2
 
 

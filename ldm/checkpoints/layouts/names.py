@@ -212,6 +212,7 @@ def _unet(size: Blocks) -> Iterator[tuple[str, str]]:
     """Levels of `each` blocks and a downsampling; upwards one block more, and an upsampling."""
     yield "time_embed.0", "time_embedding.linear_1"
     yield "time_embed.2", "time_embedding.linear_2"
+    yield "time_embedding.cond_proj", "time_embedding.cond_proj"
     yield "input_blocks.0.0", "conv_in"
     yield "out.0", "conv_norm_out"
     yield "out.2", "conv_out"

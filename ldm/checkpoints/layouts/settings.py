@@ -62,7 +62,7 @@ def _unet_config(model: LatentDiffusion) -> dict[str, Any]:
         "dual_cross_attention": False,
         "class_embed_type": None,
         "addition_embed_type": None,
-        "time_cond_proj_dim": None,
+        "time_cond_proj_dim": unet.time_cond_proj_dim,
     }
 
 

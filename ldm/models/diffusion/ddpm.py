@@ -42,11 +42,13 @@ class DiffusionWrapper(nn.Module):
         t: Tensor,
         c_concat: Sequence[Tensor] | None = None,
         c_crossattn: Sequence[Tensor] | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         if c_concat:
             x = torch.cat([x, *c_concat], dim=1)
         context = _joined(c_crossattn) if c_crossattn else None
-        return self.diffusion_model(x, t, context=context)
+        scales = {} if guidance is None else {"guidance": guidance}
+        return self.diffusion_model(x, t, context=context, **scales)
 
 
 def _joined(contexts: Sequence[Tensor]) -> Tensor:
@@ -244,10 +246,16 @@ class LatentDiffusion(DDPM):
         )
         self.cond_stage_model = text_encoder if cond_stage_trainable else _frozen(text_encoder)
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the U-Net takes the guidance scale as an input, and needs no second prediction for it."""
+        return getattr(self.model.diffusion_model, "time_cond_proj_dim", None) is not None
+
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning, return_ids: bool = False) -> Tensor:
         """Returns what the U-Net predicts for latents [N, C, h, w] at timesteps t [N]: see `parameterization`.
 
-        `cond` is a tensor, a list of tensors, or a dict with `c_crossattn` and `c_concat` lists. `return_ids` is for
+        `cond` is a tensor, a list of tensors, or a dict with `c_crossattn` and `c_concat` lists, and with the scales
+        `guidance` [N] for a model that `embeds_guidance`. `return_ids` is for
         U-Nets with a codebook, which these are not.
         """
         if not isinstance(cond, dict):

@@ -14,13 +14,14 @@ from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.util import (
     checkpoint,
     conv_nd,
+    guidance_embedding,
     linear,
     normalization,
     timestep_embedding,
     zero_module,
 )
+from ldm.util import InputError, only_with, warn_of_ignored
 from ldm.util import exists as exists
-from ldm.util import only_with, warn_of_ignored
 
 th = torch  # extensions import it from here
 
@@ -189,7 +190,8 @@ class UNetModel(nn.Module):
     `channel_mult` gives each level's width in units of `model_channels`; levels whose downsampling factor is
     in `attention_resolutions` get transformers with `num_heads` heads, or heads of `num_head_channels`.
     Every group norm has `num_groups` groups. Without `use_middle_block`, as in small models (Kim et al. 2024), the
-    lowest map goes up as it is. H and W are any positive sizes: each upsampling grows to the size
+    lowest map goes up as it is. With `time_cond_proj_dim` the guidance scale is an input, as features of that length
+    (distilled models; Meng et al. 2023). H and W are any positive sizes: each upsampling grows to the size
     of its skip connection.
     `image_size`, `legacy`, `num_heads_upsample` and `use_new_attention_order` are part of published configs and
     change nothing here. A parameter that would need another network is an `InputError` that names it, except with
@@ -228,6 +230,7 @@ class UNetModel(nn.Module):
         num_attention_blocks: Sequence[int] | None = None,
         use_linear_in_transformer: bool = False,
         use_middle_block: bool = True,
+        time_cond_proj_dim: int | None = None,
     ):
         super().__init__()
         only_with(
@@ -293,6 +296,10 @@ class UNetModel(nn.Module):
         self.time_embed = nn.Sequential(
             linear(model_channels, time_width), nn.SiLU(), linear(time_width, time_width)
         )
+        self.time_cond_proj_dim = time_cond_proj_dim
+        if time_cond_proj_dim is not None:  # under the name that it has in all layouts
+            projection = nn.Linear(time_cond_proj_dim, model_channels, bias=False)
+            self.time_embedding = nn.ModuleDict({"cond_proj": projection})
         ch = model_channels
         self.input_blocks = nn.ModuleList(
             [TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))]
@@ -341,14 +348,18 @@ class UNetModel(nn.Module):
         timesteps: Tensor,
         context: Tensor | None = None,
         y: None = None,
+        guidance: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """There are no classes, so `y` must be None; a warning names `kwargs`, which are ignored, once."""
+        """`guidance` [N] are guidance scales, for a model that has `time_cond_proj_dim`.
+
+        There are no classes, so `y` must be None; a warning names `kwargs`, which are ignored, once.
+        """
         only_with("UNetModel.forward", y=(y, None))
         if kwargs and not self._ignored.issuperset(kwargs):
             self._ignored = self._ignored.union(kwargs)
             warn_of_ignored("UNetModel.forward", kwargs)
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
+        emb = self.time_embed(self._time_features(timesteps, guidance))
         context = None if context is None else context.to(self.dtype)
         h = x.to(self.dtype)
         skips: list[Tensor] = []
@@ -360,6 +371,15 @@ class UNetModel(nn.Module):
             h = self.with_skip(h, skips.pop())
             h = block(h, emb, context, output_size=skips[-1].shape[2:] if skips else None)
         return self.out(h).to(x.dtype)
+
+    def _time_features(self, timesteps: Tensor, guidance: Tensor | None) -> Tensor:
+        features = timestep_embedding(timesteps, self.model_channels).to(self.dtype)
+        if guidance is None:
+            return features
+        if self.time_cond_proj_dim is None:
+            raise InputError("this U-Net takes no guidance scale: it has no time_cond_proj_dim")
+        weights = guidance_embedding(guidance - 1, self.time_cond_proj_dim).to(self.dtype)
+        return features + self.time_embedding["cond_proj"](weights)
 
     def with_skip(self, h: Tensor, skip: Tensor) -> Tensor:
         """Returns the input of an output block: the channels of the map from below and of the skip connection."""

@@ -44,6 +44,19 @@ def timestep_embedding(
     return nn.functional.pad(embedding, (0, dim % 2))
 
 
+def guidance_embedding(weights: Tensor, dim: int) -> Tensor:
+    """Returns sinusoidal features of guidance weights w: [N] -> [N, dim], sines first, in float32.
+
+    w is scale - 1; the angles are 1000 w at frequencies that fall geometrically from 1 to 1/10000 (LCM, Luo et al.
+    2023).
+    """
+    half = dim // 2
+    positions = torch.arange(half, dtype=torch.float32, device=weights.device)
+    angles = 1000 * weights[:, None].float() * torch.exp(-math.log(10000) / (half - 1) * positions)
+    embedding = torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)
+    return nn.functional.pad(embedding, (0, dim % 2))
+
+
 def extract_into_tensor(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
     """Returns a table's values at timesteps t [N], shaped [N, 1, ...] to multiply a batch of shape `x_shape`."""
     return a[t].reshape(-1, *[1] * (len(x_shape) - 1))
