@@ -13,7 +13,13 @@ import torch
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.guidance import ZeroDenoiser
 from ldm.models.diffusion.noise import PerImageNoise, PhiloxNoise, SkippingNoise
-from ldm.models.diffusion.schedule import own_schedule, steps_to_run, steps_to_run_a1111
+from ldm.models.diffusion.schedule import (
+    make_beta_schedule,
+    own_schedule,
+    steps_to_run,
+    steps_to_run_a1111,
+    zero_terminal_snr,
+)
 from ldm.models.diffusion.schedules import Schedule
 from ldm.models.diffusion.solvers import SOLVERS, solve
 from ldm.util import InputError
@@ -335,3 +341,32 @@ def test_lengths_of_schedules():
     assert own_schedule("ddim", "uniform").length(30) == own_schedule("euler", "uniform").length(30) == 30
     assert (own_schedule("ddim", "compvis").length(30), Schedule("ddim_uniform").length(30)) == (31, 31)
     assert Schedule("beta").length(999) < 999 and Schedule("sigmas", values=(3, 1, 0)).length(7) == 2
+
+
+class WithoutTerminalSignal:
+    """Predicts v, exactly, for data of variance 1/4 and mean 0 on a schedule that ends at alpha 0."""
+
+    num_timesteps, parameterization = 1000, "v"
+    alphas_cumprod = torch.from_numpy(
+        np.cumprod(1 - zero_terminal_snr(make_beta_schedule("linear", 1000, 0.00085, 0.012)))
+    ).float()
+
+    def apply_model(self, x, t, cond):
+        table = self.alphas_cumprod.double().sqrt().numpy()
+        signal = torch.from_numpy(np.interp(t.double().numpy(), np.arange(1000), table)).view(-1, 1, 1, 1)
+        clean = signal * x.double() / 4 / (1 - signal**2 * 3 / 4)
+        eps = (x - signal * clean) / (1 - signal**2).sqrt()
+        return (signal * eps - (1 - signal**2).sqrt() * clean).float()
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_run_from_a_level_without_signal(name):
+    """The exact solution is half of the noise; with fresh noise only its spread is known."""
+    row, x = SOLVERS[name], torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    sampler = row.make(WithoutTerminalSignal(), "trailing")
+    out, _ = sampler.sample(
+        S=30, batch_size=1, shape=x.shape[1:], x_T=x, noise=PhiloxNoise(1, "cpu"), verbose=False
+    )
+    assert sampler.table.timesteps[-1] == 999
+    assert 0.25 < float(out.std()) < 0.6
+    assert row.draws or relative_error(out, x / 2) < 0.15

@@ -90,7 +90,9 @@ def _multistep(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the next latent, the clean one and the prediction, from it and the last three of `past`."""
     eps = run.predict(x, t, step.alpha)
-    if not past:  # Heun's method: average with the prediction at the far end of the step
+    if not past and step.without_signal:
+        mixed = eps
+    elif not past:  # Heun's method: average with the prediction at the far end of the step
         assert t_next is not None
         ahead, _ = run.advance(x, eps, step)
         mixed = (eps + run.predict(ahead, t_next, step.alpha_prev)) / 2

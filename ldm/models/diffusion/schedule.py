@@ -203,6 +203,11 @@ class Step:
     t_prev: float = 0
 
     @property
+    def without_signal(self) -> bool:
+        """Whether the step begins at alpha 0: a prediction there is not averaged with others, sigma is infinite."""
+        return self.alpha <= LEAST_ALPHA
+
+    @property
     def start(self) -> float:
         return sigma_of(self.alpha)
 

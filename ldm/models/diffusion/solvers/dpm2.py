@@ -3,8 +3,8 @@
     mid = sqrt(start end);  z_2 = z + (mid - start) eps
     z_end = z + (end - start) eps(z_2, mid)
 
-The ancestral form goes to `down` in place of `end` and adds fresh noise (see `euler.py`). A step to sigma 0 is one of
-Euler's. Settings: those of Euler, or of Euler ancestral.
+The ancestral form goes to `down` in place of `end` and adds fresh noise (see `euler.py`). A step to sigma 0,
+or one that begins without signal, is one of Euler's. Settings: those of Euler, or of Euler ancestral.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class DPM2Ancestral(Solver):
 
 
 def _predicted_at_middle(solver: Solver, run: SamplingRun, x: Tensor, step: Step, end: float) -> Tensor:
-    """Returns the prediction in the middle between a step's start and `end`; at the start if `end` is 0."""
+    """Returns the prediction in the middle between a step's start and `end`; at the start if there is no middle."""
     eps = run.predict(x, step.t, step.alpha)
-    if end == 0:
+    if end == 0 or step.without_signal:
         return eps
     first = solver.part(step, (step.start * end) ** 0.5)
     middle, _ = run.advance(x, eps, first)

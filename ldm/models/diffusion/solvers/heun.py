@@ -3,7 +3,7 @@
     eps = eps(z, start);  z_2 = z + (end - start) eps
     z_end = z + (end - start) (eps + eps(z_2, end)) / 2
 
-A step that ends at sigma 0 is one of Euler's. Settings: those of Euler.
+A step that ends at sigma 0, or begins without signal, is one of Euler's. Settings: those of Euler.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Heun(ChurningSolver):
 
     def _move(self, run: SamplingRun, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         eps = run.predict(x, step.t, step.alpha)
-        if step.end > 0:
+        if step.end > 0 and not step.without_signal:
             ahead, _ = run.advance(x, eps, step)
             eps = (eps + run.predict(ahead, self.time(step.end), step.alpha_prev)) / 2
         return run.advance(x, eps, step)
