@@ -213,7 +213,8 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "prompt_syntax", {}, "prompt_syntax", "prompt",
-        help="a1111: (x:1.3), [x] and BREAK in prompts mean what they mean in AUTOMATIC1111's web UI",
+        help="a1111: (x:1.3), [x], BREAK, [from:to:when], [a|b] and AND in prompts mean what they mean in "
+        "AUTOMATIC1111's web UI",
         label="Prompt syntax",
     ),
     Field("loras", {"high": MAX_LORAS}),

@@ -101,7 +101,8 @@ class Job:
     its mask repaints nothing.
 
     `loras` are files, or names of files that the pipeline finds, each with its weight on the U-Net and on the text
-    encoder. `prompt_syntax` "a1111" reads weights and BREAK in the prompts, see `ldm.prompts.weights`.
+    encoder. `prompt_syntax` "a1111" reads weights and BREAK in the prompts, see `ldm.prompts.weights`, and
+    what changes or joins prompts, see `ldm.prompts.editing`.
 
     Outside of `guidance_interval`, in shares of the steps or in sigma, there is no guidance, and inside it follows
     `guidance_schedule`, see `ldm.models.diffusion.course`.

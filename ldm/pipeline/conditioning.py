@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from ldm.models.diffusion.guidance import Conditioning, Guidance, GuidancePlan
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.pipeline.placement import Placement
 from ldm.prompts.conditioning import count_chunks, encode_weighted
+from ldm.prompts.editing import Script, scripts_of
 
 logger = logging.getLogger(__name__)
 
@@ -59,26 +60,61 @@ class TextConditioning:
             self._model.cond_stage_model.use_embeddings({})
         self.clear()
 
-    def plan(self, jobs: Sequence[Job], inpainting: InpaintingCondition | None) -> GuidancePlan:
-        """The guidance of each step of a batch."""
-        return GuidancePlan([(math.inf, self._guidance(jobs, inpainting))], Course.of(jobs[0]))
-
-    def _guidance(self, jobs: Sequence[Job], inpainting: InpaintingCondition | None) -> Guidance:
-        """The conditioning of a batch, that of its negative prompts if any job has guidance, and the scales."""
+    def plan(
+        self, jobs: Sequence[Job], inpainting: InpaintingCondition | None, upscaled: bool = False
+    ) -> GuidancePlan:
+        """The guidance of each step of a batch, in its first pass or in its upscaled one."""
+        scripts = [Script.of(job, upscaled) for job in jobs]
+        made: dict[tuple[str, ...], Guidance] = {}
+        entries: list[tuple[int, Guidance]] = []
         with self._placement.running(self._model.cond_stage_model):
-            chunks = self._count_chunks(jobs[0])
-            cond = self._joined(
-                [self._encode_prompt(job.prompt, chunks, clip_skip_of(job)) for job in jobs], inpainting
-            )
-            if self._model.embeds_guidance:
-                self._warn_of_negative_prompts(jobs)
-                return Guidance(self._with_scales(cond, [job.scale for job in jobs]))
-            if all(job.scale == 1.0 for job in jobs):
-                return Guidance(cond, scale=1.0)
-            negative = [self._encode_negative(job.negative_prompt, chunks, clip_skip_of(job)) for job in jobs]
-            scale = self._per_job([job.scale for job in jobs])
-            rescale = self._per_job([guidance_rescale_of(job) for job in jobs])
-            return Guidance(cond, self._joined(negative, inpainting), scale, rescale)
+            for end in sorted(set[int]().union(*(script.ends() for script in scripts))):
+                # all first parts, all second ones, and so on
+                turns = zip(*(script.parts for script in scripts), strict=True)
+                prompts = [part.at(end) for parts in turns for part in parts]
+                negatives = [script.negative.at(end) for script in scripts]
+                texts = (*prompts, *negatives)
+                if texts not in made:
+                    made[texts] = self._guidance(jobs, scripts, prompts, negatives, inpainting)
+                entries.append((end, made[texts]))
+        return GuidancePlan(entries, Course.of(jobs[0]))
+
+    def _guidance(
+        self,
+        jobs: Sequence[Job],
+        scripts: Sequence[Script],
+        prompts: Sequence[str],
+        negatives: Sequence[str],
+        inpainting: InpaintingCondition | None,
+    ) -> Guidance:
+        """The conditioning of texts, that of the negative prompts if any job has guidance, and the scales."""
+        chunks = self._count_chunks(jobs[0], scripts[0])
+        skips = [clip_skip_of(job) for job in jobs]
+
+        def joined(encode: Callable[[str, int | None, int], Tensor], texts: Sequence[str]) -> Conditioning:
+            encoded = [
+                encode(text, chunks, skip) for text, skip in zip(texts, itertools.cycle(skips), strict=False)
+            ]
+            return self._joined(encoded, inpainting)
+
+        cond = joined(self._encode_prompt, prompts)
+        weights = self._weights(scripts)
+        if self._model.embeds_guidance:
+            self._warn_of_negative_prompts(jobs)
+            scales = [job.scale for job in jobs] * len(scripts[0].parts)
+            return Guidance(self._with_scales(cond, scales), weights=weights)
+        if weights is None and all(job.scale == 1.0 for job in jobs):
+            return Guidance(cond, scale=1.0)
+        scale = self._per_job([job.scale for job in jobs])
+        rescale = self._per_job([guidance_rescale_of(job) for job in jobs])
+        return Guidance(cond, joined(self._encode_negative, negatives), scale, rescale, weights)
+
+    def _weights(self, scripts: Sequence[Script]) -> Tensor | None:
+        """The weights of the parts of prompts [K, N, 1, 1, 1]; None if there is one part, of weight 1."""
+        if not any(script.is_composed for script in scripts):
+            return None
+        weights = [[part.weight for part in script.parts] for script in scripts]
+        return torch.tensor(weights, device=self._model.device).T[..., None, None, None]
 
     def _with_scales(self, cond: Conditioning, scales: Sequence[float]) -> Conditioning:
         """A conditioning with the guidance scales as an input of the U-Net."""
@@ -101,10 +137,11 @@ class TextConditioning:
         return torch.tensor(values, device=self._model.device)[:, None, None, None]
 
     def by_length(self, jobs: Sequence[Job]) -> list[list[int]]:
-        """Indices of the jobs of a batch, grouped: prompts that are read in as many chunks are made together."""
-        groups: dict[int | None, list[int]] = {}
-        for place, length in enumerate(map(self._count_chunks, jobs)):
-            groups.setdefault(length, []).append(place)
+        """Indices of the jobs of a batch, grouped: those of as many parts and chunks of text are made together."""
+        groups: dict[tuple[tuple[int, int | None], ...], list[int]] = {}
+        for place, job in enumerate(jobs):
+            lengths = tuple((len(s.parts), self._count_chunks(job, s)) for s in scripts_of(job))
+            groups.setdefault(lengths, []).append(place)
         return list(groups.values())
 
     def cut_words(self, job: Job) -> str:
@@ -120,11 +157,11 @@ class TextConditioning:
             return self._model.get_learned_conditioning([prompt], **skip)
         return encode_weighted(self._model.cond_stage_model, [prompt], chunks, clip_skip)
 
-    def _count_chunks(self, job: Job) -> int | None:
-        """How many chunks both prompts of a job are read in; None where they are read plainly."""
+    def _count_chunks(self, job: Job, script: Script) -> int | None:
+        """How many chunks all texts of a job's pass are read in; None where they are read plainly."""
         if job.prompt_syntax == "plain":
             return None
-        return count_chunks(self._model.cond_stage_model, [job.prompt, job.negative_prompt])
+        return count_chunks(self._model.cond_stage_model, script.texts())
 
     def _joined(self, encoded: Sequence[Tensor], inpainting: InpaintingCondition | None) -> Conditioning:
         context = torch.cat(list(encoded))

@@ -78,7 +78,7 @@ class LatentSampler:
             if start is not None and one.steps == 0:
                 latents = start.latents
             else:
-                plan = self._conditioning.plan(jobs, inpainting)
+                plan = self._conditioning.plan(jobs, inpainting, one.start == "upscaled")
                 latents = self._denoise(one, sampler, plan, start, code, noise, on_step)
         return latents
 

@@ -82,13 +82,16 @@ WEIGHTS = (
     ),
     _sign(
         rf"(?<!\\)\[[^\[\]|]*:\s*{_NUMBER}\s*\] | (?<!\\)\[[^\[\]|]*\|[^\[\]]*\]",
-        "changes a prompt during sampling in other programs; here it is read as text",
+        "is read as text; --prompt_syntax a1111 changes the prompt there during sampling",
     ),
     _sign(
         r"\(\([^()]+\)\) | \[\[[^\[\]]+\]\]", "is read as text; --prompt_syntax a1111 reads it as a weight"
     ),
     _in_capitals(r"\bBREAK\b", "is read as text; --prompt_syntax a1111 reads it as the end of a part"),
-    _in_capitals(r"\bAND(?:_[A-Z]+)?\b", "joins prompts in other programs; here it is read as text"),
+    _in_capitals(r"\bAND(?:_[A-Z]+)?\b", "is read as text; --prompt_syntax a1111 joins prompts with AND"),
+)
+NEGATIVE_WEIGHTS = (
+    _in_capitals(r"\bAND\b", "joins prompts, which a negative prompt cannot; it is read as text"),
 )
 ALWAYS = (
     _sign(
@@ -149,7 +152,7 @@ def warn_of_notations(
     signs = [*ALWAYS, *([] if weighted else WEIGHTS), *OTHER_TAGS]
     own = [*([] if tagged else TAGS), *([] if expanded else CHOICES), *signs]
     _warn(own, prompts)
-    _warn([*NEGATIVE_TAGS, *NEGATIVE_CHOICES, *signs], negatives)
+    _warn([*NEGATIVE_TAGS, *NEGATIVE_CHOICES, *(NEGATIVE_WEIGHTS if weighted else ()), *signs], negatives)
 
 
 def _warn(signs: Sequence[Notation], texts: Iterable[tuple[str, str]], before: str = "") -> None:

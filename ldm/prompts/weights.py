@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ldm.modules.encoders.tokenizer import CLIPTokenizer
+from ldm.prompts.editing import MAX_DEPTH, TOO_DEEP
 from ldm.util import InputError, printable
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
@@ -29,10 +30,6 @@ _SIGN = re.compile(
     re.VERBOSE,
 )
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
-_ESCAPED = re.compile(r"\\.", re.DOTALL)
-_EDITING = re.compile(r"\[ [^\[\]|]* ( : \s* [+-]? [.\d]+ \s* | \| [^\[\]]* ) \]", re.VERBOSE)
-_AND = re.compile(r"\bAND\b")
-_MAX_DEPTH = 100
 
 
 def parse_weights(prompt: str) -> list[list[Weighted]]:
@@ -40,9 +37,8 @@ def parse_weights(prompt: str) -> list[list[Weighted]]:
 
     An unclosed bracket extends to the end, a stray closing one is text, a lone backslash is dropped, neighbours of
     equal weight are one text. BREAK counts inside brackets, too. `InputError` for a weight that is not a finite
-    number, and for the web UI's other syntax: [from:to:when], [a|b] and AND.
+    number. What changes from step to step, and AND, `ldm.prompts.editing` reads before.
     """
-    _refuse_more_than_weights(prompt)
     parts = _Parts()
     for match in _SIGN.finditer(prompt):
         sign = match[0]
@@ -75,8 +71,8 @@ class _Parts:
 
     def open(self, sign: str) -> None:
         self._open[sign].append(len(self._parts))
-        if sum(map(len, self._open.values())) > _MAX_DEPTH:
-            raise InputError(f"the prompt has more than {_MAX_DEPTH} open brackets; close them or write \\(")
+        if sum(map(len, self._open.values())) > MAX_DEPTH:
+            raise InputError(TOO_DEEP)
 
     def close(self, sign: str, weight: str | None) -> bool:
         """Scales the texts that a closing bracket closes, with or without a weight; False if no bracket is open."""
@@ -105,17 +101,6 @@ class _Parts:
 
     def _scale(self, start: int, factor: float) -> None:
         self._parts[start:] = [(text, weight * factor) for text, weight in self._parts[start:]]
-
-
-def _refuse_more_than_weights(prompt: str) -> None:
-    plain = _ESCAPED.sub("", prompt)
-    if editing := _EDITING.search(plain):
-        raise InputError(
-            f"{printable(editing[0])[:80]} changes the prompt during sampling, which is not supported; "
-            "a weight is written (x:1.2), a literal bracket \\["
-        )
-    if _AND.search(plain):
-        raise InputError("AND joins several prompts, which is not supported; write it in small letters")
 
 
 def _number(text: str) -> float:

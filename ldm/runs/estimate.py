@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """A kind of batch: what its jobs share, their number, and whether any of them is guided."""
+    """A kind of batch: what its jobs share, their number, whether any is guided, and the most parts of a prompt."""
 
     job: Job
     images: int
     guided: bool
+    parts: int = 1
 
     @property
     def size(self) -> tuple[int, int]:
@@ -35,7 +36,7 @@ class Batch:
     @property
     def samples(self) -> int:
         """The number of samples in a call of the U-Net."""
-        return self.images * (2 if self.guided else 1)
+        return self.images * (self.parts + (1 if self.guided else 0))
 
     @property
     def encodes_again(self) -> bool:
@@ -57,15 +58,33 @@ def batch_kinds(
     With `embedded` the guidance scale is an input of the U-Net, which then runs on the prompt alone.
     """
     return Counter(
-        Batch(batch_key(plan[batch[0]]), len(batch), not embedded and any(plan[i].scale != 1 for i in batch))
+        _kind([plan[i] for i in batch], embedded)
         for batch in (plan.batches() if missing is None else missing)
     )
 
 
+def _kind(jobs: Sequence[Job], embedded: bool) -> Batch:
+    from ldm.prompts.editing import Script
+
+    scripts = [Script.of(job) for job in jobs]
+    guided = any(job.scale != 1 or s.is_composed for job, s in zip(jobs, scripts, strict=True))
+    guided = guided and not embedded
+    return Batch(batch_key(jobs[0]), len(jobs), guided, max(len(script.parts) for script in scripts))
+
+
 def count_texts(plan: Plan) -> int:
-    """Counts the different prompts of a run, negative ones included."""
-    texts = {(job.prompt, job.loras) for job in plan.kinds()}
-    return len(texts | {(job.negative_prompt, job.loras) for job in plan.kinds() if job.scale != 1})
+    """Counts the different texts of a run, those of negative prompts included."""
+    from ldm.prompts.editing import scripts_of
+
+    return len(
+        {
+            (text, job.loras)
+            for job in plan.kinds()
+            for script in scripts_of(job)
+            for part in (*script.parts, *([script.negative] if job.scale != 1 or script.is_composed else []))
+            for _, text in part.texts
+        }
+    )
 
 
 def run_seconds(

@@ -35,11 +35,12 @@ def count_steps(job: Job) -> int:
 
 
 def check_syntax(job: Job) -> None:
-    """Checks that the weights in a job's prompts can be parsed, else raises InputError."""
+    """Checks that a job's prompts in the web UI's syntax can be parsed, else raises InputError."""
+    from ldm.prompts.editing import scripts_of
     from ldm.prompts.weights import parse_weights
 
-    for prompt in (job.prompt, job.negative_prompt):
-        parse_weights(prompt)
+    for text in {text for script in scripts_of(job) for text in script.texts()}:
+        parse_weights(text)
 
 
 def check_memory(job: Job, model: Mapping[str, Any]) -> None:

@@ -719,7 +719,7 @@ def test_prompts_of_the_web_ui_are_read_by_its_rules(made: Callable[..., list[Pa
 
 
 def test_what_more_the_web_ui_reads_is_text_with_a_note(tmp_path: Path, capsys) -> None:
-    for prompt in ("a [cat:dog:0.5]", "a cat AND a dog", "a (cat:1.2.3)"):
+    for prompt in ("a (cat:1.2.3)", "[a cat:(a dog:1.2.3):1]", "a cat AND (a dog:.)"):
         path = web_ui_picture(tmp_path / "a.png", prompt)
         assert scripts.replay.main([path, "--show", "--json"]) == 0
         shown = json.loads(capsys.readouterr().out)

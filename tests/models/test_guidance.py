@@ -1,4 +1,4 @@
-"""Guidance over the steps: which steps are guided, how much, and what they cost."""
+"""Guidance over the steps, by how much and at what cost, and towards several prompts."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Toy:
         self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - np.linspace(0.03, 0.1, 1000) ** 2)).float()
         self.calls: list[int] = []
 
-    def apply_model(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        self.calls.append(len(x))
-        return x * cond
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        self.calls.append(len(x_noisy))
+        return x_noisy * cond
 
 
 def decoded(
@@ -131,3 +131,38 @@ def test_steps_with_other_scales_share_the_joined_conditioning() -> None:
 def test_intervals_that_are_refused(fields: dict[str, Any], fault: str) -> None:
     with pytest.raises(InputError, match=fault):
         check_guidance(replace(Job("a"), **fields))
+
+
+# --- prompts joined by AND -----------------------------------------------------------------------------------------
+
+
+def composed(weights: list[list[float]], scale: float, **fields: Any) -> Guidance:
+    """Two samples with conditionings 0.5 and 0.7, then 0.1 and 0.3, away from 0.2."""
+    cond = torch.tensor([0.5, 0.7, 0.1, 0.3])[:, None, None, None]
+    return Guidance(cond, UNCOND, scale, weights=torch.tensor(weights)[..., None, None, None], **fields)
+
+
+def test_directions_of_joined_prompts_are_added_with_their_weights() -> None:
+    model = Toy()
+    found = composed([[1.2, 1.0], [-0.5, 2.0]], 3.0).noise(model, X, torch.tensor([5, 5]))
+    factors = [0.2 + 3 * (1.2 * 0.3 - 0.5 * -0.1), 0.2 + 3 * (0.5 + 2 * 0.1)]
+    torch.testing.assert_close(found, X * torch.tensor(factors)[:, None, None, None])
+    assert model.calls == [6]
+
+
+def test_a_weight_counts_without_guidance_too_and_outside_of_the_interval_from_the_first_prompt() -> None:
+    model = Toy()
+    alone = composed([[1.2, 1.0], [-0.5, 2.0]], 1.0)
+    found = alone.noise(model, X, torch.tensor([5, 5]))
+    factors = [0.2 + 1.2 * 0.3 - 0.5 * -0.1, 0.2 + 0.5 + 2 * 0.1]
+    torch.testing.assert_close(found, X * torch.tensor(factors)[:, None, None, None])
+    found = alone.with_share(0).noise(model, X, torch.tensor([5, 5]))
+    factors = [0.5 - 0.5 * (0.1 - 0.5), 0.7 + 2 * (0.3 - 0.7)]
+    torch.testing.assert_close(found, X * torch.tensor(factors)[:, None, None, None])
+    assert model.calls == [6, 4]
+
+
+def test_joined_prompts_are_rescaled_to_the_contrast_of_their_sum() -> None:
+    found = composed([[1.0, 1.0], [1.0, 1.0]], 3.0, rescale=1.0).noise(Toy(), X, torch.tensor([5, 5]))
+    ratio = found.std((1, 2, 3)) / X.std((1, 2, 3))
+    torch.testing.assert_close(ratio, torch.tensor([0.5 - 0.1, 0.7 + 0.1]))

@@ -137,6 +137,56 @@ def test_weights_count_in_a_syntax_that_has_them(pipeline):
     assert not torch.equal(drawn("a (red:1.5) cube"), drawn("a red cube", "plain"))
 
 
+def edited(pipeline, prompt, **changes):
+    return pixels(
+        pipeline, [dataclasses.replace(JOB, prompt=prompt, prompt_syntax="a1111", steps=4, **changes)]
+    )
+
+
+def test_a_prompt_whose_change_comes_first_or_last_is_one_text(pipeline):
+    assert torch.equal(edited(pipeline, "a [red:blue:0] cube"), edited(pipeline, "a blue cube"))
+    assert torch.equal(edited(pipeline, "a [red:blue:1.0] cube"), edited(pipeline, "a red cube"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "turns"), [("a [red|blue] cube", "rrbr"), ("a [red:blue:1] cube", "rrbb")]
+)  # as the web UI: a change after step n is seen by the second step after it
+def test_a_prompt_that_changes_is_a_run_stitched_of_two_conditionings(tiny, monkeypatch, prompt, turns):
+    pipeline = Pipeline(tiny)
+    together = edited(pipeline, prompt)
+    texts = {"r": "a red cube", "b": "a blue cube"}
+    conds = {turn: tiny.get_learned_conditioning(["", text]) for turn, text in texts.items()}
+    left, apply = list(turns), tiny.apply_model
+    monkeypatch.setattr(tiny, "apply_model", lambda x, t, cond: apply(x, t, conds[left.pop(0)]))
+    assert torch.equal(together, edited(pipeline, "a green cube"))
+    assert left == []
+
+
+def test_prompts_that_change_at_other_steps_or_are_joined_share_a_batch(pipeline):
+    prompts = ["a [red:blue:1] cube", "a [red:blue:2] cube", "a cube :0.5 AND a cone", "a cube AND [a|b] :2"]
+    jobs = [
+        dataclasses.replace(JOB, prompt=p, seed=i, prompt_syntax="a1111", steps=4)
+        for i, p in enumerate(prompts)
+    ]
+    for job, picture in zip(jobs, pixels(pipeline, jobs), strict=True):
+        assert (picture - pixels(pipeline, [job])[0]).abs().mean() < 1.0
+
+
+def test_a_prompt_joined_of_its_halves_is_the_prompt(pipeline):
+    whole = edited(pipeline, "a red cube")
+    assert (edited(pipeline, "a red cube :0.5 AND a red cube :0.5") - whole).abs().mean() < 1.0
+    assert (edited(pipeline, "a red cube :0.5", scale=2 * JOB.scale) - whole).abs().mean() < 1.0
+
+
+def test_the_upscaled_pass_has_the_texts_of_its_own_steps(tiny, monkeypatch):
+    seen, apply = [], tiny.apply_model
+    monkeypatch.setattr(tiny, "apply_model", lambda x, t, cond: (seen.append(cond[-1]), apply(x, t, cond))[1])
+    edited(Pipeline(tiny), "a [red:blue:1.25] cube", upscale=2.0, upscale_strength=1.0)
+    red, blue = tiny.get_learned_conditioning(["a red cube", "a blue cube"])
+    assert [torch.equal(cond, red) for cond in seen] == [True] * 6 + [False] * 2
+    assert torch.equal(seen[-1], blue)
+
+
 def test_prompts_of_different_lengths_share_a_call(pipeline):
     prompts = ["a cube", "a cube BREAK a sphere", "a cone"]
     jobs = [dataclasses.replace(JOB, prompt=p, seed=i, prompt_syntax="a1111") for i, p in enumerate(prompts)]

@@ -28,10 +28,10 @@ def warnings(caplog):
         ("${x=a} cube", "${x= is a variable of dynamic prompts", "expanded"),
         ("a (red:1.3) cube", "(red:1.3) is read as text; --prompt_syntax a1111", "weighted"),
         ("a ((red)) cube", "((red)) is read as text; --prompt_syntax a1111", "weighted"),
-        ("a [red:blue:0.5] cube", "[red:blue:0.5] changes a prompt during sampling", "weighted"),
-        ("a [red|blue] cube", "[red|blue] changes a prompt during sampling", "weighted"),
+        ("a [red:blue:0.5] cube", "[red:blue:0.5] is read as text; --prompt_syntax a1111", "weighted"),
+        ("a [red|blue] cube", "[red|blue] is read as text; --prompt_syntax a1111", "weighted"),
         ("a cat BREAK a dog", "BREAK is read as text; --prompt_syntax a1111", "weighted"),
-        ("a cat AND a dog", "AND joins prompts in other programs", "weighted"),
+        ("a cat AND a dog", "AND is read as text; --prompt_syntax a1111", "weighted"),
         ("<lora:ink:1> cube", "<lora:ink:1> asks for a network, and without --lora_dir", "tagged"),
         ("<hypernet:ink:1> cube", "<hypernet:ink:1> asks for a network", "tagged"),
         ("a cat <segment:face>", "<segment:face> is not a tag that is known here", None),
@@ -70,6 +70,10 @@ def test_a_negative_prompt_asks_for_no_network(warnings):
     assert message == (
         "--negative_prompt: <lora:ink:1> asks for a network, which a negative prompt cannot; it is read as text. "
         "Move it to the prompt"
+    )
+    (message,) = warnings("a AND b", "c AND d", weighted=True)
+    assert (
+        message == "--negative_prompt: AND joins prompts, which a negative prompt cannot; it is read as text"
     )
     assert "in a negative prompt, with --expand, too" in warnings(negative="{a|b}", expanded=True)[0]
 

@@ -138,14 +138,13 @@ def _one(
 
 def _readable(recipe: Recipe) -> Recipe:
     """Returns `recipe` with prompts as plain text where another program parsed notations not supported here."""
-    from ldm.prompts.weights import parse_weights
+    from ldm.runs.jobs import check_syntax
 
     job = recipe.job
     if recipe.source == "ldm" or job.prompt_syntax == "plain":
         return recipe
     try:
-        for prompt in (job.prompt, job.negative_prompt):
-            parse_weights(prompt)
+        check_syntax(job)
     except InputError as error:
         note = f"its prompts are read as plain text: {error}"
         return replace(recipe, job=replace(job, prompt_syntax="plain"), notes=(*recipe.notes, note))

@@ -23,6 +23,7 @@ from ldm.metadata.foreign.passes import choose_start, second_pass
 from ldm.metadata.infotext import JOB_KEYS, job_from_entries, parse_infotext
 from ldm.metadata.read_own import recipe
 from ldm.metadata.recipe import UNKNOWN, Draft, Origin, Recipe
+from ldm.prompts.editing import changes_or_joins
 from ldm.util import InputError
 
 _CPP = "stable-diffusion.cpp"
@@ -68,6 +69,9 @@ def _recipe(entries: dict[str, str], source: str, origin: Origin) -> Recipe:
     if source not in _ON_THE_CPU:
         # with the emphasis None the web UI reads brackets as text
         draft.values["prompt_syntax"] = "plain" if entries.get("Emphasis") == "None" else "a1111"
+    if source == _CPP and changes_or_joins(job.prompt, job.negative_prompt):
+        draft.values["prompt_syntax"] = "plain"
+        draft.note("its prompts are read as plain text: what changes a prompt or joins two is text in it")
     draft.loras += job.loras
     draft.sampler(entries.get("Sampler", ""))
     if known.get("Eta DDIM") and draft.values["sampler"] == "ddim":

@@ -61,12 +61,17 @@ class Guidance:
     With scale 1 or without `uncond` the model runs on `cond` alone, otherwise on both as one batch. `rescale`, 0 to
     1, is the share of `rescaled` in the result, whatever the model predicts. Of scale and rescale several numbers
     [N, 1, 1, 1] have one for each sample.
+
+    With `weights` [K, N, 1, 1, 1] `cond` holds K conditionings of each sample, K * N entries with the first of every
+    sample in front, and their directions away from `uncond` are added with these weights (Liu et al. 2022, Composable
+    Diffusion, equation 11). Without `uncond` the first takes its place, with scale 1.
     """
 
     cond: Conditioning
     uncond: Conditioning | None = None
     scale: float | Tensor = 1.0
     rescale: float | Tensor = 0.0
+    weights: Tensor | None = None
 
     @cached_property
     def both(self) -> Conditioning:
@@ -85,13 +90,30 @@ class Guidance:
 
     def noise(self, model: Denoiser, x: Tensor, t: Tensor) -> Tensor:
         """Returns the guided prediction for `x` [N, ...] at timesteps t [N], in the dtype of `x`."""
+        if self.weights is not None:
+            return self._composed(model, x, t, self.weights)
         if self.uncond is None or (isinstance(self.scale, float | int) and self.scale == 1.0):
             return model.apply_model(x, t, self.cond).to(x.dtype)
         both = model.apply_model(torch.cat([x, x]), torch.cat([t, t]), self.both)
         without, with_ = both.to(x.dtype).chunk(2)
-        guided = without + self.scale * (with_ - without)
+        return self._rescaled(without + self.scale * (with_ - without), with_)
+
+    def _composed(self, model: Denoiser, x: Tensor, t: Tensor, weights: Tensor) -> Tensor:
+        alone = self.uncond is None
+        count = len(weights) + (not alone)
+        found = model.apply_model(
+            torch.cat([x] * count), torch.cat([t] * count), self.cond if alone else self.both
+        )
+        base, *parts = found.to(x.dtype).chunk(count)
+        used = weights[1:] if alone else weights
+        direction = sum(
+            (w * (part - base) for w, part in zip(used, parts, strict=True)), torch.zeros_like(base)
+        )
+        return base + direction if alone else self._rescaled(base + self.scale * direction, base + direction)
+
+    def _rescaled(self, guided: Tensor, conditional: Tensor) -> Tensor:
         off = isinstance(self.rescale, float | int) and self.rescale == 0
-        return guided if off else rescaled(guided, with_, self.rescale)
+        return guided if off else rescaled(guided, conditional, self.rescale)
 
 
 @dataclass(frozen=True)
@@ -108,8 +130,8 @@ class GuidancePlan:
 
     @property
     def changes(self) -> bool:
-        """Whether steps differ."""
-        return len(self.entries) > 1 or self.course != CONSTANT
+        """Whether it is more than one pair of conditionings and a scale for all steps."""
+        return len(self.entries) > 1 or self.course != CONSTANT or self.first.weights is not None
 
     def at(self, moment: Moment) -> Guidance:
         """Returns the guidance of a step."""

@@ -7,6 +7,7 @@ from ldm.metadata.foreign.comfyui.nodes import TOWARDS_TEXT
 from ldm.metadata.foreign.comfyui.passes import Passes
 from ldm.metadata.foreign.comfyui.prompt import Prompt, parse_prompt
 from ldm.metadata.recipe import Draft
+from ldm.prompts.editing import without_weight
 
 
 def read_prompts(passes: Passes) -> list[Node]:
@@ -33,7 +34,8 @@ def _set_prompts(draft: Draft, found: dict[str, Prompt]) -> None:
     in_chunks = weighted or any(prompt.may_be_long for prompt in found.values())
     draft.values["prompt_syntax"] = "a1111" if in_chunks else "plain"
     for name, prompt in found.items():
-        draft.values[name] = prompt.as_a1111() if in_chunks else prompt.text
+        text = prompt.as_a1111() if in_chunks else prompt.text
+        draft.values[name] = without_weight(text) if in_chunks and name == "prompt" else text
         for tag in prompt.tags:
             draft.note(f"left out: {tag}, which does nothing in ComfyUI")
         for embedding in prompt.embeddings:
