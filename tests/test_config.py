@@ -12,7 +12,7 @@ from ldm.config import _OUR_TARGETS, ConfigError, read_config
 from ldm.pipeline import load_model
 from ldm.runs.models import latent_factor
 from ldm.util import InputError
-from tests.support.golden_data import tiny_config
+from tests.support.golden_data import small_config, tiny_model
 from tests.support.paths import GOLDEN
 
 MODEL = "model: {target: ldm.models.diffusion.ddpm.LatentDiffusion}\n"
@@ -34,7 +34,7 @@ def config_file(tmp_path):
 
 def changed(**values):
     """The tiny model's config as YAML, with some entries replaced."""
-    config = tiny_config()
+    config = small_config()
     for path, value in values.items():
         *names, last = path.split("__")
         node = config["params"]
@@ -111,17 +111,24 @@ def test_every_target_of_this_package_can_be_used(config_file):
         assert read_config(config_file(f"model: {{target: {target}}}"))["target"] == target
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint that fits the config."""
+    path = tmp_path_factory.mktemp("model") / "m.ckpt"
+    torch.save(tiny_model(small_config()).state_dict(), path)
+    return path
+
+
 @pytest.mark.parametrize("target", [target for target in _OUR_TARGETS if target.startswith("ldm")])
-def test_a_target_in_the_wrong_place_is_named(config_file, tmp_path, target, tiny):
-    torch.save(tiny.state_dict(), tmp_path / "m.ckpt")
+def test_a_target_in_the_wrong_place_is_named(config_file, checkpoint, target):
     for name in ("", "unet_config", "first_stage_config", "cond_stage_config"):
-        config = tiny_config()
+        config = small_config()
         node = config["params"][name] if name else config
         if node["target"] == target:
             continue
         node["target"] = target
         with pytest.raises(InputError):
-            load_model(read_config(config_file(yaml.safe_dump({"model": config}))), tmp_path / "m.ckpt")
+            load_model(read_config(config_file(yaml.safe_dump({"model": config}))), checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -141,13 +148,12 @@ def test_a_target_in_the_wrong_place_is_named(config_file, tmp_path, target, tin
         ("first_stage_config", {"embed_dim": None}, "AutoencoderKL needs the parameter 'embed_dim'"),
     ],
 )
-def test_a_parameter_that_is_unknown_or_missing_is_named(config_file, tmp_path, tiny, part, change, said):
-    torch.save(tiny.state_dict(), tmp_path / "m.ckpt")
-    config = tiny_config()
+def test_a_parameter_that_is_unknown_or_missing_is_named(config_file, checkpoint, part, change, said):
+    config = small_config()
     params = {**config["params"][part]["params"], **change}
     config["params"][part]["params"] = {name: value for name, value in params.items() if value is not None}
     with pytest.raises(InputError, match=said):
-        load_model(read_config(config_file(yaml.safe_dump({"model": config}))), tmp_path / "m.ckpt")
+        load_model(read_config(config_file(yaml.safe_dump({"model": config}))), checkpoint)
 
 
 def test_what_a_tag_would_run_is_refused_with_its_line(config_file, tmp_path):
@@ -181,7 +187,7 @@ def test_bytes_that_are_no_utf8_yaml(config_file, text):
 
 
 def test_a_foreign_target_deep_inside_is_found_before_any_import(config_file):
-    config = tiny_config()
+    config = small_config()
     config["params"]["first_stage_config"]["params"]["lossconfig"] = {
         "params": [{"target": "antigravity.Loss"}]
     }
@@ -257,20 +263,18 @@ def test_an_autoencoder_whose_factor_cannot_be_told(config_file, ddconfig, reaso
         ("unet_config__context_dim", 32),
     ],
 )
-def test_a_config_that_does_not_fit_the_checkpoint_is_blamed(config_file, tmp_path, tiny, name, value):
+def test_a_config_that_does_not_fit_the_checkpoint_is_blamed(config_file, checkpoint, name, value):
     """Sizes are compared on paper: a model of a million channels takes no memory."""
-    torch.save(tiny.state_dict(), tmp_path / "m.ckpt")
     with pytest.raises(
         InputError, match=r"has shape .*, the model expects .*config or checkpoint is of another"
     ):
-        load_model(read_config(config_file(changed(**{name: value}))), tmp_path / "m.ckpt")
+        load_model(read_config(config_file(changed(**{name: value}))), checkpoint)
 
 
-def test_a_checkpoint_that_the_config_names_is_ignored_with_a_note(config_file, tmp_path, tiny, caplog):
-    torch.save(tiny.state_dict(), tmp_path / "m.ckpt")
+def test_a_checkpoint_that_the_config_names_is_ignored_with_a_note(config_file, checkpoint, tmp_path, caplog):
     os.mkfifo(tmp_path / "canary")  # opening it would block for ever
     names = {key: str(tmp_path / "canary") for key in ("ckpt_path", "first_stage_config__ckpt_path")}
-    assert load_model(read_config(config_file(changed(**names))), tmp_path / "m.ckpt")
+    assert load_model(read_config(config_file(changed(**names))), checkpoint)
     notes = [record.message for record in caplog.records if "ckpt_path" in record.message]
     assert len(notes) == 2 and all(note.endswith("is ignored") for note in notes)
 

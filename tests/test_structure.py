@@ -136,14 +136,20 @@ def test_only_the_command_line_prints(path):
     assert not re.search(r"\bopt\b", path.read_text()), "what was typed is known to the command line only"
 
 
-def modules_after(code):
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}\nprint('\\n'.join(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    return {name.partition(".")[0] for name in run.stdout.split()}
+def modules_after(*codes):
+    """The top-level modules that a process has imported after each of these codes, which it runs in turn."""
+    parts = [
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})",
+        *(f"{code}\nprint(*sys.modules)" for code in codes),
+    ]
+    command = [sys.executable, "-c", "\n".join(parts)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return [{name.partition(".")[0] for name in line.split()} for line in run.stdout.splitlines()]
 
 
 def test_the_package_alone_imports_nothing():
-    assert modules_after("import ldm") - modules_after("") - set(sys.stdlib_module_names) == {"ldm"}
+    before, after = modules_after("", "import ldm")
+    assert after - before - set(sys.stdlib_module_names) == {"ldm"}
     script = "import sys, ldm; print(sorted(name for name in sys.modules if name.startswith('ldm')))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout == "['ldm', 'ldm.former']\n"
@@ -153,7 +159,8 @@ def test_help_imports_nothing_heavy():
     code = "import scripts.txt2img\nscripts.txt2img.parser().format_help()"
     heavy = {"torch", "numpy", "omegaconf", "PIL", "einops", "tqdm"}
     of_a_run = {"tempfile", "subprocess", "concurrent", "secrets"}  # in what starts and plans runs
-    assert not (heavy | of_a_run) & modules_after(code)
+    (imported,) = modules_after(code)
+    assert not (heavy | of_a_run) & imported
 
 
 # what a run needs, and what that needs
@@ -161,26 +168,27 @@ RUN_NEEDS = {"PIL", "einops", "ldm", "numpy", "omegaconf", "regex", "scripts", "
 THEY_NEED = {"antlr4", "attr", "clip", "cython_runtime", "packaging", "torchgen", "typing_extensions", "yaml"}
 
 
-def test_a_run_imports_no_more_than_it_uses(tmp_path):
-    """With the bundled model: no training framework, no OpenCV, no second model library."""
+def test_a_run_imports_no_more_than_it_uses_and_no_module_what_few_runs_use(tmp_path):
+    """With the bundled model: no training framework, no OpenCV, no second model library.
+
+    No module of ldm imports these, but for the one that is transformers' tokenizer, which only other people's code
+    asks for.
+    """
     options = ["--outdir", str(tmp_path), "--no_watermark", "--ddim_steps", "1", "--device", "cpu", "--quiet"]
     code = (
         f"import scripts.txt2img\nscripts.txt2img.main({[*options, '--n_iter', '1', '--n_samples', '1']!r})"
     )
-    imported = {name for name in modules_after(code) if not name.startswith("_")}
-    assert (tmp_path / "samples/00000.png").is_file()
-    assert imported - set(sys.stdlib_module_names) <= RUN_NEEDS | THEY_NEED
-
-
-def test_every_module_imports_without_what_few_runs_use():
-    """But for the one module that is transformers' tokenizer, which only other people's code asks for."""
     core = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for path in FILES
         if room_of(path) not in SEPARATE and path.name not in ("__init__.py", "transformers_tokenizer.py")
     ]
+    by_run, by_all = modules_after(code, "\n".join(f"import {name}" for name in core))
+    assert (tmp_path / "samples/00000.png").is_file()
+    imported = {name for name in by_run if not name.startswith("_")}
+    assert imported - set(sys.stdlib_module_names) <= RUN_NEEDS | THEY_NEED
     heavy = {"pytorch_lightning", "transformers", "diffusers", "cv2", "kornia", "matplotlib", "imwatermark"}
-    assert not heavy & modules_after("\n".join(f"import {name}" for name in core))
+    assert not heavy & by_all
 
 
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))

@@ -21,8 +21,9 @@ from ldm.checkpoints.formats.imports import imports_of
 from ldm.checkpoints.inspect import Inspection, inspect_path
 from ldm.checkpoints.inspection_text import amount, lines
 from ldm.checkpoints.layouts.recognise import V1, ModelKind
+from ldm.checkpoints.load import build_model
 from tests.support.checkpoint_files import call, named, save_like_lightning, text, tiny_state_dict, write_zip
-from tests.support.golden_data import tiny_config
+from tests.support.golden_data import rebuilt_state_dict, small_config
 
 DOWN = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
 
@@ -280,17 +281,16 @@ def test_metadata_cannot_pose_as_a_finding(tmp_path: Path) -> None:
 
 
 def test_whether_a_models_weights_fit_is_the_loaders_own_answer(
-    tmp_path: Path, tiny: torch.nn.Module
+    tmp_path: Path,
 ) -> None:
-    path = tmp_path / "m.ckpt"
-    torch.save({**tiny.state_dict(), "extra.key": torch.ones(1)}, path)
-    found = inspected(path, config_for=lambda kind: tiny_config())
+    path, state = tmp_path / "m.ckpt", rebuilt_state_dict(build_model(small_config()))
+    torch.save({**state, "extra.key": torch.ones(1)}, path)
+    found = inspected(path, config_for=lambda kind: small_config())
     assert found.fits and found.sound and found.unexpected == ("extra.key",)
-    state = dict(tiny.state_dict())
     key = next(key for key in state if key.startswith("first_stage_model.decoder"))
     del state[key]
     torch.save(state, path)
-    found = inspected(path, config_for=lambda kind: tiny_config())
+    found = inspected(path, config_for=lambda kind: small_config())
     assert found.fits is False and f"lacks 1 key ({key})" in found.problem and not found.sound
     assert inspected(path).fits is None
 

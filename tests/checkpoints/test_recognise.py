@@ -22,6 +22,7 @@ from ldm.checkpoints.layouts.recognise import (
     other_model,
     tensors_in,
 )
+from ldm.checkpoints.load import skip_init
 from tests.support.golden_data import keys
 
 UNET = "model.diffusion_model."
@@ -156,10 +157,12 @@ def test_an_embedding_as_its_training_left_it() -> None:
 def test_a_u_net_that_diffusers_builds(library_config: tuple[int, str]) -> None:
     diffusers = pytest.importorskip("diffusers")
     width, family = library_config
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 32), cross_attention_dim=width, norm_num_groups=8, layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+    with torch.device("meta"), skip_init():
+        unet = diffusers.UNet2DConditionModel(
+            block_out_channels=(32, 32), cross_attention_dim=width, norm_num_groups=8, layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )  # fmt: skip
     assert kind_of(unet.state_dict()) == ModelKind("U-Net", family, "", "diffusers")
 
 

@@ -25,10 +25,10 @@ from ldm.cli.values import options_of
 from ldm.metadata.infotext import parse_infotext
 from ldm.runs.models import choose_model
 from tests.support.paths import ROOT
+from tests.support.scripts import FAST
 
 CONFIG = str(ROOT / "configs/shapes/shapes-inference.yaml")
 CKPT = str(ROOT / "models/ldm/shapes/model.ckpt")
-FAST = ["--ddim_steps", "2", "--n_iter", "1", "--n_samples", "1", "--device", "cpu", "--skip_grid", "--quiet"]
 FULL = ["--precision", "full"]
 
 

@@ -42,6 +42,7 @@ from ldm.runs.plan import Plan, read_wishes
 from ldm.runs.starts import Start, inits_of
 from ldm.util import InputError
 from tests.support.metadata import HOSTILE
+from tests.support.scripts import SMALL
 
 PARSERS = {
     "scripts/txt2img.py": scripts.txt2img.parser,
@@ -315,7 +316,8 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(script: ModuleType, *options: str) -> list[Path]:
-        assert script.main([*FAST, "--outdir", "out", *options]) == 0
+        size = SMALL if script is scripts.txt2img else []
+        assert script.main([*FAST, *size, "--outdir", "out", *options]) == 0
         return sorted((tmp_path / "out" / "samples").glob("*.png"))
 
     return run
@@ -375,7 +377,7 @@ LINES = {
     [
         ("lists", ["--n_samples", "2", "--n_iter", "2"]),
         ("lists", ["--n_samples", "2", "--rng", "cpu", "--ddim_eta", "0.5", "--upscale", "1.5"]),
-        ("sizes", ["--n_samples", "2", "--n_iter", "2", "--fixed_code"]),
+        pytest.param("sizes", ["--n_samples", "2", "--n_iter", "2", "--fixed_code"], marks=pytest.mark.slow),
         ("steps", ["--n_samples", "3", "--rng", "cpu"]),
         ("lengths", ["--n_samples", "4", "--prompt_syntax", "a1111", "--rng", "cpu", "--ddim_eta", "1"]),
     ],
@@ -481,7 +483,7 @@ def test_where_a_stream_is_not_known_it_is_said(tmp_path: Path, monkeypatch, cap
 
 
 def test_pictures_to_start_from_lie_beside_or_are_given(made: Callable[..., list[Path]], capsys) -> None:
-    Image.fromarray(image_at(3, "fresh")).save("scene.png")
+    Image.fromarray(image_at(3, "fresh")[:64, :64]).save("scene.png")
     Image.fromarray(np.tile(np.array([0, 255], np.uint8).repeat(32), (64, 1))).save("mask.png")
     [first, *_] = made(scripts.img2img, "--init-img", "scene.png", "--strength", "0.5")
     *_, last = made(scripts.inpaint, "--init-img", "scene.png", "--mask", "mask.png")
@@ -695,12 +697,10 @@ def test_a_batch_of_any_size_that_a_file_claims_is_not_made(tmp_path: Path, monk
 
 
 def web_ui_picture(path: Path, prompt: str, seed: int = 42) -> str:
-    settings = (
-        f"Steps: 2, Sampler: DDIM, CFG scale: 7.5, Seed: {seed}, Size: 128x128, RNG: NV, Version: v1.5.2"
-    )
+    settings = f"Steps: 2, Sampler: DDIM, CFG scale: 7.5, Seed: {seed}, Size: 64x64, RNG: NV, Version: v1.5.2"
     info = PngInfo()
     info.add_text("parameters", f"{prompt}\n{settings}")
-    Image.new("RGB", (128, 128)).save(path, pnginfo=info)
+    Image.new("RGB", (64, 64)).save(path, pnginfo=info)
     return str(path)
 
 
@@ -711,7 +711,7 @@ def test_prompts_of_the_web_ui_are_read_by_its_rules(made: Callable[..., list[Pa
     assert scripts.replay.main([*files, "--quiet", "--device", "cpu"]) == 0
     again = [Path(f"outputs/replay/{i}.png") for i in range(len(prompts))]
     Path("prompts.txt").write_text("\n".join(prompts))
-    listed = ["--from-file", "prompts.txt", "--n_samples", "1", "--n_iter", "1"]
+    listed = ["--from-file", "prompts.txt", "--n_samples", "1", "--n_iter", "1", "--W", "64", "--H", "64"]
     plain = made(scripts.txt2img, *listed)
     weighted = made(scripts.txt2img, *listed, "--prompt_syntax", "a1111")[len(prompts) :]
     assert [same(*pair) for pair in zip(again, weighted, strict=True)] == [True] * 4

@@ -77,7 +77,7 @@ def whole(fork_server, tmp_path_factory):
 # --- the same files ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_make_the_files_of_one(group, whole, tmp_path, world):
     assert group(tmp_path / "out", world).wait() == [0] * world
     assert images(tmp_path / "out") == whole

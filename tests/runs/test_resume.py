@@ -29,6 +29,7 @@ from ldm.pipeline import Pipeline
 from ldm.runs.settings import file_digests, foreign_classes, vocabulary_files
 from tests.support.fake_run import in_batches, make_jobs, run_without_model
 from tests.support.forking import ForkServer
+from tests.support.golden_data import small_config, tiny_model
 from tests.support.paths import ROOT, tree
 
 TINY = ["--device", "cpu", "--ddim_steps", "2", "--quiet", "--W", "64", "--H", "64"]
@@ -534,6 +535,11 @@ class Counting:
         self.shapes.append(tuple(shape))
 
 
+@pytest.fixture(scope="module")
+def small():
+    return tiny_model(small_config())
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -549,7 +555,7 @@ class Counting:
         {"init": "masked", "upscale": 2.0},
     ],
 )
-def test_skipping_a_batch_draws_what_making_it_draws(tiny, tmp_path, fields):
+def test_skipping_a_batch_draws_what_making_it_draws(small, tmp_path, fields):
     picture, mask = tmp_path / "picture.png", tmp_path / "mask.png"
     Image.fromarray(np.full((64, 64, 3), 100, np.uint8)).save(picture)
     Image.fromarray(np.pad(np.full((32, 32), 255, np.uint8), 16)).save(mask)
@@ -559,7 +565,7 @@ def test_skipping_a_batch_draws_what_making_it_draws(tiny, tmp_path, fields):
         Job(f"a {i}", width=64, height=64, steps=4, seed_mode="batch", batch_index=i, **fields)
         for i in range(2)
     ]
-    pipeline = Pipeline(tiny)
+    pipeline = Pipeline(small)
     made, skipped = Counting(), Counting()
     pipeline.make(jobs, made)
     pipeline.skip(jobs, skipped)
@@ -621,6 +627,7 @@ def test_many_killed_runs_end_as_unbroken_ones(fork_server, tmp_path):
     print(f"60 runs killed, {kills(fork_server, tmp_path, 60, seed=2)} ended in between")
 
 
+@pytest.mark.kill
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
 def test_an_interrupted_run_says_how_to_go_on(fork_server, tmp_path):
     folder = tmp_path / "out"
