@@ -45,8 +45,10 @@ def load_model(
     is refused. The checkpoint states what it predicts, unless `prediction` does. In the folder `cache` the weights
     are kept as a CPU runs them in bf16, for the next time.
     """
+    model = build_model(config)  # a fault of the config is named before anything is read
     checkpoint = read_model(ckpt, mmap, vae, text_encoder, prediction)
-    model = build_model(suited(config, checkpoint))
+    if (own := suited(config, checkpoint)) is not config:
+        model = build_model(own)
     check_fit(model, checkpoint)
     need(
         not model.zero_terminal_snr or torch.device(device).type != "mps",
