@@ -23,7 +23,7 @@ from ldm.checkpoints.layouts.published import PUBLISHED
 from ldm.checkpoints.layouts.recognise import COMPVIS_PREFIXES, ModelKind, kind_of, tensors_in
 from ldm.checkpoints.load import build_model, check_fit, has_averages, load_into, only_averages
 from ldm.checkpoints.model_files import model_files, read_model
-from ldm.checkpoints.variants import suited
+from ldm.checkpoints.variants import adapted
 from ldm.models.keys import EMA_PREFIX
 from ldm.util import printable
 
@@ -57,10 +57,10 @@ class Inspection:
     `refused` is why the reader does not take the file. `parameters` and `precisions` count numbers, by the part
     of the model and by type. `fits` is whether the model of a config takes the weights (None: nothing to compare
     with), `problem` why not, `unexpected` which keys it has no place for. `prediction` is the prediction type that a
-    file states, if it is not the noise. `imports` is what pickles ask for, `foreign` the part of it that the reader
-    refuses. `damaged` names records and weights. `noted_hash_fits` is whether the SHA-256 of the weights is the one
-    in the metadata (None: there is none, or it was not computed); tools that change weights may keep an old one, so
-    that alone is not damage. Text from the file is cut and escaped.
+    file states, if it is not the noise, `variants` how its model differs from the config. `imports` is what pickles
+    ask for, `foreign` the part of it that the reader refuses. `damaged` names records and weights. `noted_hash_fits`
+    is whether the SHA-256 of the weights is the one in the metadata (None: there is none, or it was not computed);
+    tools that change weights may keep an old one, so that alone is not damage. Text from the file is cut and escaped.
     """
 
     path: str
@@ -78,6 +78,7 @@ class Inspection:
     problem: str = ""
     unexpected: tuple[str, ...] = ()
     prediction: str = ""
+    variants: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     imports: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
@@ -221,7 +222,9 @@ def _compare(found: Inspection, path: Path, config_for: ConfigFor) -> Inspection
         return found
     try:
         checkpoint = read_model(path)
-        model = build_model(suited(config, checkpoint))
+        config, variants = adapted(config, checkpoint)
+        found = replace(found, variants=tuple(variants))
+        model = build_model(config)
         check_fit(model, checkpoint)
         unexpected = load_into(model, checkpoint).unknown
     except CheckpointError as error:

@@ -48,6 +48,7 @@ def _weights(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "training steps", f"{found.global_step:,}"
     if found.prediction:
         yield "predicts", f"not the noise: {found.prediction}"
+    yield from (("variant", variant) for variant in found.variants if variant != found.prediction)
     if found.fits is not None:
         yield "loads", "yes" if found.fits else f"no: {found.problem}"
     if found.unexpected:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm.checkpoints.formats.read import Checkpoint
 from ldm.checkpoints.layouts.names import PREFIXES, unet_blocks
@@ -27,22 +27,33 @@ def suited(config: Config, checkpoint: Checkpoint) -> Config:
 
     What is changed is logged.
     """
-    if not isinstance(config.get("params"), Mapping):
-        return config
-    for adapt in (_to_prediction, _to_text_layers, _to_blocks, _to_guidance):
-        config = adapt(config, checkpoint)
+    config, reasons = adapted(config, checkpoint)
+    for reason in reasons:
+        logger.info("%s: %s", printable(checkpoint.path), reason)
     return config
 
 
-def _changed(config: Config, checkpoint: Checkpoint, why: str, **params: Any) -> Config:
-    """`config` with other parameters, for a stated reason."""
-    logger.info("%s: %s", printable(checkpoint.path), why)
-    return {**config, "params": {**config["params"], **params}}
+def adapted(config: Config, checkpoint: Checkpoint) -> tuple[Config, list[str]]:
+    """Returns what `suited` returns, and the reasons for each change."""
+    reasons: list[str] = []
+    for find in (_prediction, _fewer_text_layers, _fewer_blocks, _guidance_input):
+        params = config.get("params")
+        if isinstance(params, Mapping) and (change := find(params, checkpoint)) is not None:
+            config = {**config, "params": {**params, **change.params}}
+            reasons.append(change.why)
+    return config, reasons
 
 
-def _to_prediction(config: Config, checkpoint: Checkpoint) -> Config:
+class _Change(NamedTuple):
+    """Other parameters of a model, and the reason for them."""
+
+    why: str
+    params: dict[str, Any]
+
+
+def _prediction(params: Config, checkpoint: Checkpoint) -> _Change | None:
     """What the U-Net predicts, and whether the schedule ends without signal."""
-    params, stated = config["params"], checkpoint.prediction
+    stated = checkpoint.prediction
     wanted: dict[str, Any] = {}
     if stated.parameterization:
         wanted["parameterization"] = stated.parameterization
@@ -50,24 +61,23 @@ def _to_prediction(config: Config, checkpoint: Checkpoint) -> Config:
         wanted["zero_terminal_snr"] = True
     usual = {"parameterization": "eps", "zero_terminal_snr": False}
     if all(params.get(name, usual[name]) == value for name, value in wanted.items()):
-        return config
-    return _changed(config, checkpoint, stated.stated or "predicts the noise", **wanted)
+        return None
+    return _Change(stated.stated or "predicts the noise", wanted)
 
 
-def _to_text_layers(config: Config, checkpoint: Checkpoint) -> Config:
+def _fewer_text_layers(params: Config, checkpoint: Checkpoint) -> _Change | None:
     """A text encoder without its last layers, which has a CLIP skip built in."""
-    encoder = config["params"].get("cond_stage_config")
+    encoder = params.get("cond_stage_config")
     if not isinstance(encoder, Mapping) or encoder.get("target") != _CLIP:
-        return config
-    params = encoder.get("params") or {}
-    layers, usual = _text_layers(checkpoint), params.get("layers", 12)
+        return None
+    own = encoder.get("params") or {}
+    layers, usual = _text_layers(checkpoint), own.get("layers", 12)
     if not 0 < layers < usual:
-        return config
+        return None
     why = (
         f"its text encoder has {layers} layers instead of {usual}: CLIP skip {usual - layers + 1} is built in"
     )
-    changed = {**encoder, "params": {**params, "layers": layers}}
-    return _changed(config, checkpoint, why, cond_stage_config=changed)
+    return _Change(why, {"cond_stage_config": {**encoder, "params": {**own, "layers": layers}}})
 
 
 def _text_layers(checkpoint: Checkpoint) -> int:
@@ -81,18 +91,17 @@ def _text_layers(checkpoint: Checkpoint) -> int:
     return len(found) if found == set(map(str, range(len(found)))) else 0
 
 
-def _to_blocks(config: Config, checkpoint: Checkpoint) -> Config:
+def _fewer_blocks(params: Config, checkpoint: Checkpoint) -> _Change | None:
     """A U-Net with fewer levels, fewer blocks in each, or without its middle block."""
-    unet = config["params"].get("unet_config")
-    names = _unet_names(checkpoint)
+    unet, names = params.get("unet_config"), _unet_names(checkpoint)
     if not isinstance(unet, Mapping) or unet.get("target") != _UNET or not names:
-        return config
-    params = unet.get("params") or {}
-    size, widths = unet_blocks(names), params.get("channel_mult", (1, 2, 4, 8))
-    usual = len(widths), params.get("num_res_blocks", 0), params.get("use_middle_block", True)
+        return None
+    own = unet.get("params") or {}
+    size, widths = unet_blocks(names), own.get("channel_mult", (1, 2, 4, 8))
+    usual = len(widths), own.get("num_res_blocks", 0), own.get("use_middle_block", True)
     found = size.levels, size.each, size.middle
     if found == usual or not (1 <= size.levels <= len(widths) and 1 <= size.each <= usual[1]):
-        return config
+        return None
     why = f"a small U-Net: {size.levels} levels of {size.each}, {'with' if size.middle else 'without'} a middle block"
     small = {
         "channel_mult": list(widths[: size.levels]),
@@ -100,7 +109,7 @@ def _to_blocks(config: Config, checkpoint: Checkpoint) -> Config:
         "attention_resolutions": [2**level for level in sorted(size.attention)],
         "use_middle_block": size.middle,
     }
-    return _changed(config, checkpoint, why, unet_config={**unet, "params": {**params, **small}})
+    return _Change(why, {"unet_config": {**unet, "params": {**own, **small}}})
 
 
 def _unet_names(checkpoint: Checkpoint) -> list[str]:
@@ -108,14 +117,13 @@ def _unet_names(checkpoint: Checkpoint) -> list[str]:
     return [key.removeprefix(prefix) for key in checkpoint.state_dict if key.startswith(prefix)]
 
 
-def _to_guidance(config: Config, checkpoint: Checkpoint) -> Config:
+def _guidance_input(params: Config, checkpoint: Checkpoint) -> _Change | None:
     """A distilled U-Net, which takes the guidance scale as an input."""
-    unet, weight = config["params"].get("unet_config"), checkpoint.state_dict.get(_GUIDANCE)
+    unet, weight = params.get("unet_config"), checkpoint.state_dict.get(_GUIDANCE)
     if not isinstance(unet, Mapping) or unet.get("target") != _UNET or weight is None or weight.dim() != 2:
-        return config
-    params = unet.get("params") or {}
-    if params.get("time_cond_proj_dim") == weight.shape[1]:
-        return config
+        return None
+    own = unet.get("params") or {}
+    if own.get("time_cond_proj_dim") == weight.shape[1]:
+        return None
     why = "a distilled model: its U-Net takes the guidance scale as an input"
-    changed = {**unet, "params": {**params, "time_cond_proj_dim": weight.shape[1]}}
-    return _changed(config, checkpoint, why, unet_config=changed)
+    return _Change(why, {"unet_config": {**unet, "params": {**own, "time_cond_proj_dim": weight.shape[1]}}})

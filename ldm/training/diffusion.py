@@ -19,6 +19,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.ema import LitEma
 from ldm.training.autoencoder import to_pixels
 from ldm.training.runs import MakeBatch, Optimisation
+from ldm.util import need
 
 
 @torch.no_grad()
@@ -115,6 +116,7 @@ class DiffusionTraining(pl.LightningModule):
         min_snr_gamma: float | None = 5.0,
     ) -> None:
         super().__init__()
+        need(model.parameterization == "eps", "training is for models that predict the noise, not v")
         self.model = model
         model.first_stage_model.requires_grad_(False)
         model.cond_stage_model.requires_grad_(False)

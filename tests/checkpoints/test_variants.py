@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.checkpoints.convert import convert
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.inspect import inspect_path
+from ldm.checkpoints.inspection_text import lines
 from ldm.checkpoints.layouts.names import to_compvis, to_diffusers
 from ldm.checkpoints.layouts.settings import component_configs
 from ldm.checkpoints.load import build_model, check_fit
@@ -61,6 +62,7 @@ def test_a_text_encoder_with_built_in_clip_skip(tmp_path: Path, weights: State, 
         assert not torch.equal(expected, tiny.get_learned_conditioning(["a cat"]))
         found = inspect_path(file, deep=False, config_for=lambda kind: tiny_config())[0]
         assert found.sound and found.fits, found.problem
+        assert ["CLIP skip 2 is built in" in variant for variant in found.variants] == [True]
 
 
 def test_a_folder_that_states_fewer_layers_than_it_has(tmp_path: Path, weights: State, tiny: Any) -> None:
@@ -158,6 +160,8 @@ def test_a_small_unet_is_recognised(tmp_path: Path, small: tuple[Any, State], fo
     assert all(torch.equal(checkpoint.state_dict[key], weights[key]) for key in weights)
     found = inspect_path(path, deep=False, config_for=lambda kind: tiny_config())[0]
     assert found.sound and found.fits and not found.unexpected, found.problem
+    assert found.variants == ("a small U-Net: 3 levels of 1, without a middle block",)
+    assert any("variant" in line and "3 levels of 1" in line for line in lines(found))
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from ldm.modules.ema import LitEma
 from ldm.training.diffusion import DiffusionTraining, encode_latents, min_snr_weights, noise_batches
 from ldm.training.export import export
 from ldm.training.runs import Batches, Optimisation, RunSettings, fit, last_state, make_trainer
+from ldm.util import InputError
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +177,10 @@ def test_encoded_latents_are_the_posteriors(tmp_path, vocabulary):
     assert torch.allclose(saved[:, 0], posterior.mean, atol=0.05)
     assert torch.allclose(saved[:, 1], posterior.std, atol=0.05)
     assert [file.name for file in tmp_path.iterdir()] == ["latents.npy"]
+
+
+def test_a_model_of_v_is_not_trained_as_one_of_the_noise(vocabulary):
+    model = tiny_model(vocabulary)
+    model.parameterization = "v"
+    with pytest.raises(InputError, match="predict the noise, not v"):
+        DiffusionTraining(model, Optimisation(1e-4, 1))
