@@ -21,20 +21,13 @@ from ldm.models.diffusion.schedule import (
     zero_terminal_snr,
 )
 from ldm.models.diffusion.schedules import Schedule
-from ldm.models.diffusion.solvers import SOLVERS, solve
+from ldm.models.diffusion.solvers import K_DIFFUSION, SOLVERS, solve
 from ldm.util import InputError
 from tests.support.gaussian import SIGMAS, GaussianModel, noise_of
 from tests.support.golden_data import figure, figures, keys, relative_error
 from tests.support.paths import ROOT
 
 FILE = "samplers.npz"
-# k-diffusion's names of what has another one here
-NAMES = {
-    "dpm_2": "dpm2",
-    "dpm_2_ancestral": "dpm2_a",
-    "euler_ancestral": "euler_a",
-    "dpmpp_2s_ancestral": "dpmpp_2s_a",
-}
 CASES = sorted(key for key in figures(FILE) if key.count("/") == 2 and "exact" not in key)
 NEW = [name for name, row in SOLVERS.items() if "." in row.path]
 SHAPE = (2, 4, 6, 6)
@@ -50,16 +43,16 @@ def known_model(kind="gauss"):
 def test_k_diffusion(case):
     kind, schedule, name = case.split("/")
     model, sigmas = known_model(kind), keys("schedules.json")[schedule]
-    solver = NAMES.get(name, name)
-    latents = solve(solver, model, figure("x_T", FILE) * sigmas[0], sigmas, noise=noise_of(7, SHAPE))
+    latents = solve(name, model, figure("x_T", FILE) * sigmas[0], sigmas, noise=noise_of(7, SHAPE))
     assert relative_error(latents, figures(FILE)[case]) < 2e-6 and latents.dtype == torch.float64
     calls = int(figures(FILE)[f"{case}/calls"])
-    assert model.calls == calls == SOLVERS[solver].model_calls(len(sigmas) - 1)
+    assert model.calls == calls == SOLVERS[K_DIFFUSION.get(name, name)].model_calls(len(sigmas) - 1)
 
 
 def test_every_name_of_k_diffusion_is_tested():
     assert len(CASES) == 12 * 6
-    assert {NAMES.get(case.split("/")[2], case.split("/")[2]) for case in CASES} < set(SOLVERS)
+    names = {case.split("/")[2] for case in CASES}
+    assert {K_DIFFUSION.get(name, name) for name in names} < set(SOLVERS) and set(K_DIFFUSION) < names
 
 
 # --- exact solutions ------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ldm.models.diffusion.solvers.registry import K_DIFFUSION as K_DIFFUSION
 from ldm.models.diffusion.solvers.registry import SOLVERS as SOLVERS
 from ldm.models.diffusion.solvers.registry import SolverRow as SolverRow
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.noise import NoiseSource, TorchNoise
 from ldm.models.diffusion.schedules import Schedule
-from ldm.models.diffusion.solvers.registry import SOLVERS
+from ldm.models.diffusion.solvers.registry import K_DIFFUSION, SOLVERS
 from ldm.util import InputError
 
 
@@ -58,8 +58,9 @@ def solve(
     noise: Iterable[Any] | None = None,
     **settings: float,
 ) -> Tensor:
-    """Runs the solver `name` of `SOLVERS` from `x` [N, ...] at the level sigmas[0] down to the last of `sigmas`.
+    """Runs the solver `name` from `x` [N, ...] at the level sigmas[0] down to the last of `sigmas`.
 
+    The name is one of `SOLVERS`, or k-diffusion's for it (`K_DIFFUSION`).
     In k-diffusion's convention: `x` is x_0 + sigma eps, and so is what is returned, the clean latents if `sigmas`
     end in 0, as they should. `model` needs no more than `apply_model(x / sqrt(1 + sigma^2), t [N], cond)`, which
     returns the predicted noise, and `alphas_cumprod` [T], from which the timestep t at each level is interpolated,
@@ -67,6 +68,7 @@ def solve(
     global generator). `settings` are those of its row. Everything is computed in the dtype of `x`. Raises
     `InputError` for an unknown name or setting, levels that do not fall, and noise that runs out.
     """
+    x, name = torch.as_tensor(x), K_DIFFUSION.get(name, name)
     if name not in SOLVERS:
         raise InputError(f"unknown solver {name!r}; it is one of {', '.join(SOLVERS)}")
     values = tuple(torch.as_tensor(sigmas, dtype=torch.float64).tolist())

@@ -128,3 +128,8 @@ _ROWS = (
 # fmt: on
 
 SOLVERS: dict[str, SolverRow] = {row.name: row for row in _ROWS}
+
+# k-diffusion's names of those that have another one here
+K_DIFFUSION: dict[str, str] = {
+    "euler_ancestral": "euler_a", "dpm_2": "dpm2", "dpm_2_ancestral": "dpm2_a", "dpmpp_2s_ancestral": "dpmpp_2s_a",
+}  # fmt: skip
