@@ -88,25 +88,26 @@ def test_spread_of_the_samples(name):
     assert float(found.var()) == pytest.approx(0.3, rel=0.13)  # a method of order 1 errs by 0.11
 
 
+def slope_of(model, z, sigma):
+    """The predicted noise in z = x_0 + sigma eps."""
+    time = np.interp(np.log(sigma), np.log(SIGMAS), np.arange(1000))
+    return model.apply_model(z / (1 + sigma**2) ** 0.5, torch.full((2,), time, dtype=torch.float64), None)
+
+
 def churned(name, model, x, sigmas, noise, churn, low, high, s_noise):
     """Karras et al. 2022, algorithm 2, and the second prediction of heun and dpm2, in their letters."""
-
-    def slope(z, sigma):
-        time = np.interp(np.log(sigma), np.log(SIGMAS), np.arange(1000))
-        return model.apply_model(z / (1 + sigma**2) ** 0.5, torch.full((2,), time, dtype=torch.float64), None)
-
     steps = len(sigmas) - 1
     for t, t_next in pairwise(sigmas):
         gamma = min(churn / steps, 2**0.5 - 1) if low <= t <= high else 0
         t_hat = t + gamma * t
         if gamma:
             x = x + (t_hat**2 - t**2) ** 0.5 * s_noise * torch.from_numpy(next(noise))
-        d = slope(x, t_hat)
+        d = slope_of(model, x, t_hat)
         if t_next and name == "heun":
-            d = (d + slope(x + (t_next - t_hat) * d, t_next)) / 2
+            d = (d + slope_of(model, x + (t_next - t_hat) * d, t_next)) / 2
         if t_next and name == "dpm2":
             middle = (t_hat * t_next) ** 0.5
-            d = slope(x + (middle - t_hat) * d, middle)
+            d = slope_of(model, x + (middle - t_hat) * d, middle)
         x = x + (t_next - t_hat) * d
     return x
 
@@ -120,6 +121,35 @@ def test_noise_that_is_added_before_a_step(name):
     found = solve(name, known_model("lat"), x, sigmas, noise=noise_of(7, SHAPE), **settings)
     assert relative_error(found, expected) < 1e-12
     assert relative_error(solve(name, known_model("lat"), x, sigmas), expected) > 1e-3
+
+
+def extended_reverse_sde(model, x, sigmas, noise, order):
+    """ER-SDE-Solver-3 of Cui et al. 2023 as a sum of its stages, for levels given as noise over signal."""
+    phi = lambda s: s * (np.exp(s**0.3) + 10)  # noqa: E731
+    clean, first = [], []
+    for i, (s, t) in enumerate(pairwise(sigmas)):
+        clean.append(x - s * slope_of(model, x, s))
+        if t == 0:
+            return clean[-1]
+        ratio, grid, width = phi(t) / phi(s), np.linspace(t, s, 200, endpoint=False), (s - t) / 200
+        x = ratio * x + (1 - ratio) * clean[-1]
+        if i > 0 and order > 1:
+            first.append((clean[-1] - clean[-2]) / (s - sigmas[i - 1]))
+            x = x + (t - s + phi(t) * (1 / phi(grid)).sum() * width) * first[-1]
+        if i > 1 and order > 2:
+            second = 2 * (first[-1] - first[-2]) / (s - sigmas[i - 2])
+            x = x + ((t - s) ** 2 / 2 + phi(t) * ((grid - s) / phi(grid)).sum() * width) * second
+        x = x + (t**2 - (s * ratio) ** 2) ** 0.5 * torch.from_numpy(next(noise))
+    return x
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_er_sde_is_the_sum_of_its_stages(order):
+    sigmas = keys("schedules.json")["karras_10"]
+    x = figure("x_T", FILE) * sigmas[0]
+    expected = extended_reverse_sde(known_model("lat"), x, sigmas, noise_of(7, SHAPE), order)
+    found = solve("er_sde", known_model("lat"), x, sigmas, noise=noise_of(7, SHAPE), order=order)
+    assert relative_error(found, expected) < 1e-12
 
 
 # --- one theory: what solvers have in common --------------------------------------------------------------------
