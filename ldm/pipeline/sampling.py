@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +23,8 @@ from ldm.pipeline.picture import OnStep, StepInfo
 from ldm.pipeline.placement import Placement
 from ldm.pipeline.starts import StartLatents, Starts
 
+logger = logging.getLogger(__name__)
+
 
 class _Stopped(Exception):
     """Raised after a step at which the callback stops: its estimate is the result."""
@@ -39,6 +42,7 @@ class LatentSampler:
     ) -> None:
         self._model, self._placement = model, placement
         self._conditioning, self._starts = conditioning, starts
+        self._warned = False
 
     def sample(
         self,
@@ -67,6 +71,7 @@ class LatentSampler:
     ) -> Tensor:
         job, posterior = jobs[0], posterior_noise(jobs, self._model.device)
         sampler, latents = _make_sampler(self._model, job), code
+        self._warn_of_late_start(sampler)
         for one in passes_of(job, len(sampler.table), None if start is None else False):
             init = None if one.start == "upscaled" else job.init
             inpainting = self._starts.inpainting_condition(jobs, init, one.size, posterior)
@@ -81,6 +86,16 @@ class LatentSampler:
                 plan = self._conditioning.plan(jobs, inpainting, one.start == "upscaled")
                 latents = self._denoise(one, sampler, plan, start, code, noise, on_step)
         return latents
+
+    def _warn_of_late_start(self, sampler: Sampler) -> None:
+        """Warns once if a model that was trained from noise alone gets no such step."""
+        begins, last = sampler.table.timesteps[-1], self._model.num_timesteps - 1
+        if self._model.zero_terminal_snr and begins < last and not self._warned:
+            self._warned = True
+            logger.warning(
+                "this model was trained without signal at timestep %d, and the steps begin at %g: its images have "
+                "less contrast; use a schedule that begins there, such as trailing", last, begins,
+            )  # fmt: skip
 
     def _denoise(
         self,

@@ -263,3 +263,15 @@ def test_a_scale_for_a_unet_without_its_input_is_an_error(tiny: Any) -> None:
             torch.tensor([5]),
             {"c_crossattn": [torch.zeros(1, 5, 64)], "guidance": torch.tensor([2.0])},
         )
+
+
+def test_a_schedule_that_begins_with_signal_is_named_for_a_model_without(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = small_config(**TINY)
+    config["params"].update(parameterization="v", zero_terminal_snr=True)
+    pipeline = Pipeline(tiny_model(config))
+    pictures = pipeline.make([Job("a cat", width=64, height=64, steps=steps) for steps in (2, 3)])
+    assert [picture.pixels.shape for picture in pictures] == [(64, 64, 3)] * 2
+    (warning,) = [record.message for record in caplog.records if "without signal" in record.message]
+    assert "at timestep 999, and the steps begin at 501" in warning and "trailing" in warning
