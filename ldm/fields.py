@@ -5,13 +5,22 @@ A new field is a line of `ldm.job.Job` (or `Init`), a row of `FIELDS`, and the c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ldm.job import Init, Job
-from ldm.setting import Setting, shown
+from ldm.models.diffusion.schedules import LISTS, SCHEDULES
+from ldm.models.diffusion.solvers.names import (
+    SCHEDULE_LABELS,
+    SOLVER_LABELS,
+    WITH_SCHEDULE,
+    spell_schedule,
+    spell_solver,
+)
+from ldm.models.diffusion.solvers.registry import SOLVERS
+from ldm.setting import Choices, Setting, shown
 from ldm.util import InputError
 
 # The highest seed of each noise generator. torch's take longer ones, of which that of the CPU uses the lower 32 bits.
@@ -46,6 +55,7 @@ class Field:
     is `unset` by default leaves the value to the run. `limits` are those of its `Setting`. `label` names its entry
     in an image's text, where `words` replace values; the entry of a default value is written only if it is `always`
     written. `is_file` marks paths, whose folders are not written. Fields `of_run` are the same for all jobs of a run.
+    `choices` and `spell` are those of its `Setting`, where its annotation does not list them.
     """
 
     name: str
@@ -61,6 +71,8 @@ class Field:
     always: bool = False
     is_file: bool = False
     of_run: bool = False
+    choices: Choices | None = None
+    spell: Callable[[str], str] | None = None
 
     @property
     def dest(self) -> str:
@@ -88,7 +100,8 @@ FIELDS: tuple[Field, ...] = (
             Switch("plms", "plms", "the same as --sampler plms"),
             Switch("dpm_solver", "dpm_solver", "the same as --sampler dpm_solver"),
         ),
-        unset=True, label="Sampler", words={"ddim": "DDIM", "plms": "PLMS"}, always=True,
+        unset=True, label="Sampler", words=SOLVER_LABELS, always=True,
+        choices=Choices(SOLVERS, WITH_SCHEDULE), spell=spell_solver,
     ),
     Field(
         "scale", {}, "scale", "sampling", "X", "guidance scale; 1 turns guidance off",
@@ -110,7 +123,39 @@ FIELDS: tuple[Field, ...] = (
         "NumPy's, as in the published inpainting app",
         label="RNG", words={"philox": "NV", "cpu": "CPU", "device": "GPU", "numpy": "NumPy"}, always=True,
     ),
-    Field("eta", {"low": 0, "high": 10}, "ddim_eta", "sampling", "X", "DDIM's noise, 0 to 1", label="Eta DDIM"),
+    Field(
+        "schedule", {}, "schedule", "sampling",
+        help="which levels of noise the steps visit; auto: those that the sampler was published with",
+        label="Schedule type", words=SCHEDULE_LABELS,
+        choices=Choices(("auto", *(name for name in SCHEDULES if name not in LISTS)), ()), spell=spell_schedule,
+    ),
+    Field(
+        "sigmas", {"low": 0, "high": 1000}, "sigmas", "sampling", "S1,S2,...",
+        "the levels themselves, as noise over signal, falling; 0 at the end", label="Sigmas",
+    ),
+    Field(
+        "timesteps", {"low": 0, "high": 1000}, "timesteps", "sampling", "T1,T2,...",
+        "the levels as timesteps, falling",
+        label="Timesteps",
+    ),
+    Field(
+        "eta", {"low": 0, "high": 10}, "ddim_eta", "sampling", "X",
+        "share of fresh noise in each step, 0 to 1 (default: the sampler's own: none for ddim, 1 for ancestral ones)",
+        label="Eta DDIM",
+    ),
+    Field(
+        "s_noise", {"low": 0, "high": 10}, "s_noise", "sampling", "X", "factor of the fresh noise",
+        label="Sigma noise",
+    ),
+    Field(
+        "s_churn", {"low": 0, "high": 1000}, "s_churn", "sampling", "X",
+        "noise that euler, heun and dpm2 add before steps, spread over all of them", label="Sigma churn",
+    ),
+    Field(
+        "convention", {}, "convention", "sampling",
+        help="whose details hold where programs differ (the first noise, whole timesteps, steps of img2img)",
+        label="Convention",
+    ),
     Field(
         "timestep_spacing", {}, "timestep_spacing", "sampling",
         help="which timesteps are visited; compvis gives the original's list, which can be longer than asked",
@@ -217,6 +262,16 @@ FIELDS: tuple[Field, ...] = (
         "AUTOMATIC1111's web UI",
         label="Prompt syntax",
     ),
+    Field(
+        "clip_skip", {"low": 1, "high": 12}, "clip_skip", "prompt", "N",
+        "the text encoder's layer that is used, counted from the end; 2 for many models that were trained so",
+        label="Clip skip",
+    ),
+    Field(
+        "guidance_rescale", {"low": 0, "high": 1}, "guidance_rescale", "sampling", "X",
+        "share of a guided prediction that gets the contrast of the conditional one, for models that predict v",
+        label="Guidance rescale",
+    ),
     Field("loras", {"high": MAX_LORAS}),
 )  # fmt: skip
 
@@ -228,7 +283,7 @@ def _setting(name: str, hint: Any, limits: Mapping[str, Any]) -> Setting:
     extra: dict[str, Any] = {"optional": len(options) > 1, **limits}
     if get_origin(kind) is tuple:
         many = get_args(kind)[-1] is ...
-        row = get_args(get_args(kind)[0]) if many else get_args(kind)
+        row = (get_args(get_args(kind)[0]) or (float,)) if many else get_args(kind)
         parts = tuple(_setting("" if many else name, part, {} if many else limits) for part in row)
         return Setting(name, tuple, row=parts, many=many, **extra)
     if get_origin(kind) is Literal:
@@ -242,7 +297,12 @@ def _annotations(cls: type, prefix: str = "") -> dict[str, Any]:
 
 _ANNOTATIONS = _annotations(Job) | _annotations(Init, INIT)
 SETTINGS: Mapping[str, Setting] = {
-    row.name: _setting(row.name, _ANNOTATIONS[row.name], row.limits) for row in FIELDS
+    row.name: _setting(
+        row.name,
+        _ANNOTATIONS[row.name],
+        {**row.limits, **{name: value for name in ("choices", "spell") if (value := getattr(row, name))}},
+    )
+    for row in FIELDS
 }
 # None for those that must be given
 DEFAULTS: Mapping[str, Any] = {
@@ -280,8 +340,12 @@ def values_of_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def override(job: Job, values: Mapping[str, Any]) -> Job:
     """Returns the job with other values, by field; `init.` and a field change its image, `init` None removes it.
 
-    Raises ValueError if a job without an image gets only other fields of one.
+    A sampler whose name contains a schedule sets both, unless the schedule is given too. Raises ValueError if a job
+    without an image gets only other fields of one.
     """
+    if "/" in (values.get("sampler") or ""):
+        sampler, schedule = values["sampler"].split("/")
+        values = {"schedule": schedule, **values, "sampler": sampler}
     of_init = {name.removeprefix(INIT): v for name, v in values.items() if name.startswith(INIT)}
     own = {name: v for name, v in values.items() if name != "init" and not name.startswith(INIT)}
     start = None if "init" in values else job.init
@@ -299,11 +363,7 @@ _HELD = {name: replace(setting, strict=False) for name, setting in SETTINGS.item
 def values_of(job: Job) -> dict[str, Any]:
     """Returns the values of a job by field, those of its image, if it has one, prefixed with `init.`."""
     own = {one.name: getattr(job, one.name) for one in fields(Job) if one.name != "init"}
-    return own if job.init is None else own | _values_of_init(job.init)
-
-
-def _values_of_init(init: Init) -> dict[str, Any]:
-    return {INIT + one.name: getattr(init, one.name) for one in fields(Init)}
+    return own | ({INIT + one.name: getattr(job.init, one.name) for one in fields(Init)} if job.init else {})
 
 
 def read_held(name: str, value: Any) -> Any:

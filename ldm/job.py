@@ -16,7 +16,6 @@ EMBEDDING_ENDINGS = (*MODEL_ENDINGS, ".png")
 DEFAULT_STRENGTH = 0.75  # of a starting image without a given strength
 RESIZES = ("fit", "fill", "stretch", "pad", "none")
 
-Sampler = Literal["ddim", "plms", "dpm_solver"]
 Spacing = Literal["uniform", "compvis", "quad"]
 GuidanceSchedule = Literal["constant", "linear", "cosine", "linear_down", "cosine_down", "peak", "valley"]
 
@@ -91,9 +90,13 @@ class Job:
 
     Sizes are in pixels, multiples of 8; 0, the default, is the model's default size or that of the image to start
     from, and a finished job has the size it was made in. `steps` counts denoising steps, `scale` is the
-    classifier-free guidance scale (1 turns guidance off), `eta` the DDIM noise factor. With `seed_mode` "image" the
-    job owns the noise stream of `seed`; with "batch" it is entry `batch_index` of the run's one stream from `seed`,
-    drawn in the order of the original scripts.
+    classifier-free guidance scale (1 turns guidance off). `sampler` is one of `SOLVERS` and `schedule` one of
+    `SCHEDULES` of `ldm.models.diffusion` ("auto": the sampler's own); `sigmas` or `timesteps` are the levels of noise
+    themselves. `eta` is the share of fresh noise in a step (None: the sampler's own), `s_noise` a factor of it, and
+    `s_churn` noise that is added before steps. `convention` is the program whose details hold where programs differ.
+
+    With `seed_mode` "image" the job owns the noise stream of `seed`; with "batch" it is entry `batch_index` of the
+    run's one stream from `seed`, drawn in the order of the original scripts.
 
     With `init` the job starts from that image at `strength`, the fraction of the steps that run: 0 returns the image
     as the autoencoder reconstructs it, 1 starts from noise alone. With `posterior` its latent is a sample of the
@@ -106,6 +109,8 @@ class Job:
 
     Outside of `guidance_interval`, in shares of the steps or in sigma, there is no guidance, and inside it follows
     `guidance_schedule`, see `ldm.models.diffusion.course`.
+    `clip_skip` counts the text encoder's layers from the end: 1 is the last one. `guidance_rescale` is the share of a
+    guided prediction that gets the contrast of the conditional one.
 
     With `upscale` above 1 the finished image is enlarged by that factor, as pixels or as latents (`upscale_in`), and
     denoised in a second pass at `upscale_strength`.
@@ -117,9 +122,9 @@ class Job:
     width: int = 0
     height: int = 0
     steps: int = 50
-    sampler: Sampler = "ddim"
+    sampler: str = "ddim"
     scale: float = 7.5
-    eta: float = 0.0
+    eta: float | None = None
     timestep_spacing: Spacing = "uniform"
     rng: Literal["philox", "cpu", "device", "numpy"] = "philox"
     seed_mode: Literal["image", "batch"] = "image"
@@ -136,6 +141,14 @@ class Job:
     guidance_schedule: GuidanceSchedule = "constant"
     loras: tuple[tuple[str, float, float], ...] = ()
     prompt_syntax: Literal["plain", "a1111"] = "plain"
+    schedule: str = "auto"
+    sigmas: tuple[float, ...] = ()
+    timesteps: tuple[float, ...] = ()
+    s_noise: float = 1.0
+    s_churn: float = 0.0
+    convention: Literal["ldm", "a1111", "comfyui"] = "ldm"
+    clip_skip: int = 1
+    guidance_rescale: float = 0.0
 
     @property
     def upscaled_size(self) -> tuple[int, int]:

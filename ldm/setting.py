@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ldm.util import printable
+
+
+class Choices(tuple[str, ...]):
+    """The choices that are listed, and more values that are valid too."""
+
+    more: Collection[str]
+
+    def __new__(cls, listed: Iterable[str], more: Collection[str]) -> Choices:
+        choices = super().__new__(cls, listed)
+        choices.more = more
+        return choices
+
+    def __contains__(self, value: object) -> bool:
+        return super().__contains__(value) or value in self.more
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,8 +29,9 @@ class Setting:
     """One field of a `Job`, or `init.` and one of its `Init`: its type and valid values.
 
     `low` and `high` are inclusive; of a text without `choices`, and of a tuple with `many`, `high` limits the
-    length. A tuple has a setting for each of its entries in `row`; with `many` it is a tuple of such tuples. `strict`
-    texts have no lone surrogates, which UTF-8 cannot hold.
+    length. A tuple has a setting for each of its entries in `row`; with `many` it is a tuple of such tuples, or if
+    `row` has one entry, of its values. `strict` texts have no lone surrogates, which UTF-8 cannot hold. `spell`
+    converts other spellings of a choice.
     """
 
     field: str
@@ -28,6 +44,7 @@ class Setting:
     many: bool = False
     optional: bool = False
     strict: bool = True
+    spell: Callable[[str], str] = lambda text: "_".join(text.lower().split())
 
     def parse(self, text: str) -> Any:
         """Parses the value from text. Raises ValueError, with the reason, if it is of another type."""
@@ -37,7 +54,9 @@ class Setting:
             if self.kind is bool:
                 return {"true": True, "false": False}[text.strip().lower()]
             if self.choices:
-                return "_".join(text.lower().split())
+                return self.spell(text)
+            if self.many and len(self.row) == 1:
+                return tuple(self.row[0].parse(word) for word in text.split(",") if word.strip())
             return text if self.many else self.kind(text)
         except (ValueError, KeyError):
             raise ValueError(self._refusal(text)) from None
@@ -49,7 +68,7 @@ class Setting:
         if value is None:
             return None
         if self.many:
-            return tuple(map(self._as_row, value))
+            return tuple(map(self.row[0].check if len(self.row) == 1 else self._as_row, value))
         return self._as_row(value) if self.row else self.kind(value)
 
     def _as_row(self, value: Any) -> tuple[Any, ...]:
@@ -65,7 +84,7 @@ class Setting:
             return self.optional
         if self.many:
             few = isinstance(value, list | tuple) and len(value) <= self.high
-            return few and all(map(self._fits_row, value))
+            return few and all(map(self.row[0].fits if len(self.row) == 1 else self._fits_row, value))
         if self.row:
             return self._fits_row(value)
         if self.kind is str:
@@ -98,6 +117,8 @@ class Setting:
             if not self.many and len(set(each)) == 1:
                 return f"{len(each)} values, each {each[0]}"
             entries = ", ".join(each)
+            if len(each) == 1:
+                return f"up to {self.high:g} values, each {entries}"
             return f"a list of [{entries}]" if self.many else entries
         if self.choices:
             return " or ".join([", ".join(self.choices[:-1]), self.choices[-1]])

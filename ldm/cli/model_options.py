@@ -112,6 +112,12 @@ def add_parts_options(parser: argparse.ArgumentParser) -> None:
         help="let the config use classes of this package, which runs its code",
     )
     group.add_argument(
+        "--prediction",
+        choices=("auto", "eps", "v"),
+        default="auto",
+        help="what the U-Net predicts, the noise or v; auto: as the checkpoint states",
+    )
+    group.add_argument(
         "--vae", metavar="PATH", help="the autoencoder of this file or diffusers folder instead"
     )
     group.add_argument(

@@ -64,7 +64,8 @@ def _add_field(group: Group, row: Field, own: Mapping[str, Any]) -> None:
     setting = SETTINGS[row.name]
     if row.option:
         shape = {"choices": setting.choices} if setting.choices else {"metavar": row.metavar}
-        kind = _KINDS.get(row.name, setting.kind if setting.kind in (int, float) else None)
+        usual = setting.kind if setting.kind in (int, float) else setting.spell if setting.choices else None
+        kind = _KINDS.get(row.name, usual)
         group.add_argument(f"--{row.option}", **{**shape, "type": kind, "help": row.help, **own})
     switches = group.add_mutually_exclusive_group() if len(row.switches) > 1 else group
     for switch in row.switches:
@@ -76,11 +77,6 @@ def _seed(text: str) -> int:
         return -1 if text.strip().lower() == "random" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
-def _word(text: str) -> str:
-    """Spells a choice as here: DPM-Solver is dpm_solver."""
-    return "_".join(text.lower().replace("-", " ").split())
 
 
 def _numbers(name: str, form: str) -> Callable[[str], tuple[Any, ...]]:
@@ -98,7 +94,8 @@ def _numbers(name: str, form: str) -> Callable[[str], tuple[Any, ...]]:
 # readers of options that accept more than the type of their field, or explain its form
 _KINDS: Mapping[str, Callable[[str], Any]] = {
     "seed": _seed,
-    "sampler": _word,
+    "sigmas": _numbers("sigmas", "a list of numbers such as 14.6,3.2,0"),
+    "timesteps": _numbers("timesteps", "a list of numbers such as 999,759,499,259"),
     "init.outpaint": _numbers("init.outpaint", "four whole numbers such as 0,0,64,0"),
     "guidance_interval": _numbers("guidance_interval", "two numbers such as 0.1,0.7"),
 }

@@ -227,6 +227,8 @@ def of_the_run(recipe: Recipe) -> dict[str, Any]:
         chosen["precision"] = "full" if extras["Precision"] == "full" else "autocast"
     if extras.get("EMA") in ("on", "off"):
         chosen["ema"] = extras["EMA"]
+    if extras.get("Prediction") in ("eps", "v"):
+        chosen["prediction"] = extras["Prediction"]
     if extras.get("Fixed code") == "on" and recipe.job.seed_mode == "batch":
         chosen["fixed_code"] = True
     if extras.get("Watermark") == "off":

@@ -108,7 +108,10 @@ _UPSCALER = _Codec(
     lambda label: "latents" if label.startswith("Latent") else "pixels",
 )
 _FILE = _Codec(file_name, str)  # its folder is private to the user
+_NUMBERS = _Codec(lambda values: " ".join(map(_number, values)), lambda text: tuple(map(float, text.split())))
 _CODECS: Mapping[str, _Codec] = {
+    "sigmas": _NUMBERS,
+    "timesteps": _NUMBERS,
     "upscale_in": _UPSCALER,
 }
 

@@ -19,24 +19,6 @@ _MAX_NOTES, _MAX_NOTE = 40, 300
 _WEIGHTS = re.compile(r"(?<!\\)[()\[\]]|\bBREAK\b|\bAND\b|\w[+-]{1,9}(?=\s|,|$)")
 _TAG = re.compile(r"<(lora|lyco|hypernet):[^<>]{1,200}>")
 
-# Part of a sampler's name, the nearest sampler here, and its eta. The first match is used.
-_NEAREST = (
-    ("plms", "plms", 0.0),
-    ("pndm", "plms", 0.0),
-    ("ancestral", "ddim", 1.0),
-    ("eulera", "ddim", 1.0),
-    ("dpm2a", "ddim", 1.0),
-    ("dpmpp2sa", "ddim", 1.0),
-    ("ddpm", "ddim", 1.0),
-    ("lcm", "ddim", 1.0),
-    ("sde", "ddim", 1.0),
-    ("ddim", "ddim", 0.0),
-    ("euler", "ddim", 0.0),
-    ("lms", "plms", 0.0),
-    ("", "dpm_solver", 0.0),  # DPM-Solver's many relatives, Heun, UniPC, DEIS: of second order or higher
-)
-_SAME = {"ddim": "ddim", "plms": "plms"}
-
 
 class Origin(NamedTuple):
     """The file of a text, as far as it is known: its name, and its width and height in pixels."""
@@ -128,21 +110,10 @@ class Draft:
                     raise
                 self._refuse(name, self.values.pop(name))
 
-    def sampler(self, name: str) -> None:
-        """Sets the sampler of another program's name, or the nearest one."""
-        plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))[:100].removeprefix("k")
-        own, eta = next((own, eta) for part, own, eta in _NEAREST if part in plain)
-        self.values["sampler"] = own
-        if _SAME.get(plain) != own:
-            with_eta = f" with eta {eta:g}" if eta else ""
-            shown = f"sampler {name[:100]} is not supported" if name else "its sampler is not given"
-            self.note(f"{shown}; using {own}{with_eta}")
-            self.values["eta"] = eta
-
     def spacing_of_compvis(self) -> None:
         """Sets the original's timesteps for DDIM or PLMS, where they exist for this count of steps."""
         steps, sampler = self.values.get("steps", V1_DEFAULTS.steps), self.values["sampler"]
-        if sampler == "dpm_solver" or not 1 <= steps <= 999 or 1000 % steps == 0:
+        if sampler not in ("ddim", "plms") or not 1 <= steps <= 999 or 1000 % steps == 0:
             return
         stride = 1000 // steps
         if math.ceil(1000 / stride) * stride - stride + 1 <= 999:

@@ -30,16 +30,6 @@ class InpaintingCondition(NamedTuple):
     masked_latents: Tensor
 
 
-def clip_skip_of(job: Job) -> int:
-    """The layer, counted from the text encoder's end, whose states are a job's conditioning; 1 is the last."""
-    return getattr(job, "clip_skip", 1)
-
-
-def guidance_rescale_of(job: Job) -> float:
-    """The share of a job's guided predictions that has the contrast of the conditional ones; 0 is none."""
-    return getattr(job, "guidance_rescale", 0.0)
-
-
 class TextConditioning:
     """Encodes the prompts of jobs, and keeps what it has encoded."""
 
@@ -89,7 +79,7 @@ class TextConditioning:
     ) -> Guidance:
         """The conditioning of texts, that of the negative prompts if any job has guidance, and the scales."""
         chunks = self._count_chunks(jobs[0], scripts[0])
-        skips = [clip_skip_of(job) for job in jobs]
+        skips = [job.clip_skip for job in jobs]
 
         def joined(encode: Callable[[str, int | None, int], Tensor], texts: Sequence[str]) -> Conditioning:
             encoded = [
@@ -106,7 +96,7 @@ class TextConditioning:
         if weights is None and all(job.scale == 1.0 for job in jobs):
             return Guidance(cond, scale=1.0)
         scale = self._per_job([job.scale for job in jobs])
-        rescale = self._per_job([guidance_rescale_of(job) for job in jobs])
+        rescale = self._per_job([job.guidance_rescale for job in jobs])
         return Guidance(cond, joined(self._encode_negative, negatives), scale, rescale, weights)
 
     def _weights(self, scripts: Sequence[Script]) -> Tensor | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ldm.fields import check_fields, count_up
 from ldm.job import Job
 from ldm.models.diffusion.course import check_guidance
-from ldm.models.diffusion.schedule import check_sampling
+from ldm.models.diffusion.passes import check_sampling
 from ldm.util import InputError
 
 
@@ -21,7 +21,7 @@ def check_job(job: Job, image_size: tuple[int, int] | None, factor: int) -> None
             "leave width and height of the job out, or give those of its Init with resize"
         )
     check_fields(job)
-    check_sampling(job.sampler, job.steps, job.timestep_spacing, job.eta)
+    check_sampling(job)
     check_guidance(job)
     if job.height % factor or job.width % factor:
         raise InputError(f"{job.width}x{job.height} is not a multiple of {factor} pixels")

@@ -14,8 +14,8 @@ from ldm.job import Job
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.guidance import GuidancePlan, ZeroDenoiser
 from ldm.models.diffusion.noise import NoiseSource, SkippingNoise
+from ldm.models.diffusion.passes import Pass, passes_of, schedule_of, settings_of
 from ldm.models.diffusion.sampler import Sampler
-from ldm.models.diffusion.schedule import Pass, passes_of
 from ldm.models.diffusion.solvers import SOLVERS
 from ldm.pipeline.conditioning import TextConditioning
 from ldm.pipeline.noise import posterior_noise
@@ -150,9 +150,8 @@ class LatentSampler:
 
 def _make_sampler(model: LatentDiffusion | ZeroDenoiser, job: Job) -> Sampler:
     """The sampler of a job with its schedule, over a model."""
-    sampler = SOLVERS[job.sampler].make(model)
-    # eta 0, a job's default, is the solver's own
-    sampler.make_schedule(job.steps, job.timestep_spacing, job.eta or None, verbose=False)
+    sampler = SOLVERS[job.sampler].make(model, schedule_of(job), **settings_of(job))
+    sampler.make_schedule(job.steps, job.timestep_spacing, verbose=False)
     return sampler
 
 

@@ -44,10 +44,10 @@ class Batch:
         return self.job.upscale > 1 and self.job.upscale_in == "pixels"
 
     def passes(self) -> list[tuple[tuple[int, int], int]]:
-        """Returns height and width, and the number of steps, of each pass."""
-        from ldm.models.diffusion.schedule import passes_of
+        """Returns height and width, and the number of calls of the model, of each pass."""
+        from ldm.models.diffusion.passes import passes_of
 
-        return [(one.size, one.steps) for one in passes_of(self.job)]
+        return [(one.size, one.model_calls(self.job.sampler)) for one in passes_of(self.job)]
 
 
 def batch_kinds(

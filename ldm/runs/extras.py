@@ -40,6 +40,8 @@ def extras_of(
     }
     if options.ema != "auto":
         extras["EMA"] = options.ema
+    if options.prediction != "auto":
+        extras["Prediction"] = options.prediction
     if plan[0].seed_mode == "batch":
         extras["Batch size"] = str(options.n_samples)
     if options.fixed_code:

@@ -15,9 +15,9 @@ from ldm.util import need
 def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Path]) -> None:
     """Checks that a config's model can make a job, else raises InputError."""
     from ldm.models.diffusion.course import check_guidance
-    from ldm.models.diffusion.schedule import check_sampling
+    from ldm.models.diffusion.passes import check_sampling
 
-    check_sampling(job.sampler, job.steps, job.timestep_spacing, job.eta)
+    check_sampling(job)
     check_guidance(job)
     factor = latent_factor(model)
     for name, side in (("--W", job.width), ("--H", job.height)):
@@ -29,7 +29,7 @@ def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Pat
 
 def count_steps(job: Job) -> int:
     """Counts the denoising steps of a job, in both passes."""
-    from ldm.models.diffusion.schedule import passes_of
+    from ldm.models.diffusion.passes import passes_of
 
     return sum(one.steps for one in passes_of(job))
 

@@ -72,6 +72,7 @@ def _load_pipeline(options: RunOptions, plan: Plan, source: Source) -> Pipeline:
         mmap=not options.no_mmap,
         vae=options.vae,
         text_encoder=options.text_encoder,
+        prediction=options.prediction,
         dtype=None,
         cache=_weights_cache(options, source.here.device, source.precision),
     )

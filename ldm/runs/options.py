@@ -47,6 +47,7 @@ class RunOptions:
     vae: str | None = None
     text_encoder: str | None = None
     ema: Literal["auto", "on", "off"] = field(default="auto", metadata=COMPARED)
+    prediction: Literal["auto", "eps", "v"] = field(default="auto", metadata=COMPARED)
     channels: int = 4
     factor: int = 8
     lora: tuple[tuple[str, float, float], ...] = ()

@@ -230,7 +230,7 @@ class Plan(Sequence[Job]):
         for number, fault in faults:
             self.wishes.faults.add(number, fault)
         self.wishes.faults.raise_any()
-        eta = max(job.eta for job in self._round(0))
+        eta = max(job.eta or 0.0 for job in self._round(0))
         if eta > 1:
             logger.warning("an eta of %g is above 1: more noise than the method allows for", eta)
         self._warn_of_notations()

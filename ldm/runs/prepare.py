@@ -94,11 +94,13 @@ def plan_request(
 
 def log_steps(job: Job) -> None:
     """Logs the number of denoising steps of an image if it differs from the requested one."""
-    from ldm.models.diffusion.schedule import passes_of, schedule_length
+    from ldm.models.diffusion.passes import passes_of, schedule_length, schedule_of
 
     rows, (first, *second) = schedule_length(job), passes_of(job)
     if rows != job.steps:
-        logger.info("compvis spacing has %d steps for --ddim_steps %d", rows, job.steps)
+        own = job.timestep_spacing == "compvis"
+        name = "compvis spacing" if own else f"the schedule {schedule_of(job).name}"
+        logger.info("%s has %d steps for --ddim_steps %d", name, rows, job.steps)
     if job.init is not None:
         logger.info("strength %g: %d of %d steps run", job.strength, first.steps, rows)
         if first.steps == 0:

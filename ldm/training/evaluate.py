@@ -15,7 +15,7 @@ from ldm.config import read_config
 from ldm.data.captions import UNORDERED, caption, plain_caption
 from ldm.data.scenes import scene_at
 from ldm.fields import count_up
-from ldm.job import Job, Sampler
+from ldm.job import Job
 from ldm.pipeline import Pipeline, load_model
 from ldm.places import find
 from ldm.runtime.device import resolve_device, resolve_precision
@@ -38,7 +38,7 @@ class Measurement:
     ckpt: str
     judge: str
     device: str
-    sampler: Sampler
+    sampler: str
     steps: int
     scale: float
     seed: int

@@ -106,7 +106,7 @@ def test_fields_of_a_newer_version_are_named() -> None:
     content["job"]["init"] |= {"shine": [2]}
     del content["job"]["eta"]
     held = read_record(json.dumps(content))
-    assert held.job == dataclasses.replace(without_folders(FULL), eta=0.0)
+    assert held.job == dataclasses.replace(without_folders(FULL), eta=None)
     assert held.unknown == ("job.novelty\x1b", "job.init.shine")
 
 
@@ -250,14 +250,12 @@ def test_a_text_of_the_web_ui() -> None:
     recipe = webui.read(WEB_UI)
     assert recipe.job == Job(
         "masterpiece, (cat:1.2)", "lowres,\nugly", seed=965400086, width=640, height=448, steps=20,
-        sampler="ddim", eta=1.0, scale=7.0, rng="cpu", loras=(("x", 0.8, 0.8),), prompt_syntax="a1111",
+        sampler="euler_a", scale=7.0, rng="cpu", loras=(("x", 0.8, 0.8),), prompt_syntax="a1111", schedule="karras",
+        convention="a1111", clip_skip=2,
     )  # fmt: skip
     assert (recipe.source, recipe.model, recipe.model_hash) == ("A1111", "v1-5", "6ce0161689")
     for words in (
-        ("Euler a", "ddim with eta 1"),
-        ("Clip skip", "2"),
         ("ENSD", "31337"),
-        ("Karras",),
         ("LoRA x",),
     ):
         assert noted(recipe, *words), (words, recipe.notes)
@@ -319,11 +317,11 @@ def test_a_text_of_stable_diffusion_cpp() -> None:
     )
     assert recipe.source == "stable-diffusion.cpp"
     assert recipe.job == Job(
-        "a lovely cat", seed=197583933, width=512, height=768, steps=30, scale=5.0, sampler="dpm_solver",
-        upscale=2.0, upscale_in="latents", prompt_syntax="a1111",
+        "a lovely cat", seed=197583933, width=512, height=768, steps=30, scale=5.0, sampler="dpmpp_2m",
+        upscale=2.0, upscale_in="latents", prompt_syntax="a1111", schedule="karras",
     )  # fmt: skip
     assert recipe.model == "v1-5.safetensors"
-    assert noted(recipe, "dpm++2m") and noted(recipe, "karras") and noted(recipe, "Skip layers")
+    assert not noted(recipe, "dpm++2m") and not noted(recipe, "karras") and noted(recipe, "Skip layers")
     assert not noted(recipe, "Guidance") and noted(recipe, "upscale_strength", "0.5")
 
 
@@ -423,9 +421,13 @@ def test_loras_controls_and_clip_skip_are_noted() -> None:
     }  # fmt: skip
     recipe = comfy(nodes)
     assert (recipe.job.prompt, recipe.job.negative_prompt, recipe.model) == ("a cat", "dog", "v1-5.ckpt")
-    assert (recipe.job.sampler, recipe.job.eta) == ("ddim", 1.0)
-    assert recipe.job.loras == (("b", 0.8, 1.0),)
-    for words in (("LoRA b",), ("ControlNetApplyAdvanced",), ("CLIPSetLastLayer",), ("FreeU",)):
+    assert (recipe.job.sampler, recipe.job.schedule, recipe.job.convention) == (
+        "euler_a",
+        "ddim_uniform",
+        "comfyui",
+    )
+    assert recipe.job.loras == (("b", 0.8, 1.0),) and recipe.job.clip_skip == 2
+    for words in (("LoRA b",), ("ControlNetApplyAdvanced",), ("FreeU",)):
         assert noted(recipe, *words), (words, recipe.notes)
 
 
@@ -563,7 +565,7 @@ def test_what_invokeai_does_more_is_noted() -> None:
     more = {"clip_skip": 1, "hrf_enabled": True, "strength": 0.4, "init_image": "x/y.png", "steps": 30}
     recipe = invokeai.read_metadata(json.dumps(INVOKE | more))
     assert (recipe.job.init, recipe.job.strength) == (Init("y.png"), 0.4)
-    assert noted(recipe, "clip_skip") and noted(recipe, "hrf_enabled") and noted(recipe, "timesteps for 30")
+    assert recipe.job.clip_skip == 2 and noted(recipe, "hrf_enabled") and noted(recipe, "timesteps for 30")
 
 
 def test_json_of_invokeai_2() -> None:
@@ -576,7 +578,7 @@ def test_json_of_invokeai_2() -> None:
         },
     }  # fmt: skip
     recipe = invokeai.read_sd_metadata(json.dumps(content))
-    assert recipe.job == Job("a cat on a mat", "dog, cow", seed=9, width=640, eta=1.0, height=512)
+    assert recipe.job == Job("a cat on a mat", "dog, cow", seed=9, width=640, sampler="euler_a", height=512)
     assert (recipe.model, recipe.model_hash) == ("stable-diffusion-1.4", "fe4efff1")
 
 

@@ -24,6 +24,7 @@ from tests.support.metadata import ELEMENT, VALUES, XMP, noted
 
 JOB = Job("a cat", "ugly", seed=5, width=64, height=96, steps=12, scale=3.0)
 CPU = dataclasses.replace(JOB, rng="cpu")
+KARRAS = dataclasses.replace(CPU, schedule="karras", convention="comfyui")
 
 SWARM = {
     "sui_image_params": {
@@ -101,7 +102,7 @@ def held(content: dict[str, Any], keyword: str = "parameters") -> dict[str, str]
 
 
 @pytest.mark.parametrize(("name", "texts", "job"), [
-    ("SwarmUI", held(SWARM), CPU), ("RuinedFooocus", held(RUINED), CPU), ("Fooocus", held(FOOOCUS), CPU),
+    ("SwarmUI", held(SWARM), CPU), ("RuinedFooocus", held(RUINED), KARRAS), ("Fooocus", held(FOOOCUS), KARRAS),
     ("TensorArt", held(TENSOR, "generation_data"), CPU), ("Draw Things", held(DRAW), CPU),
     ("Stability Matrix", held(MATRIX, "parameters-json") | {"parameters": "x"}, CPU), ("Easy Diffusion", EASY, JOB),
     ("Easy Diffusion", held(EASY), JOB), ("Easy Diffusion", EASY_NAMED, JOB), ("sd-scripts of kohya", KOHYA, JOB),
@@ -110,18 +111,20 @@ def held(content: dict[str, Any], keyword: str = "parameters") -> dict[str, str]
 ])  # fmt: skip
 def test_programs_are_read(name: str, texts: dict[str, str], job: Job, tmp_path: Path) -> None:
     recipe = read_job(image(tmp_path / "x.png", texts))
-    assert (recipe.source, dataclasses.replace(recipe.job, loras=())) == (name, job)
+    assert (recipe.source, dataclasses.replace(recipe.job, loras=(), clip_skip=1)) == (name, job)
     assert not noted(recipe, "not used")
     assert recipe.job.loras == ((("ink", 0.8, 0.8),) if "ink" in str(texts) else ())
     assert recipe.model.partition(".")[0] == ("v1-5" if "v1-5" in str(texts) else "")
 
 
+def test_clip_skip_is_read() -> None:
+    for content, skip in ((RUINED, 2), (NOVEL | {"software": "NovelAI"}, 2), (EASY_NAMED, 1)):
+        recipe = programs.read(held(content), Origin())
+        assert recipe is not None and recipe.job.clip_skip == skip
+
+
 def test_what_they_do_more_is_noted() -> None:
-    for content, words in (
-        (RUINED, ("clip skip 2",)),
-        (RUINED, ("karras",)),
-        (EASY_NAMED, ("face correction",)),
-    ):
+    for content, words in ((EASY_NAMED, ("face correction",)),):
         recipe = programs.read(held(content), Origin())
         assert recipe is not None and noted(recipe, *words), words
     fooocus = programs.read(held(FOOOCUS), Origin())
@@ -152,7 +155,7 @@ def test_xmp_of_draw_things(with_json: bool, tmp_path: Path) -> None:
     packet = XMP.format(described + (ELEMENT.removeprefix(">").format(json.dumps(DRAW)) if with_json else ""))
     Image.new("RGB", (64, 96)).save(tmp_path / "x.jpg", xmp=packet.encode())
     recipe = read_job(str(tmp_path / "x.jpg"))
-    plain = dataclasses.replace(recipe.job, loras=(), prompt_syntax="plain")
+    plain = dataclasses.replace(recipe.job, loras=(), prompt_syntax="plain", clip_skip=1)
     assert (recipe.source, plain, recipe.model) == ("Draw Things", CPU, "v1-5.ckpt")
     assert recipe.job.loras == ((("ink", 0.8, 0.8),) if with_json else ())
 
@@ -198,7 +201,7 @@ def test_a_text_hidden_in_the_pixels(mark: bytes, mode: str, text: str, source: 
     drawn = Image.new(mode, (64, 96), (90, 120, 150, 255)[: len(mode)])
     hide(drawn, (3,) if b"png" in mark else (0, 1, 2), data).save(tmp_path / "x.png")
     recipe = read_job(str(tmp_path / "x.png"))
-    plain = dataclasses.replace(recipe.job, prompt_syntax="plain", timestep_spacing="uniform")
+    plain = dataclasses.replace(recipe.job, prompt_syntax="plain", timestep_spacing="uniform", clip_skip=1)
     assert (recipe.source, plain) == (source, JOB)
 
 
@@ -223,7 +226,9 @@ def test_json_in_exif(content: dict[str, Any], ending: str, tmp_path: Path) -> N
     exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + json.dumps(content).encode("utf-16-le")
     Image.new("RGB", (64, 96)).save(tmp_path / f"x.{ending}", exif=exif)
     job = read_job(str(tmp_path / f"x.{ending}")).job
-    assert dataclasses.replace(job, loras=(), rng="cpu") == CPU
+    assert dataclasses.replace(job, loras=(), rng="cpu", clip_skip=1) == (
+        KARRAS if content is FOOOCUS else CPU
+    )
 
 
 def test_a_graph_of_comfyui_in_webp(tmp_path: Path) -> None:

@@ -36,12 +36,14 @@ def test_numbers_and_defaults_are_written_plainly() -> None:
     )
     assert text == (
         "x\nSteps: 999, Sampler: PLMS, CFG scale: 7, Seed: 18446744073709551615, Size: 768x8, RNG: GPU, "
-        "Eta DDIM: 1, Timestep spacing: compvis, Seed mode: batch, Batch index: 5, Denoising strength: 0.3, "
+        "Schedule type: Karras, Sigmas: 14.6 0.5 0, Timesteps: 999 1.5, Eta DDIM: 1, Sigma noise: 0.9, "
+        "Sigma churn: 2.5, Convention: comfyui, Timestep spacing: compvis, Seed mode: batch, Batch index: 5, "
+        "Denoising strength: 0.3, "
         'Posterior: mean, Init image: "photo, of: me.png", Init width: 768, Init height: 8, Resize: pad, '
         "Background: #102030, Outpaint: 8 0 16 24, Mask: mask.png, Alpha mask: on, Invert mask: on, Mask blur: 0.5, "
         "Paste: off, Hires upscale: 2, Hires upscaler: Latent, Upscale strength: 0.3333333333333333, "
         "Guidance interval: 0.1 0.3333333333333333, Guidance interval in: sigma, Guidance schedule: linear_down, "
-        "Prompt syntax: a1111"
+        "Prompt syntax: a1111, Clip skip: 2, Guidance rescale: 0.7"
     )
     assert "RNG: CPU" in infotext(Job(prompt="x", rng="cpu", width=512, height=512), {})
 
@@ -138,7 +140,8 @@ def test_a_text_of_the_web_ui_is_read() -> None:
         loras=(("x", 0.8, 0.8),),
         negative_prompt="lowres,\nugly",
         steps=20,
-        sampler="DPM++ 2M",
+        sampler="dpmpp_2m",
+        schedule="karras",
         scale=7.0,
         seed=965400086,
         width=640,

@@ -10,16 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from ldm.job import Job
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.guidance import ZeroDenoiser
 from ldm.models.diffusion.noise import PerImageNoise, PhiloxNoise, SkippingNoise
-from ldm.models.diffusion.schedule import (
-    make_beta_schedule,
-    own_schedule,
-    steps_to_run,
-    steps_to_run_a1111,
-    zero_terminal_snr,
-)
+from ldm.models.diffusion.passes import schedule_length, steps_to_run
+from ldm.models.diffusion.schedule import make_beta_schedule, zero_terminal_snr
 from ldm.models.diffusion.schedules import Schedule
 from ldm.models.diffusion.solvers import K_DIFFUSION, SOLVERS, solve
 from ldm.util import InputError
@@ -274,7 +270,7 @@ def test_an_image_starts_at_the_level_of_its_first_step(name):
 
 
 def test_strength_of_a1111():
-    assert [steps_to_run_a1111(s, 20) for s in (0.75, 0.5, 1, 0)] == [16, 11, 20, 1]
+    assert [steps_to_run(s, 20, 20, one_more=True) for s in (0.75, 0.5, 1, 0)] == [16, 11, 20, 1]
     assert steps_to_run(0.75, 20, 20) == 15
 
 
@@ -361,8 +357,11 @@ def test_names_are_read_without_torch_and_numpy():
 
 
 def test_lengths_of_schedules():
-    assert own_schedule("ddim", "uniform").length(30) == own_schedule("euler", "uniform").length(30) == 30
-    assert (own_schedule("ddim", "compvis").length(30), Schedule("ddim_uniform").length(30)) == (31, 31)
+    assert [schedule_length(Job("", sampler=name, steps=30)) for name in ("ddim", "euler")] == [30, 30]
+    assert (
+        schedule_length(Job("", steps=30, timestep_spacing="compvis")),
+        Schedule("ddim_uniform").length(30),
+    ) == (31, 31)
     assert Schedule("beta").length(999) < 999 and Schedule("sigmas", values=(3, 1, 0)).length(7) == 2
 
 

@@ -244,7 +244,7 @@ def test_too_many_images_are_refused():
         (
             [],
             ["a --plms --ddim_eta 1", "b --strength 0.5"],
-            ["line 1: --plms adds no noise", "line 2: a strength"],
+            ["line 1: plms does not use --ddim_eta", "line 2: a strength"],
         ),
         (["--expand"], ["{a", "b", "c}"], ["line 1: a {", "line 3: a }"]),
         (
@@ -267,7 +267,11 @@ def test_too_many_images_are_refused():
                 "line 4: <hypernet:x:1> asks for a kind of network that is not supported",
             ],
         ),
-        (["--sweep", "eta=0,1"], ["a --plms", "b --plms"], ["line 1: --plms adds", "line 2: --plms adds"]),
+        (
+            ["--sweep", "eta=0,1"],
+            ["a --plms", "b --plms"],
+            ["line 1: plms does not use", "line 2: plms does not use"],
+        ),
         (
             ["--expand"],
             ["a --init-img none.png", "b --H 8000000", "{a --ddim_steps 3", "c --W 500", "d --W 12"],

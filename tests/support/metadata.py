@@ -73,6 +73,14 @@ FULL = Job(
     guidance_schedule="linear_down",
     loras=(("ink", 0.8, 0.8), ("film, grain", 1.0, -0.25)),
     prompt_syntax="a1111",
+    schedule="karras",
+    sigmas=(14.6, 0.5, 0.0),
+    timesteps=(999.0, 1.5),
+    s_noise=0.9,
+    s_churn=2.5,
+    convention="comfyui",
+    clip_skip=2,
+    guidance_rescale=0.7,
 )
 PIXELS = np.zeros((8, 8, 3), np.uint8)
 VALUES = st.recursive(

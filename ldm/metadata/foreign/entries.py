@@ -19,17 +19,17 @@ SILENT = {
     "HiRes mode", "Hires force", "Seed Mode",
 }  # fmt: skip
 HARMLESS = {
-    ("Clip skip", "1"), ("ENSD", "0"), ("Emphasis", "Original"), ("Emphasis", "None"), ("Parser", "A1111"),
+    ("ENSD", "0"), ("Emphasis", "Original"), ("Emphasis", "None"), ("Parser", "A1111"),
     ("Variation seed strength", "0"), ("FP8 weight", "Disable"), ("VAE Encoder", "Full"), ("VAE Decoder", "Full"),
     ("Mask mode", "Inpaint masked"), ("Schedule max sigma", "0"), ("Schedule min sigma", "0"), ("Schedule rho", "0"),
-    ("Diffusion in Low Bits", "Automatic"), ("Clip skip", "0"), ("Clip skip", "-1"),
+    ("Diffusion in Low Bits", "Automatic"),
     ("Parser", "Full parser"),
 }  # fmt: skip
 NOTHING = {"", "none", "false", "automatic", "use same sampler", "use same scheduler", "use same checkpoint",
             "use same choices", "0x0", "-1x-1"}  # fmt: skip
 FOREIGN_KEYS = JOB_KEYS & {
     "Prompt", "Negative prompt", "Steps", "Sampler", "CFG scale", "Seed", "Size-1", "Size-2", "Eta DDIM", "RNG",
-    "Denoising strength", "Hires upscale", "Hires upscaler", "Loras",
+    "Denoising strength", "Hires upscale", "Hires upscaler", "Loras", "Clip skip",
 }  # fmt: skip
 
 # The name of an entry here, by its name in lower case with letters and digits only

@@ -7,6 +7,7 @@ import json
 import re
 from typing import Any
 
+from ldm.metadata.foreign.samplers import choose_sampler
 from ldm.metadata.infotext import file_name
 from ldm.metadata.recipe import UNKNOWN, Draft, Origin, Recipe
 from ldm.util import InputError
@@ -25,7 +26,7 @@ _LONG = {
     "-init_img": "I", "-init_mask": "M",
 }  # fmt: skip
 _NOT_HERE = (
-    "cfg_rescale_multiplier", "seamless", "seamless_x", "seamless_y", "clip_skip", "vae", "controlnets", "ipAdapters",
+    "seamless", "seamless_x", "seamless_y", "vae", "controlnets", "ipAdapters",
     "t2iAdapters", "hrf_enabled", "refiner_model", "variations", "threshold", "perlin", "facetool", "upscale",
     "postprocessing", "hires_fix", "regions", "ref_images", "control_layers", "positive_style_prompt",
     "negative_style_prompt", "hrf_strength", "facetool_strength",
@@ -123,7 +124,11 @@ def _settings(content: dict[str, Any], sampler: str, draft: Draft) -> None:
     for name in ("seed", "steps", "width", "height"):
         draft.whole(name, content.get(name))
     draft.number("scale", content.get("cfg_scale"))
-    draft.sampler(sampler)
+    if skipped := content.get("clip_skip"):  # how many layers are left out
+        draft.whole("clip_skip", skipped + 1 if type(skipped) is int else skipped)
+    if rescale := content.get("cfg_rescale_multiplier"):
+        draft.number("guidance_rescale", rescale)
+    choose_sampler(draft, sampler)
     steps = draft.values.get("steps", 0)
     if draft.values["sampler"] != "dpm_solver" and steps and 1000 % steps:
         draft.note(f"its timesteps for {steps} steps lie a little lower than those taken here")

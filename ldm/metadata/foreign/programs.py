@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ldm.images.keywords import INFOTEXT_KEYWORD
+from ldm.metadata.foreign.samplers import COMFYUI, OTHER, choose_sampler
 from ldm.metadata.infotext import file_name
 from ldm.metadata.recipe import Draft, Origin, Recipe
 from ldm.util import InputError
@@ -34,7 +35,7 @@ _MODELS = (
 )  # fmt: skip
 _HASHES = ("basemodelhash", "modelhash")
 _NOT_HERE = {
-    "clipskip": "clip skip", "vae": "VAE", "usevaemodel": "VAE", "vaemodel": "VAE", "refinermodel": "refiner",
+    "vae": "VAE", "usevaemodel": "VAE", "vaemodel": "VAE", "refinermodel": "refiner",
     "refinermodelname": "refiner", "usefacecorrection": "face correction", "useupscale": "upscaling",
     "useupscaling": "upscaling", "tiling": "tiling", "seamlesstiling": "tiling", "usecontrolnetmodel": "ControlNet",
     "controlnetmodel": "ControlNet", "usehypernetworkmodel": "hypernetwork", "hypernetworkmodel": "hypernetwork",
@@ -110,10 +111,10 @@ def read(texts: Mapping[str, str], origin: Origin) -> Recipe | None:
     _choose_numbers(content, origin, draft)
     if program.name == "Mochi Diffusion":
         content["sampler"] = content.pop("scheduler", "")
-    draft.sampler(_text(_found(content, _SAMPLERS)))
     schedule = _text(_found(content, ("comfyuischeduler", "scheduler", "noiseschedule")))
-    if schedule.lower() not in (*_NONE, "normal", "ddim_uniform", "native"):
-        draft.note(f"schedule {schedule[:50]} is not supported; using the sampler's own")
+    names = COMFYUI if program.on_the_cpu else OTHER
+    own = schedule.lower() in (*_NONE, "normal", "ddim_uniform", "native")
+    choose_sampler(draft, _text(_found(content, _SAMPLERS)), "" if own else schedule, names)
     _choose_noise(content, program, draft)
     _choose_start(content, program, draft)
     model = _found(content, _MODELS)
@@ -127,12 +128,15 @@ def read(texts: Mapping[str, str], origin: Origin) -> Recipe | None:
         draft.lora(lora, weight, weight)
         hashes[draft.loras[-1][0]] = digest
     draft.hashes(hashes, {})
+    skip = str(content.get("clipskip", ""))
+    if skip.lower() not in (*_NONE, "-1"):
+        draft.whole("clip_skip", int(skip) if skip.isdecimal() and len(skip) < 4 else skip)
     for key, label in _NOT_HERE.items():
         value = content.get(key)
-        if str(value).lower() not in _NONE and not (key == "clipskip" and str(value) in ("1", "-1")):
+        if str(value).lower() not in _NONE:
             draft.leave_out(label, value)
     if program.name == "NovelAI":
-        draft.note("left out: clip skip 2, which NovelAI uses")
+        draft.values["clip_skip"] = 2
         if any(re.search(r"[{}\[\]]|::", draft.values[name]) for name in ("prompt", "negative_prompt")):
             draft.note("signs in its prompts are weights to NovelAI")
     return draft.finish()

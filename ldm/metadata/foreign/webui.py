@@ -20,17 +20,17 @@ from ldm.metadata.foreign.entries import (
 )
 from ldm.metadata.foreign.files import find_files, listed_hashes
 from ldm.metadata.foreign.passes import choose_start, second_pass
+from ldm.metadata.foreign.samplers import COMFYUI, CPP, OLD_WEB_UI, WEB_UI, Program, choose_sampler
 from ldm.metadata.infotext import JOB_KEYS, job_from_entries, parse_infotext
 from ldm.metadata.read_own import recipe
 from ldm.metadata.recipe import UNKNOWN, Draft, Origin, Recipe
+from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.prompts.editing import changes_or_joins
 from ldm.util import InputError
 
 _CPP = "stable-diffusion.cpp"
 _CPP_NOISE = {"cuda": "NV", "cpu": "CPU"}
 _ON_THE_CPU = ("ComfyUI", "Fooocus")  # programs that draw noise there, as their `Version` begins
-_SCHEDULES = ("Karras", "Exponential", "Polyexponential", "SGM Uniform", "Uniform")
-_OWN_SCHEDULES = ("automatic", "uniform", "ddim", "ddim_uniform", "discrete", "")
 
 
 def read(text: str, origin: Origin = UNKNOWN) -> Recipe:
@@ -60,10 +60,22 @@ def _recipe(entries: dict[str, str], source: str, origin: Origin) -> Recipe:
     known = {key: value for key, value in entries.items() if key in FOREIGN_KEYS}
     if known.get("Seed", "").startswith("-"):
         draft.note(f"a random seed was asked for ({known.pop('Seed')}); using 42")
+    if known.get("Clip skip", "1") in ("0", "-1"):  # as some programs write that nothing is skipped
+        del known["Clip skip"]
     job = job_from_entries(known)
     draft.values |= {
         name: getattr(job, name)
-        for name in ("prompt", "negative_prompt", "seed", "width", "height", "steps", "scale", "eta")
+        for name in (
+            "prompt",
+            "negative_prompt",
+            "seed",
+            "width",
+            "height",
+            "steps",
+            "scale",
+            "eta",
+            "clip_skip",
+        )
     }
     _choose_size(entries, origin, job.upscale, draft)
     if source not in _ON_THE_CPU:
@@ -73,8 +85,10 @@ def _recipe(entries: dict[str, str], source: str, origin: Origin) -> Recipe:
         draft.values["prompt_syntax"] = "plain"
         draft.note("its prompts are read as plain text: what changes a prompt or joins two is text in it")
     draft.loras += job.loras
-    draft.sampler(entries.get("Sampler", ""))
-    if known.get("Eta DDIM") and draft.values["sampler"] == "ddim":
+    choose_sampler(
+        draft, entries.get("Sampler", ""), entries.get("Schedule type", ""), _program(entries, source)
+    )
+    if known.get("Eta DDIM") and "eta" in SOLVERS[draft.values["sampler"]].settings:
         draft.values["eta"] = job.eta
     for key, what in (("Seed", "seed"), ("CFG scale", "CFG scale")):
         if key not in entries:
@@ -119,9 +133,6 @@ def _choose_noise(entries: dict[str, str], draft: Draft) -> None:
 
 
 def _choose_timesteps(entries: dict[str, str], draft: Draft) -> None:
-    schedule = entries.get("Schedule type", "")
-    if schedule.lower() not in _OWN_SCHEDULES:
-        draft.note(f"schedule {schedule[:50]} is not supported; using the sampler's own")
     if draft.source in ("A1111", "SD.Next") and entries.get("Sampler", "").upper() in ("DDIM", "PLMS"):
         draft.spacing_of_compvis()
         if draft.source == "A1111" and _version(entries) >= (1, 6):
@@ -130,15 +141,24 @@ def _choose_timesteps(entries: dict[str, str], draft: Draft) -> None:
             )
 
 
+def _program(entries: dict[str, str], source: str) -> Program:
+    """Returns how the names of samplers and schedules are meant."""
+    if source in (CPP.name, "Draw Things"):
+        return CPP
+    if source in _ON_THE_CPU:
+        return COMFYUI
+    return WEB_UI if "Schedule type" in entries else OLD_WEB_UI
+
+
 def _version(entries: dict[str, str]) -> tuple[int, ...]:
-    """Returns the web UI's version, from v1.10.1 or v1.10.1-12-gabcdef; forks' and unknown ones count as new."""
+    """Returns the web UI's version, from v1.10.1 or v1.10.1-12-gabcdef; forks' and unknown ones count as 1.6."""
     parts = entries.get("Version", "").removeprefix("v").partition("-")[0].split(".")
     return tuple(map(int, parts)) if all(part.isdecimal() and len(part) < 5 for part in parts) else (1, 6)
 
 
 def _leave_out(entries: Mapping[str, str], draft: Draft) -> None:
     """Notes settings without a counterpart here."""
-    steady = draft.values.get("eta", 0) == 0 and draft.values["sampler"] in ("ddim", "plms")
+    steady = not draft.values.get("eta") and not SOLVERS[draft.values["sampler"]].draws
     hashes = {*listed_hashes(entries, "Lora hashes"), *listed_hashes(entries, "TI hashes")}
     harmless = {
         *HARMLESS,
@@ -174,11 +194,6 @@ def _as_web_ui(entries: dict[str, str]) -> dict[str, str]:
     entries = dict(entries)
     if "Hires upscale" not in entries and "Hires scale" in entries:
         entries["Hires upscale"] = entries.pop("Hires scale")
-    sampler = entries.get("Sampler", "")
-    for schedule in _SCHEDULES:
-        if sampler.lower().endswith(f" {schedule.lower()}") and "Schedule type" not in entries:
-            entries |= {"Sampler": sampler[: -len(schedule) - 1], "Schedule type": schedule}
-            break
     if "Eta DDIM" not in entries and _is_eta(entries.get("Eta", "")):
         entries["Eta DDIM"] = entries["Eta"]
     return entries

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ldm.job import Job, Spacing
-from ldm.models.diffusion.schedules import Schedule
 from ldm.models.diffusion.schedules.levels import sigma_of
-from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.util import InputError
 
 if TYPE_CHECKING:
@@ -118,73 +115,6 @@ def make_timesteps(spacing: str, steps: int, total: int = 1000) -> NDArray[np.in
     if spacing == "quad":
         return (np.linspace(0, np.sqrt(total * 0.8), steps) ** 2).astype(np.int64) + 1
     raise InputError(f"unknown timestep spacing {spacing!r}; it is uniform, compvis or quad")
-
-
-def check_sampling(sampler: str, steps: int, spacing: Spacing, eta: float) -> None:
-    """Raises `InputError` if a sampler cannot run this number of steps with this spacing and eta."""
-    row = SOLVERS[sampler]
-    if eta and "eta" not in row.settings:
-        raise InputError(f"--{sampler} adds no noise; leave --ddim_eta {eta:g} out, or use --sampler ddim")
-    if spacing != "uniform" and (sampler == "dpm_solver" or row.schedule != "original"):
-        raise InputError(f"--{sampler} has uniform --timestep_spacing only, not {spacing}")
-    if sampler != "dpm_solver":
-        own_schedule(sampler, spacing).length(steps)
-
-
-def own_schedule(sampler: str, spacing: Spacing) -> Schedule:
-    """Returns the schedule that a sampler has of its own, with this spacing of the original's timesteps."""
-    return Schedule(SOLVERS[sampler].schedule, spacing=spacing)
-
-
-def steps_to_run(strength: float, steps: int, rows: int) -> int:
-    """Returns how many of a table's `rows` steps run at a strength in [0, 1], where `steps` were requested.
-
-    int(strength * steps), as in the original; at strength 1 all of them.
-    """
-    return rows if strength == 1 else min(int(strength * steps), rows)
-
-
-def steps_to_run_a1111(strength: float, steps: int) -> int:
-    """Returns how many of `steps` steps A1111's web UI runs at a strength in [0, 1]: one more, or all.
-
-    It noises the image to the level at which the first of them begins.
-    """
-    return min(int(strength * steps), steps - 1) + 1
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """One run of a sampler for a job: at `size`, height and width in pixels, the last `steps` of its schedule.
-
-    It starts from noise, from latents that are noised first, or from the upscaled latents of the previous pass.
-    """
-
-    size: tuple[int, int]
-    steps: int
-    start: Literal["noise", "latents", "upscaled"]
-
-
-def schedule_length(job: Job) -> int:
-    """Returns the number of steps in a job's schedule, which with `compvis` spacing can exceed `job.steps`."""
-    if job.sampler == "dpm_solver":
-        return job.steps
-    return own_schedule(job.sampler, job.timestep_spacing).length(job.steps)
-
-
-def passes_of(job: Job, rows: int | None = None, from_noise: bool | None = None) -> list[Pass]:
-    """Returns the passes of a job whose schedule has `rows` steps: one, or with `upscale` a second one.
-
-    The first starts from noise if the job has no start image, unless `from_noise` is given.
-    """
-    rows = schedule_length(job) if rows is None else rows
-    size, from_noise = (job.height, job.width), job.init is None if from_noise is None else from_noise
-    if from_noise:
-        first = Pass(size, rows, "noise")
-    else:
-        first = Pass(size, steps_to_run(job.strength, job.steps, rows), "latents")
-    if job.upscale <= 1:
-        return [first]
-    return [first, Pass(job.upscaled_size, steps_to_run(job.upscale_strength, job.steps, rows), "upscaled")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ldm.metadata.foreign.comfyui.graph import Graph, Node, as_number, as_text
+from ldm.metadata.foreign.comfyui.graph import Graph, Node, as_number, as_text, as_whole
 from ldm.metadata.foreign.comfyui.nodes import NO_FILE, TOWARDS_MODEL
 from ldm.metadata.foreign.comfyui.passes import Passes
 from ldm.metadata.infotext import file_name
@@ -78,8 +78,8 @@ def _note_text_encoder(passes: Passes, chain: Sequence[Node], loader: Node | Non
         passes.expect(node)
     for node in chain:
         layer = graph.number(node, "stop_at_clip_layer", "clip_skip")
-        if layer not in (None, -1, 0):
-            draft.leave_out("CLIPSetLastLayer", layer)
+        if layer not in (None, 0):
+            draft.whole("clip_skip", as_whole(-layer))
         for name in ("token_normalization", "weight_interpretation"):
             if (value := as_text(node.inputs.get(name))) not in (None, "none", "comfy"):
                 draft.leave_out(name, value)

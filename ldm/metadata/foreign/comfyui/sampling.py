@@ -6,6 +6,7 @@ from ldm.metadata.foreign.comfyui.graph import as_whole
 from ldm.metadata.foreign.comfyui.nodes import SAMPLERS
 from ldm.metadata.foreign.comfyui.passes import Passes
 from ldm.metadata.foreign.comfyui.start import Start
+from ldm.metadata.foreign.samplers import COMFYUI, choose_sampler
 from ldm.metadata.recipe import Draft
 
 
@@ -17,12 +18,11 @@ def read_settings(passes: Passes) -> None:
     draft.whole("seed", as_whole(graph.number(sampler, "seed", "noise_seed")))
     draft.whole("steps", as_whole(graph.number(sampler, "steps")))
     draft.number("scale", graph.number(sampler, "cfg"))
-    draft.sampler(graph.text(sampler, "sampler_name") or "")
+    name = graph.text(sampler, "sampler_name") or ""
     scheduler = (graph.text(sampler, "scheduler") or "(none named)")[:50]
+    choose_sampler(draft, name, scheduler, COMFYUI)
     if scheduler == "ddim_uniform":
         draft.spacing_of_compvis()
-    else:
-        draft.note(f"scheduler {scheduler} is not here; the sampler's own timesteps are used")
     for name in ("noise", "guider", "sigmas"):
         for node in graph.chain(graph.linked(sampler, name), name):
             passes.expect(node)

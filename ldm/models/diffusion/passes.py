@@ -1,0 +1,136 @@
+"""A job's solver, schedule and passes: which steps it runs, at which size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ldm.job import Job
+from ldm.models.diffusion.schedules import Schedule
+from ldm.models.diffusion.solvers.registry import SOLVERS
+from ldm.util import InputError
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Details in which programs differ that run the same solver on the same schedule.
+
+    `rounded`: the model is called at whole timesteps. `shortened` are the solvers whose schedule has one level more,
+    of which the next to last is left out. `max_denoise`: the first latents are noise * sqrt(1 + sigma^2), not
+    noise * sigma (None: as the author of the schedule has it). `one_more`: at a strength below 1, one step more than
+    the share that is asked for runs, from the level at which it begins.
+    """
+
+    rounded: bool = False
+    shortened: tuple[str, ...] = ()
+    max_denoise: bool | None = None
+    one_more: bool = False
+
+
+CONVENTIONS: Mapping[str, Convention] = {
+    "ldm": Convention(),
+    "a1111": Convention(shortened=("dpm2", "dpm2_a", "dpmpp_3m_sde"), one_more=True),
+    "comfyui": Convention(rounded=True, shortened=("dpm2", "dpm2_a", "unipc"), max_denoise=True),
+}
+
+
+def schedule_of(job: Job) -> Schedule:
+    """Returns the schedule of a job: its own levels, the one that it names, or the solver's."""
+    convention = CONVENTIONS[job.convention]
+    given = job.sigmas or job.timesteps
+    name = "sigmas" if job.sigmas else "timesteps" if job.timesteps else job.schedule
+    return Schedule(
+        SOLVERS[job.sampler].schedule if name == "auto" else name,
+        rounded=convention.rounded,
+        discard_next_to_last=job.sampler in convention.shortened and not given,
+        max_denoise=convention.max_denoise,
+        spacing=job.timestep_spacing,
+        values=given,
+    )
+
+
+def settings_of(job: Job) -> dict[str, float]:
+    """Returns the settings of a job's solver that differ from the solver's defaults."""
+    known = SOLVERS[job.sampler].settings
+    asked = {"s_noise": job.s_noise, "s_churn": job.s_churn} | ({} if job.eta is None else {"eta": job.eta})
+    return {name: value for name, value in asked.items() if value != known.get(name, _UNSET[name])}
+
+
+_UNSET: Mapping[str, Any] = {"s_noise": 1.0, "s_churn": 0.0, "eta": 0.0}
+_OPTIONS = {"eta": "ddim_eta"}
+
+
+def check_sampling(job: Job) -> None:
+    """Raises `InputError` if a job's solver cannot run with its settings, schedule or number of steps."""
+    row, schedule = SOLVERS[job.sampler], schedule_of(job)
+    for name, value in settings_of(job).items():
+        if name not in row.settings:
+            others = ", ".join(other for other, one in SOLVERS.items() if name in one.settings)
+            raise InputError(
+                f"{job.sampler} does not use --{_OPTIONS.get(name, name)}, here {value:g}; leave it out, or use one "
+                f"of the samplers that do: {others}"
+            )
+    if job.sigmas and job.timesteps:
+        raise InputError("--sigmas and --timesteps contradict; leave one of them out")
+    if job.timestep_spacing != "uniform" and (job.sampler == "dpm_solver" or schedule.name != "original"):
+        raise InputError(
+            f"--timestep_spacing {job.timestep_spacing} goes with ddim and plms on their own schedule, not with "
+            f"{job.sampler} on {schedule.name}; leave it out"
+        )
+    schedule_length(job)
+
+
+def schedule_length(job: Job) -> int:
+    """Returns the number of steps in a job's schedule: not `job.steps` with `compvis` spacing and a few others."""
+    schedule = schedule_of(job)
+    if job.sampler == "dpm_solver" and schedule.name == "original":
+        return job.steps
+    return schedule.length(job.steps)
+
+
+def steps_to_run(strength: float, steps: int, rows: int, one_more: bool = False) -> int:
+    """Returns how many of a table's `rows` steps run at a strength in [0, 1], where `steps` were requested.
+
+    int(strength * steps), as in the original; at strength 1 all of them. With `one_more`, as in A1111's web UI, one
+    step more, unless that would be all.
+    """
+    if strength == 1:
+        return rows
+    count = int(strength * steps)
+    return min(min(count, steps - 1) + 1 if one_more else count, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One run of a sampler for a job: at `size`, height and width in pixels, the last `steps` of its schedule.
+
+    It starts from noise, from latents that are noised first, or from the upscaled latents of the previous pass.
+    """
+
+    size: tuple[int, int]
+    steps: int
+    start: Literal["noise", "latents", "upscaled"]
+
+    def model_calls(self, sampler: str) -> int:
+        """Returns how often the model is called for each image, both halves of a guided call counting as one."""
+        return SOLVERS[sampler].model_calls(self.steps) if self.steps else 0
+
+
+def passes_of(job: Job, rows: int | None = None, from_noise: bool | None = None) -> list[Pass]:
+    """Returns the passes of a job whose schedule has `rows` steps: one, or with `upscale` a second one.
+
+    The first starts from noise if the job has no start image, unless `from_noise` is given.
+    """
+    rows = schedule_length(job) if rows is None else rows
+    size, from_noise = (job.height, job.width), job.init is None if from_noise is None else from_noise
+    # the original's schedule keeps its rule
+    one_more = CONVENTIONS[job.convention].one_more and schedule_of(job).name != "original"
+    if from_noise:
+        first = Pass(size, rows, "noise")
+    else:
+        first = Pass(size, steps_to_run(job.strength, job.steps, rows, one_more), "latents")
+    if job.upscale <= 1:
+        return [first]
+    again = steps_to_run(job.upscale_strength, job.steps, rows, one_more)
+    return [first, Pass(job.upscaled_size, again, "upscaled")]
