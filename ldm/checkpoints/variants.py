@@ -98,9 +98,11 @@ def _fewer_blocks(params: Config, checkpoint: Checkpoint) -> _Change | None:
         return None
     own = unet.get("params") or {}
     size, widths = unet_blocks(names), own.get("channel_mult", (1, 2, 4, 8))
-    usual = len(widths), own.get("num_res_blocks", 0), own.get("use_middle_block", True)
-    found = size.levels, size.each, size.middle
-    if found == usual or not (1 <= size.levels <= len(widths) and 1 <= size.each <= usual[1]):
+    usual = len(widths), own.get("num_res_blocks", 0)
+    smaller = size.levels <= usual[0] and size.each <= usual[1] and (size.levels, size.each) != usual
+    blocks = {name.split(".")[1] for name in names if name.startswith("input_blocks.")}
+    whole = blocks == set(map(str, range(size.levels * (size.each + 1))))  # else it is a damaged file
+    if not (smaller and whole and size.each):
         return None
     why = f"a small U-Net: {size.levels} levels of {size.each}, {'with' if size.middle else 'without'} a middle block"
     small = {

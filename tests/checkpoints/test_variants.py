@@ -170,6 +170,19 @@ def small() -> tuple[Any, State]:
     return config, rebuilt_state_dict(build_model(config))
 
 
+@pytest.mark.parametrize(
+    "block", ["middle_block.", "input_blocks.5.", "input_blocks.11.", "output_blocks.3."]
+)
+def test_a_block_that_is_missing_from_a_whole_unet_is_an_error(
+    weights: State, tmp_path: Path, block: str
+) -> None:
+    rest = {key: value for key, value in weights.items() if f"model.diffusion_model.{block}" not in key}
+    path, config = saved(tmp_path / "m.ckpt", rest), tiny_config()
+    assert suited(config, read_model(path)) is config
+    with pytest.raises(CheckpointError, match=rf"lacks \d+ keys .*{block}"):
+        load_model(config, path)
+
+
 def test_a_small_unet_runs_as_packed_layers() -> None:
     """Blocks that are missing are missing in the fast network as well."""
     config = small_config(**TINY)

@@ -292,9 +292,12 @@ def unet_blocks(names: list[str]) -> Blocks:
 
 
 def _has_gaps(names: list[str]) -> bool:
-    """Whether the blocks of a U-Net are not numbered in one row."""
+    """Whether the blocks of a U-Net are numbered as by diffusers' script for single files."""
     found = _numbers(names, _INPUT_BLOCK)
-    return found != set(range(len(found)))
+    levels = 1 + len(_numbers(names, r"input_blocks\.(\d+)\.0\.op\."))
+    each = max(len(found) // levels - 1, 0)
+    blocks = {_ROOM * level + i for level in range(levels) for i in range(1, each + 1)}
+    return each < _ROOM - 1 and found == blocks | {_ROOM * level for level in range(levels)}
 
 
 def _vae_blocks(names: list[str]) -> Blocks:
