@@ -241,7 +241,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "guidance_interval", {"low": 0}, "guidance_interval", "sampling", "LO,HI",
-        "guide only between these shares of the steps, such as 0.1,0.7: other steps cost half",
+        "guide only between these shares of the steps, such as 0.1,0.7: other steps cost half (default: 0,1)",
         label="Guidance interval",
     ),
     Field(

@@ -43,11 +43,21 @@ class Batch:
         """Whether the images pass through the autoencoder between the passes."""
         return self.job.upscale > 1 and self.job.upscale_in == "pixels"
 
-    def passes(self) -> list[tuple[tuple[int, int], int]]:
-        """Returns height and width, and the number of calls of the model, of each pass."""
+    def passes(self) -> list[tuple[tuple[int, int], int, float]]:
+        """Returns height and width, the number of calls of the model, and that of the guided ones, of each pass."""
         from ldm.models.diffusion.passes import passes_of
 
-        return [(one.size, one.model_calls(self.job.sampler)) for one in passes_of(self.job)]
+        found = [(one, one.model_calls(self.job.sampler)) for one in passes_of(self.job)]
+        return [(one.size, calls, calls * self._guided_share(one.steps)) for one, calls in found]
+
+    def _guided_share(self, steps: int) -> float:
+        """Returns the share of the last steps that can be guided: all, or the ones in an interval of steps."""
+        from ldm.models.diffusion.passes import schedule_length
+
+        if not self.guided or self.job.guidance_interval_in == "sigma" or steps == 0:
+            return float(self.guided)
+        rows, (low, high) = schedule_length(self.job), self.job.guidance_interval
+        return sum(low <= row / rows < high for row in range(rows - steps, rows)) / steps
 
 
 def batch_kinds(
@@ -110,7 +120,11 @@ def _batch_seconds(
     batch: Batch, work: NetworkWork, pace: Callable[[torch.dtype], Pace], dtype: torch.dtype
 ) -> float:
     own, last = pace(dtype), batch.job.upscaled_size
-    denoising = sum(steps * own.seconds(work.predict(*size), batch.samples) for size, steps in batch.passes())
+    denoising = sum(
+        guided * own.seconds(work.predict(*size), batch.samples)
+        + (calls - guided) * own.seconds(work.predict(*size), batch.images * batch.parts)
+        for size, calls, guided in batch.passes()
+    )
     each = own.seconds(work.decode(*last))
     if batch.encodes_again:
         each += own.seconds(work.decode(*batch.size)) + _encode_seconds(last, work, pace)

@@ -55,7 +55,7 @@ def needed_memory(
     encoded |= {batch.job.upscaled_size for batch in batches if batch.encodes_again}
     passing = {size: tiling.needed_memory(widths, _area(size)) * share(size) for size in {largest, *encoded}}
     to_encode = work.encode(*largest).alive / work.decode(*largest).alive  # always in float32
-    denoised = {(size, batch.samples) for batch in batches for size, steps in batch.passes() if steps}
+    denoised = {(size, batch.samples) for batch in batches for size, steps, _ in batch.passes() if steps}
     peaks = [
         (passing[largest] * dtype.itemsize / 4, f"decoding {_words(largest)}"),
         *((passing[size] * to_encode, f"encoding {_words(size)}") for size in encoded),
@@ -85,7 +85,7 @@ def check_batches(
 
     total, batches = total_memory(device), batch_kinds(plan)
     width = section(config, "unet_config").get("model_channels", 320)
-    cells = max(_area(size) * batch.samples for batch in batches for size, _ in batch.passes())
+    cells = max(_area(size) * batch.samples for batch in batches for size, *_ in batch.passes())
     bound = MOST_MAPS * 4 * width * cells // latent_factor(config) ** 2
     if total is None or 2 * bound < total:
         return

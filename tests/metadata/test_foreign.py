@@ -325,6 +325,14 @@ def test_a_text_of_stable_diffusion_cpp() -> None:
     assert not noted(recipe, "Guidance") and noted(recipe, "upscale_strength", "0.5")
 
 
+@pytest.mark.parametrize("prompt", ["a [cat|dog]", "a [cat:3]", "a cat AND a dog", "ratio 16:9"])
+def test_prompts_that_change_are_those_of_the_web_ui_only(prompt: str) -> None:
+    text = f"{prompt}\nSteps: 30, Sampler: DDIM, CFG scale: 5, Seed: 5, Size: 64x64, Version: "
+    assert webui.read(f"{text}v1.10.1").job.prompt_syntax == "a1111"
+    recipe = webui.read(f"{text}stable-diffusion.cpp")
+    assert recipe.job.prompt_syntax == "plain" and noted(recipe, "plain text")
+
+
 @pytest.mark.parametrize(("rng", "own"), [("cuda", "philox"), ("cpu", "cpu"), ("std_default", "philox")])
 def test_noise_of_stable_diffusion_cpp(rng: str, own: str) -> None:
     text = (

@@ -154,6 +154,12 @@ def test_the_web_ui_s_syntax_says_the_same(prompt: str) -> None:
     assert {round(w, 6) for t, w in section if t} == {round(w, 6) for t, w in read_here.parts if t}
 
 
+def test_a_number_at_the_end_is_text() -> None:
+    """Where the web UI reads the weight of a prompt."""
+    recipe = read(nodes(_6={"text": "(a cat:1.2), 16:9"}, _7={"text": "x:2"}))
+    assert (recipe.job.prompt, recipe.job.negative_prompt) == ("(a cat:1.2), 16:9:1", "x:2")
+
+
 def test_weights_are_kept_and_noted() -> None:
     recipe = read(nodes(_7={"text": "(blurry:1.4), [x]"}))
     assert (recipe.job.prompt, recipe.job.negative_prompt) == ("a cat", "(blurry:1.4), \\[x\\]")

@@ -16,6 +16,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.guidance import Guidance, GuidancePlan
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.solvers import SOLVERS
 from ldm.util import InputError
 
 X = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(1))
@@ -98,10 +99,14 @@ def test_guidance_over_the_steps_is_a_run_stitched_of_runs_with_other_scales(kin
     torch.testing.assert_close(decoded(Toy(), of_course(Course((0.1, 0.7), curve="linear"))), x)
 
 
-def test_a_solver_that_predicts_twice_in_a_step_has_one_guidance_there() -> None:
+@pytest.mark.parametrize(
+    ("kind", "calls"),
+    [(PLMSSampler, [2, 2] + [4] * 9), (SOLVERS["heun"].make, [2] * 2 + [4] * 17)],
+)
+def test_a_solver_that_predicts_twice_in_a_step_has_one_guidance_there(kind: Any, calls: list[int]) -> None:
     model = Toy()
-    decoded(model, of_course(Course((0.1, 1.0))), kind=PLMSSampler)
-    assert model.calls == [2, 2] + [4] * 9
+    decoded(model, of_course(Course((0.1, 1.0))), kind=kind)
+    assert model.calls == calls
 
 
 @pytest.mark.parametrize("curve", CURVES)

@@ -150,6 +150,14 @@ def test_twice_the_pictures_or_steps_take_twice_the_time(work):
     assert seconds(work, {Batch(job, 4, False): 1}) > once  # the images of half as many samples are decoded
 
 
+def test_steps_without_guidance_cost_one_prediction_and_joined_prompts_one_each(work):
+    job = Job("", width=128, height=128, steps=20, guidance_interval=(0.1, 0.7))
+    rest = 2 * of(work.decode(*SIDE))
+    cost = of(work.predict(*SIDE))
+    assert seconds(work, {Batch(job, 2, True): 1}) == (12 * 4 + 8 * 2) * cost + rest
+    assert seconds(work, {Batch(job, 2, True, parts=3): 1}) == (12 * 8 + 8 * 6) * cost + rest
+
+
 def test_the_second_pass_and_the_encoder_are_counted(work):
     paces = {
         torch.bfloat16: COUNTING,

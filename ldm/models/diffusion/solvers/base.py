@@ -26,8 +26,8 @@ class Solver(Sampler):
     starts_above = False
 
     def _stepper(self, run: SamplingRun) -> TakeStep:
-        s_noise = self.settings.get("s_noise", 1.0)
-        return self._solve(replace(run, temperature=run.temperature * s_noise))
+        run.temperature *= self.settings.get("s_noise", 1.0)
+        return self._solve(run)  # the same object, which is given the guidance of each step
 
     def _solve(self, run: SamplingRun) -> TakeStep:
         """Returns the function that runs a step; called once per run, so that history belongs to the run."""
