@@ -54,10 +54,10 @@ def read_config(path: str | Path, allow_targets: Sequence[str] = ()) -> dict[str
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"the config {printable(path)} is no usable YAML: {printable(reason)[:300]}"
+            f"the config {printable(path)} is not usable YAML: {printable(reason)[:300]}"
         ) from None
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict) or "target" not in tree["model"]:
-        raise ConfigError(f"the config {printable(path)} is no mapping with `model:` and its `target:`")
+        raise ConfigError(f"the config {printable(path)} is not a mapping with `model:` and its `target:`")
     model = tree["model"]
     _check_tree(model, path, allow_targets)
     _check_sizes(model, path)

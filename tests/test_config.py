@@ -71,10 +71,10 @@ def test_paths_that_are_no_configs(tmp_path, make, reason):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "is no mapping"),
-        ("- a\n- b", "is no mapping"),
-        ("hello", "is no mapping"),
-        ("model: 3", "is no mapping"),
+        ("", "is not a mapping"),
+        ("- a\n- b", "is not a mapping"),
+        ("hello", "is not a mapping"),
+        ("model: 3", "is not a mapping"),
         ("a: &a [*a]", "is no"),
         ("model: {target: os.system}", "--allow_targets os"),
         ("model: {target: builtins.eval}", "--allow_targets builtins"),

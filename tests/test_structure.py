@@ -247,11 +247,11 @@ def missing_names(page):
     text = page.read_text(encoding="utf-8")
     paths = re.findall(r"(?<![\w./-])((?:ldm|tests|scripts|configs)/[\w./-]*\w)", text)
     in_code = re.findall(r"`([\w./-]*\w\.py)(?::(\w+))?`", text)
-    in_walks = [(name, "") for name in re.findall(r"(?<![\w./-])((?:\w+/)+\w+\.py)", text)]
+    in_paths = [(name, "") for name in re.findall(r"(?<![\w./-])((?:\w+/)+\w+\.py)", text)]
     for name in paths:
         if not (ROOT / name).exists():
             yield name
-    for name, member in in_code + in_walks:
+    for name, member in in_code + in_paths:
         places = [ROOT / name, page.parent / name, ROOT / "ldm" / name, ROOT / "scripts" / name]
         files = [p for p in (*places, *(p for p in TESTS if p.name == name)) if p.is_file()]
         if not files or (member and not re.search(rf"^(class |def )?{member}\b", files[0].read_text(), re.M)):
@@ -280,7 +280,7 @@ def test_the_readme_is_short():
 
 def test_the_readme_of_the_architecture_has_every_room_at_its_rank():
     page = (ROOT / "ldm/README.md").read_text(encoding="utf-8")
-    table = page[page.index("| rank | room") : page.index("## Three walks")]
+    table = page[page.index("| rank | room") : page.index("## Three paths through the code")]
     listed, number = [set() for _ in RANKS], 0
     for row in table.splitlines()[2:]:
         _, rank_cell, rooms, *_ = row.split("|") if row else ("", "", "")

@@ -116,8 +116,8 @@ def _tell_ratios(report: Report, samples: Sequence[Sample], ours: str, peer: str
             what = {"phase": phase, "size": size, "ours": ours, "peer": peer, "fresh": samples[0].fresh}
             figures = {"median": middle, "worst": worst, "of minima": best}
             report.line("ratio", {**what, **figures, "rounds": values})
-            told = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
-            report.text(f"{phase:<22}{told}  rounds {' '.join(f'{value:.3f}' for value in values)}")
+            listed = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            report.text(f"{phase:<22}{listed}  rounds {' '.join(f'{value:.3f}' for value in values)}")
 
 
 def print_errors(
@@ -144,7 +144,7 @@ def print_errors(
 
 
 def facts_line(name: str, facts: Mapping[str, Any], subject: str, recipe: str) -> str:
-    told = {key: value for key, value in facts.items() if value not in (None, {})}
+    listed = {key: value for key, value in facts.items() if value not in (None, {})}
     if subject != "ours":
-        told["layout"] = recipe
-    return f"{name}: " + ", ".join(f"{key} {value}" for key, value in told.items())
+        listed["layout"] = recipe
+    return f"{name}: " + ", ".join(f"{key} {value}" for key, value in listed.items())

@@ -1,4 +1,4 @@
-"""What a benchmark measures: this toolkit, or a peer, under one protocol."""
+"""The subjects of a benchmark: this toolkit, or a peer, under one protocol."""
 
 from __future__ import annotations
 

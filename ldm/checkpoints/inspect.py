@@ -1,4 +1,4 @@
-"""Says what a model file is, without running anything from it and without trusting it: also of refused files."""
+"""Describes a model file, without running anything from it and without trusting it: also of refused files."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class _Change(NamedTuple):
 
 
 def _prediction(params: Config, checkpoint: Checkpoint) -> _Change | None:
-    """What the U-Net predicts, and whether the schedule ends without signal."""
+    """Returns what the U-Net predicts, and whether the schedule ends without signal."""
     stated = checkpoint.prediction
     wanted: dict[str, Any] = {}
     if stated.parameterization:

@@ -91,7 +91,7 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
         "--devices",
         metavar="N",
         type=int,
-        help="share the run among N processes of this machine, one for each GPU (with torchrun: as it says)",
+        help="share the run among N processes of this machine, one for each GPU (with torchrun: those it starts)",
     )
     group.add_argument(
         "--num_nodes", metavar="N", type=int, help="share it among N machines with one output folder"
@@ -134,7 +134,7 @@ def _add_addition_options(parser: argparse.ArgumentParser) -> None:
         type=_lora,
         action="append",
         default=[],
-        help="put a LoRA onto the model with WEIGHT (1), and onto its text model with TEXT (the same); "
+        help="put a LoRA onto the model with WEIGHT (1), and onto its text encoder with TEXT (the same); "
         "can be given several times",
     )
     group.add_argument(
@@ -148,7 +148,7 @@ def _add_addition_options(parser: argparse.ArgumentParser) -> None:
         type=_embedding,
         action="append",
         default=[],
-        help="let NAME in a prompt (default: the file's name) stand for a textual inversion; "
+        help="let NAME in a prompt (default: the file's name) mean a textual inversion; "
         "can be given several times",
     )
     group.add_argument("--embedding_dir", metavar="DIR", help="use every textual inversion below this folder")

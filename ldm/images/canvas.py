@@ -355,7 +355,7 @@ def _picture_of(mask: str, pictures: Sequence[str], folder: str) -> str:
     found = [name for name in pictures if _stem(name) == stem]
     if len(found) != 1:
         what = (
-            f"belongs to several images: {', '.join(found)}" if found else f"has no image {stem}.* beside it"
+            f"belongs to several images: {', '.join(found)}" if found else f"has no image {stem}.* next to it"
         )
         raise InputError(f"{printable(os.path.join(folder, mask))}: {printable(what)}")
     return found[0]

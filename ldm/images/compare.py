@@ -39,7 +39,7 @@ def compare(first: np.ndarray, second: np.ndarray) -> Difference:
     import numpy as np
 
     if first.shape != second.shape:
-        sizes = [f"{picture.shape[1]}x{picture.shape[0]}" for picture in (first, second)]
+        sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (first, second)]
         raise InputError(f"images of {sizes[0]} and {sizes[1]} cannot be compared; make them the same size")
     apart = np.abs(first.astype(np.int16) - second)
     mean_square = float(np.square(apart, dtype=np.float64).mean())

@@ -34,11 +34,11 @@ class Layout:
     title: Box
     rows: tuple[Box, ...]
     columns: tuple[Box, ...]
-    pictures: tuple[Box, ...]
+    images: tuple[Box, ...]
 
 
 def sheet(
-    pictures: Sequence[np.ndarray | None], rows: Sequence[str], columns: Sequence[str], title: str = ""
+    images: Sequence[np.ndarray | None], rows: Sequence[str], columns: Sequence[str], title: str = ""
 ) -> Image.Image:
     """Draws uint8 images [H, W, 3], row by row, as a table on white, with names left of rows and above columns.
 
@@ -46,7 +46,7 @@ def sheet(
     is white. Texts are wrapped, and cut where they do not fit; control characters in them are escaped.
     Raises InputError if the sheet would be larger than 67 million pixels.
     """
-    placed = layout([None if p is None else (p.shape[1], p.shape[0]) for p in pictures], rows, columns, title)
+    placed = layout([None if p is None else (p.shape[1], p.shape[0]) for p in images], rows, columns, title)
     page = Image.new("RGB", placed.size, _PAPER)
     labels = (
         (title, placed.title),
@@ -55,7 +55,7 @@ def sheet(
     )
     for text, box in labels:
         _write(page, text, box)
-    for picture, box in zip(pictures, placed.pictures, strict=True):
+    for picture, box in zip(images, placed.images, strict=True):
         if picture is not None:
             page.paste(Image.fromarray(picture), box[:2])
     return page
@@ -66,7 +66,7 @@ def layout(
 ) -> Layout:
     """Returns where `sheet` places images of these sizes (width, height)."""
     if len(sizes) != len(rows) * len(columns) or not sizes:
-        raise ValueError(f"{len(sizes)} pictures do not fill {len(rows)} rows of {len(columns)} columns")
+        raise ValueError(f"{len(sizes)} images do not fill {len(rows)} rows of {len(columns)} columns")
     table = [
         [size or (0, 0) for size in sizes[i : i + len(columns)]] for i in range(0, len(sizes), len(columns))
     ]
@@ -81,7 +81,7 @@ def layout(
     width, height = lefts[-1] + widths[-1] + PADDING, tops[-1] + heights[-1] + PADDING
     if width * height > MAX_PAGE_PIXELS:
         raise InputError(
-            f"a sheet of {len(rows)} by {len(columns)} pictures has {width}x{height} pixels, more than "
+            f"a sheet of {len(rows)} by {len(columns)} images has {width}x{height} pixels, more than "
             f"{MAX_PAGE_PIXELS // 10**6} million; make a smaller one"
         )
     return Layout(

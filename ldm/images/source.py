@@ -234,7 +234,7 @@ def _srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.
         logger.debug("ICC profile ignored: %s", printable(error))
         return image.convert("RGB")
     if converted is None:
-        raise ValueError("a transform that is not in place returns its picture")
+        raise ValueError("a transform that is not in place returns its image")
     if image.mode != "LAB":
         notes.append("colours converted from the file's ICC profile to sRGB")
     return converted

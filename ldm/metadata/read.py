@@ -47,7 +47,7 @@ def read_job(path: str) -> Recipe:
         if recipe is None and not faults:
             name, texts = read_texts_beside(path)
             recipe, faults = _read(texts, origin)
-            faults = [f"its settings are from {printable(name)}, beside it", *faults] if name else []
+            faults = [f"its settings are from {printable(name)}, next to it", *faults] if name else []
     except FieldError as error:  # a damaged or forged record is not replaced by another text
         raise InputError(f"{printable(path)}: {error}") from None
     if recipe is not None:

@@ -93,8 +93,8 @@ class Draft:
             self._refuse(name, value)
 
     def _refuse(self, name: str, value: object) -> None:
-        said = "is not stated" if value is None else f"cannot be {shown(value)}"
-        self.note(f"{name} {said}; using {getattr(V1_DEFAULTS, name)}")
+        reason = "is not stated" if value is None else f"cannot be {shown(value)}"
+        self.note(f"{name} {reason}; using {getattr(V1_DEFAULTS, name)}")
 
     def _check(self) -> None:
         """Removes and notes invalid values; InputError for a number that is not finite."""
@@ -133,7 +133,7 @@ class Draft:
 
     def gpu_noise(self) -> None:
         """Notes that the noise is assumed to be an NVIDIA card's, whose generator uses all 64 bits of a seed."""
-        self.note("its noise is taken to be an NVIDIA card's; another GPU's would differ")
+        self.note("its noise is assumed to be an NVIDIA card's; another GPU's would differ")
 
     def lora(self, name: object, weight: object, text_weight: object) -> None:
         """Adds a LoRA by the name of its file, with its weights on the U-Net and on the text encoder."""

@@ -20,7 +20,7 @@ class LitEma(nn.Module):
     def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True):
         super().__init__()
         if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"decay is {decay}; it must lie between 0 and 1")
+            raise ValueError(f"decay is {decay}; it must be between 0 and 1")
         # set here, so they are never left on the meta device that a model may be built on
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32, device="cpu"))
         self.register_buffer(

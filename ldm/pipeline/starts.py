@@ -1,4 +1,4 @@
-"""What a batch starts from other than noise: the images of jobs, their masks, and enlarged images."""
+"""The starts of a batch other than noise: the images of jobs, their masks, and enlarged images."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Starts:
     def inpainting_condition(
         self, jobs: Sequence[Job], init: Init | None, size: tuple[int, int], posterior: NoiseSource
     ) -> InpaintingCondition | None:
-        """What an inpainting model sees of `init`; None for other models.
+        """Returns what an inpainting model sees of `init`; None for other models.
 
         Without an image or a mask it sees nothing, and so is like any other model.
         """
@@ -110,7 +110,7 @@ class Starts:
         )
 
     def paste(self, job: Job) -> Paste | None:
-        """What of a job's image is put back into the result, if anything is."""
+        """Returns what of a job's image is put back into the result, if anything is."""
         init = job.init
         if init is None or not self.has_mask(init) or not job.paste or job.upscale > 1:
             return None

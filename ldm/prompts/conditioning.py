@@ -38,7 +38,7 @@ def encode_weighted(
 
 def _clip(embedder: nn.Module) -> FrozenCLIPEmbedder:
     if not isinstance(embedder, FrozenCLIPEmbedder):
-        raise InputError("prompt weights need a CLIP text model, which this model has not")
+        raise InputError("prompt weights need a CLIP text encoder, which this model has not")
     return embedder
 
 

@@ -74,7 +74,7 @@ def parts_of(prompt: str, timeline: Timeline) -> list[Part]:
         weight = float(match[1]) if match else 1.0
         if not math.isfinite(weight):
             raise InputError(
-                "a weight after the last colon of the prompt is no finite number; use a smaller one"
+                "a weight after the last colon of the prompt is not a finite number; use a smaller one"
             )
         parts.append(Part(tuple(changes_of(text, timeline)), weight))
     return parts
@@ -93,7 +93,7 @@ def changes_or_joins(prompt: str, negative: str = "") -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """What the prompts of a job are in one pass. AND joins prompts in the prompt only, as in the web UI."""
+    """The prompts of a job in one pass. AND joins prompts in the prompt only, as in the web UI."""
 
     parts: tuple[Part, ...]
     negative: Part

@@ -135,7 +135,7 @@ class Dialect:
         field = self.names.get(name)
         if not self._knows(name):
             values.fault(
-                f"{printable(name)[:80]} is no option of {self.title}, which has {self._supported()}"
+                f"{printable(name)[:80]} is not an option of {self.title}, which has {self._supported()}"
             )
         elif name in self.flags and value is not None:
             values.fault(f"{name} takes no value, so {printable(value)[:80]} is too much")
@@ -179,8 +179,8 @@ def warn_of_literal(source: str, literal: Sequence[tuple[int, str]]) -> None:
     if literal:
         number, name = literal[0]
         logger.warning(
-            "%s: what looks like an option is taken as a part of the prompt in %d line%s, first %s in line %d; "
-            "--prompt_format says how the file is meant",
+            "%s: what looks like an option is read as a part of the prompt in %d line%s, first %s in line %d; "
+            "--prompt_format sets how the file is read",
             source, len(literal), "s" if len(literal) > 1 else "", printable(name)[:80], number,
         )  # fmt: skip
 
@@ -219,7 +219,7 @@ def _split_a1111(text: str) -> _Parts:
     parts = _split_long(text)
     if parts.text and parts.options:
         return _Parts(
-            "", [], f"text stands before {printable(parts.options[0][0])[:80]}; put --prompt before it"
+            "", [], f"there is text before {printable(parts.options[0][0])[:80]}; put --prompt before it"
         )
     return parts
 
@@ -255,7 +255,7 @@ def _split_invokeai(text: str) -> _Parts:
         elif options and options[-1][1] is None:
             options[-1] = options[-1][0], word
         else:
-            return _Parts("", [], f"{printable(word)[:80]} stands behind the options; put it into the prompt")
+            return _Parts("", [], f"{printable(word)[:80]} is after the options; put it into the prompt")
     return _Parts(prompt, options)
 
 

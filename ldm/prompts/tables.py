@@ -183,7 +183,7 @@ def _csv_line(
         return values.line()
     for (name, field), cell in zip(titles, row, strict=True):
         if field == "prompt" and "{prompt}" in cell and ("name", "") in titles:
-            values.fault("is a style, whose {prompt} stands for the prompt; write the whole prompt")
+            values.fault("is a style, whose {prompt} is replaced by the prompt; write the whole prompt")
         elif field and (cell or field == "prompt"):
             values.add_text(name, field, cell)
     return values.line()

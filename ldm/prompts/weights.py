@@ -108,7 +108,7 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise InputError(
-            f"the prompt's weight {printable(text)[:80]} is no number; write \\( and \\) for literal brackets"
+            f"the prompt's weight {printable(text)[:80]} is not a number; write \\( and \\) for literal brackets"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""A thread that runs tasks in order, a few behind the one that queues them."""
+"""A thread that runs tasks in order, which may lag a few tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run does to its finished images: the safety check and the watermark that its options select."""
+"""The filters of a run for its finished images: the safety check and the watermark that its options select."""
 
 from __future__ import annotations
 

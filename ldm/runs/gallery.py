@@ -109,13 +109,13 @@ def gallery(folder: str | Path, command: Words, remark: Words = lambda recipe: "
 <meta http-equiv="Content-Security-Policy" content="{_policy()}">
 <meta name="viewport" content="width=device-width">
 <meta name="referrer" content="no-referrer">
-<title>{len(names)} pictures</title>
+<title>{len(names)} images</title>
 <style>{_STYLE}</style>
 </head>
 <body>
 <header>
 <input id="filter" type="search" aria-label="filter" placeholder="words of a prompt, a seed" autocomplete="off">
-<output id="count">{len(names)} pictures</output></header>
+<output id="count">{len(names)} images</output></header>
 <main>
 {figures}
 </main>
@@ -159,14 +159,14 @@ def _caption(recipe: Recipe, command: str, remark: str) -> str:
     settings = (
         f"seed {job.seed}, {job.steps} steps of {job.sampler}, scale {job.scale:g}, {size}, {recipe.model}"
     )
-    said = f'<p class="settings">{_shown(remark)}</p>' if remark else ""
+    remark = f'<p class="settings">{_shown(remark)}</p>' if remark else ""
     negative = f'<p class="negative" dir="auto">negative prompt: {_shown(job.negative_prompt)}</p>\n'
     return (
         f'<p class="prompt" dir="auto">{_shown(job.prompt)}</p>\n'
         f"{negative if job.negative_prompt else ''}"
         f'<p class="settings">{_shown(settings.removesuffix(", "))}</p>\n'
         '<button type="button">copy command</button>'
-        f"<details><summary>details</summary><code>{_shown(command)}</code>{said}</details>"
+        f"<details><summary>details</summary><code>{_shown(command)}</code>{remark}</details>"
     )
 
 

@@ -30,7 +30,7 @@ logger = logging.getLogger("ldm")
 
 
 class Loaded(NamedTuple):
-    """What a run needs to make images: no pipeline if none is missing."""
+    """The model, the safety check and the textual inversions of a run: no pipeline if none is missing."""
 
     screen: Screen
     pipeline: Pipeline | None = None

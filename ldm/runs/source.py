@@ -1,4 +1,4 @@
-"""What the images of a run are made with, besides its jobs: config, weights, device and files."""
+"""The sources of the images of a run, besides its jobs: config, weights, device and files."""
 
 from __future__ import annotations
 

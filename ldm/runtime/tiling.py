@@ -43,7 +43,7 @@ def encode_in_tiles(encode: Network, x: Tensor, factor: int, tile: int = 64, ove
     count latent cells, as in `decode_in_tiles`. Raises ValueError if a side is not a multiple of `factor`.
     """
     if any(side % factor for side in x.shape[-2:]):
-        raise ValueError(f"a picture of {tuple(x.shape[-2:])} pixels cannot be cut into cells of {factor}")
+        raise ValueError(f"an image of {tuple(x.shape[-2:])} pixels cannot be cut into cells of {factor}")
     return _in_tiles(encode, x, tile, overlap, enter=factor, leave=1)
 
 

@@ -312,7 +312,7 @@ def test_a_target_that_is_missing_is_named(tmp_path):
         (["--vae", "link.ckpt"], "link.ckpt is a broken link to /no/such.ckpt; give another --vae"),
         (["--embedding", "link.ckpt"], "link.ckpt is a broken link"),
         (["--lora", "link.ckpt"], "link.ckpt is a broken link"),
-        (["--config", "page.yaml"], "page.yaml is no mapping"),
+        (["--config", "page.yaml"], "page.yaml is not a mapping"),
         (["--config", "own.yaml"], "--config own.yaml needs its checkpoint; give it with --ckpt"),
     ],
     ids=" ".join,

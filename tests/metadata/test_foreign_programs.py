@@ -271,7 +271,7 @@ def test_settings_in_a_file_beside_the_image(ending: str, text: str, source: str
     (tmp_path / f"x.{ending}").write_text(text, "utf-8")
     recipe = read_job(str(tmp_path / "x.jpg"))
     plain = dataclasses.replace(recipe.job, loras=(), prompt_syntax="plain", timestep_spacing="uniform")
-    assert (plain, recipe.source) == (JOB, source) and noted(recipe, f"x.{ending}, beside it")
+    assert (plain, recipe.source) == (JOB, source) and noted(recipe, f"x.{ending}, next to it")
 
 
 def test_a_caption_beside_an_image_says_nothing(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_a_browser_runs_the_page_s_script_and_no_other(attacked: Path, tmp_path:
     path.write_text(gallery(attacked, command).replace("</main>", f"</main>{attack}"), encoding="utf-8")
     page = Page(browse(path, tmp_path, "#onmouseover%20javascript", "--dump-dom"))
     count = len(ATTACKS) + len(NAMES) + 2
-    assert page.texts["title"] == [f"{count} pictures"]
+    assert page.texts["title"] == [f"{count} images"]
     assert page.texts["output"] == [f"0 of {count}"]
     page = Page(browse(path, tmp_path, "#onMOUSEover%20seed", "--dump-dom"))
     assert page.texts["output"] == [f"1 of {count}"]

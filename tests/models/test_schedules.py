@@ -124,7 +124,7 @@ def test_a_level_without_signal_is_finite():
         (Schedule("karas"), 10, "unknown schedule 'karas'; it is one of original, uniform"),
         (Schedule("karras"), 0, "0 steps are not possible; give 1 to 999"),
         (Schedule("karras", rho=0), 10, "rho must be above 0"),
-        (Schedule("karras", sigma_min=3, sigma_max=2), 10, "sigma from 3 to 2 is no range"),
+        (Schedule("karras", sigma_min=3, sigma_max=2), 10, "sigma from 3 to 2 is not a range"),
         (Schedule("lcm"), 51, "51 steps are not possible with the schedules lcm and tcd; give 1 to 50"),
         (Schedule("sigmas", values=(1, 2)), 1, "sigmas must fall, from 2 values on, and not below 0: 1, 2"),
         (Schedule("timesteps", values=(1000, 5)), 2, "timesteps are 0 to 999, not 1000, 5"),

@@ -86,5 +86,5 @@ def test_half_precision_stays_half():
 
 
 def test_another_text_model_is_refused():
-    with pytest.raises(InputError, match="need a CLIP text model"):
+    with pytest.raises(InputError, match="need a CLIP text encoder"):
         encode_weighted(nn.Linear(1, 1), ["a cat"])

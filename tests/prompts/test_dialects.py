@@ -292,20 +292,20 @@ def test_the_dialect_of_most_lines_wins(read, caplog):
     [
         ("kohya", "a --w 500", "--w is 500; give a multiple of 8 from 8 to 65536"),
         ("kohya", "a --s 1000", "--s is 1000; give a whole number from 1 to 999"),
-        ("kohya", "a --foo 5", "--foo is no option of kohya's dialect, which has --n, --w,"),
+        ("kohya", "a --foo 5", "--foo is not an option of kohya's dialect, which has --n, --w,"),
         ("kohya", "a --w 640 --am 1,2", "--am has no counterpart here; leave it out"),
         ("kohya", "a --w", "--w needs a value"),
         ("kohya", "a --d 1,-2", "--d is -2; give a whole number from 0 to 18446744073709551615"),
         ("kohya", "a --d 1,x", "--d is x; give a whole number from 0 to 18446744073709551615"),
         ("kohya", "--w 640", "has no prompt; write one"),
         ("kohya", "a --w 640 --W 640", "--w is given twice; leave one out"),
-        ("a1111", "a --steps 20", "text stands before --steps; put --prompt before it"),
+        ("a1111", "a --steps 20", "there is text before --steps; put --prompt before it"),
         ("a1111", "--prompt it's", "a quote does not close"),
         ("a1111", "--prompt a --restore_faces true", "--restore_faces has no counterpart here"),
         ("a1111", "--prompt a --sampler_name Eular q", "--sampler_name is eular_q; give ddim, plms,"),
         ("a1111", "--prompt a --steps 20 30", "--steps is 20 30; give a whole number from 1 to 999"),
-        ("invokeai", "a -n4 b", "b stands behind the options; put it into the prompt"),
-        ("invokeai", "a -Z4", "-Z is no option of InvokeAI's dialect"),
+        ("invokeai", "a -n4 b", "b is after the options; put it into the prompt"),
+        ("invokeai", "a -Z4", "-Z is not an option of InvokeAI's dialect"),
         ("invokeai", "a -G 0.8", "-G has no counterpart here"),
         ("invokeai", "-s20", "has no prompt"),
         ("invokeai", "a -s 3.5", "-s is 3.5; give a whole number from 1 to 999"),
@@ -315,7 +315,7 @@ def test_the_dialect_of_most_lines_wins(read, caplog):
         ("options", "a --scale 1e999", "--scale is inf; give a finite number"),
         ("options", "a --ddim_eta -1", "--ddim_eta is -1.0; give a number from 0 to 10"),
         ("options", "a --outpaint 1,2,3", "--outpaint is 1,2,3; give 4 values, each a whole number from 0 to 65536"),
-        ("options", "a --outdir x", "--outdir is no option of this tool's options for a line"),
+        ("options", "a --outdir x", "--outdir is not an option of this tool's options for a line"),
         ("options", "a --prompt b", "--prompt is given twice"),
         ("options", "a --n_iter 1000 --n_samples 1000", "1000000 images of one line; give at most 100000"),
         ("jsonl", "a cat", "is not valid JSON (Expecting value at column 1)"),
@@ -424,7 +424,7 @@ def test_lists_of_other_programs(read, content, expected):
         ),
         (
             'name,prompt,negative_prompt\nink,"{prompt}, ink",bad\n',
-            "line 2: is a style, whose {prompt} stands for",
+            "line 2: is a style, whose {prompt} is replaced",
         ),
     ],
 )
@@ -503,7 +503,7 @@ def test_all_faults_at_once_in_order(refusal):
     assert told[:4] == [
         "line 1: --w is 500; give a multiple of 8 from 8 to 65536",
         "line 1: --s is 0; give a whole number from 1 to 999",
-        "line 2: --x is no option of kohya's dialect, which has --n, --w, --h, --s, --d, --l, --t, --ss",
+        "line 2: --x is not an option of kohya's dialect, which has --n, --w, --h, --s, --d, --l, --t, --ss",
         "line 5: byte 0xff at offset 27 is not UTF-8 (ÿ in Windows-1252); save the file as UTF-8",
     ]
     assert len(told) == 21

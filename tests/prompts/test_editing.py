@@ -155,5 +155,5 @@ def test_long_prompts_are_read_in_no_time(unit: str) -> None:
 
 
 def test_a_weight_without_an_end_is_refused() -> None:
-    with pytest.raises(InputError, match="no finite number"):
+    with pytest.raises(InputError, match="not a finite number"):
         parts_of("a:" + "9" * 400, TEN)

@@ -67,8 +67,8 @@ def test_break_makes_sections():
 @pytest.mark.parametrize(
     ("prompt", "fault"),
     [
-        ("(a:1.2.3)", "the prompt's weight 1.2.3 is no number"),
-        ("(a:.)", "the prompt's weight . is no number"),
+        ("(a:1.2.3)", "the prompt's weight 1.2.3 is not a number"),
+        ("(a:.)", "the prompt's weight . is not a number"),
         (f"(a:{'9' * 400})", "multiply to no finite number"),
         ("(" * 101, "more than 100 open brackets"),
     ],

@@ -22,7 +22,7 @@ def imports_of(file: BinaryIO) -> tuple[str, ...]:
     """The dotted names that the pickles of an open file ask for, each once, in the order of their first use.
 
     Pickles are looked for in every `.pkl` member of a zip archive, and in a row from the start of another file.
-    Damage ends the list early. A program made to confuse can hide the names of protocol 4 behind other
+    Damage ends the list early. A program made to confuse can hide the names of protocol 4 after other
     instructions: those are listed as "?".
     """
     names: dict[str, None] = {}

@@ -89,7 +89,7 @@ def to_compvis(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with every part it has under CompVis's names, whatever layout and prefixes they come in.
 
     Tensors are the same, or views of them. Keys of no part stay as they are; of a whole CLIP only the text
-    encoder is taken. Two tensors for one name are a `CheckpointError`.
+    encoder is used. Two tensors for one name are a `CheckpointError`.
     """
     found: dict[str, Tensor] = {}
     for part, names in _split(state_dict).items():

@@ -1,4 +1,4 @@
-"""What a checkpoint states about its prediction type and its noise schedule."""
+"""The statements of a checkpoint about its prediction type and its noise schedule."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ Choice = Literal["auto", "eps", "v"]
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a checkpoint states about what its U-Net predicts.
+    """The statement of a checkpoint about what its U-Net predicts.
 
     `parameterization` is "eps" (the noise), "v", or "" where nothing is stated. With `zero_snr` the schedule ends
-    without signal (zero terminal SNR). `stated` says it in words, with the place of the statement, if it is not the
+    without signal (zero terminal SNR). `stated` is it in words, with the place of the statement, if it is not the
     noise. `foreign` is what this toolkit does not run, in the same form, or "".
     """
 
@@ -80,7 +80,7 @@ class Prediction:
 
 
 def stated_prediction(state_dict: Mapping[str, Any], entries: Mapping[str, Any]) -> Prediction:
-    """What the keys of a file, its own noise schedule, and the `entries` next to its weights state.
+    """Returns what the keys of a file, its own noise schedule, and the `entries` next to its weights state.
 
     A false value, such as "False", is a no. Zero terminal SNR means v-prediction, unless the noise is stated.
     """

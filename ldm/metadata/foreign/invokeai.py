@@ -120,7 +120,7 @@ def _options(text: str) -> list[tuple[str, str]]:
 def _settings(content: dict[str, Any], sampler: str, draft: Draft) -> None:
     for prompt in (draft.values["prompt"], draft.values["negative_prompt"]):
         for name in _EMBEDDING.findall(prompt):
-            draft.note(f"<{name}> in its prompts stands for the textual inversion {name}, if InvokeAI had it")
+            draft.note(f"<{name}> in its prompts means the textual inversion {name}, if InvokeAI had it")
     for name in ("seed", "steps", "width", "height"):
         draft.whole(name, content.get(name))
     draft.number("scale", content.get("cfg_scale"))
@@ -131,7 +131,7 @@ def _settings(content: dict[str, Any], sampler: str, draft: Draft) -> None:
     choose_sampler(draft, sampler)
     steps = draft.values.get("steps", 0)
     if draft.values["sampler"] != "dpm_solver" and steps and 1000 % steps:
-        draft.note(f"its timesteps for {steps} steps lie a little lower than those taken here")
+        draft.note(f"its timesteps for {steps} steps are a little lower than those used here")
     image = _text(content.get("init_image"))
     mode = _text(content.get("generation_mode") or content.get("type"))
     family, _, kind = mode.rpartition("_")
@@ -174,9 +174,9 @@ def _object(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
-        raise InputError("it is no JSON") from None
+        raise InputError("it is not JSON") from None
     if not isinstance(content, dict):
-        raise InputError("it is no JSON object")
+        raise InputError("it is not a JSON object")
     return content
 
 

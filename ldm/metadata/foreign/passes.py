@@ -108,6 +108,8 @@ def choose_start(entries: Mapping[str, str], strength: float, draft: Draft) -> N
         strength = _USUAL_STRENGTH
     draft.start_from("", strength)
     if not marks and not operations:
-        draft.note("only its denoising strength says so; some programs write one for text to image as well")
+        draft.note(
+            "only its denoising strength suggests it; some programs write one for text to image as well"
+        )
     if "inpaint" in operations or any(key in entries for key in _OF_A_MASK):
         draft.note("it repaints where a mask is white, and the mask is not in the file; give it with --mask")

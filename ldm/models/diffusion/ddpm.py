@@ -118,7 +118,7 @@ class DDPM(nn.Module):
             )
         if zero_terminal_snr and parameterization != "v":
             raise InputError(
-                "zero_terminal_snr needs parameterization: v; without signal the noise says nothing"
+                "zero_terminal_snr needs parameterization: v; without signal the noise determines nothing"
             )
         only_with(type(self).__name__, learn_logvar=(learn_logvar, False))  # a weight that v1 models lack
         if ckpt_path is not None:

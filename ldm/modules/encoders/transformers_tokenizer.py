@@ -66,5 +66,5 @@ class TransformersTokenizer(tokenization_clip.CLIPTokenizer):
             self.add_tokens(AddedToken(f"\n{len(self)}\n", normalized=False, special=True))
         name = f"\n{index}\n"
         if self.convert_tokens_to_ids(name) != index:
-            raise InputError(f"the token id {index} stands for an embedding and for a token that was added")
+            raise InputError(f"the token id {index} is both an embedding and a token that was added")
         return name

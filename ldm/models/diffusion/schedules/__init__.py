@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScheduleRow:
-    """What is known about a schedule: its name, the function of `schedules/rules.py`, and a line for people.
+    """A schedule: its name, the function of `schedules/rules.py`, and a line for people.
 
     `rho` is its default exponent, if it has one. `max_denoise`: its steps start from noise as it is (see `Schedule`).
     """
@@ -85,7 +85,7 @@ class Schedule:
 
     @property
     def row(self) -> ScheduleRow:
-        """What is known about it. Raises `InputError` for an unknown name."""
+        """Returns the row of a schedule. Raises `InputError` for an unknown name."""
         from ldm.util import InputError
 
         if self.name not in SCHEDULES:

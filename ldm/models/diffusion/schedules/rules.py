@@ -1,6 +1,6 @@
 """The formula of each schedule: a number of steps and a model's trained levels -> the levels of the steps.
 
-n steps have n levels from which a step begins, and where the last step ends: at sigma 0 unless said otherwise.
+n steps have n levels from which a step begins, and where the last step ends: at sigma 0 unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _range(trained: Trained, schedule: Schedule) -> tuple[float, float]:
     high = float(trained.sigmas[-1]) if schedule.sigma_max is None else schedule.sigma_max
     if not 0 < low < high:
         raise InputError(
-            f"sigma from {low:g} to {high:g} is no range; the smallest must be above 0 and below the largest"
+            f"sigma from {low:g} to {high:g} is not a range; the smallest must be above 0 and below the largest"
         )
     return low, high
 

@@ -1,4 +1,4 @@
-"""What the solvers have in common: levels as noise over signal, steps between them, and fresh noise.
+"""The common parts of the solvers: levels as noise over signal, steps between them, and fresh noise.
 
 In z = x / sqrt(alpha) and sigma = sqrt((1 - alpha) / alpha) the probability flow ODE is dz/dsigma = eps, and the
 update rule of `sampling_run.py` is z_end = z + (end - start) eps. A solver decides which eps to feed to it. Where it

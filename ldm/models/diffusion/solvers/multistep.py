@@ -1,6 +1,6 @@
 """Linear multistep methods: a mixture of the last predictions, with weights that sum to 1.
 
-The prediction is taken as a polynomial through the last ones and integrated over the step:
+The prediction is approximated by a polynomial through the last ones and integrated over the step:
 
     z_end = z + sum_k eps_k integral of L_k d sigma from start to end
     L_k = product over the other j of (u - u_j) / (u_k - u_j)
