@@ -75,13 +75,13 @@ def test_order_of_convergence(name):
 @pytest.mark.parametrize("name", [name for name in NEW if name not in ("lcm", "tcd")])
 def test_spread_of_the_samples(name):
     """With or without fresh noise the clean latents have the mean and variance of the data."""
-    model, x = GaussianModel(torch.tensor([0.5]), torch.tensor([0.3])), noise_of(3, (1, 1, 100, 100))
+    model, x = GaussianModel(torch.tensor([0.5]), torch.tensor([0.3])), noise_of(3, (1, 1, 100, 60))
     sigmas = Schedule("karras").levels(60, model.alphas_cumprod.numpy())
     sigmas = ((1 - sigmas.alphas) / sigmas.alphas) ** 0.5
     start = 0.5 + torch.from_numpy(next(x)) * (sigmas[0] ** 2 + 0.3) ** 0.5
     found = solve(name, model, start, sigmas, noise=x)
-    assert float(found.mean()) == pytest.approx(0.5, abs=0.02)
-    assert float(found.var()) == pytest.approx(0.3, rel=0.13)  # a method of order 1 errs by 0.11
+    assert float(found.mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(found.var()) == pytest.approx(0.3, rel=0.17)  # a method of order 1 errs by 0.11
 
 
 def slope_of(model, z, sigma):

@@ -157,11 +157,9 @@ def _share_below(x: Array, a: float, b: float) -> Array:
 
 def _series(x: Array, a: float, b: float) -> Array:
     """The integral of t^(a-1) (1-t)^(b-1) from 0 to x <= 1/2: x^a sum (1-b)_k / k! x^k / (a + k)."""
-    term, total = np.ones_like(x), np.zeros_like(x)
-    for k in range(60):
-        total = total + term / (a + k)
-        term = term * x * (1 - b + k) / (1 + k)
-    return x**a * total
+    k = np.arange(60)
+    factors = np.append(1.0, np.cumprod((1 - b + k[:-1]) / (1 + k[:-1])))
+    return x**a * (x[..., None] ** k @ (factors / (a + k)))
 
 
 def _ending_at_zero(trained: Trained, values: Array) -> Levels:
