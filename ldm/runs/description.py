@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
 from ldm.job import Job
+from ldm.models.diffusion.passes import eta_of
 from ldm.util import printable
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def describe(jobs: Sequence[Job], batches: Sequence[Sequence[int]], settings: Ma
     digests = []
     for job in jobs:
         for name, seen in values.items():
-            seen.add(getattr(job, name))
+            seen.add(eta_of(job) if name == "eta" else getattr(job, name))
         digests.append(_sha256(job.prompt)[:_DIGEST_LENGTH])
     made = {name: seen.summary() for name, seen in values.items()}
     made |= {"prompts": "".join(digests), "batches": _sha256(repr([list(batch) for batch in batches]))[:16]}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, get_args
 from ldm.files import read_side_file
 from ldm.job import Job
 from ldm.runs.description import Content, differences, digest_of, versions
+from ldm.runs.options import COMPARED, RunOptions
 from ldm.runs.run_file import Page, RunFile, TileSides, folder_lock, open_run_file, run_path, try_lock
 from ldm.util import InputError, printable
 
@@ -111,9 +112,12 @@ def find_run(
 def _as_now(content: Content, new: Content) -> Content:
     """Converts the settings in a run file to the terms of this version."""
     old = {**content["made_from"], "sha256": content["sha256"] or new["sha256"]}
-    if content["version"] == VERSION:
-        return old
-    usual = {field.name: field.default for field in fields(Job) if field.default is not MISSING}
+    known = [*fields(Job), *(field for field in fields(RunOptions) if field.metadata == COMPARED)]
+    usual = {
+        field.name: field.default for field in known if field.default is not MISSING and field.name in new
+    }
+    if content["version"] == VERSION:  # fields that were added since
+        return {**json.loads(json.dumps(usual)), **old}
     unknown = {name: new[name] for name in NOTED_SINCE_3 if name in new}
     several = {
         name: new[name] for name in old if name in new and digest_of(old[name]) == digest_of(new[name])

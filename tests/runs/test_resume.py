@@ -161,6 +161,18 @@ def test_a_run_file_of_the_version_before_resumes(tmp_path):
     assert run_without_model(tmp_path, make_jobs(2), in_batches(2, 1), resume=True)[0] == 1
 
 
+def test_a_run_file_from_before_a_field_was_added_resumes(tmp_path):
+    run_without_model(tmp_path, make_jobs(2), in_batches(2, 1))
+    path = tmp_path / "run-00000.json"
+    content = json.loads(path.read_text())
+    assert content["made_from"]["eta"] == 0.0  # as runs had it before a sampler had a share of its own
+    for name in ("schedule", "sigmas", "s_churn", "clip_skip", "guidance_interval"):
+        del content["made_from"][name]
+    path.write_text(json.dumps(content))
+    (tmp_path / "samples/00001.png").unlink()
+    assert run_without_model(tmp_path, make_jobs(2), in_batches(2, 1), resume=True)[0] == 1
+
+
 # --- run files that a stranger wrote -------------------------------------------------------------------------
 
 ESC = "\x1b[2J"

@@ -57,6 +57,11 @@ def settings_of(job: Job) -> dict[str, float]:
     return {name: value for name, value in asked.items() if value != known.get(name, _UNSET[name])}
 
 
+def eta_of(job: Job) -> float:
+    """Returns the share of fresh noise in a job's steps: its own, or the solver's usual one."""
+    return SOLVERS[job.sampler].settings.get("eta", 0.0) if job.eta is None else job.eta
+
+
 _UNSET: Mapping[str, Any] = {"s_noise": 1.0, "s_churn": 0.0, "eta": 0.0}
 _OPTIONS = {"eta": "ddim_eta"}
 
