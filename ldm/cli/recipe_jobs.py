@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.changes import changed
-from ldm.fields import check_fields
+from ldm.fields import check_fields, count_up
 from ldm.job import Job, lora_name, split_loras
 from ldm.metadata.command import MAX_PLACE, count, place
 from ldm.runs.given_jobs import GivenJobs
@@ -41,19 +41,19 @@ def job_of(recipe: Recipe, options: Mapping[str, Any]) -> Job:
 
 
 def jobs_up_to(recipe: Recipe, typed: Mapping[str, Any]) -> tuple[list[Job], int]:
-    """Returns the jobs up to the recipe's, which are all equal, and the recipe's index.
+    """Returns the jobs up to the recipe's, which differ in their noise only, and the recipe's index.
 
-    The other jobs of a batch do not change an image.
+    The other jobs of a batch do not change an image; whether their noise differs decides how a batch is computed.
     """
     wanted = place(recipe, typed)
     need(
         wanted <= MAX_PLACE,
         f"it is image {wanted} of one stream of noise; at most {MAX_PLACE} can be drawn again",
     )
-    jobs = [recipe.job] * count(recipe, typed)
-    if recipe.job.seed_mode == "batch":
-        jobs = [replace(job, batch_index=i) for i, job in enumerate(jobs)]
-    return jobs, wanted
+    job, numbers = recipe.job, range(count(recipe, typed))
+    if job.seed_mode == "batch":
+        return [replace(job, batch_index=i) for i in numbers], wanted
+    return [replace(job, seed=count_up(job.seed, i - wanted, job.rng)) for i in numbers], wanted
 
 
 def place_in_stream(recipe: Recipe) -> StreamPlace | None:

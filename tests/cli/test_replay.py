@@ -27,6 +27,7 @@ import scripts.replay
 import scripts.txt2img
 from ldm.cli.changes import changed
 from ldm.cli.explain import describe_watermark
+from ldm.cli.recipe_jobs import jobs_up_to
 from ldm.cli.values import check_options, options_of, request_of
 from ldm.data.scenes import image_at
 from ldm.images.canvas import open_canvas
@@ -362,6 +363,13 @@ def test_a_stream_of_a_run(made: Callable[..., list[Path]]) -> None:
     )
     assert scripts.replay.main([str(samples[2]), "--verify", "--quiet"]) == 0
     assert not same(samples[2], samples[0])
+
+
+def test_the_other_images_of_a_batch_have_the_noise_that_they_had(made: Callable[..., list[Path]]) -> None:
+    """A batch of equal noise is computed otherwise, which a guided one of two does not show."""
+    samples = made(scripts.txt2img, "--n_samples", "2", "--n_iter", "1", "--seed", "5")
+    jobs, wanted = jobs_up_to(read_job(str(samples[1])), {})
+    assert ([job.seed for job in jobs], wanted) == ([5, 6], 1)
 
 
 LINES = {
