@@ -57,8 +57,8 @@ def _prediction(params: Config, checkpoint: Checkpoint) -> _Change | None:
     wanted: dict[str, Any] = {}
     if stated.parameterization:
         wanted["parameterization"] = stated.parameterization
-    if stated.zero_snr:
-        wanted["zero_terminal_snr"] = True
+    if stated.zero_snr or stated.parameterization == "eps":
+        wanted["zero_terminal_snr"] = stated.zero_snr
     usual = {"parameterization": "eps", "zero_terminal_snr": False}
     if all(params.get(name, usual[name]) == value for name, value in wanted.items()):
         return None
@@ -102,7 +102,9 @@ def _fewer_blocks(params: Config, checkpoint: Checkpoint) -> _Change | None:
     smaller = size.levels <= usual[0] and size.each <= usual[1] and (size.levels, size.each) != usual
     blocks = {name.split(".")[1] for name in names if name.startswith("input_blocks.")}
     whole = blocks == set(map(str, range(size.levels * (size.each + 1))))  # else it is a damaged file
-    if not (smaller and whole and size.each):
+    first = checkpoint.state_dict.get(f"{PREFIXES['unet']}input_blocks.0.0.weight")
+    as_wide = first is not None and first.dim() > 0 and len(first) == own.get("model_channels")
+    if not (smaller and whole and size.each and as_wide):
         return None
     why = f"a small U-Net: {size.levels} levels of {size.each}, {'with' if size.middle else 'without'} a middle block"
     small = {

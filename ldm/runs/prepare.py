@@ -73,7 +73,10 @@ def prepare(
     stdin_copy = check(options, device, reads_input)
     find_lora = find_loras(options)
     config = read_config(config_path, options.allow_targets)
-    config = suited(config, read_model(ckpt, vae=options.vae, text_encoder=options.text_encoder))
+    files = read_model(
+        ckpt, vae=options.vae, text_encoder=options.text_encoder, prediction=options.prediction
+    )
+    config = suited(config, files)
     check_latents(options, config)
     plan = planner(config, find_lora)
     return Prepared(

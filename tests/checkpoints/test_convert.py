@@ -387,7 +387,7 @@ def test_transformers_finds_every_weight_under_its_name(
         with_openais_words / "text_encoder", output_loading_info=True
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(with_openais_words / "tokenizer")
     assert tokenizer(PROMPT).input_ids == [49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558, 49407]
     assert tokenizer.model_max_length == 77
 

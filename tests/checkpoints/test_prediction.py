@@ -151,6 +151,9 @@ def test_a_choice_counts_more_than_the_file(tmp_path: Path, state: dict[str, Ten
     for choice, wanted in (("auto", ZERO), ("v", ZERO), ("eps", {})):
         params = suited(small_config(), read_model(path, prediction=choice))["params"]
         assert {name: params.get(name) for name in ZERO} == {**dict.fromkeys(ZERO), **wanted}
+    adapted = suited(small_config(), read_model(path))
+    again = suited(adapted, read_model(path, prediction="eps"))["params"]
+    assert (again["parameterization"], again["zero_terminal_snr"]) == ("eps", False)
     plain = save(tmp_path / "plain.ckpt", state)
     assert suited(small_config(), read_model(plain, prediction="v"))["params"]["parameterization"] == "v"
     model = load_model(small_config(), plain, prediction="v")

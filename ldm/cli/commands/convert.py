@@ -75,7 +75,7 @@ def run(opt: argparse.Namespace) -> int:
     from ldm.config import read_config
 
     dtype = getattr(torch, DTYPES[opt.dtype]) if opt.dtype in DTYPES else None
-    checkpoint = read_model(ckpt, vae=opt.vae, text_encoder=opt.text_encoder)
+    checkpoint = read_model(ckpt, vae=opt.vae, text_encoder=opt.text_encoder, prediction=opt.prediction)
     convert(checkpoint, read_config(config_path, opt.allow_targets), opt.out, to, dtype, opt.ema)
     logging.getLogger("ldm").info("written: %s", printable(opt.out))
     return 0
