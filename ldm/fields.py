@@ -131,7 +131,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "sigmas", {"low": 0, "high": 1000}, "sigmas", "sampling", "S1,S2,...",
-        "the levels themselves, as noise over signal, falling; 0 at the end", label="Sigmas",
+        "the levels themselves, as noise over signal, falling; the last step ends at 0", label="Sigmas",
     ),
     Field(
         "timesteps", {"low": 0, "high": 1000}, "timesteps", "sampling", "T1,T2,...",

@@ -54,6 +54,7 @@ def test_levels_of_the_user() -> None:
     job = Job("x", sampler="euler", sigmas=(10.0, 2.0, 0.5, 0.0), steps=50)
     assert np.allclose(sigmas(job), job.sigmas) and schedule_length(job) == 3
     assert [one.steps for one in passes_of(job)] == [3]
+    assert np.allclose(sigmas(Job("x", sampler="euler", sigmas=job.sigmas[:-1])), job.sigmas)
     job = Job("x", sampler="euler", timesteps=(999.0, 500.0), steps=50)
     assert np.allclose(schedule_of(job).levels(50, ALPHAS).timesteps, job.timesteps)
 

@@ -38,7 +38,8 @@ CONVENTIONS: Mapping[str, Convention] = {
 def schedule_of(job: Job) -> Schedule:
     """Returns the schedule of a job: its own levels, the one that it names, or the solver's."""
     convention = CONVENTIONS[job.convention]
-    given = job.sigmas or job.timesteps
+    ends = job.sigmas and job.sigmas[-1] > 0  # what is left of the noise is taken out
+    given = (*job.sigmas, 0.0) if ends else job.sigmas or job.timesteps
     name = "sigmas" if job.sigmas else "timesteps" if job.timesteps else job.schedule
     return Schedule(
         SOLVERS[job.sampler].schedule if name == "auto" else name,
