@@ -174,7 +174,7 @@ def test_what_a_tag_would_run_is_refused_with_its_line(config_file, tmp_path):
     ids=["aliases", "cycle", "lists", "mappings"],
 )
 def test_bombs_cycles_and_depth(config_file, text):
-    assert "no usable YAML" in refusal(config_file(text))
+    assert "not usable YAML" in refusal(config_file(text))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_bombs_cycles_and_depth(config_file, text):
     ids=["tab", "NUL", "latin-1", "UTF-16"],
 )
 def test_bytes_that_are_no_utf8_yaml(config_file, text):
-    assert "no usable YAML" in refusal(config_file(text))
+    assert "not usable YAML" in refusal(config_file(text))
 
 
 def test_a_foreign_target_deep_inside_is_found_before_any_import(config_file):

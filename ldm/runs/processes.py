@@ -42,7 +42,7 @@ _LAUNCHERS = (
     "HYDRA_",
 )  # prefix of their variables
 TEMPORARY = "ldm-v1-processes-"  # prefix of the names of temporary folders
-MEETING, PARENT = "LDMMEETING", "LDMPARENT"  # set for the processes that are started here
+MEETING, PARENT = "LDM_MEETING", "LDM_PARENT"  # set for the processes that are started here
 _Item = TypeVar("_Item")
 
 

@@ -155,7 +155,7 @@ def test_files_and_options_may_alternate():
         (["--promt", "x", "--seeed", "5"], "--prompt?; unknown option --seeed, did you mean --seed?"),
         (
             ["--sampler", "plsm"],
-            "--sampler: 'plsm' is unknown (did you mean plms?); choose ddim, plms or dpm_solver",
+            "--sampler: 'plsm' is unknown (did you mean plms?); choose ddim, plms, dpm_solver, ",
         ),
         (["--init_img", "a.png"], "--init_img is an option of img2img.py and inpaint.py"),
         (["--n", "5"], "--n can be --n_iter, --n_rows, --n_samples, --neg"),

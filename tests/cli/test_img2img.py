@@ -99,7 +99,7 @@ ORIGINAL_DEFAULTS = {
     "ddim_steps": 50,
     "plms": False,
     "fixed_code": False,
-    "ddim_eta": 0.0,
+    "ddim_eta": None,  # the sampler's own, which is 0 for those of the original
     "n_iter": 1,
     "C": 4,
     "f": 8,

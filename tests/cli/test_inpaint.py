@@ -164,7 +164,7 @@ def test_the_command_is_in_the_picture(draw):
         (["--init-img", "scene.png", "--mask", "mask.png", "--indir", "empty"], "--indir"),
         (["--indir", "empty"], "empty"),
         (["--init-img", "scene.png", "--outpaint", "-8,0,0,0"], "--outpaint"),
-        (["--init-img", "scene.png", "--mask", "mask.png", "--plms", "--ddim_eta", "1"], "--plms"),
+        (["--init-img", "scene.png", "--mask", "mask.png", "--plms", "--ddim_eta", "1"], "plms does not use"),
     ],
     ids=" ".join,
 )

@@ -86,6 +86,23 @@ TEXT_JOBS = [
         width=512,
         height=512,
     ),
+    Job(
+        "a cat",
+        sampler="dpmpp_2m_sde",
+        schedule="karras",
+        eta=0.25,
+        s_noise=1.0625,
+        convention="comfyui",
+        clip_skip=2,
+        guidance_rescale=0.5,
+        guidance_interval=(0.125, 5.0),
+        guidance_interval_in="sigma",
+        guidance_schedule="linear",
+        width=512,
+        height=512,
+    ),
+    Job("a cat", sampler="heun", s_churn=2.5, sigmas=(14.5, 1.0, 0.0), width=512, height=512),
+    Job("a cat", sampler="lcm", timesteps=(999.0, 499.0), width=512, height=512),
     Job("a cat", loras=(("b", 0.8, 0.5), ("c d:1", -1.0, -1.0)), width=512, height=512),
     Job("a cat", scale=-1.5, width=512, height=512),
     Job("a cat", seed=2**64 - 1, width=512, height=512),
@@ -192,7 +209,7 @@ def test_the_gallery_copies_the_command_of_one_image(made: Callable[..., list[Pa
 
 
 def test_loras_as_tags() -> None:
-    job = TEXT_JOBS[4]
+    job = TEXT_JOBS[7]
     opt = typed(command(Recipe(dataclasses.replace(job, loras=job.loras[:1]), "ldm"), {"lora_dir": "loras"}))
     assert (opt.prompt, opt.lora_dir, opt.lora) == ("a cat <lora:b:0.5:0.8>", "loras", [])
 
@@ -527,12 +544,14 @@ def test_foreign_files_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Image.new("RGB", (64, 96)).save("b.jpg", exif=exif)
     assert scripts.replay.main(["a.png", "--show", "--ddim_steps", "40"]) == 0
     out = capsys.readouterr().out
-    assert "made by A1111" in out and "--ddim_steps 40" in out and "Clip skip 2" in out and "too small" in out
+    assert (
+        "made by A1111" in out and "--ddim_steps 40" in out and "--clip_skip 2" in out and "too small" in out
+    )
     assert scripts.replay.main(["a.png", "b.jpg", "--show", "--json"]) == 0
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["arguments"] == second["arguments"] and first["source"] == "A1111"
     opt = typed(second["command"])
-    assert (opt.prompt, opt.seed, opt.W, opt.H, opt.ddim_eta) == ("a cat", 5, 64, 96, 1.0)
+    assert (opt.prompt, opt.seed, opt.W, opt.H, opt.ddim_eta) == ("a cat", 5, 64, 96, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.jpg"]
 
 

@@ -59,7 +59,7 @@ ORIGINAL_DEFAULTS = {
     "dpm_solver": False,
     "laion400m": False,
     "fixed_code": False,
-    "ddim_eta": 0.0,
+    "ddim_eta": None,  # the sampler's own, which is 0 for those of the original
     "n_iter": 2,
     "C": 4,
     "f": 8,
@@ -217,9 +217,9 @@ def test_prompt_file_with_a_short_last_batch(draw, tmp_path):
         (["--scale", "nan"], "--scale is nan"),
         (["--scale", "1e400"], "--scale is inf"),
         (["--ddim_eta", "-1"], "--ddim_eta is -1"),
-        (["--plms", "--ddim_eta", "0.5"], "--plms"),
-        (["--dpm_solver", "--ddim_eta", "0.5"], "--dpm_solver"),
-        (["--dpm_solver", "--timestep_spacing", "compvis"], "uniform"),
+        (["--plms", "--ddim_eta", "0.5"], "plms does not use --ddim_eta"),
+        (["--dpm_solver", "--ddim_eta", "0.5"], "dpm_solver does not use --ddim_eta"),
+        (["--dpm_solver", "--timestep_spacing", "compvis"], "not with dpm_solver"),
         (["--seed", "-2"], "--seed is -2"),
         (
             ["--seed", "18446744073709551616"],
@@ -245,7 +245,7 @@ def test_prompt_file_with_a_short_last_batch(draw, tmp_path):
         (["--ckpt", "empty.ckpt"], "empty"),
         (["--ckpt", "pointer.ckpt"], "git-lfs"),
         (["--ckpt", "cut.ckpt"], "incomplete"),
-        (["--config", "empty.ckpt", "--ckpt", str(ROOT / known.BUNDLED_CKPT)], "no mapping"),
+        (["--config", "empty.ckpt", "--ckpt", str(ROOT / known.BUNDLED_CKPT)], "not a mapping"),
         (
             ["--config", str(ROOT / known.V1_CONFIG), "--ckpt", str(ROOT / known.BUNDLED_CKPT)],
             "another model|lacks",

@@ -29,11 +29,11 @@ def test_pictures_keep_their_pixels_and_all_else_is_white() -> None:
     page = np.array(sheet(pictures, ROWS, COLUMNS, "a cat"))
     placed = layout([(p.shape[1], p.shape[0]) for p in pictures], ROWS, COLUMNS, "a cat")
     assert page.shape == (placed.size[1], placed.size[0], 3)
-    for picture, box in zip(pictures, placed.pictures, strict=True):
+    for picture, box in zip(pictures, placed.images, strict=True):
         np.testing.assert_array_equal(part(page, box), picture)
     for box in (placed.title, *placed.rows, *placed.columns):
         assert part(page, box).min() < 128, "a label without ink"
-    for box in (placed.title, *placed.rows, *placed.columns, *placed.pictures):
+    for box in (placed.title, *placed.rows, *placed.columns, *placed.images):
         part(page, box)[:] = 255
     assert page.min() == 255
 
@@ -42,10 +42,10 @@ def test_boxes_do_not_overlap_and_stand_in_rows_and_columns() -> None:
     sizes = [(96, 64), (96, 80), (128, 64), (96, 64), (96, 64), (96, 64)]
     placed = layout(sizes, ROWS, COLUMNS, "a cat")
     covered = np.zeros(placed.size[::-1], int)
-    for box in (placed.title, *placed.rows, *placed.columns, *placed.pictures):
+    for box in (placed.title, *placed.rows, *placed.columns, *placed.images):
         part(covered, box)[:] += 1
     assert covered.max() == 1
-    for i, box in enumerate(placed.pictures):
+    for i, box in enumerate(placed.images):
         assert box[0] == placed.columns[i % 3][0]
         assert box[1] == placed.rows[i // 3][1]
     assert placed.rows[1][1] - placed.rows[0][1] >= 80
@@ -64,7 +64,7 @@ def test_the_same_label_looks_the_same_everywhere() -> None:
 def test_missing_pictures_leave_white_cells() -> None:
     (picture,) = tiles((64, 64))
     page = np.array(sheet([picture, None], ["a"], ["b", ""]))
-    left = layout([(64, 64), None], ["a"], ["b", ""]).pictures[1][0]
+    left = layout([(64, 64), None], ["a"], ["b", ""]).images[1][0]
     assert page[:, left:].min() == 255
 
 
@@ -118,6 +118,6 @@ def test_hostile_labels_stay_in_their_bands(text: str) -> None:
     pictures = tiles(*[(64, 64)] * 4)
     page = np.array(sheet(pictures, [text, "b"], [text, "d"], text))
     placed = layout([(64, 64)] * 4, [text, "b"], [text, "d"], text)
-    for picture, box in zip(pictures, placed.pictures, strict=True):
+    for picture, box in zip(pictures, placed.images, strict=True):
         np.testing.assert_array_equal(part(page, box), picture)
     assert placed.size[0] < 600 and placed.size[1] < 200 + 12 * LINE

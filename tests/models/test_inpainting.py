@@ -9,8 +9,8 @@ from ldm.config import read_config
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.noise import noise_source
+from ldm.models.diffusion.passes import steps_to_run
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.schedule import steps_to_run
 from ldm.util import InputError, instantiate_from_config
 from tests.support.golden_data import TOLERANCE, figure, inpainting_config, keys, relative_error, tiny_model
 

@@ -139,12 +139,12 @@ def test_a_start_image_gives_the_size(pipeline):
     ("fields", "named"),
     [
         ({"width": 100}, "100"), ({"strength": 5.0}, "5"), ({"prompt_syntax": "compel"}, "compel"),
-        ({"sampler": "euler"}, "euler"), ({"seed": -2}, "-2"), ({"steps": 0}, "0"), ({"steps": "many"}, "many"),
+        ({"sampler": "eular"}, "eular"), ({"seed": -2}, "-2"), ({"steps": 0}, "0"), ({"steps": "many"}, "many"),
         ({"sampler": "plms", "eta": 0.5}, "eta"), ({"timestep_spacing": "compvis", "steps": 300}, "300"),
     ],
 )  # fmt: skip
 def test_jobs_are_checked_before_the_first_is_made(pipeline, fields, named, monkeypatch):
-    monkeypatch.setattr(pipeline, "begin", lambda *args: pytest.fail("a job was begun"))
+    monkeypatch.setattr(pipeline, "begin", lambda *args, **kwargs: pytest.fail("a job was begun"))
     with pytest.raises(InputError, match=named):
         pipeline.make([JOB, dataclasses.replace(JOB, **fields)])
 

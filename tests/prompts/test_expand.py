@@ -193,7 +193,7 @@ def test_one_axis_is_a_row_and_a_third_makes_sheets():
         (["scale=1..1e999999999"], "--sweep scale "),
         (["scale=1..2:1e-999999999"], "--sweep scale "),
         (["width=500"], "--sweep width is 500; give a multiple of 8"),
-        (["sampler=euler"], "--sweep sampler is euler; give ddim"),
+        (["sampler=eular"], "--sweep sampler is eular; give ddim"),
         (["seed=1,1"], "--sweep seed has a value twice"),
         (["steps=1", "ddim_steps=2"], "--sweep steps is given twice"),
         (["outpaint=0,0,64,0"], "--sweep outpaint: its values hold commas"),

@@ -250,7 +250,7 @@ def test_too_many_images_are_refused():
         (
             ["--prompt_syntax", "a1111"],
             ["a [b:c:5]", "(x:1.1.1)"],
-            ["line 1: [b:c:5]", "line 2: the prompt's weight"],
+            ["line 2: the prompt's weight"],
         ),
         (
             ["--seed_mode", "batch"],
@@ -433,7 +433,7 @@ def test_a_sweep_makes_a_sheet(draw):
     placed = layout([(128, 128)] * 6, rows, columns, "seed=42, a cube")
     sheet = pixels(files["sheet-0000.png"])
     assert sheet.shape[1::-1] == placed.size
-    for i, (left, top, right, bottom) in enumerate(placed.pictures):
+    for i, (left, top, right, bottom) in enumerate(placed.images):
         sample = files[f"samples/{i:05}.png"]
         assert (job_in(sample).scale, job_in(sample).steps) == ((1, 4, 9)[i // 2], i % 2 + 1)
         assert np.array_equal(sheet[top:bottom, left:right], pixels(sample))

@@ -38,7 +38,7 @@ CONVENTIONS: Mapping[str, Convention] = {
 def schedule_of(job: Job) -> Schedule:
     """Returns the schedule of a job: its own levels, the one that it names, or the solver's."""
     convention = CONVENTIONS[job.convention]
-    ends = job.sigmas and job.sigmas[-1] > 0  # what is left of the noise is taken out
+    ends = job.sigmas and job.sigmas[-1] > 0  # then the last step removes the rest of the noise
     given = (*job.sigmas, 0.0) if ends else job.sigmas or job.timesteps
     name = "sigmas" if job.sigmas else "timesteps" if job.timesteps else job.schedule
     return Schedule(
