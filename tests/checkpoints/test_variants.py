@@ -118,7 +118,14 @@ def with_gaps(key: str) -> str:
     return f"{head}output_blocks.{3 * level + i}.{part}.{rest}"
 
 
-@pytest.mark.parametrize("changes", [BASE, SMALL, TINY], ids=["base", "small", "tiny"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(BASE, id="base", marks=pytest.mark.slow),
+        pytest.param(SMALL, id="small"),
+        pytest.param(TINY, id="tiny"),
+    ],
+)
 def test_a_small_unet_is_that_of_diffusers(changes: dict[str, Any]) -> None:
     config = small_config(**changes)
     model = tiny_model(config)

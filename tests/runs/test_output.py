@@ -222,6 +222,7 @@ def growth(tmp_path, count):
     return int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_two_thousand_images(tmp_path):
     # far less than their 1.5 MB of pixels twice over, grid and all
     assert growth(tmp_path, 2000) < 16 * 2**20
