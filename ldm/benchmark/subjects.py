@@ -289,7 +289,7 @@ class Diffusers:
     def make(self, work: Work, noise: Tensor) -> list[Any]:
         import torch
 
-        def behind(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             self.watch.step()
             return tensors
 
@@ -298,7 +298,7 @@ class Diffusers:
             "negative_prompt": [f"{work.number}"] * self.setting.batch,
             "num_inference_steps": work.steps,
             "guidance_scale": GUIDANCE,
-            "callback_on_step_end": behind,
+            "callback_on_step_end": after_step,
         }
         if self.setting.mode == "txt2img":
             code = noise.to(self.dtype)

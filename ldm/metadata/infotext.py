@@ -109,11 +109,7 @@ _UPSCALER = _Codec(
 )
 _FILE = _Codec(file_name, str)  # its folder is private to the user
 _NUMBERS = _Codec(lambda values: " ".join(map(_number, values)), lambda text: tuple(map(float, text.split())))
-_CODECS: Mapping[str, _Codec] = {
-    "sigmas": _NUMBERS,
-    "timesteps": _NUMBERS,
-    "upscale_in": _UPSCALER,
-}
+_CODECS: Mapping[str, _Codec] = {"upscale_in": _UPSCALER}
 
 
 def _codec(row: Field) -> _Codec:
@@ -123,7 +119,7 @@ def _codec(row: Field) -> _Codec:
     if row.name in _CODECS:
         return _CODECS[row.name]
     if setting.row:
-        return _row(setting)
+        return _NUMBERS if setting.many else _row(setting)
     if row.is_file:
         return _FILE
     return {bool: _SWITCH, int: _INT, float: _FLOAT}.get(kind) or _table(row.words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -82,9 +81,8 @@ class TextConditioning:
         skips = [job.clip_skip for job in jobs]
 
         def joined(encode: Callable[[str, int | None, int], Tensor], texts: Sequence[str]) -> Conditioning:
-            encoded = [
-                encode(text, chunks, skip) for text, skip in zip(texts, itertools.cycle(skips), strict=False)
-            ]
+            skip_of_each = skips * (len(texts) // len(skips))
+            encoded = [encode(text, chunks, skip) for text, skip in zip(texts, skip_of_each, strict=True)]
             return self._joined(encoded, inpainting)
 
         cond = joined(self._encode_prompt, prompts)

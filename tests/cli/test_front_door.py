@@ -242,7 +242,7 @@ def test_a_missing_package_is_named(name, monkeypatch, capsys, tmp_path):
     text = PngInfo()
     text.add_text("parameters", "a cube\nSteps: 2, Sampler: DDIM, CFG scale: 7, Seed: 5, Size: 64x64")
     Image.new("RGB", (64, 64)).save("a.png", pnginfo=text)
-    # what imports the package is imported anew, else what it starts would run
+    # what imports the package is imported again, else what it starts would run
     for loaded in [held for held in sys.modules if held == module or held.startswith(f"{module}.")]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, package, None)

@@ -55,14 +55,8 @@ def test_equal_batches_give_equal_bytes(pipeline):
     assert torch.equal(pixels(pipeline, jobs), pixels(pipeline, jobs))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Skipping(Job):
-    clip_skip: int = 1
-    guidance_rescale: float = 0.0
-
-
 def test_each_job_of_a_batch_has_the_conditioning_of_its_clip_skip(pipeline):
-    jobs = [Skipping("a red cube", negative_prompt="blue", clip_skip=skip) for skip in (1, 2, 1)]
+    jobs = [Job("a red cube", negative_prompt="blue", clip_skip=skip) for skip in (1, 2, 1)]
     guidance = pipeline.maker.conditioning.plan(jobs, None).first
     for text, found in (("a red cube", guidance.cond), ("blue", guidance.uncond)):
         for row, skip in zip(found, (1, 2, 1), strict=True):
@@ -71,7 +65,7 @@ def test_each_job_of_a_batch_has_the_conditioning_of_its_clip_skip(pipeline):
 
 
 def test_each_job_of_a_batch_has_its_share_of_rescaled_guidance(pipeline):
-    plain = Skipping("a red cube", width=64, height=64, steps=3, seed=11)
+    plain = Job("a red cube", width=64, height=64, steps=3, seed=11)
     jobs = [plain, dataclasses.replace(plain, guidance_rescale=0.7)]
     guidance = pipeline.maker.conditioning.plan(jobs, None).first
     assert torch.as_tensor(guidance.rescale).flatten().tolist() == pytest.approx([0.0, 0.7])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ldm.models.diffusion.schedules import LISTS, SCHEDULES
-from ldm.models.diffusion.solvers.registry import SOLVERS
+from ldm.models.diffusion.solvers.registry import K_DIFFUSION, SOLVERS
 
 
 class Named(NamedTuple):
@@ -28,13 +28,11 @@ def plain(name: str) -> str:
 # plain names that differ from the plain names here. A1111, ComfyUI, InvokeAI, stable-diffusion.cpp, kohya, diffusers
 _SOLVERS: Mapping[str, str] = {
     **{plain(name): name for name in SOLVERS},
-    "eulerancestral": "euler_a",
+    **{plain(name): solver for name, solver in K_DIFFUSION.items()},
     "eulerdiscrete": "euler",
     "eulerancestraldiscrete": "euler_a",
-    "dpm2ancestral": "dpm2_a",
     "dpm2discrete": "dpm2",
     "dpm2ancestraldiscrete": "dpm2_a",
-    "dpmpp2sancestral": "dpmpp_2s_a",
     "heundiscrete": "heun",
     "lmsdiscrete": "lms",
     "pndm": "plms",
