@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,28 @@ def test_an_older_python_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: Python 3.9 is too old; use Python 3.10 or newer\n"
 
 
+@contextmanager
+def imported_again(module):
+    """`module` and what lies in it are imported anew inside, and are the former ones again after it."""
+    former = {name: held for name, held in sys.modules.items() if name.split(".")[0] == "ldm"}
+    for name in former:
+        if name == module or name.startswith(f"{module}."):
+            del sys.modules[name]
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "ldm"]:
+            package, _, own = name.rpartition(".")
+            del sys.modules[name]
+            if package in former:
+                vars(former[package]).pop(own, None)
+        sys.modules.update(former)
+        for name, held in former.items():
+            package, _, own = name.rpartition(".")
+            if package:
+                setattr(former[package], own, held)
+
+
 NEEDS = {"benchmark": ("ldm.runtime.device", "torch"), "train": ("ldm.training", "pytorch_lightning")}
 
 
@@ -242,11 +265,9 @@ def test_a_missing_package_is_named(name, monkeypatch, capsys, tmp_path):
     text = PngInfo()
     text.add_text("parameters", "a cube\nSteps: 2, Sampler: DDIM, CFG scale: 7, Seed: 5, Size: 64x64")
     Image.new("RGB", (64, 64)).save("a.png", pnginfo=text)
-    # what imports the package is imported again, else what it starts would run
-    for loaded in [held for held in sys.modules if held == module or held.startswith(f"{module}.")]:
-        monkeypatch.delitem(sys.modules, loaded)
-    monkeypatch.setitem(sys.modules, package, None)
-    assert importlib.import_module(f"scripts.{name}").main(TYPED.get(name, [])) == 2
+    with imported_again(module):  # else what it starts would run
+        monkeypatch.setitem(sys.modules, package, None)
+        assert importlib.import_module(f"scripts.{name}").main(TYPED.get(name, [])) == 2
     package = package.replace("_", "-")
     assert (
         capsys.readouterr()
