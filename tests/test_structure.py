@@ -13,7 +13,7 @@ from tests.support.paths import ROOT
 FILES = sorted((ROOT / "ldm").rglob("*.py"))
 RANKS = [
     {"util", "job", "lr_scheduler"},
-    {"files", "setting"},
+    {"files", "json_value", "setting"},
     {"places"},
     {"config"},
     {"modules"},

@@ -202,7 +202,7 @@ def _option(row: Field, value: Any) -> Options:
     return {row.dest: text_of(value)} if row.option else {}
 
 
-def text_of(value: object) -> str:
+def text_of(value: str | float | tuple[str | float, ...]) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return _number(value) if isinstance(value, float) else str(value)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any
 
 from ldm.fields import DEFAULTS, FIELDS, INIT, SETTINGS, Field, override, values_of
 from ldm.job import V1_DEFAULTS, Job, lora_name, lora_tag, split_loras
+from ldm.json_value import Json, load_json
 from ldm.setting import Setting
 from ldm.util import InputError, printable
 
@@ -40,7 +42,8 @@ _SIZE = re.compile(r"([0-9]+)x([0-9]+)")
 _UNSTORABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # controls and surrogates
 
 
-class _Codec(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Codec:
     """The writer and the reader of values of one `Job` field."""
 
     write: Callable[[Any], str]
@@ -87,12 +90,18 @@ def _row(setting: Setting) -> _Codec:
 
 
 def _read_loras(text: str) -> tuple[tuple[str, float, float], ...]:
-    loras = json.loads(text)
-    if not isinstance(loras, list) or not all(isinstance(lora, list) and len(lora) == 3 for lora in loras):
+    loras = load_json(text)
+    if not isinstance(loras, list):
         raise ValueError(text)
-    return tuple(
-        (file_name(str(name)), float(weight), float(text_weight)) for name, weight, text_weight in loras
-    )
+    return tuple(map(_read_lora, loras))
+
+
+def _read_lora(lora: Json) -> tuple[str, float, float]:
+    match lora:
+        case [name, str() | int() | float() as weight, str() | int() | float() as text_weight]:
+            return file_name(str(name)), float(weight), float(text_weight)
+        case _:
+            raise ValueError(f"{lora} is not a LoRA")
 
 
 def _named_loras(job: Job) -> tuple[tuple[str, float, float], ...]:
@@ -280,7 +289,8 @@ def _pairs_in(text: str) -> list[tuple[str, str, int]]:
     A value is a string, list or object of JSON, or all up to the next comma, bar or end of line.
     """
     plain, ending = _ENDS["|" if _WITH_BARS.match(text) else ","]
-    pairs, at, tries = [], 0, _JSON_TRIES
+    pairs: list[tuple[str, str, int]] = []
+    at, tries = 0, _JSON_TRIES
     while key := _NAMED.search(text, at):
         at = key.end()
         value = _STRING.match(text, at)

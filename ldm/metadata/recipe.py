@@ -44,7 +44,7 @@ class Recipe:
     source: str
     model: str = ""
     model_hash: str = ""
-    extras: Mapping[str, str] = field(default_factory=dict)
+    extras: Mapping[str, str] = field(default_factory=dict[str, str])
     notes: tuple[str, ...] = ()
 
 

@@ -7,13 +7,13 @@ The fields of the job are those of `ldm.job.Job`, so a field that is added there
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ldm.fields import MAX_TEXT, SETTINGS, override, read_held
 from ldm.job import V1_DEFAULTS, Job, lora_name
+from ldm.json_value import JsonObject, as_object, load_json
 from ldm.metadata.infotext import file_name, to_json
 from ldm.setting import shown
 from ldm.util import InputError, printable
@@ -48,10 +48,10 @@ def read_record(text: str) -> Record:
     Raises InputError for a text that is not a record, and `FieldError` for an invalid value of a field.
     """
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = as_object(load_json(text))
+    except ValueError:
         raise InputError("the record is not JSON") from None
-    job, extras = (content.get(key) if isinstance(content, dict) else None for key in ("job", "extras"))
+    job = content.get("job")
     if not isinstance(job, dict):
         raise InputError("the record holds no job")
     unknown: list[str] = []
@@ -59,8 +59,8 @@ def read_record(text: str) -> Record:
         decoded = _decoded(job, unknown)
     except ValueError as error:
         raise FieldError(f"the record is not usable: {printable(error)}") from None
-    texts = extras if isinstance(extras, dict) else {}
-    held = {key: v for key, v in texts.items() if isinstance(v, str) and len(v) <= MAX_TEXT}
+    extras = as_object(content.get("extras"))
+    held = {key: v for key, v in extras.items() if isinstance(v, str) and len(v) <= MAX_TEXT}
     return Record(decoded, held, tuple(unknown))
 
 
@@ -75,7 +75,7 @@ def without_folders(job: Job) -> Job:
     )
 
 
-def _decoded(content: Mapping[str, Any], unknown: list[str]) -> Job:
+def _decoded(content: JsonObject, unknown: list[str]) -> Job:
     """Returns the job of a JSON object, without unknown entries, and their names. Raises ValueError."""
     if "prompt" not in content:
         raise ValueError("job lacks prompt")

@@ -8,7 +8,7 @@ import re
 import struct
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from xml.etree import ElementTree
 
 from PIL import Image
@@ -17,11 +17,13 @@ from PIL.PngImagePlugin import iTXt
 from ldm.files import read_side_file
 from ldm.images.keywords import INFOTEXT_KEYWORD, RECORD_KEYWORD
 from ldm.images.source import FORMATS, open_image, read_bytes, reading
+from ldm.json_value import load_object
 from ldm.metadata.hidden import hidden_text
 from ldm.metadata.infotext import has_settings
 from ldm.util import InputError
 
 MAX_TEXT = 4_000_000  # characters; ComfyUI's graphs are the longest, some 100,000
+_ExifValue: TypeAlias = "str | bytes | float | tuple[Any, ...] | None"
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF")  # the last where Pillow was built with it
 _EXIF, _USER_COMMENT, _MAKER_NOTE, _SOFTWARE = 0x8769, 0x9286, 0x927C, 0x0131
 _DESCRIPTIONS = (0x010E, 0x010F, 0x0110, 0x9C9C)  # ImageDescription, Make and Model (ComfyUI), XPComment
@@ -112,7 +114,7 @@ def read_texts_beside(path: str) -> tuple[str, dict[str, str]]:
 
 def _chunks(image: Image.Image) -> dict[str, str]:
     """Returns a PNG's texts. Many programs write UTF-8 where the standard has Latin-1."""
-    texts = {}
+    texts: dict[str, str] = {}
     for key, text in image.info.items():
         if isinstance(text, str):  # Pillow has a separate class for iTXt texts, which are UTF-8
             is_latin = not isinstance(text, iTXt) and key != RECORD_KEYWORD
@@ -156,7 +158,7 @@ def _parts(text: str) -> Iterator[tuple[str, str]]:
         _, *fields = _MOCHI_FIELD.split(text)
         yield from zip(fields[::2], fields[1::2], strict=True)
         return
-    content = _object(text)
+    content = load_object(text) if text.startswith("{") and len(text) <= MAX_TEXT else {}
     if any(isinstance(node, dict) and "class_type" in node for node in content.values()):
         yield "prompt", text  # ComfyUI's graph
     elif not _HOLDS_TEXTS.isdisjoint(content):
@@ -164,14 +166,6 @@ def _parts(text: str) -> Iterator[tuple[str, str]]:
             yield key, value if isinstance(value, str) else json.dumps(value)
     elif text:
         yield INFOTEXT_KEYWORD, text
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text) if text.startswith("{") and len(text) <= MAX_TEXT else None
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _xmp(packet: bytes) -> Iterator[str]:
@@ -205,7 +199,7 @@ def _local(name: object) -> str:
 # --- bytes ---------------------------------------------------------------------------------------------------------
 
 
-def _comment(value: object) -> str:
+def _comment(value: _ExifValue) -> str:
     """Decodes EXIF's UserComment, which should begin with the name of its character set."""
     data = value if isinstance(value, bytes) else str(value).encode("latin-1", "replace")
     code, rest = data[:_CODE_LENGTH].upper(), data[_CODE_LENGTH:]
@@ -216,7 +210,7 @@ def _comment(value: object) -> str:
     return _text(rest if code in _CODES else data)
 
 
-def _text(value: object) -> str:
+def _text(value: _ExifValue) -> str:
     """Decodes bytes, or text that Pillow read as Latin-1: UTF-8, UTF-16 of either order, or Latin-1."""
     if isinstance(value, str):
         if value.isascii():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from ldm.job import lora_name
+from ldm.json_value import Json, load_json, load_object, objects_of
 from ldm.metadata.foreign.entries import NOTHING, SPELLINGS, positive
 from ldm.metadata.infotext import file_name
 from ldm.metadata.recipe import Draft
@@ -15,7 +14,8 @@ from ldm.metadata.recipe import Draft
 
 def find_files(entries: Mapping[str, str], draft: Draft) -> None:
     """Reads names, hashes and weights of LoRAs, textual inversions and the VAE from the text."""
-    hashes = _object(entries.get("Hashes", ""))
+    listed = load_object(entries.get("Hashes", ""))
+    hashes = {key: value for key, value in listed.items() if isinstance(value, str)}
     loras = listed_hashes(entries, "Lora hashes") | {
         k[5:]: v for k, v in hashes.items() if k.startswith("lora:")
     }
@@ -55,7 +55,7 @@ def find_files(entries: Mapping[str, str], draft: Draft) -> None:
 
 def listed_hashes(entries: Mapping[str, str], key: str) -> dict[str, str]:
     """Reads a list `name: hash, name: hash`; more of it may follow unquoted as separate entries."""
-    listed = {}
+    listed: dict[str, str] = {}
     for part in entries.get(key, "").replace('"', "").split(","):
         name, sign, digest = (
             part.strip().partition(": ") if part.count(": ") > 1 else part.strip().rpartition(":")
@@ -78,7 +78,7 @@ def _names(entries: Mapping[str, str]) -> list[str]:
 
 def _of_additional_networks(entries: Mapping[str, str]) -> list[tuple[str, float, float, str]]:
     """Reads LoRAs of the extension Additional Networks: name, weights on U-Net and text encoder, hash."""
-    found = []
+    found: list[tuple[str, float, float, str]] = []
     for i in range(1, 6):
         model = re.fullmatch(r"(.+?)(?:\(([0-9a-f]*)\))?", entries.get(f"AddNet Model {i}", ""))
         if model and entries.get(f"AddNet Module {i}", "LoRA") == "LoRA":
@@ -88,27 +88,20 @@ def _of_additional_networks(entries: Mapping[str, str]) -> list[tuple[str, float
     return found
 
 
-def _of_cpp(entries: Mapping[str, str]) -> list[tuple[str, Any]]:
+def _of_cpp(entries: Mapping[str, str]) -> list[tuple[str, Json]]:
     """Reads LoRAs and weights in the JSON of stable-diffusion.cpp, whose server accepts them outside the prompt."""
-    try:
-        content: Any = json.loads(entries.get("SDCPP", "{}"))
-    except (ValueError, RecursionError):
-        return []
-    listed = content.get("loras") if isinstance(content, dict) else None
-    found = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    found = list(objects_of(load_object(entries.get("SDCPP", "")).get("loras")))
     return [(lora_name(file_name(str(entry.get("name")))), entry.get("multiplier")) for entry in found[:20]]
 
 
 def _of_civitai(entries: Mapping[str, str], asked: set[str]) -> list[str]:
     """Reads Civitai's list of resources, except checkpoints and the LoRAs in the prompt."""
     try:
-        listed: Any = json.loads(entries.get("Civitai resources", "[]"))
-    except (ValueError, RecursionError):
+        listed = load_json(entries.get("Civitai resources", "[]"))
+    except ValueError:
         return ["what cannot be read"]
-    found = []
-    for entry in listed if isinstance(listed, list) else []:
-        if not isinstance(entry, dict):
-            continue
+    found: list[str] = []
+    for entry in objects_of(listed):
         kind, weight = str(entry.get("type", "")).lower(), entry.get("weight")
         name = str(entry.get("modelName") or f"version {entry.get('modelVersionId')}")
         if kind not in ("checkpoint", "model", "vae", "") and name.lower() not in asked:
@@ -122,12 +115,3 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return 1.0
-
-
-def _object(text: str) -> dict[str, str]:
-    try:
-        content: Any = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    items = content.items() if isinstance(content, dict) else ()
-    return {str(key): value for key, value in items if isinstance(value, str)}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
-from typing import Any
 
+from ldm.json_value import JsonObject, as_list, as_object, as_text, load_json, objects_of
 from ldm.metadata.foreign.samplers import choose_sampler
 from ldm.metadata.infotext import file_name
 from ldm.metadata.recipe import UNKNOWN, Draft, Origin, Recipe
@@ -38,21 +37,17 @@ def read_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
     """Reads the recipe of an image of version 3 or later."""
     content = _object(text)
     draft = Draft("InvokeAI")
-    draft.values["prompt"] = _text(content.get("positive_prompt"))
-    draft.values["negative_prompt"] = _text(content.get("negative_prompt"))
-    _settings(content, _text(content.get("scheduler")), draft)
-    model = content.get("model")
-    if isinstance(model, dict):
-        if (base := _text(model.get("base") or model.get("base_model"))) not in ("", "sd-1"):
-            draft.note(f"its model is of the kind {base[:50]}, not Stable Diffusion v1")
-        draft.model = file_name(_text(model.get("name") or model.get("model_name")))
-        draft.model_hash = _text(model.get("hash") or model.get("model_hash"))
-    loras = content.get("loras")
-    for lora in loras[:20] if isinstance(loras, list) else []:
-        if isinstance(lora, dict):
-            names = lora.get("model") or lora.get("lora")
-            name = names.get("name") or names.get("model_name") if isinstance(names, dict) else None
-            draft.lora(name, lora.get("weight"), lora.get("weight"))
+    draft.values["prompt"] = as_text(content.get("positive_prompt"))
+    draft.values["negative_prompt"] = as_text(content.get("negative_prompt"))
+    _settings(content, as_text(content.get("scheduler")), draft)
+    model = as_object(content.get("model"))
+    if (base := as_text(model.get("base") or model.get("base_model"))) not in ("", "sd-1"):
+        draft.note(f"its model is of the kind {base[:50]}, not Stable Diffusion v1")
+    draft.model = file_name(as_text(model.get("name") or model.get("model_name")))
+    draft.model_hash = as_text(model.get("hash") or model.get("model_hash"))
+    for lora in objects_of(as_list(content.get("loras"))[:20]):
+        names = as_object(lora.get("model") or lora.get("lora"))
+        draft.lora(names.get("name") or names.get("model_name"), lora.get("weight"), lora.get("weight"))
     if content.get("rand_device", "cpu") == "cpu":
         draft.cpu_noise()
     return draft.finish()
@@ -61,23 +56,22 @@ def read_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
 def read_sd_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
     """Reads the recipe of an image of version 1.15 to 2.3 from its JSON."""
     content = _object(text)
-    images = content.get("images")
-    image = content.get("image") or (images[0] if isinstance(images, list) and images else None)
+    image = content.get("image") or next(iter(as_list(content.get("images"))), None)
     if not isinstance(image, dict):
         raise InputError("it describes no image")
     draft = Draft("InvokeAI")
     prompt = image.get("prompt")
     if isinstance(prompt, list):
-        parts = [part for part in prompt if isinstance(part, dict)]
-        prompt = " ".join(_text(part.get("prompt")) for part in parts)
+        parts = list(objects_of(prompt))
+        prompt = " ".join(as_text(part.get("prompt")) for part in parts)
         if len(parts) > 1:
             draft.note("its prompt has weighted parts, which are joined here")
-    _split_prompt(_text(prompt), draft)
-    _settings(image, _text(image.get("sampler")), draft)
+    _split_prompt(as_text(prompt), draft)
+    _settings(image, as_text(image.get("sampler")), draft)
     draft.model = file_name(
-        _text(content.get("model_weights") or content.get("model_id") or content.get("model"))
+        as_text(content.get("model_weights") or content.get("model_id") or content.get("model"))
     )
-    draft.model_hash = _text(content.get("model_hash"))
+    draft.model_hash = as_text(content.get("model_hash"))
     draft.gpu_noise()
     return draft.finish()
 
@@ -85,7 +79,7 @@ def read_sd_metadata(text: str, _: Origin = UNKNOWN) -> Recipe:
 def read_dream(text: str, _: Origin = UNKNOWN) -> Recipe:
     """Reads the recipe of an image of version 1 or 2 from the command that made it."""
     prompt, options = _split_command(text)
-    content: dict[str, Any] = {}
+    content: JsonObject = {}
     draft = Draft("InvokeAI")
     for letter, value in _options(options):
         if letter in _DREAM_NUMBERS:
@@ -98,14 +92,14 @@ def read_dream(text: str, _: Origin = UNKNOWN) -> Recipe:
         raise InputError("its command has neither steps nor seed")
     _split_prompt(prompt.strip(), draft)
     content |= {"init_image": content.get("I", ""), "type": "inpaint" if content.get("M") else ""}
-    _settings(content, content.get("A", "k_lms"), draft)
+    _settings(content, as_text(content.get("A", "k_lms")), draft)
     draft.gpu_noise()
     return draft.finish()
 
 
 def _options(text: str) -> list[tuple[str, str]]:
     """Returns options and their values, long names by their letters; the space after a letter may be missing."""
-    found = []
+    found: list[tuple[str, str]] = []
     words = text.split()[:200]
     for i, word in enumerate(words):
         value = " ".join(itertools.takewhile(lambda w: not re.match("-[A-Za-z-]", w), words[i + 1 :]))
@@ -117,7 +111,7 @@ def _options(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def _settings(content: dict[str, Any], sampler: str, draft: Draft) -> None:
+def _settings(content: JsonObject, sampler: str, draft: Draft) -> None:
     for prompt in (draft.values["prompt"], draft.values["negative_prompt"]):
         for name in _EMBEDDING.findall(prompt):
             draft.note(f"<{name}> in its prompts means the textual inversion {name}, if InvokeAI had it")
@@ -132,8 +126,8 @@ def _settings(content: dict[str, Any], sampler: str, draft: Draft) -> None:
     steps = draft.values.get("steps", 0)
     if draft.values["sampler"] != "dpm_solver" and steps and 1000 % steps:
         draft.note(f"its timesteps for {steps} steps are a little lower than those used here")
-    image = _text(content.get("init_image"))
-    mode = _text(content.get("generation_mode") or content.get("type"))
+    image = as_text(content.get("init_image"))
+    mode = as_text(content.get("generation_mode") or content.get("type"))
     family, _, kind = mode.rpartition("_")
     if family or (mode and mode not in _MODES):
         draft.note(
@@ -145,10 +139,8 @@ def _settings(content: dict[str, Any], sampler: str, draft: Draft) -> None:
         draft.note(f"the part of the image that {kind} repaints is not in the file; give it with --mask")
     for name in _NOT_HERE:
         draft.leave_out(name, content.get(name))
-    canvas = content.get("canvas_v2_metadata")
-    for name, entities in canvas.items() if isinstance(canvas, dict) else ():
-        listed = entities if name in _ON_CANVAS and isinstance(entities, list) else []
-        is_used = any(entity.get("isEnabled", True) for entity in listed if isinstance(entity, dict))
+    for name, entities in as_object(content.get("canvas_v2_metadata")).items():
+        is_used = name in _ON_CANVAS and any(entity.get("isEnabled", True) for entity in objects_of(entities))
         draft.leave_out(name, is_used and "of its canvas")
 
 
@@ -170,18 +162,14 @@ def _split_prompt(text: str, draft: Draft) -> None:
     draft.values["negative_prompt"] = " ".join(_UNWANTED.findall(text))
 
 
-def _object(text: str) -> dict[str, Any]:
+def _object(text: str) -> JsonObject:
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = load_json(text)
+    except ValueError:
         raise InputError("it is not JSON") from None
     if not isinstance(content, dict):
         raise InputError("it is not a JSON object")
     return content
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
 
 
 def _number(text: str) -> int | float | None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ldm.images.keywords import INFOTEXT_KEYWORD
+from ldm.json_value import Json, JsonObject, as_list, as_object, as_text, load_object, objects_of
 from ldm.metadata.foreign.samplers import COMFYUI, OTHER, choose_sampler
 from ldm.metadata.infotext import file_name
 from ldm.metadata.recipe import Draft, Origin, Recipe
 from ldm.util import InputError
 
-Content = dict[str, Any]  # names in lower case with letters and digits only
-
+# The entries of a file in one table, whose names are in lower case with letters and digits only, is a `JsonObject`.
 _OBJECTS = ("Comment", INFOTEXT_KEYWORD, "parameters-json", "generation_data")  # texts that may be JSON
 _NAMES = {
     "prompt": ("fullprompt", "positiveprompt", "includeinimage", "prompt", "c", "textprompts", "description"),
@@ -54,17 +53,33 @@ class _Program(NamedTuple):
     """A program: its name, how its table is recognised, its noise source, and its syntax of prompt weights."""
 
     name: str
-    is_its: Callable[[Content], bool]
+    is_its: Callable[[JsonObject], bool]
     on_the_cpu: bool = False
     is_read: bool = True
 
 
-def _software(name: str) -> Callable[[Content], bool]:
+def _software(name: str) -> Callable[[JsonObject], bool]:
     return lambda content: str(content.get("software", "")).lower().startswith(name)
 
 
-def _has(*names: str) -> Callable[[Content], bool]:
+def _has(*names: str) -> Callable[[JsonObject], bool]:
     return lambda content: content.keys() >= set(names)
+
+
+def _is_novelai(content: JsonObject) -> bool:
+    return _software("novelai")(content) or _has("uc", "noiseschedule")(content)
+
+
+def _is_easy_diffusion(content: JsonObject) -> bool:
+    return "usestablediffusionmodel" in content or "stablediffusionmodel" in content
+
+
+def _is_fooocus(content: JsonObject) -> bool:
+    return "basemodel" in content and ("performance" in content or "sharpness" in content)
+
+
+def _is_midjourney(content: JsonObject) -> bool:
+    return "Job ID:" in str(content.get("description", ""))
 
 
 _PROGRAMS = (
@@ -72,20 +87,18 @@ _PROGRAMS = (
     _Program("RuinedFooocus", _software("ruinedfooocus"), on_the_cpu=True),
     _Program("TensorArt", _has("generationdata"), on_the_cpu=True),
     _Program("Stability Matrix", _has("parametersjson"), on_the_cpu=True),
-    _Program("NovelAI", lambda c: _software("novelai")(c) or c.keys() >= {"uc", "noiseschedule"}),
+    _Program("NovelAI", _is_novelai),
     _Program("Draw Things", _has("c", "uc", "sampler")),
-    _Program(
-        "Easy Diffusion", lambda c: not {"usestablediffusionmodel", "stablediffusionmodel"}.isdisjoint(c)
-    ),
-    _Program("Fooocus", lambda c: "basemodel" in c and not {"performance", "sharpness"}.isdisjoint(c), True),
+    _Program("Easy Diffusion", _is_easy_diffusion),
+    _Program("Fooocus", _is_fooocus, on_the_cpu=True),
     _Program("Mochi Diffusion", _has("includeinimage")),
     _Program("Sygil", _has("prompt", "normalizepromptweights")),
     _Program("NMKD", _has("nmkdiffusion"), is_read=False),
     _Program("Artroom", _has("textprompts", "cfgscale")),
     _Program("imaginAIry", _software("imaginairy"), is_read=False),
-    _Program("Midjourney", lambda c: "Job ID:" in str(c.get("description", "")), is_read=False),
+    _Program("Midjourney", _is_midjourney, is_read=False),
     _Program("diffusers", _has("prompt", "numinferencesteps", "guidancescale")),
-    _Program("sd-scripts of kohya", lambda c: c.keys() >= {"prompt", "seed", "sampler", "steps", "scale"}),
+    _Program("sd-scripts of kohya", _has("prompt", "seed", "sampler", "steps", "scale")),
 )
 
 
@@ -111,19 +124,19 @@ def read(texts: Mapping[str, str], origin: Origin) -> Recipe | None:
     _choose_numbers(content, origin, draft)
     if program.name == "Mochi Diffusion":
         content["sampler"] = content.pop("scheduler", "")
-    schedule = _text(_found(content, ("comfyuischeduler", "scheduler", "noiseschedule")))
+    schedule = as_text(_found(content, ("comfyuischeduler", "scheduler", "noiseschedule")))
     names = COMFYUI if program.on_the_cpu else OTHER
     own = schedule.lower() in (*_NONE, "normal", "ddim_uniform", "native")
-    choose_sampler(draft, _text(_found(content, _SAMPLERS)), "" if own else schedule, names)
+    choose_sampler(draft, as_text(_found(content, _SAMPLERS)), "" if own else schedule, names)
     _choose_noise(content, program, draft)
     _choose_start(content, program, draft)
     model = _found(content, _MODELS)
     of_model = (
         _folded(model) if isinstance(model, dict) else {"name": model, "hash": _found(content, _HASHES)}
     )
-    draft.model = file_name(_text(_found(of_model, ("modelfilename", "name"))))
-    draft.model_hash = _text(of_model.get("hash"))
-    hashes = {}
+    draft.model = file_name(as_text(_found(of_model, ("modelfilename", "name"))))
+    draft.model_hash = as_text(of_model.get("hash"))
+    hashes: dict[str, str] = {}
     for lora, weight, digest in _loras(content):
         draft.lora(lora, weight, weight)
         hashes[draft.loras[-1][0]] = digest
@@ -142,55 +155,43 @@ def read(texts: Mapping[str, str], origin: Origin) -> Recipe | None:
     return draft.finish()
 
 
-def _content(texts: Mapping[str, str]) -> Content:
+def _content(texts: Mapping[str, str]) -> JsonObject:
     """Returns the texts, and the entries of those that are JSON, in one table."""
     content = _folded({name.removeprefix("SD:"): text for name, text in texts.items()})  # Sygil's prefix
     for keyword in _OBJECTS:
-        found = _object(texts.get(keyword, ""))
+        found = load_object(texts.get(keyword, ""))
         for inner in ("sui_image_params", "meta", "reqBody"):
-            found |= found[inner] if isinstance(found.get(inner), dict) else {}
+            found |= as_object(found.get(inner))
         content |= _folded(found)
     return content
 
 
-def _folded(table: Mapping[str, Any]) -> Content:
+def _folded(table: Mapping[str, Json]) -> JsonObject:
     return {re.sub("[^a-z0-9]", "", str(name).lower()): value for name, value in table.items()}
 
 
-def _object(text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text) if text.lstrip().startswith("{") else None
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _found(content: Content, names: tuple[str, ...]) -> Any:
+def _found(content: JsonObject, names: tuple[str, ...]) -> Json:
     """Returns the first of these entries that is set."""
     return next((content[name] for name in names if content.get(name) not in (None, "", [], {})), None)
 
 
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _prompt(value: object) -> str:
+def _prompt(value: Json) -> str:
     """Returns a prompt, joined if it is a list of parts."""
     if isinstance(value, list):
         return ", ".join(part for part in value if isinstance(part, str))
-    return _text(value)
+    return as_text(value)
 
 
-def _number(value: object) -> object:
+def _number(value: Json) -> Json:
     """Converts a number in quotes; any other value is returned unchanged."""
     if not isinstance(value, str) or not re.fullmatch(f"{_NUMBER}(?:e[+-]?[0-9]+)?", value.strip()):
         return value
     return int(value) if re.fullmatch("-?[0-9]{1,20}", value.strip()) else float(value)
 
 
-def _choose_numbers(content: Content, origin: Origin, draft: Draft) -> None:
+def _choose_numbers(content: JsonObject, origin: Origin, draft: Draft) -> None:
     found = {name: _number(_found(content, names)) for name, names in _NAMES.items()}
-    size = _SIZE.fullmatch(_text(_found(content, _SIZES)))
+    size = _SIZE.fullmatch(as_text(_found(content, _SIZES)))
     if size and not (found["width"] and found["height"]):
         found |= {"width": int(size[1]), "height": int(size[2])}
     if not (found["width"] and found["height"]) and origin.size is not None:
@@ -207,11 +208,8 @@ def _choose_numbers(content: Content, origin: Origin, draft: Draft) -> None:
     draft.number("scale", found["scale"])
 
 
-def _choose_noise(content: Content, program: _Program, draft: Draft) -> None:
-    inner = content.get("v2")
-    mode = str(
-        content.get("seedmode") or (inner.get("seedMode", "") if isinstance(inner, dict) else "")
-    ).lower()
+def _choose_noise(content: JsonObject, program: _Program, draft: Draft) -> None:
+    mode = str(content.get("seedmode") or as_object(content.get("v2")).get("seedMode", "")).lower()
     of_web_ui = (
         program.name == "SwarmUI" and "autowebuisampler" in content and "comfyuisampler" not in content
     )
@@ -223,50 +221,50 @@ def _choose_noise(content: Content, program: _Program, draft: Draft) -> None:
         draft.gpu_noise()
 
 
-def _choose_start(content: Content, program: _Program, draft: Draft) -> None:
+def _choose_start(content: JsonObject, program: _Program, draft: Draft) -> None:
     """Adds a start image, by the entries of each program."""
     strength = _number(_found(content, ("promptstrength", "initimagecreativity", "strength")))
-    image = file_name(_text(_found(content, ("initimage", "initimagefilename"))))
-    kind = _text(content.get("requesttype")).lower()
+    image = file_name(as_text(_found(content, ("initimage", "initimagefilename"))))
+    kind = as_text(content.get("requesttype")).lower()
     if program.name == "NovelAI" and "img2img" not in kind and "infill" not in kind:
         return  # a strength is written for text to image, too
     if (isinstance(strength, (int, float)) and strength < 1) or (image and len(image) < 256):
         draft.start_from(image if len(image) < 256 else "", 0.75 if strength is None else strength)
 
 
-def _loras(content: Content) -> Iterator[tuple[str, Any, str]]:
+def _loras(content: JsonObject) -> Iterator[tuple[str, Json, str]]:
     """Reads LoRAs in each program's notation: name, weight, hash."""
-    inner = content.get("v2")
     listed = _found(content, ("loras", "uselorasmodel", "useloramodel", "loramodel", "lora"))
-    listed = listed or (inner.get("loras") if isinstance(inner, dict) else None)
+    listed = listed or as_object(content.get("v2")).get("loras")
     weights = _found(content, ("loraweights", "loraalpha", "lorastrength"))
     if isinstance(listed, str):
-        pairs = re.findall(rf"<([^<>:]+):({_NUMBER})>", listed)
-        listed = [list(pair) for pair in pairs] or [listed]
-    entries = listed[:20] if isinstance(listed, list) else []
-    models = content.get("models")
-    models = models if isinstance(models, list) else []
-    entries += [entry for entry in models[:20] if isinstance(entry, dict) and entry.get("type") == "LORA"]
+        pairs = re.finditer(rf"<([^<>:]+):({_NUMBER})>", listed)
+        entries: list[Json] = [[pair[1], pair[2]] for pair in pairs] or [listed]
+    else:
+        entries = as_list(listed)
+    entries = entries[:20]
+    models = objects_of(as_list(content.get("models"))[:20])
+    entries += [entry for entry in models if entry.get("type") == "LORA"]
     for i, entry in enumerate(entries):
-        weight: object = weights[i] if isinstance(weights, list) and i < len(weights) else weights
+        weight = weights[i] if isinstance(weights, list) and i < len(weights) else weights
         found = _lora(entry, 1.0 if weight is None or isinstance(weight, list) else weight)
         if found is not None and found[0].lower() not in _NONE:
             yield found
     for key, value in sorted(content.items()):
-        is_one = key.startswith("loracombined") and isinstance(value, str)
-        combined = re.fullmatch(rf"(.+) : ({_NUMBER})", value) if is_one else None
+        is_one = key.startswith("loracombined")
+        combined = re.fullmatch(rf"(.+) : ({_NUMBER})", as_text(value)) if is_one else None
         if combined and not entries and combined[1] != "None":
             yield combined[1], float(combined[2]), ""
 
 
-def _lora(entry: object, weight: object) -> tuple[str, Any, str] | None:
+def _lora(entry: Json, weight: Json) -> tuple[str, Json, str] | None:
     if isinstance(entry, str):
         return entry, _number(weight), ""
     if isinstance(entry, dict):
-        name = _text(_found(_folded(entry), ("file", "modelfilename", "model", "name", "label")))
-        return name, _number(entry.get("weight", weight)), _text(entry.get("hash"))
+        name = as_text(_found(_folded(entry), ("file", "modelfilename", "model", "name", "label")))
+        return name, _number(entry.get("weight", weight)), as_text(entry.get("hash"))
     if not isinstance(entry, list) or len(entry) < 2 or not isinstance(entry[0], str):
         return None
     if packed := re.fullmatch(rf"({_NUMBER}) - (.+)", str(entry[1])):  # a hash, then weight and name
         return packed[2], float(packed[1]), entry[0]
-    return entry[0], _number(entry[1]), _text(entry[2]) if len(entry) > 2 else ""
+    return entry[0], _number(entry[1]), as_text(entry[2]) if len(entry) > 2 else ""

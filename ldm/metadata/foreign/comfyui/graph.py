@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from ldm.json_value import Json, as_text, load_json
 from ldm.util import InputError
 
 MAX_NODES = 10_000
@@ -37,7 +37,7 @@ class Node(NamedTuple):
 
     name: str
     kind: str
-    inputs: Mapping[str, Any]
+    inputs: Mapping[str, Json]
 
 
 class Graph:
@@ -83,14 +83,14 @@ class Graph:
 
     def text(self, node: Node, *names: str) -> str | None:
         """Returns the first of these inputs that is text or linked to a node that holds or joins text; else None."""
-        return self._value(node, names, _TEXTS, as_text, [_MAX_VALUE_LINKS])
+        return self._value(node, names, _TEXTS, widget_text, [_MAX_VALUE_LINKS])
 
     def _value(
         self,
         node: Node,
         names: tuple[str, ...],
         more: tuple[str, ...],
-        read: Callable[[Any], Any],
+        read: Callable[[Json], Any],
         left: list[int],
     ) -> Any:
         first = node
@@ -101,7 +101,7 @@ class Graph:
                     return value
             source = self.linked(node, *names) if node is first else self.before(node, *names)
             if source is None:
-                return self._joined(node, left) if read is as_text else None
+                return self._joined(node, left) if read is widget_text else None
             node, names = source, (*names, *more)
             if node.kind not in _HOLDERS:
                 self.foreign[node.kind] = None
@@ -113,9 +113,9 @@ class Graph:
         if not names or not re.search("concat|join", node.kind, re.IGNORECASE):
             return None
         between = next(
-            (t for n in ("delimiter", "separator") if (t := as_text(node.inputs.get(n))) is not None), ""
+            (t for n in ("delimiter", "separator") if (t := widget_text(node.inputs.get(n))) is not None), ""
         )
-        parts = [self._value(node, (name,), _TEXTS, as_text, left) for name in names]
+        parts = [self._value(node, (name,), _TEXTS, widget_text, left) for name in names]
         return between.join(part for part in parts if part is not None)[:_MAX_TEXT]
 
     def sampler(self, node: Node) -> Node:
@@ -144,8 +144,8 @@ class Graph:
 def read_graph(text: str) -> Graph:
     """Reads the graph in a text; `InputError` for a text that is not a graph in ComfyUI's API form."""
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = load_json(text)
+    except ValueError:
         raise InputError("it is not JSON") from None
     if isinstance(content, dict):
         if isinstance(content.get("nodes"), list):
@@ -158,29 +158,28 @@ def read_graph(text: str) -> Graph:
         )
     if not isinstance(content, dict) or len(content) > MAX_NODES:
         raise InputError(f"it is not a graph of at most {MAX_NODES} nodes")
-    nodes = {}
+    nodes: dict[str, Node] = {}
     for key, node in content.items():
-        if isinstance(node, dict) and isinstance(node.get("inputs"), dict):
-            kind = node.get("class_type")
-            nodes[key] = Node(key, kind[:100] if isinstance(kind, str) else "", node["inputs"])
+        if isinstance(node, dict) and isinstance(inputs := node.get("inputs"), dict):
+            nodes[key] = Node(key, as_text(node.get("class_type"))[:100], inputs)
     return Graph(nodes)
 
 
-def as_link(value: Any) -> tuple[str, int] | None:
+def as_link(value: Json) -> tuple[str, int] | None:
     """Returns the node id and the output index of an input that is a link; else None."""
     if not isinstance(value, list) or not 0 < len(value) <= 2 or not isinstance(value[0], (str, int)):
         return None
     return str(value[0]), value[1] if len(value) > 1 and type(value[1]) is int else 0
 
 
-def as_text(value: Any) -> str | None:
+def widget_text(value: Json) -> str | None:
     """Returns a text, also one that a widget keeps with its preview; else None."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
 
 
-def as_number(value: Any) -> int | float | None:
+def as_number(value: Json) -> int | float | None:
     """Returns a number, also one written as text, as ComfyUI reads it; else None."""
     if isinstance(value, str) and len(value) < 50:
         try:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ldm.metadata.foreign.comfyui.graph import Graph, Node, as_number, as_text, as_whole
+from ldm.metadata.foreign.comfyui.graph import Graph, Node, as_number, as_whole, widget_text
 from ldm.metadata.foreign.comfyui.nodes import NO_FILE, TOWARDS_MODEL
 from ldm.metadata.foreign.comfyui.passes import Passes
 from ldm.metadata.infotext import file_name
@@ -81,7 +81,7 @@ def _note_text_encoder(passes: Passes, chain: Sequence[Node], loader: Node | Non
         if layer not in (None, 0):
             draft.whole("clip_skip", as_whole(-layer))
         for name in ("token_normalization", "weight_interpretation"):
-            if (value := as_text(node.inputs.get(name))) not in (None, "none", "comfy"):
+            if (value := widget_text(node.inputs.get(name))) not in (None, "none", "comfy"):
                 draft.leave_out(name, value)
     end = chain[-1]
     if loader is not None and _differs(graph, end, loader) and len(chain) > 1:
@@ -140,11 +140,11 @@ def _named_loras(passes: Passes, node: Node) -> Iterator[_Lora]:
 
 def _own_loras(graph: Graph, node: Node, *, has_clip: bool) -> Iterator[_Lora]:
     for key, value in list(node.inputs.items())[:_MAX_INPUTS]:
-        if isinstance(value, dict) and isinstance(value.get("lora"), str):  # rgthree's rows
+        if isinstance(value, dict) and isinstance(own := value.get("lora"), str):  # rgthree's rows
             weight = as_number(value.get("strength"))
             on_text = as_number(value.get("strengthTwo"))
             if value.get("on") is not False:
-                yield _Lora(value["lora"], weight, (weight or 0) if on_text is None else on_text)
+                yield _Lora(own, weight, (weight or 0) if on_text is None else on_text)
         elif match := _LORA.fullmatch(key):
             name = graph.text(node, key)
             if name is None or node.inputs.get(f"switch{match[1] or ''}") == "Off":

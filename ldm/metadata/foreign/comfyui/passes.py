@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ldm.metadata.foreign.comfyui.graph import Graph, Node, as_link, as_text
+from ldm.metadata.foreign.comfyui.graph import Graph, Node, as_link, widget_text
 from ldm.metadata.foreign.comfyui.nodes import TOWARDS_START, UNDERSTOOD
 from ldm.metadata.foreign.comfyui.sizes import Size, output_size
 from ldm.metadata.infotext import file_name
@@ -105,7 +105,7 @@ def _end(graph: Graph, node: Node, *, goes_on: bool, origin: Origin) -> _End:
 
 def _rank(node: Node, size: Size | None, goes_on: bool, origin: Origin) -> tuple[int, ...]:
     """Returns the rank of an end; that with the lowest is the file's."""
-    prefix = file_name(as_text(node.inputs.get("filename_prefix")) or "").partition("%")[0]
+    prefix = file_name(widget_text(node.inputs.get("filename_prefix")) or "").partition("%")[0]
     return (
         1 if size is None or origin.size is None else 0 if size == origin.size else 2,
         1 if goes_on else 0,

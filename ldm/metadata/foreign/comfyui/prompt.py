@@ -70,7 +70,7 @@ def parse_prompt(prompt: str) -> Prompt:
         prompt = prompt.replace(sign, stand_in)
     read = list(_weighted(prompt, 1.0, 0)) if len(prompt) <= _MAX_LENGTH else [(prompt, 1.0)]
     embeddings: list[str] = []
-    parts = []
+    parts: list[Weighted] = []
     for text, weight in read:
         for sign, stand_in in _ESCAPES:
             text = text.replace(stand_in, sign[1:])
