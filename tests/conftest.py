@@ -1,7 +1,6 @@
 import logging
 import os
 from collections.abc import Iterator
-from functools import cache
 
 # several test processes on as many cores spin against each other otherwise
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -11,15 +10,14 @@ else:
 os.environ["XDG_DATA_HOME"] = os.devnull  # a developer's weights do not change a test
 
 import pytest
-import torch
 
-from ldm.runtime.estimate import measure_pace
-from tests.support.golden_data import tiny_model as build_tiny_model
-from tests.support.models import SharedModels
+# torch and ldm are imported below: the process that only deals out the tests does without
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips GPU tests where there is none, also when they were requested."""
+    import torch
+
     if torch.cuda.is_available():
         return
     for item in items:
@@ -36,20 +34,20 @@ def _own_messages() -> Iterator[None]:
     logger.setLevel(level)
 
 
-_MODELS = SharedModels()
-_PACE = cache(measure_pace)
-
-
 @pytest.fixture(autouse=True)
 def _shared_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process load the model of an earlier run once; the script would load it each time."""
-    monkeypatch.setattr("ldm.runs.model_cache.ModelCache.get", _MODELS.get)
+    from tests.support.models import SHARED_MODELS
+
+    monkeypatch.setattr("ldm.runs.model_cache.ModelCache.get", SHARED_MODELS.get)
 
 
 @pytest.fixture(autouse=True)
 def _shared_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dry runs measure this machine once; the script would measure it each time."""
-    monkeypatch.setattr("ldm.runtime.estimate.measure_pace", _PACE)
+    from tests.support.models import shared_pace
+
+    monkeypatch.setattr("ldm.runtime.estimate.measure_pace", shared_pace)
 
 
 @pytest.fixture(scope="session")
@@ -58,4 +56,6 @@ def tiny():
 
     Runs pack its weights, and packed ones cannot be copied.
     """
-    return build_tiny_model()
+    from tests.support.golden_data import tiny_model
+
+    return tiny_model()

@@ -5,8 +5,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-
-import pytest
+from functools import cache
 
 from tests.support.paths import ROOT
 
@@ -39,9 +38,23 @@ def rank(room):
     return next(i for i, rooms in enumerate(RANKS) if room in rooms)
 
 
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
 def room_of(path):
     """The package of a file; the subcommands, which run everything else, count as a package above all others."""
     return room_at(path.relative_to(ROOT / "ldm").with_suffix("").parts)
+
+
+@cache
+def source(path):
+    return path.read_text(encoding="utf-8")
+
+
+@cache
+def parsed(path):
+    return ast.parse(source(path))
 
 
 def room_at(parts):
@@ -55,7 +68,7 @@ def only_for_types(tree):
 
 
 def imported_rooms(path):
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     # the package itself names a few classes, which it imports when they are first used
     left_out = only_for_types(tree) if room_of(path) == "__init__" else set()
     for node in ast.walk(tree):
@@ -73,15 +86,17 @@ def imported_rooms(path):
                 yield room_at((*parts[1:], *(alias.name for alias in node.names)))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_downwards(path):
-    room = room_of(path)
-    for other in imported_rooms(path):
-        if room == "__init__":
-            assert other == "former", "ldm/__init__.py imports a room"
-            continue
-        assert other == room or rank(other) < rank(room), f"{room} imports {other}"
-        assert other not in SEPARATE or room in MAY_IMPORT_SEPARATE, f"{room} imports {other}"
+def may_import(room, other):
+    if room == "__init__":
+        return other == "former"
+    separate = other in SEPARATE and room not in MAY_IMPORT_SEPARATE
+    return (other == room or rank(other) < rank(room)) and not separate
+
+
+def test_imports_point_downwards():
+    found = {(name_of(path), other) for path in FILES for other in imported_rooms(path)}
+    assert [(name, other) for name, other in found if not may_import(room_of(ROOT / name), other)] == []
+    assert ("ldm/pipeline/pipeline.py", "models") in found
 
 
 MAX_LINES, MAX_CLASS_LINES, MAX_IMPORTS = 400, 250, 25
@@ -100,18 +115,17 @@ def long_classes(tree):
     return {node.name for node in classes if node.end_lineno - node.lineno >= MAX_CLASS_LINES}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_module_is_short_and_imports_little(path):
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MAX_LINES
-    assert import_count(ast.parse(text)) <= MAX_IMPORTS, "one module does two things: divide it"
+def test_a_module_is_short_and_imports_little():
+    """One that is not does two things: divide it."""
+    assert [name_of(path) for path in FILES if len(source(path).splitlines()) > MAX_LINES] == []
+    assert [name_of(path) for path in FILES if import_count(parsed(path)) > MAX_IMPORTS] == []
 
 
 def test_no_class_is_long_but_the_published_ones():
     found = set()
     for path in FILES:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        found |= {f"{module}.{name}" for name in long_classes(ast.parse(path.read_text(encoding="utf-8")))}
+        found |= {f"{module}.{name}" for name in long_classes(parsed(path))}
     assert found == PUBLISHED_CLASSES
 
 
@@ -124,16 +138,18 @@ def test_imports_of_functions_and_of_type_checkers_count():
     assert long_classes(ast.parse("class A:\n" + "    x = 0\n" * 249)) == set()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_the_command_line_prints(path):
-    if room_of(path) in ("cli", "commands", "benchmark"):
-        return
-    tree = ast.parse(path.read_text())
-    called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    assert not {"print", "input"} & called
-    assert "argparse" not in imported and not re.search(r"\bNamespace\b", path.read_text())
-    assert not re.search(r"\bopt\b", path.read_text()), "what was typed is known to the command line only"
+def prints(path):
+    """Whether a module prints, or knows what was typed on a command line."""
+    nodes = [*ast.walk(parsed(path))]
+    called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    imported = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    typed = re.search(r"\bNamespace\b|\bopt\b", source(path))
+    return bool({"print", "input"} & called or "argparse" in imported or typed)
+
+
+def test_only_the_command_line_prints_and_knows_what_was_typed():
+    printing = {room_of(path) for path in FILES if prints(path)}
+    assert {"cli"} <= printing <= {"cli", "commands", "benchmark"}
 
 
 def modules_after(*codes):
@@ -201,12 +217,10 @@ PAGES = [
 ]
 
 
-@pytest.mark.parametrize("path", TESTS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_test_imports_another(path):
+def test_no_test_imports_another():
     """Shared helpers are in tests/support."""
-    assert not re.findall(
-        r"^.*import.*\btest_.*|^.*\btests\.(?!support\b).*import.*", path.read_text(), re.MULTILINE
-    )
+    pattern = re.compile(r"^.*import.*\btest_.*|^.*\btests\.(?!support\b).*import.*", re.MULTILINE)
+    assert [(name_of(path), found) for path in TESTS for found in pattern.findall(source(path))] == []
 
 
 def test_each_name_of_a_test_file_is_used_once():
@@ -218,10 +232,6 @@ def test_the_folders_of_tests_are_those_of_the_package():
     rooms = {path.relative_to(ROOT / "ldm").parts[0] for path in (ROOT / "ldm").glob("*/**/*.py")}
     folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in TESTS} - {"."}
     assert folders == rooms - {"__pycache__"}
-
-
-def page_name(path):
-    return str(path.relative_to(ROOT))
 
 
 def anchors(page):
@@ -258,10 +268,9 @@ def missing_names(page):
             yield f"{name}:{member}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_each_link_and_path_of_a_readme_exists(page):
-    assert [*broken_links(page)] == []
-    assert [*missing_names(page)] == []
+def test_each_link_and_path_of_a_page_exists():
+    assert [(name_of(page), link) for page in PAGES for link in broken_links(page)] == []
+    assert [(name_of(page), name) for page in PAGES for name in missing_names(page)] == []
 
 
 def test_what_a_page_names_and_does_not_exist_is_found(tmp_path):

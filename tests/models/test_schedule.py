@@ -20,13 +20,12 @@ from ldm.util import InputError
 from tests.support.golden_data import TOLERANCE, figure, figures, relative_error
 
 
-@pytest.mark.parametrize("steps", range(1, 1000))
-def test_uniform_runs_what_was_asked(steps):
-    timesteps = make_timesteps("uniform", steps)
-    assert len(set(timesteps.tolist())) == steps == len(timesteps)
-    assert timesteps.min() >= 0
-    assert timesteps.max() <= 999
-    assert np.all(np.diff(timesteps) > 0)
+def test_uniform_runs_what_was_asked():
+    for steps in range(1, 1000):
+        timesteps = make_timesteps("uniform", steps)
+        assert len(timesteps) == steps
+        assert timesteps.min() >= 0 and timesteps.max() <= 999, steps
+        assert np.all(np.diff(timesteps) > 0), steps
 
 
 def test_spacings_agree_exactly_where_the_original_was_exact():

@@ -1,12 +1,14 @@
-"""Models that stay in memory from one test to the next."""
+"""What stays in memory from one test to the next: models, and the pace of this machine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import ldm.pipeline
 from ldm.modules.encoders import bert
 from ldm.pipeline import Pipeline
+from ldm.runtime.estimate import measure_pace
 
 
 class SharedModels:
@@ -29,3 +31,7 @@ class SharedModels:
             self._kept.remove(entry)
         self._kept = [entry, *self._kept[: self._count - 1]]
         return entry[1]
+
+
+SHARED_MODELS = SharedModels()
+shared_pace = cache(measure_pace)
