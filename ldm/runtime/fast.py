@@ -27,8 +27,10 @@ from ldm.modules.attention import (
 )
 from ldm.modules.diffusionmodules import model as autoencoder
 from ldm.modules.diffusionmodules import openaimodel as unet
+from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.places import cache_path
 from ldm.runtime import kernels
+from ldm.runtime.sharing import FastControlNet, FastUNet, repeated
 
 Forget = Callable[[Tensor], object]
 Made = TypeVar("Made")
@@ -190,7 +192,7 @@ class FastTransformerBlock(BasicTransformerBlock):
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         x = self.attn1(self.norm1(x), add=x)
         if context is not None:
-            x = _repeated(x, len(context))
+            x = repeated(x, len(context))
         x = self.attn2(self.norm2(x), context=context, add=x)
         return self.ff(self.norm3(x), add=x)
 
@@ -204,7 +206,7 @@ class FastSpatialTransformer(SpatialTransformer):
         for block in self.transformer_blocks:
             tokens = block(tokens, context=context)
         maps = rearrange(tokens, "b (h w) c -> b c h w", h=height)
-        return self.proj_out(maps, _repeated(x, len(maps)))
+        return self.proj_out(maps, repeated(x, len(maps)))
 
 
 class FastResBlock(unet.ResBlock):
@@ -229,30 +231,6 @@ class FastUpsample(unet.Upsample):
         if doubles and isinstance(self.conv, PackedConv2d):
             return self.conv.doubled(x, self)
         return super().forward(x, output_size)
-
-
-class FastUNet(unet.UNetModel):
-    """Computes everything before the first cross-attention once for both halves of a guided batch."""
-
-    def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: None = None, **kwargs: Any
-    ) -> Tensor:
-        given = {name: kwargs[name] for name in ("guidance",) if kwargs.get(name) is not None}
-        if all(torch.equal(value, value[:1].expand_as(value)) for value in (timesteps, *given.values())):
-            timesteps = timesteps[:1]
-            kwargs |= {name: value[:1] for name, value in given.items()}
-            half = len(x) // 2
-            if self._looks_at(context, len(x)) and torch.equal(x[:half], x[half:]):
-                x = x[:half]
-        return super().forward(x, timesteps, context, y, **kwargs)
-
-    def _looks_at(self, context: Tensor | None, samples: int) -> bool:
-        if context is None or len(context) != samples or samples % 2:
-            return False
-        return any(isinstance(layer, SpatialTransformer) for layer in self.input_blocks.modules())
-
-    def with_skip(self, h: Tensor, skip: Tensor) -> Tensor:
-        return super().with_skip(h, _repeated(skip, len(h)))
 
 
 class FastResnetBlock(autoencoder.ResnetBlock):
@@ -284,11 +262,6 @@ def _norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
     return F.silu(norm(x), inplace=True)
 
 
-def _repeated(x: Tensor, samples: int) -> Tensor:
-    """Repeats `x` along its first axis until it has the given number of samples."""
-    return x if len(x) == samples else x.repeat(samples // len(x), *[1] * (x.dim() - 1))
-
-
 _FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: PackedConv2d,
     nn.Linear: PackedLinear,
@@ -301,6 +274,7 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
     unet.ResBlock: FastResBlock,
     unet.Upsample: FastUpsample,
     unet.UNetModel: FastUNet,
+    ControlNet: FastControlNet,
     autoencoder.ResnetBlock: FastResnetBlock,
     autoencoder.AttnBlock: FastAttnBlock,
     autoencoder.Upsample: FastPictureUpsample,

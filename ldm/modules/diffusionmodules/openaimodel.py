@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.pixel_attention import AttentionBlock as AttentionBlock
 from ldm.modules.diffusionmodules.util import (
     checkpoint,
     conv_nd,
@@ -150,49 +151,14 @@ class ResBlock(TimestepBlock):
         return self.skip_connection(x) + h
 
 
-class AttentionBlock(nn.Module):
-    """Self-attention between the pixels of [N, channels, *spatial], residual and without text.
-
-    The U-Net of this package uses transformers instead; extensions of the original import it. The heads are
-    `num_heads`, or have `num_head_channels` each. The rows of `qkv` are query, key, value within each head, and with
-    `use_new_attention_order` heads within each of the three.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        use_checkpoint: bool = False,
-        use_new_attention_order: bool = False,
-    ):
-        super().__init__()
-        self.channels, self.use_checkpoint = channels, use_checkpoint
-        self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
-        self.order = "n (k h d) p -> k n h p d" if use_new_attention_order else "n (h k d) p -> k n h p d"
-        self.norm = normalization(channels)
-        self.qkv = conv_nd(1, channels, 3 * channels, 1)
-        self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        pixels = x.flatten(2)
-        q, k, v = rearrange(self.qkv(self.norm(pixels)), self.order, k=3, h=self.num_heads)
-        seen = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(rearrange(seen, "n h p d -> n (h d) p")).reshape(x.shape)
-
-
-class UNetModel(nn.Module):
-    """Predicts noise: x [N, in_channels, H, W], timesteps [N], context [N, M, context_dim] -> like x.
+class UNetEncoder(nn.Module):
+    """The half of the U-Net on the way down, and its middle.
 
     `channel_mult` gives each level's width in units of `model_channels`; levels whose downsampling factor is
     in `attention_resolutions` get transformers with `num_heads` heads, or heads of `num_head_channels`.
     Every group norm has `num_groups` groups. Without `use_middle_block`, as in small models (Kim et al. 2024), the
     lowest map goes up as it is. With `time_cond_proj_dim` the guidance scale is an input, as features of that length
-    (distilled models; Meng et al. 2023). H and W are any positive sizes: each upsampling grows to the size
-    of its skip connection.
+    (distilled models; Meng et al. 2023).
     `image_size`, `legacy`, `num_heads_upsample` and `use_new_attention_order` are part of published configs and
     change nothing here. A parameter that would need another network is an `InputError` that names it, except with
     the value that it has in v1 models.
@@ -203,7 +169,6 @@ class UNetModel(nn.Module):
         image_size: int,
         in_channels: int,
         model_channels: int,
-        out_channels: int,
         num_res_blocks: int,
         attention_resolutions: Sequence[int],
         dropout: float = 0.0,
@@ -232,9 +197,11 @@ class UNetModel(nn.Module):
         use_middle_block: bool = True,
         time_cond_proj_dim: int | None = None,
     ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self.settings: dict[str, Any] = given  # with which another encoder of this shape can be built
         only_with(
-            "UNetModel",
+            type(self).__name__,
             num_classes=(num_classes, None),
             use_fp16=(use_fp16, False),
             resblock_updown=(resblock_updown, False),
@@ -246,53 +213,35 @@ class UNetModel(nn.Module):
         )
         if not use_spatial_transformer:
             raise ValueError(
-                "UNetModel needs use_spatial_transformer: true; attention without text is not built"
+                f"{type(self).__name__} needs use_spatial_transformer: true; attention without text is not built"
             )
         if (num_heads == -1) == (num_head_channels == -1):
-            raise ValueError("UNetModel needs exactly one of num_heads and num_head_channels")
+            raise ValueError(f"{type(self).__name__} needs exactly one of num_heads and num_head_channels")
         self.image_size, self.legacy = image_size, legacy
-        self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
+        self.in_channels, self.model_channels = in_channels, model_channels
         self.num_res_blocks, self.channel_mult = num_res_blocks, channel_mult
         self.attention_resolutions, self.dropout, self.conv_resample = (
             attention_resolutions,
             dropout,
             conv_resample,
         )
+        self.dims, self.num_groups = dims, num_groups
         self.num_heads, self.num_head_channels, self.use_checkpoint = (
             num_heads,
             num_head_channels,
             use_checkpoint,
         )
         self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
-        # for forward methods copied from the original: no classes, no codebook
-        self.num_classes, self.predict_codebook_ids = None, False
-        self._ignored: frozenset[str] = frozenset()  # keywords of forward that a warning has named
         time_width = 4 * model_channels
-
-        def res_block(ch: int, out: int) -> ResBlock:
-            return ResBlock(
-                ch,
-                time_width,
-                dropout,
-                out_channels=out,
-                dims=dims,
-                use_checkpoint=use_checkpoint,
-                use_scale_shift_norm=use_scale_shift_norm,
-                num_groups=num_groups,
-            )
-
-        def transformer(ch: int) -> SpatialTransformer:
-            heads = num_heads if num_head_channels == -1 else ch // num_head_channels
-            return SpatialTransformer(
-                ch,
-                heads,
-                ch // heads,
-                depth=transformer_depth,
-                context_dim=context_dim,
-                use_checkpoint=use_checkpoint,
-                num_groups=num_groups,
-            )
-
+        self._res_block = partial(
+            ResBlock,
+            emb_channels=time_width,
+            dropout=dropout,
+            dims=dims,
+            use_checkpoint=use_checkpoint,
+            use_scale_shift_norm=use_scale_shift_norm,
+            num_groups=num_groups,
+        )
         self.time_embed = nn.Sequential(
             linear(model_channels, time_width), nn.SiLU(), linear(time_width, time_width)
         )
@@ -304,43 +253,110 @@ class UNetModel(nn.Module):
         self.input_blocks = nn.ModuleList(
             [TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))]
         )
-        skips = [ch]
+        self.skip_widths = [ch]  # of the maps that the input blocks give
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [res_block(ch, mult * model_channels)]
+                layers: list[nn.Module] = [self._res_block(ch, out_channels=mult * model_channels)]
                 ch = mult * model_channels
                 if 2**level in attention_resolutions:
-                    layers.append(transformer(ch))
+                    layers.append(self._transformer(ch))
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
-                skips.append(ch)
+                self.skip_widths.append(ch)
             if level < len(channel_mult) - 1:
                 self.input_blocks.append(TimestepEmbedSequential(Downsample(ch, conv_resample, dims=dims)))
-                skips.append(ch)
-        self._feature_size = sum(skips) + ch  # the widths of all blocks, as published models count them
+                self.skip_widths.append(ch)
+        self._feature_size = (
+            sum(self.skip_widths) + ch
+        )  # the widths of all blocks, as published models count them
         self.middle_block = TimestepEmbedSequential()
         if use_middle_block:
-            self.middle_block.extend([res_block(ch, ch), transformer(ch), res_block(ch, ch)])
-        self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            for i in range(num_res_blocks + 1):
-                layers = [res_block(ch + skips.pop(), mult * model_channels)]
-                ch = mult * model_channels
-                self._feature_size += ch
-                if 2**level in attention_resolutions:
-                    layers.append(transformer(ch))
-                if level > 0 and i == num_res_blocks:
-                    layers.append(Upsample(ch, conv_resample, dims=dims))
-                self.output_blocks.append(TimestepEmbedSequential(*layers))
-        self.out = nn.Sequential(
-            normalization(ch, num_groups),
-            nn.SiLU(),
-            zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)),
-        )
+            self.middle_block.extend(
+                [
+                    self._res_block(ch, out_channels=ch),
+                    self._transformer(ch),
+                    self._res_block(ch, out_channels=ch),
+                ]
+            )
+
+    def _transformer(self, ch: int) -> SpatialTransformer:
+        heads = self.num_heads if self.num_head_channels == -1 else ch // self.num_head_channels
+        names = ("context_dim", "use_checkpoint", "num_groups")
+        options = {name: self.settings[name] for name in names}
+        return SpatialTransformer(ch, heads, ch // heads, depth=self.settings["transformer_depth"], **options)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return next(self.out.parameters()).dtype
+        return next(self.input_blocks[1].parameters()).dtype
+
+    def encode(
+        self, x: Tensor, emb: Tensor, context: Tensor | None, hint: Tensor | None = None
+    ) -> list[Tensor]:
+        """The map that each input block gives, and that of the middle block, for the time embedding `emb` [N, 4C].
+
+        `hint` [N or 1, C, H, W] is added to the first map.
+        """
+        h = x.to(self.dtype)
+        maps: list[Tensor] = []
+        for block in self.input_blocks:
+            h = block(h, emb, context)
+            if hint is not None and not maps:
+                h = h + hint
+            maps.append(h)
+        return [*maps, self.middle_block(h, emb, context)]
+
+    def embed_time(self, timesteps: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """The time embedding [N, 4C] of timesteps [N], with guidance scales [N] where the network takes them."""
+        features = timestep_embedding(timesteps, self.model_channels).to(self.dtype)
+        if guidance is not None:
+            if self.time_cond_proj_dim is None:
+                raise InputError("this U-Net takes no guidance scale: it has no time_cond_proj_dim")
+            weights = guidance_embedding(guidance - 1, self.time_cond_proj_dim).to(self.dtype)
+            features = features + self.time_embedding["cond_proj"](weights)
+        return self.time_embed(features)
+
+
+class UNetModel(UNetEncoder):
+    """Predicts noise: x [N, in_channels, H, W], timesteps [N], context [N, M, context_dim] -> like x.
+
+    The parameters are those of `UNetEncoder`, and `out_channels`. H and W are any positive sizes: each upsampling
+    grows to the size of its skip connection.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        *args: Any,
+        **kwargs: Any,
+    ):
+        super().__init__(image_size, in_channels, model_channels, *args, **kwargs)
+        self.out_channels = out_channels
+        # for forward methods copied from the original: no classes, no codebook
+        self.num_classes, self.predict_codebook_ids = None, False
+        self._ignored: frozenset[str] = frozenset()  # keywords of forward that a warning has named
+        skips = list(self.skip_widths)
+        ch = skips[-1]
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(self.channel_mult))):
+            for i in range(self.num_res_blocks + 1):
+                layers: list[nn.Module] = [
+                    self._res_block(ch + skips.pop(), out_channels=mult * model_channels)
+                ]
+                ch = mult * model_channels
+                self._feature_size += ch
+                if 2**level in self.attention_resolutions:
+                    layers.append(self._transformer(ch))
+                if level > 0 and i == self.num_res_blocks:
+                    layers.append(Upsample(ch, self.conv_resample, dims=self.dims))
+                self.output_blocks.append(TimestepEmbedSequential(*layers))
+        self.out = nn.Sequential(
+            normalization(ch, self.num_groups),
+            nn.SiLU(),
+            zero_module(conv_nd(self.dims, ch, out_channels, 3, padding=1)),
+        )
 
     def forward(
         self,
@@ -349,37 +365,33 @@ class UNetModel(nn.Module):
         context: Tensor | None = None,
         y: None = None,
         guidance: Tensor | None = None,
+        control: Sequence[Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """`guidance` [N] are guidance scales, for a model that has `time_cond_proj_dim`.
 
-        There are no classes, so `y` must be None; a warning names `kwargs`, which are ignored, once.
+        `control` are maps, one for each input block and one for the middle block, that are added to theirs on the
+        way up (Zhang et al. 2023, ControlNet, equation 4). There are no classes, so `y` must be None; a warning
+        names `kwargs`, which are ignored, once.
         """
         only_with("UNetModel.forward", y=(y, None))
         if kwargs and not self._ignored.issuperset(kwargs):
             self._ignored = self._ignored.union(kwargs)
             warn_of_ignored("UNetModel.forward", kwargs)
-        emb = self.time_embed(self._time_features(timesteps, guidance))
+        emb = self.embed_time(timesteps, guidance)
         context = None if context is None else context.to(self.dtype)
-        h = x.to(self.dtype)
-        skips: list[Tensor] = []
-        for block in self.input_blocks:
-            h = block(h, emb, context)
-            skips.append(h)
-        h = self.middle_block(h, emb, context)
+        skips = self.encode(x, emb, context)
+        if control is not None:
+            skips = [self.with_control(h, added) for h, added in zip(skips, control, strict=True)]
+        h = skips.pop()
         for block in self.output_blocks:
             h = self.with_skip(h, skips.pop())
             h = block(h, emb, context, output_size=skips[-1].shape[2:] if skips else None)
         return self.out(h).to(x.dtype)
 
-    def _time_features(self, timesteps: Tensor, guidance: Tensor | None) -> Tensor:
-        features = timestep_embedding(timesteps, self.model_channels).to(self.dtype)
-        if guidance is None:
-            return features
-        if self.time_cond_proj_dim is None:
-            raise InputError("this U-Net takes no guidance scale: it has no time_cond_proj_dim")
-        weights = guidance_embedding(guidance - 1, self.time_cond_proj_dim).to(self.dtype)
-        return features + self.time_embedding["cond_proj"](weights)
+    def with_control(self, h: Tensor, added: Tensor) -> Tensor:
+        """Returns the sum of a map of the way down and what a control network adds to it."""
+        return h + added.to(h.dtype)
 
     def with_skip(self, h: Tensor, skip: Tensor) -> Tensor:
         """Returns the input of an output block: the channels of the map from below and of the skip connection."""
