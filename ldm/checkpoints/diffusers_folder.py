@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.formats.write import types_for, write_safetensors
-from ldm.checkpoints.layouts.names import CLASSES, Component, to_diffusers
+from ldm.checkpoints.layouts.names import CLASSES, SMALL_CLASSES, Component, to_diffusers
 from ldm.checkpoints.layouts.recognise import INPAINTING_CHANNELS
 from ldm.checkpoints.layouts.settings import component_configs
 from ldm.checkpoints.model_files import MODEL_INDEX
 from ldm.files import written_whole
+from ldm.models.autoencoder import SmallAutoencoder
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import BEGIN, END
@@ -54,7 +55,7 @@ def _descriptive(model: LatentDiffusion) -> dict[str, dict[str, Any]]:
     tokens = component_configs(model)["text_encoder"]["vocab_size"]
     return {
         "unet": {**_class("UNet2DConditionModel"), "sample_size": side},
-        "vae": {**_class("AutoencoderKL"), "sample_size": side * model.first_stage_model.downsampling},
+        "vae": {**_class(_vae_class(model)), "sample_size": side * model.first_stage_model.downsampling},
         "text_encoder": {
             "architectures": ["CLIPTextModel"],
             "model_type": "clip_text_model",
@@ -78,13 +79,23 @@ def _scheduler_class(model: LatentDiffusion) -> str:
     return "DDIMScheduler" if model.zero_terminal_snr else "PNDMScheduler"
 
 
+def _vae_class(model: LatentDiffusion) -> str:
+    small = isinstance(model.first_stage_model, SmallAutoencoder)
+    return (SMALL_CLASSES if small else CLASSES)["vae"]
+
+
 def _class(name: str) -> dict[str, str]:
     return {"_class_name": name, "_diffusers_version": _VERSION}
 
 
 def _model_index(model: LatentDiffusion) -> dict[str, Any]:
     inpaints = model.model.diffusion_model.in_channels == INPAINTING_CHANNELS
-    classes = {**CLASSES, "scheduler": _scheduler_class(model), "tokenizer": "CLIPTokenizer"}
+    classes = {
+        **CLASSES,
+        "vae": _vae_class(model),
+        "scheduler": _scheduler_class(model),
+        "tokenizer": "CLIPTokenizer",
+    }
     return {
         **_class("StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"),
         "requires_safety_checker": False,

@@ -133,7 +133,7 @@ def check_fit(model: LatentDiffusion, checkpoint: Checkpoint) -> None:
         options = " and ".join(f"--{part}" for part in absent if part != "unet")
         advice = "give a whole model" if "unet" in absent else f"give a whole model, or add {options}"
         raise _error(checkpoint, f"has the {_words(present)}, but no {_words(absent)}; {advice}")
-    ours = component_configs(model) if checkpoint.configs else {}
+    ours = component_configs(model, checkpoint.configs)
     for component, theirs in checkpoint.configs.items():
         of_clip = theirs.get("text_config")  # a whole CLIP's text encoder
         settings = of_clip if isinstance(of_clip, dict) else theirs

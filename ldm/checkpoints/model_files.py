@@ -13,7 +13,17 @@ import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError, Format, reading
 from ldm.checkpoints.formats.read import Checkpoint, Scalar, read_checkpoint
-from ldm.checkpoints.layouts.names import CLASSES, PREFIXES, WORDS, Component, parts_in, to_compvis
+from ldm.checkpoints.layouts.names import (
+    CLASSES,
+    PREFIXES,
+    SMALL_CLASSES,
+    WORDS,
+    Component,
+    keys_of_half,
+    parts_in,
+    small_halves,
+    to_compvis,
+)
 from ldm.checkpoints.layouts.prediction import Choice, Prediction, config_beside, stated_prediction
 from ldm.checkpoints.layouts.recognise import kind_of
 from ldm.files import read_side_file
@@ -29,6 +39,7 @@ _WEIGHTS = (
     ("pytorch_model", "bin"),
 )
 _VARIANTS = ("", ".fp16")
+_TAESD_HALVES = ("taesd_encoder", "taesd_decoder")
 _HARMLESS_COMPONENTS = {"tokenizer", "scheduler", "safety_checker", "feature_extractor"}
 _VOCABULARIES = ("vocab.json", "tokenizer.json")
 
@@ -77,13 +88,15 @@ def _read_any(path: str | os.PathLike[str], mmap: bool, parts: list[Component]) 
 
 
 def _with_part(model: Checkpoint, part: Component, other: Checkpoint) -> Checkpoint:
-    """`model` with its `part` from `other`, which its path then names."""
+    """`model` with its `part` from `other`, which its path then names; of TAESD, with the halves that it has."""
     prefix = PREFIXES[part]
     new = {key: tensor for key, tensor in other.state_dict.items() if key.startswith(prefix)}
     with reading(other.path):
         if part not in parts_in(new):
             raise CheckpointError(f"has no {WORDS[part]}: it is {other.kind.name}")
-    kept = {key: tensor for key, tensor in model.state_dict.items() if not key.startswith(prefix)}
+    halves = small_halves(new)
+    replaced = tuple(name for half in halves for name in keys_of_half(half)) or prefix
+    kept = {key: tensor for key, tensor in model.state_dict.items() if not key.startswith(replaced)}
     configs = {name: config for name, config in model.configs.items() if name != part}
     if part in other.configs:
         configs[part] = other.configs[part]
@@ -114,7 +127,8 @@ def _read_folder(folder: Path, mmap: bool, parts: list[Component]) -> Checkpoint
     for part, file in files:
         read = read_checkpoint(file, mmap)
         found = read.format
-        named = {f"{part}.{key}" if part else key: tensor for key, tensor in read.state_dict.items()}
+        prefix = part or (file.stem if file.stem in _TAESD_HALVES else "")
+        named = {f"{prefix}.{key}" if prefix else key: tensor for key, tensor in read.state_dict.items()}
         with reading(file):
             if twice := state_dict.keys() & named.keys():
                 raise CheckpointError(f"repeats {min(twice)[:200]!r} of another file of its folder")
@@ -138,7 +152,11 @@ def _components(folder: Path, parts: list[Component]) -> dict[Component | None, 
         if isinstance(value, list) and len(value) == 2 and value[1] is not None
     }
     foreign = sorted(set(classes) - set(PREFIXES) - _HARMLESS_COMPONENTS)
-    foreign += [classes[part] for part in parts if classes.get(part, CLASSES[part]) != CLASSES[part]]
+    foreign += [
+        classes[part]
+        for part in parts
+        if classes.get(part, CLASSES[part]) not in (CLASSES[part], SMALL_CLASSES.get(part))
+    ]
     absent = [part for part in parts if part not in classes]
     if foreign or absent:
         reason = f"with {', '.join(foreign)}" if foreign else f"without {', '.join(absent)}"
@@ -157,6 +175,8 @@ def _weights(folder: Path) -> list[Path]:
                 return [whole]
             if (index := folder / f"{stem}.{extension}.index{variant}.json").is_file():
                 return list(_shards(index))
+    if halves := [file for half in _TAESD_HALVES for file in _first_there(folder, half)]:
+        return halves
     inside = sorted(path.name for path in folder.glob("*") if path.name.endswith(MODEL_ENDINGS))
     if inside:
         more = ", ..." if len(inside) > _MAX_NAMED else ""
@@ -166,6 +186,11 @@ def _weights(folder: Path) -> list[Path]:
         )
     names = " nor ".join(f"{stem}.{extension}" for stem, extension in _WEIGHTS)
     raise CheckpointError(f"holds no weights: neither {names} is in {folder.name or 'it'}")
+
+
+def _first_there(folder: Path, stem: str) -> list[Path]:
+    """The file of half a TAESD, if the folder has it."""
+    return [file for end in (".safetensors", ".pth") if (file := folder / f"{stem}{end}").is_file()][:1]
 
 
 def _shards(index: Path) -> Iterator[Path]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ldm.checkpoints.formats.read import Checkpoint
-from ldm.checkpoints.layouts.names import PREFIXES, unet_blocks
+from ldm.checkpoints.layouts.names import PREFIXES, keys_of_half, small_halves, unet_blocks
 from ldm.util import printable
 
 logger = logging.getLogger(__name__)
@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 Config = Mapping[str, Any]
 _CLIP = "ldm.modules.encoders.modules.FrozenCLIPEmbedder"
 _UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+_KL, _TAESD = "ldm.models.autoencoder.AutoencoderKL", "ldm.models.autoencoder.SmallAutoencoder"
 _GUIDANCE = f"{PREFIXES['unet']}time_embedding.cond_proj.weight"
 _TEXT_LAYER = re.compile(
     rf"{re.escape(PREFIXES['text_encoder'])}transformer\.text_model\.encoder\.layers\.(\d+)\."
@@ -36,7 +37,7 @@ def suited(config: Config, checkpoint: Checkpoint) -> Config:
 def adapted(config: Config, checkpoint: Checkpoint) -> tuple[Config, list[str]]:
     """Returns what `suited` returns, and the reasons for each change."""
     reasons: list[str] = []
-    for find in (_prediction, _fewer_text_layers, _fewer_blocks, _guidance_input):
+    for find in (_prediction, _fewer_text_layers, _fewer_blocks, _guidance_input, _small_autoencoder):
         params = config.get("params")
         if isinstance(params, Mapping) and (change := find(params, checkpoint)) is not None:
             config = {**config, "params": {**params, **change.params}}
@@ -131,3 +132,21 @@ def _guidance_input(params: Config, checkpoint: Checkpoint) -> _Change | None:
         return None
     why = "a distilled model: its U-Net takes the guidance scale as an input"
     return _Change(why, {"unet_config": {**unet, "params": {**own, "time_cond_proj_dim": weight.shape[1]}}})
+
+
+def _small_autoencoder(params: Config, checkpoint: Checkpoint) -> _Change | None:
+    """An autoencoder of which one half or both are TAESD's."""
+    first, halves = params.get("first_stage_config"), small_halves(checkpoint.state_dict)
+    if not isinstance(first, Mapping) or first.get("target") != _KL or not halves:
+        return None
+    begins = keys_of_half(halves[0])
+    widths = [
+        len(tensor)
+        for key, tensor in checkpoint.state_dict.items()
+        if key.startswith(begins) and tensor.dim() == 4
+    ]
+    own = {"halves": halves, "width": widths[0], "scale_factor": params.get("scale_factor", 1.0)}
+    why = f"the {' and the '.join(halves)} of its autoencoder {'is' if len(halves) == 1 else 'are'} TAESD's"
+    return _Change(
+        why, {"first_stage_config": {"target": _TAESD, "params": {**(first.get("params") or {}), **own}}}
+    )

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.model import CH_MULT, Decoder, Encoder
+from ldm.modules.diffusionmodules.taesd import LEVELS, TAESDDecoder, TAESDEncoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import InputError, instantiate_from_config, printable
 
@@ -72,6 +74,40 @@ class AutoencoderKL(nn.Module):
         """Returns the reconstruction and the latent distribution of `input`."""
         posterior = self.encode(input)
         return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
+
+
+class SmallAutoencoder(AutoencoderKL):
+    """An autoencoder with TAESD's network, of this `width`, for its encoder, its decoder or both: its `halves`.
+
+    TAESD works on latents that are multiplied by `scale_factor`, that of the diffusion model. Its encoder gives one
+    latent of an image, so the distribution is as narrow as there is.
+    """
+
+    def __init__(self, *args: Any, halves: Sequence[str], width: int, scale_factor: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.downsampling != 2**LEVELS:
+            raise InputError(f"TAESD halves the size {LEVELS} times, which this model's autoencoder does not")
+        self.halves, self.width, self.scale_factor = tuple(halves), width, scale_factor
+        if "encoder" in halves:
+            self.encoder, self.quant_conv = TAESDEncoder(self.embed_dim, width), nn.Identity()
+        if "decoder" in halves:
+            self.decoder, self.post_quant_conv = TAESDDecoder(self.embed_dim, width), nn.Identity()
+
+    @property
+    def widths(self) -> list[int]:
+        return [self.width] if isinstance(self.encoder, TAESDEncoder) else super().widths
+
+    def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
+        if not isinstance(self.encoder, TAESDEncoder):
+            return super().encode(x)
+        mean = self.encoder((x + 1) / 2) / self.scale_factor
+        return DiagonalGaussianDistribution(torch.cat([mean, torch.full_like(mean, -30.0)], dim=1))
+
+    def decode(self, z: Tensor) -> Tensor:
+        if not isinstance(self.decoder, TAESDDecoder):
+            return super().decode(z)
+        weight = next(self.decoder.parameters())
+        return 2 * self.decoder((z * self.scale_factor).to(weight.dtype)).float() - 1
 
 
 class IdentityFirstStage(nn.Module):

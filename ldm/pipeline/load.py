@@ -11,7 +11,7 @@ import torch
 from ldm import __version__
 from ldm.checkpoints.cache import cached_file, through_cache
 from ldm.checkpoints.configs import config_for
-from ldm.checkpoints.hashing import file_sha256
+from ldm.checkpoints.hashing import file_sha256, files_sha256
 from ldm.checkpoints.layouts.prediction import Choice
 from ldm.checkpoints.load import Ema, build_model, check_fit, load_into, use_vocabulary
 from ldm.checkpoints.model_files import model_files, read_model
@@ -98,6 +98,8 @@ def load_pretrained(
         "Precision": held.name,
         "Version": f"ldm {__version__}",
     }
+    if vae is not None:
+        entries |= {"VAE": Path(vae).name, "VAE hash": files_sha256(model_files(vae, "vae"))[:10]}
     return Pretrained(model, held, entries)
 
 

@@ -30,6 +30,7 @@ def extras_of(
     """
     from ldm.checkpoints.adapters.lora_files import lora_hash
     from ldm.checkpoints.hashing import file_sha256
+    from ldm.config import section
     from ldm.metadata.infotext import file_name, model_name
 
     extras = {
@@ -50,6 +51,8 @@ def extras_of(
         extras["Watermark"] = "off"
     if options.vae is not None:
         extras["VAE"] = Path(options.vae).name
+    for half in section(source.config, "first_stage_config").get("halves", ()):
+        extras[f"VAE {half.capitalize()}"] = "TAESD"  # the web UI's names
     if options.text_encoder is not None:
         extras["Text encoder"] = Path(options.text_encoder).name
 

@@ -94,6 +94,7 @@ def resolve_precision(requested: str, device: torch.device) -> Precision:
 @contextmanager
 def widened(*networks: nn.Module) -> Iterator[None]:
     """Holds networks in half precision as float32, which is exact, and restores their dtype on exit."""
+    networks = tuple(network for network in networks if any(True for _ in network.parameters()))
     dtypes = [next(network.parameters()).dtype for network in networks]
     for network in networks:
         network.float()

@@ -23,6 +23,7 @@ from ldm.training.export import export, save_atomically
 from ldm.training.quality import accuracies, judge, load_reader, save_reader, train_reader
 from ldm.training.runs import Batches, last_state, load_state
 from ldm.training.stage import Stage
+from ldm.training.taesd import train_taesd
 from ldm.training.text import TextTraining, caption_batches
 from ldm.util import InputError, instantiate_from_config, printable
 
@@ -141,4 +142,5 @@ STAGES: dict[str, Callable[[Stage], None]] = {
     "diffusion": train_diffusion,
     "export": export_model,
     "judge": train_judge,
+    "taesd": train_taesd,
 }

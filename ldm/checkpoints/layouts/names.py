@@ -30,6 +30,7 @@ CLASSES: Mapping[Component, str] = {
     "vae": "AutoencoderKL",
     "text_encoder": "CLIPTextModel",
 }
+SMALL_CLASSES: Mapping[Component, str] = {"vae": "AutoencoderTiny"}  # of TAESD
 # where else a part is found in files of one or several parts
 _OTHER_PREFIXES: Mapping[str, Component] = {
     "diffusion_model.": "unet",
@@ -42,6 +43,10 @@ _OTHER_HALF = re.compile(r"vision_model\.|(visual|text)_projection\.|logit_scale
 _COMPVIS_TEXT = "transformer.text_model."
 _DIFFUSERS_TEXT = "text_model."
 _DIFFUSERS_BLOCKS = re.compile(r"((encoder|decoder)\.)?(down_blocks|mid_block|up_blocks)\.")
+_HALVES = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
+_SMALL_HALF = re.compile(rf"{re.escape(PREFIXES['vae'])}(encoder|decoder)\.\d+\.")
+_TAESD_BLOCK = re.compile(r"(?:(?:taesd_)?(encoder|decoder)\.(?:layers\.)?)?\d+\.conv\.")
+_TAESD_LAYERS = 20  # in a row
 _PIXEL_ATTENTION = re.compile(r"\.attn_1\.(q|k|v|proj_out)\.weight$")
 _OLD_PIXEL_ATTENTION = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
 _NEW_PIXEL_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -127,6 +132,17 @@ def parts_in(state_dict: Iterable[str]) -> set[Component]:
     return {part for part, word in WORDS.items() if word in words}
 
 
+def small_halves(state_dict: Iterable[str]) -> tuple[str, ...]:
+    """Which halves of the autoencoder, "encoder" and "decoder", are TAESD's in a state dict in CompVis's layout."""
+    found = {match[1] for match in map(_SMALL_HALF.match, state_dict) if match}
+    return tuple(half for half in _HALVES if half in found)
+
+
+def keys_of_half(half: str) -> tuple[str, ...]:
+    """How the keys of a half of the autoencoder begin, in CompVis's layout."""
+    return tuple(PREFIXES["vae"] + name for name in _HALVES[half])
+
+
 Names = list[tuple[str, str]]  # the name within a part, and its key in the state dict
 
 
@@ -147,6 +163,8 @@ def _split(state_dict: Mapping[str, Tensor]) -> dict[Component | None, Names]:
 
 def _to_ours(part: Component | None, names: Names) -> dict[str, str]:
     """Other names of the modules of a part -> CompVis's; empty where they have these already."""
+    if part == "vae" and _is_taesd(names):
+        return _taesd_to_ours([name for name, _ in names])
     with_gaps = part == "unet" and _has_gaps([name for name, _ in names])
     if part not in ("unet", "vae") or not (with_gaps or _is_diffusers(names)):
         return {}
@@ -154,6 +172,32 @@ def _to_ours(part: Component | None, names: Names) -> dict[str, str]:
     if with_gaps:
         to_ours |= dict(_closed_gaps(unet_blocks([name for name, _ in names])))
     return to_ours
+
+
+def _is_taesd(names: Names) -> bool:
+    return any(_TAESD_BLOCK.match(name) for name, _ in names)
+
+
+def _taesd_to_ours(names: list[str]) -> dict[str, str]:
+    """Names of TAESD's layers in its own files, a half each or both in one, and in diffusers' -> ours."""
+    if pooling := next((name for name in names if ".pool." in name), None):
+        raise CheckpointError(
+            f"is a TAESD whose blocks have a pooling norm ({printable(pooling[:80])}), which this toolkit does not "
+            "compute; give the first TAESD"
+        )
+    half = "encoder" if "0.weight" in names else "decoder"  # whose layer 0 has no weight
+    return {
+        **{theirs: ours for ours, theirs in _taesd()},
+        **{f"taesd_{name}": name for name in _HALVES},
+        **{str(i): f"{half}.{i}" for i in range(_TAESD_LAYERS)},
+    }
+
+
+def _taesd() -> Iterator[tuple[str, str]]:
+    """In diffusers' decoder the function before the first layer is none of the layers."""
+    for i in range(_TAESD_LAYERS):
+        yield f"encoder.{i}", f"encoder.layers.{i}"
+        yield f"decoder.{i + 1}", f"decoder.layers.{i}"
 
 
 def _is_diffusers(names: Names) -> bool:
@@ -200,6 +244,8 @@ def _table(part: Component, names: Names) -> dict[str, str]:
     if part == "text_encoder":
         modules = ("embeddings", "encoder", "final_layer_norm")
         return {_COMPVIS_TEXT + module: _DIFFUSERS_TEXT + module for module in modules}
+    if part == "vae" and _is_taesd(names):
+        return dict(_taesd())
     pairs, blocks = (_unet, unet_blocks) if part == "unet" else (_vae, _vae_blocks)
     return dict(pairs(blocks([name for name, _ in names])))
 

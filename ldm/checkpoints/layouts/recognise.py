@@ -82,6 +82,8 @@ _PARTS: tuple[tuple[str, Part, str], ...] = (
     (r"(unet\.)?(down_blocks|mid_block|up_blocks)\.(\d+\.)?(resnets|attentions)\.", "U-Net", "diffusers"),
     (r"(diffusion_model\.)?(input_blocks|middle_block|output_blocks)\.", "U-Net", "CompVis"),
     (r"(vae\.)?(encoder\.down|decoder\.up)\.", "autoencoder", "CompVis"),
+    (r"(vae\.)?(encoder|decoder)\.layers\.\d+\.conv\.", "autoencoder", "diffusers TAESD"),
+    (r"(taesd_(encoder|decoder)\.)?\d+\.conv\.\d\.", "autoencoder", "TAESD"),
     (r"(vae\.)?(encoder\.down_blocks|decoder\.up_blocks)\.", "autoencoder", "diffusers"),
     (
         r"(text_encoder\.|transformer\.)?(text_model|embeddings|final_layer_norm)\.",

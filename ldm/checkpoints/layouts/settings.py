@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from ldm.checkpoints.formats.detect import CheckpointError
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import AutoencoderKL, SmallAutoencoder
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.schedule import make_beta_schedule, zero_terminal_snr
 from ldm.modules.attention import SpatialTransformer
@@ -15,18 +16,21 @@ from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 
 
-def component_configs(model: LatentDiffusion) -> dict[str, dict[str, Any]]:
-    """The settings that diffusers needs besides the weights, under its names, for each component of a folder.
+def component_configs(
+    model: LatentDiffusion, components: Iterable[str] = ("unet", "vae", "text_encoder", "scheduler")
+) -> dict[str, dict[str, Any]]:
+    """The settings that diffusers needs besides the weights, under its names, for each of the components of a folder.
 
-    Two models whose configs agree in all of this compute the same from the same weights. A model that
+    Two models whose configs agree in all of this compute the same from the same weights. A component that
     diffusers has no words for is a `CheckpointError`.
     """
-    return {
-        "unet": _unet_config(model),
-        "vae": _vae_config(model),
-        "text_encoder": _text_config(model),
-        "scheduler": _scheduler_config(model),
+    settings = {
+        "unet": _unet_config,
+        "vae": _vae_config,
+        "text_encoder": _text_config,
+        "scheduler": _scheduler_config,
     }
+    return {name: settings[name](model) for name in components}
 
 
 def _unet_config(model: LatentDiffusion) -> dict[str, Any]:
@@ -68,6 +72,8 @@ def _unet_config(model: LatentDiffusion) -> dict[str, Any]:
 
 def _vae_config(model: LatentDiffusion) -> dict[str, Any]:
     vae = model.first_stage_model
+    if isinstance(vae, SmallAutoencoder):
+        return _taesd_config(vae)
     if not isinstance(vae, AutoencoderKL) or vae.decoder.conv_in.in_channels != vae.embed_dim:
         raise _not_describable(f"a {type(vae).__name__} with latents of two sizes")
     level: Any = vae.encoder.down[0]
@@ -82,6 +88,25 @@ def _vae_config(model: LatentDiffusion) -> dict[str, Any]:
         "norm_num_groups": vae.encoder.norm_out.num_groups,
         "act_fn": "silu",
         "scaling_factor": model.scale_factor,
+    }
+
+
+def _taesd_config(vae: SmallAutoencoder) -> dict[str, Any]:
+    if len(vae.halves) != 2:
+        raise _not_describable(f"an autoencoder of which only the {vae.halves[0]} is TAESD's")
+    return {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": vae.embed_dim,
+        "encoder_block_out_channels": [vae.width] * 4,
+        "decoder_block_out_channels": [vae.width] * 4,
+        "num_encoder_blocks": [1, 3, 3, 3],
+        "num_decoder_blocks": [3, 3, 3, 1],
+        "upsampling_scaling_factor": 2,
+        "upsample_fn": "nearest",
+        "act_fn": "relu",
+        "scaling_factor": 1.0,
+        "shift_factor": 0.0,
     }
 
 

@@ -16,9 +16,11 @@ CONFIGS = {
     "diffusion": "diffusion.yaml",
     "export": "diffusion.yaml",
     "judge": "judge.yaml",
+    "taesd": "taesd.yaml",
 }
 _DESCRIPTION = (
-    "Trains the bundled model in stages: autoencoder, text, latents, diffusion, export; and its judge."
+    "Trains the bundled model in stages: autoencoder, text, latents, diffusion, export; its judge, and a "
+    "small autoencoder."
 )
 _EXAMPLES = (
     "python scripts/train.py autoencoder",
