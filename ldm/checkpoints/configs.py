@@ -20,8 +20,9 @@ LAION_CKPT = "models/ldm/text2img-large/model.ckpt"
 BUNDLED_CKPT = "models/ldm/shapes/model.ckpt"
 
 # weights of the bundled model that no published model has in these shapes
+BUNDLED_WIDTH = 64  # of its U-Net's first level
 _BUNDLED = {
-    f"{UNET_PREFIX}input_blocks.0.0.weight": (64, 4, 3, 3),
+    f"{UNET_PREFIX}input_blocks.0.0.weight": (BUNDLED_WIDTH, 4, 3, 3),
     f"{COND_STAGE_PREFIX}transformer.text_model.embeddings.token_embedding.weight": (1000, 192),
 }
 

@@ -93,10 +93,10 @@ def convert(
     types = types_for(tensors, dtype, keep=SCHEDULE_BUFFERS | EMA_COUNTERS)
     if to == "diffusers":
         use_vocabulary(model, checkpoint.vocabulary)
-        with _naming(out), without_leftovers(Path(out)), _folder_written_whole(Path(out)) as folder:
+        with naming(out), without_leftovers(Path(out)), folder_written_whole(Path(out)) as folder:
             write_folder(folder, model, tensors, dtype)
         return
-    with _naming(out), without_leftovers(Path(out)), written_whole(Path(out)) as part:
+    with naming(out), without_leftovers(Path(out)), written_whole(Path(out)) as part:
         if to == "ckpt":
             steps = {
                 name: checkpoint.metadata[name] for name in ("global_step",) if name in checkpoint.metadata
@@ -108,7 +108,7 @@ def convert(
 
 
 @contextlib.contextmanager
-def _naming(out: str | os.PathLike[str]) -> Iterator[None]:
+def naming(out: str | os.PathLike[str]) -> Iterator[None]:
     """Names `out` in an `OSError`: that of a full disk names no file, others a hidden one."""
     try:
         yield
@@ -118,7 +118,7 @@ def _naming(out: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _folder_written_whole(path: Path) -> Iterator[Path]:
+def folder_written_whole(path: Path) -> Iterator[Path]:
     """Yields a hidden folder to be filled; at the end it gets the name `path`, and after an error it is removed."""
     part = part_beside(path.absolute())
     part.mkdir()

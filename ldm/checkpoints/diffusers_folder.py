@@ -41,12 +41,12 @@ def write_folder(
     for name, extra in _descriptive(model).items():
         (folder / name).mkdir()
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
-        _write_json(folder / name / file, {**extra, **configs[name]})
+        write_json(folder / name / file, {**extra, **configs[name]})
     for part, weights in to_diffusers(tensors).items():
         with written_whole(folder / part / _WEIGHTS[part]) as file:
             write_safetensors(file, weights, types_for(weights, dtype), {"format": "pt"})
     _write_tokenizer(folder / "tokenizer", model.cond_stage_model)
-    _write_json(folder / MODEL_INDEX, _model_index(model))
+    write_json(folder / MODEL_INDEX, _model_index(model))
 
 
 def _descriptive(model: LatentDiffusion) -> dict[str, dict[str, Any]]:
@@ -54,8 +54,11 @@ def _descriptive(model: LatentDiffusion) -> dict[str, dict[str, Any]]:
     side = model.image_size
     tokens = component_configs(model)["text_encoder"]["vocab_size"]
     return {
-        "unet": {**_class("UNet2DConditionModel"), "sample_size": side},
-        "vae": {**_class(_vae_class(model)), "sample_size": side * model.first_stage_model.downsampling},
+        "unet": {**class_entries("UNet2DConditionModel"), "sample_size": side},
+        "vae": {
+            **class_entries(_vae_class(model)),
+            "sample_size": side * model.first_stage_model.downsampling,
+        },
         "text_encoder": {
             "architectures": ["CLIPTextModel"],
             "model_type": "clip_text_model",
@@ -72,7 +75,13 @@ def _scheduler(model: LatentDiffusion) -> dict[str, Any]:
     """PLMS as in the original; without signal at the last timestep, DDIM that begins there."""
     name = _scheduler_class(model)
     begins = {"timestep_spacing": "trailing"} if model.zero_terminal_snr else {"skip_prk_steps": True}
-    return {**_class(name), **begins, "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
+    return {
+        **class_entries(name),
+        **begins,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "clip_sample": False,
+    }
 
 
 def _scheduler_class(model: LatentDiffusion) -> str:
@@ -84,7 +93,7 @@ def _vae_class(model: LatentDiffusion) -> str:
     return (SMALL_CLASSES if small else CLASSES)["vae"]
 
 
-def _class(name: str) -> dict[str, str]:
+def class_entries(name: str) -> dict[str, str]:
     return {"_class_name": name, "_diffusers_version": _VERSION}
 
 
@@ -97,7 +106,7 @@ def _model_index(model: LatentDiffusion) -> dict[str, Any]:
         "tokenizer": "CLIPTokenizer",
     }
     return {
-        **_class("StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"),
+        **class_entries("StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"),
         "requires_safety_checker": False,
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
@@ -111,18 +120,18 @@ def _model_index(model: LatentDiffusion) -> dict[str, Any]:
 def _write_tokenizer(folder: Path, embedder: FrozenCLIPEmbedder) -> None:
     vocabulary, merges = embedder.reader.table()
     folder.mkdir()
-    _write_json(folder / "vocab.json", vocabulary)
+    write_json(folder / "vocab.json", vocabulary)
     lines = "".join(f"{left} {right}\n" for left, right in merges)
     _write_text(folder / "merges.txt", f"#version: 0.2\n{lines}")
     special = {"bos_token": BEGIN, "eos_token": END, "pad_token": END, "unk_token": END}
-    _write_json(folder / "special_tokens_map.json", special)
-    _write_json(
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(
         folder / "tokenizer_config.json",
         {"tokenizer_class": "CLIPTokenizer", "model_max_length": embedder.max_length, **special},
     )
 
 
-def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     _write_text(path, json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 

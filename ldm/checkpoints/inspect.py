@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ldm.checkpoints.adapters.control import control_network, read_control
 from ldm.checkpoints.formats.detect import CheckpointError, file_size, open_regular, reading, sniff
 from ldm.checkpoints.formats.embedding_image import is_png
 from ldm.checkpoints.formats.imports import imports_of
@@ -220,6 +221,8 @@ def _compare(found: Inspection, path: Path, config_for: ConfigFor) -> Inspection
     config = config_for(found.kind)
     if config is None:
         return found
+    if found.kind.part == "ControlNet":
+        return _compare_control(found, path, config)
     try:
         checkpoint = read_model(path)
         config, variants = adapted(config, checkpoint)
@@ -230,6 +233,14 @@ def _compare(found: Inspection, path: Path, config_for: ConfigFor) -> Inspection
     except CheckpointError as error:
         return replace(found, fits=False, problem=str(error))
     return replace(found, fits=True, unexpected=tuple(map(_short, unexpected)))
+
+
+def _compare_control(found: Inspection, path: Path, config: Mapping[str, Any]) -> Inspection:
+    try:
+        control_network(read_control(path), build_model(config).model.diffusion_model)
+    except CheckpointError as error:
+        return replace(found, fits=False, problem=str(error))
+    return replace(found, fits=True)
 
 
 def _check(found: Inspection, path: Path, content: _Content, report: Callable[[str], None]) -> Inspection:

@@ -59,6 +59,7 @@ EMA_COUNTERS = frozenset({f"{EMA_PREFIX}decay", f"{EMA_PREFIX}num_updates"})
 _HARMLESS_PREFIXES = (EMA_PREFIX, f"{FIRST_STAGE_PREFIX}loss.")
 _POSITIONS = f"{PREFIXES['text_encoder']}transformer.text_model.embeddings.position_embedding.weight"
 _USES: Mapping[Part, str] = {
+    "ControlNet": "give it with --control FILE:IMAGE, and a model with --ckpt",
     "LoRA": "give it with --lora, and a model with --ckpt",
     "embedding": "give it with --embedding, and a model with --ckpt",
 }

@@ -356,7 +356,7 @@ def test_a_text_encoder_for_longer_prompts_is_told(whole: dict[str, torch.Tensor
     ("key", "said"),
     [
         ("controlnet_cond_embedding.conv_in.weight", "is a ControlNet in the diffusers layout, not a model"),
-        ("control_model.zero_convs.0.0.weight", "is a ControlNet, not a model; this toolkit has no use for it"),
+        ("control_model.zero_convs.0.0.weight", "is a ControlNet, not a model; give it with --control"),
         ("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight", "is a motion module"),
         ("body.0.in_conv.weight", "is a T2I-Adapter, not a model"),
         ("lora_unet_mid_block_attentions_0_proj_in.lora_up.weight", "not a model; give it with --lora"),

@@ -7,33 +7,17 @@ from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.runtime.fast import Packer, accelerate
+from tests.support.control import FIGURES, PARAMETERS, control_network, given
 from tests.support.golden_data import (
     TOLERANCE,
     figure,
     keys,
     relative_error,
-    tiny_config,
     tiny_model,
-    weight_of,
 )
 from tests.support.precision import EACH_PACKED
 
-FIGURES = "tiny_control.npz"
-PARAMETERS = tiny_config()["params"]["unet_config"]["params"]
 V1 = {**PARAMETERS, "model_channels": 320, "context_dim": 768}
-
-
-def control_network(**changes):
-    network = ControlNet(hint_channels=3, **{**PARAMETERS, **changes})
-    state = {
-        key: weight_of(f"control_model.{key}", value.shape) for key, value in network.state_dict().items()
-    }
-    network.load_state_dict(state)
-    return network.eval().requires_grad_(False)
-
-
-def given(*names):
-    return [figure(name, FIGURES) for name in names]
 
 
 @pytest.mark.parametrize(

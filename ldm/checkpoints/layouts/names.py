@@ -208,17 +208,17 @@ def _compvis_name(part: Component, name: str, to_ours: Mapping[str, str]) -> str
     if part == "text_encoder":
         return _TEXT_ENCODER.sub(_COMPVIS_TEXT, name, count=1)
     new = _OLD_PIXEL_ATTENTION.sub(lambda match: _NEW_PIXEL_ATTENTION[match[0]], name)
-    return _renamed(new, to_ours) or name
+    return renamed(new, to_ours) or name
 
 
 def _diffusers_name(name: str, key: str, table: Mapping[str, str]) -> str:
-    renamed = _renamed(name, table)
-    if renamed is None:
+    new = renamed(name, table)
+    if new is None:
         raise CheckpointError(f"{printable(key[:200])} has no place in the diffusers layout")
-    return renamed
+    return new
 
 
-def _renamed(name: str, table: Mapping[str, str]) -> str | None:
+def renamed(name: str, table: Mapping[str, str]) -> str | None:
     """`name` with the longest beginning that is in the table replaced; None without any."""
     head, tail = name, ""
     while head and head not in table:
@@ -252,6 +252,12 @@ def _table(part: Component, names: Names) -> dict[str, str]:
 
 def _inside(module: str, theirs: str, parts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     return ((f"{module}.{a}", f"{theirs}.{b}") for a, b in parts)
+
+
+def encoder_pairs(size: Blocks) -> Iterator[tuple[str, str]]:
+    """The names of the modules of a U-Net's way down and its middle: CompVis's, diffusers'."""
+    kept = ("time_embed.", "input_blocks.", "middle_block.")
+    return (pair for pair in _unet(size) if pair[0].startswith(kept))
 
 
 def _unet(size: Blocks) -> Iterator[tuple[str, str]]:

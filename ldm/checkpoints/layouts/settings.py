@@ -25,7 +25,7 @@ def component_configs(
     diffusers has no words for is a `CheckpointError`.
     """
     settings = {
-        "unet": _unet_config,
+        "unet": lambda model: unet_config(model.model.diffusion_model),
         "vae": _vae_config,
         "text_encoder": _text_config,
         "scheduler": _scheduler_config,
@@ -33,8 +33,8 @@ def component_configs(
     return {name: settings[name](model) for name in components}
 
 
-def _unet_config(model: LatentDiffusion) -> dict[str, Any]:
-    unet = model.model.diffusion_model
+def unet_config(unet: Any) -> dict[str, Any]:
+    """The settings of a U-Net."""
     layers = list(unet.modules()) if isinstance(unet, UNetModel) else []
     transformer = next((layer for layer in layers if isinstance(layer, SpatialTransformer)), None)
     if transformer is None or unet.num_heads < 1:
@@ -67,6 +67,24 @@ def _unet_config(model: LatentDiffusion) -> dict[str, Any]:
         "class_embed_type": None,
         "addition_embed_type": None,
         "time_cond_proj_dim": unet.time_cond_proj_dim,
+    }
+
+
+def control_config(unet: Any, hint_channels: int, pools: bool) -> dict[str, Any]:
+    """The settings of a ControlNet for a U-Net."""
+    own = unet_config(unet)
+    names = (
+        "in_channels", "block_out_channels", "layers_per_block", "down_block_types", "mid_block_type",
+        "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim", "norm_num_groups", "norm_eps",
+        "act_fn", "flip_sin_to_cos", "freq_shift", "downsample_padding", "resnet_time_scale_shift",
+        "use_linear_projection", "class_embed_type", "addition_embed_type",
+    )  # fmt: skip
+    return {
+        **{name: own[name] for name in names},
+        "conditioning_channels": hint_channels,
+        "conditioning_embedding_out_channels": [16, 32, 96, 256],
+        "controlnet_conditioning_channel_order": "rgb",
+        "global_pool_conditions": pools,
     }
 
 

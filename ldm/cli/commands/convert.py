@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ldm import cli
 from ldm.cli.model_options import add_parts_options
+from ldm.util import printable
+
+if TYPE_CHECKING:
+    from ldm.checkpoints.convert import Layout
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -16,6 +21,7 @@ _EXAMPLES = (
     "python scripts/convert.py sd-v1-4.ckpt sd-v1-4.safetensors --dtype fp16",
     "python scripts/convert.py sd-v1-4.ckpt sd-v1-4-diffusers",
     "python scripts/convert.py stable-diffusion-v1-5/ v1-5.ckpt",
+    "python scripts/convert.py control_v11p_sd15_canny.pth canny.safetensors --dtype fp16",
 )
 
 
@@ -53,11 +59,12 @@ def run(opt: argparse.Namespace) -> int:
     from ldm.places import find
     from ldm.runs.models import choose_model
     from ldm.runs.options import RunOptions
-    from ldm.util import printable
 
     check_there(find(opt.ckpt), "give another model as IN")
     to = opt.to or layout_for(opt.out)
     check_output(opt.out, to, opt.ema)
+    if _converted_control(opt, to):
+        return _written(opt.out)
     config_path, ckpt = choose_model(
         RunOptions(
             outdir="",
@@ -77,7 +84,35 @@ def run(opt: argparse.Namespace) -> int:
     dtype = getattr(torch, DTYPES[opt.dtype]) if opt.dtype in DTYPES else None
     checkpoint = read_model(ckpt, vae=opt.vae, text_encoder=opt.text_encoder, prediction=opt.prediction)
     convert(checkpoint, read_config(config_path, opt.allow_targets), opt.out, to, dtype, opt.ema)
-    logging.getLogger("ldm").info("written: %s", printable(opt.out))
+    return _written(opt.out)
+
+
+def _converted_control(opt: argparse.Namespace, to: Layout) -> bool:
+    """Converts a ControlNet; returns False for any other file."""
+    import torch
+
+    from ldm.checkpoints.adapters.control import config_for_control, read_control
+    from ldm.checkpoints.convert_control import convert_control
+    from ldm.checkpoints.load import build_model
+    from ldm.checkpoints.model_files import read_model
+    from ldm.config import read_config
+    from ldm.places import find
+
+    path = find(opt.ckpt)
+    if path.is_dir() and not (path / "config.json").is_file():  # a whole model
+        return False
+    checkpoint = read_model(path)
+    if checkpoint.kind.part != "ControlNet":
+        return False
+    config = opt.config or find(config_for_control(checkpoint.state_dict))
+    file, model = read_control(path), build_model(read_config(config, opt.allow_targets))
+    dtype = getattr(torch, DTYPES[opt.dtype]) if opt.dtype in DTYPES else None
+    convert_control(file, model.model.diffusion_model, opt.out, to, dtype)
+    return True
+
+
+def _written(out: str) -> int:
+    logging.getLogger("ldm").info("written: %s", printable(out))
     return 0
 
 

@@ -53,12 +53,15 @@ def parser() -> argparse.ArgumentParser:
 
 def own_config(kind: ModelKind, path: Path) -> str | None:
     """Returns this toolkit's config of a supported complete model at `path`; its bundled model has no family."""
+    from ldm.checkpoints.adapters.control import config_for_control
     from ldm.checkpoints.layouts.recognise import INPAINTING, LAION, V1
     from ldm.checkpoints.model_files import read_model
 
     if (kind.part, kind.family) == ("model", ""):
         return BUNDLED_CONFIG if config_for(read_model(path).state_dict) == BUNDLED_CONFIG else None
 
+    if kind.part == "ControlNet" and kind.family in (V1, ""):
+        return config_for_control(read_model(path).state_dict)
     configs = {(V1, ""): V1_CONFIG, (V1, INPAINTING): INPAINTING_CONFIG, (LAION, ""): LAION_CONFIG}
     return configs.get((kind.family, kind.variant)) if kind.part == "model" else None
 
