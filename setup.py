@@ -63,12 +63,14 @@ setup(
         "transformers>=5.3,<5.24",
         # several devices, and training
         "pytorch-lightning>=2.5,<2.7",
+        "torchmetrics>=1.4,<1.10",  # measures of evaluations; training needs it too
         # the watermark of the original
         "invisible-watermark>=0.2,<0.3",
         # the blur of masks
         "kornia>=0.8,<0.10",
     ],
     extras_require={
+        "evaluate": ["matplotlib>=3.8,<3.12"],  # the plots of evaluations
         # the package itself has what these once added
         "train": [],
         "devices": [],

@@ -26,11 +26,12 @@ RANKS = [
     {"benchmark"},
     {"data"},
     {"training"},
+    {"evaluation"},
     {"commands"},
     {"__main__"},
 ]
-# data and training are separate from the pipeline: only the commands that train and measure import them
-SEPARATE = {"data", "training"}
+# these are separate from the pipeline: only the commands that train and measure import them
+SEPARATE = {"data", "training", "evaluation"}
 MAY_IMPORT_SEPARATE = {*SEPARATE, "commands"}
 
 

@@ -10,7 +10,19 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from ldm.cli.commands import benchmark, convert, evaluate, generate, inspect, replay, train, where
+from ldm.cli.commands import (
+    benchmark,
+    convert,
+    evaluate,
+    evaluate_plot,
+    evaluate_run,
+    evaluate_score,
+    generate,
+    inspect,
+    replay,
+    train,
+    where,
+)
 from ldm.cli.parser import SAME
 from tests.support.paths import ROOT
 
@@ -32,6 +44,9 @@ def _groups() -> Mapping[str, Mapping[str, argparse.ArgumentParser]]:
         "inspect_model.py": {"inspect": inspect.parser()},
         "benchmark.py": {"benchmark": benchmark.parser()},
         "evaluate.py": {"evaluate": evaluate.parser()},
+        "evaluate.py run": {"run": evaluate_run.parser()},
+        "evaluate.py score": {"score": evaluate_score.parser()},
+        "evaluate.py plot": {"plot": evaluate_plot.parser()},
         "train.py": {"train": train.parser()},
         "ldm where": {"where": where.parser()},
     }

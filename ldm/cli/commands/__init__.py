@@ -30,7 +30,7 @@ COMMANDS = {
     "convert": Command("convert", "main", "convert a model between layouts and precisions"),
     "inspect": Command("inspect", "main", "report the kind, parts, precision and damage of model files"),
     "benchmark": Command("benchmark", "main", "time every phase of generating images"),
-    "evaluate": Command("evaluate", "main", "measure how well the bundled model follows captions"),
+    "evaluate": Command("evaluate", "main", "measure images and models: FID, text-image scores, differences"),
     "train": Command("train", "main", "train the bundled model"),
     "where": Command("where", "main", "list where files are looked for, and what was found"),
 }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from ldm import cli
@@ -15,6 +17,8 @@ from ldm.places import find
 from ldm.prompts.lines import MAX_COUNT
 from ldm.util import InputError, need, printable
 
+# the tasks of the command, each in its module; without one the bundled model is measured
+TASKS = {"run": "evaluate_run", "score": "evaluate_score", "plot": "evaluate_plot"}
 _DESCRIPTION = "Measures the bundled model: generates captioned scenes, which a separate network reads."
 _EXAMPLES = (
     "python scripts/evaluate.py --count 40",
@@ -98,5 +102,17 @@ def run(opt: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with these arguments, or those of the process; returns its exit code."""
-    return cli.main(parser(), run, argv)
+    """Runs the command with these arguments, or those of the process; returns its exit code.
+
+    A first argument of `TASKS` selects that task.
+    """
+    typed = sys.argv[1:] if argv is None else argv
+    if not typed or typed[0] not in TASKS:
+        return cli.main(parser(), run, argv)
+    task = import_module(f"{__package__}.{TASKS[typed[0]]}")
+    end = typed.index("--") if "--" in typed else len(typed)
+    options, own = task.parser(), typed[1:end]
+    options.set_defaults(passed=list(typed[end + 1 :]))  # of txt2img.py
+    if argv is None:
+        sys.argv = [sys.argv[0], *own]
+    return cli.main(options, task.run, None if argv is None else own)

@@ -44,6 +44,7 @@ class Kind(NamedTuple):
 
 def kinds() -> list[Kind]:
     """Returns every kind of file that is looked for without being named, and the VAEs, which always are named."""
+    from ldm.evaluation.weights import NETWORKS
     from ldm.modules.encoders.bert import OWN_VOCABULARY, REPOSITORIES, VOCABULARY_FILE
     from ldm.modules.encoders.tokenizer import openai_tables
     from ldm.safety.load import OWN_FOLDER, REPOSITORY, WEIGHTS
@@ -65,6 +66,10 @@ def kinds() -> list[Kind]:
         Kind("BERT vocabulary", [*candidates(OWN_VOCABULARY), *hub_vocabularies], "",
              _on_hub(REPOSITORIES[0]), OWN_VOCABULARY),
         Kind("CLIP vocabulary", openai_tables(), "", ("https://pypi.org/project/openai-clip",)),
+        *(
+            Kind(network.title, network.places(), f"--{name}", (network.page,), network.own)
+            for name, network in NETWORKS.items()
+        ),
         Kind("caches", [cache_path("")]),
     ]  # fmt: skip
 
