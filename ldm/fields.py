@@ -19,20 +19,15 @@ from ldm.models.diffusion.solvers.names import (
     spell_schedule,
     spell_solver,
 )
-from ldm.models.diffusion.solvers.registry import SOLVERS
+from ldm.models.diffusion.solvers.registry import JOB_SETTINGS, SOLVERS
+from ldm.seeds import MAX_SEEDS, check_seed
 from ldm.setting import Choices, Setting, shown
 from ldm.util import InputError
 
-# The highest seed of each noise generator. torch's take longer ones, of which that of the CPU uses the lower 32 bits.
-MAX_SEEDS: Mapping[str, int] = {
-    "philox": 2**64 - 1,
-    "cpu": 2**32 - 1,
-    "device": 2**32 - 1,
-    "numpy": 2**32 - 1,
-}
 MAX_TEXT = 65_536  # characters
 MAX_LORAS = 100
 _MAX_SIDE = 65_536
+_GENERATORS = {"philox": "NV", "cpu": "CPU", "device": "GPU", "numpy": "NumPy"}  # A1111's names
 INIT = "init."  # before the name of a field of a job's `Init`
 SIZE = ("width", "height")
 # the groups of options, and of fields, that only a job with a starting image has, and only one with a mask
@@ -109,7 +104,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "seed", {"low": 0, "high": max(MAX_SEEDS.values())}, "seed", "sampling", "N",
-        "seed of the first image, of up to 64 bits for --rng philox and 32 for the others; random or -1: any",
+        "seed of the first image, of up to 64 bits for --rng philox and cpu and 32 for the others; random or -1: any",
         label="Seed", always=True,
     ),
     Field("width", {"low": 8, "high": _MAX_SIDE, "multiple": 8}, "W", "size", "N", "width in pixels", unset=True),
@@ -121,7 +116,7 @@ FIELDS: tuple[Field, ...] = (
         "rng", {}, "rng", "sampling",
         help="philox: the noise of a CUDA device, on any device; cpu, device: torch's generator there; numpy: "
         "NumPy's, as in the published inpainting app",
-        label="RNG", words={"philox": "NV", "cpu": "CPU", "device": "GPU", "numpy": "NumPy"}, always=True,
+        label="RNG", words=_GENERATORS, always=True,
     ),
     Field(
         "schedule", {}, "schedule", "sampling",
@@ -139,22 +134,38 @@ FIELDS: tuple[Field, ...] = (
         label="Timesteps",
     ),
     Field(
-        "eta", {"low": 0, "high": 10}, "ddim_eta", "sampling", "X",
+        "eta", {"low": 0, "high": 10}, JOB_SETTINGS["eta"].option, "sampling", "X",
         "share of fresh noise in each step, 0 to 1 (default: the sampler's own: none for ddim, 1 for ancestral ones)",
         label="Eta DDIM",
     ),
     Field(
-        "s_noise", {"low": 0, "high": 10}, "s_noise", "sampling", "X", "factor of the fresh noise",
+        "s_noise", {"low": 0, "high": 10}, JOB_SETTINGS["s_noise"].option, "sampling", "X",
+        "factor of the fresh noise",
         label="Sigma noise",
     ),
     Field(
-        "s_churn", {"low": 0, "high": 1000}, "s_churn", "sampling", "X",
+        "s_churn", {"low": 0, "high": 1000}, JOB_SETTINGS["s_churn"].option, "sampling", "X",
         "noise that euler, heun and dpm2 add before steps, spread over all of them", label="Sigma churn",
     ),
     Field(
         "convention", {}, "convention", "sampling",
         help="whose details hold where programs differ (the first noise, whole timesteps, steps of img2img)",
         label="Convention",
+    ),
+    Field(
+        "step_noise", {}, "step_noise", "sampling",
+        help="where the fresh noise of steps comes from: stream, that of the image goes on; brownian: one path for "
+        "any number of steps (auto: with --convention a1111 or comfyui brownian for dpmpp_sde and the like)",
+        label="Step noise",
+    ),
+    Field(
+        "step_rng", {}, "step_rng", "sampling",
+        help="the generator of that noise, if it is another one than --rng", label="Step RNG",
+        words=_GENERATORS,
+    ),
+    Field(
+        "step_seed_delta", {"low": 0, "high": 2**32 - 1}, "step_seed_delta", "sampling", "N",
+        "added to the seed of that noise, where it is a stream: A1111's ENSD", label="ENSD",
     ),
     Field(
         "timestep_spacing", {}, "timestep_spacing", "sampling",
@@ -382,17 +393,3 @@ def check_fields(job: Job) -> None:
         except ValueError as error:
             raise InputError(f"{name} {error}") from None
     check_seed(job.seed, job.rng)
-
-
-def check_seed(seed: int, rng: str) -> None:
-    """Checks that a noise generator accepts a seed, else raises InputError; both are valid values of their fields."""
-    if seed > MAX_SEEDS[rng]:
-        raise InputError(
-            f"seed is {seed}, but the noise generator {rng} takes seeds of {MAX_SEEDS[rng].bit_length()} bits; "
-            f"use --rng philox, or a seed from 0 to {MAX_SEEDS[rng]}"
-        )
-
-
-def count_up(seed: int, n: int, rng: str) -> int:
-    """Returns the seed `n` images after (below 0: before) `seed`; 0 follows the generator's highest."""
-    return (seed + n) % (MAX_SEEDS[rng] + 1)

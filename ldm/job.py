@@ -95,6 +95,11 @@ class Job:
     themselves. `eta` is the share of fresh noise in a step (None: the sampler's own), `s_noise` a factor of it, and
     `s_churn` noise that is added before steps. `convention` is the program whose details hold where programs differ.
 
+    `step_noise` is where the fresh noise of steps comes from: the stream of the image goes on, or a Brownian path of
+    its seed ("auto": as the convention has it for the solver). `step_rng` is the generator of that noise ("auto":
+    `rng`), and `step_seed_delta` is added to the seed of its stream; with either, the stream is another one than that
+    of the start.
+
     With `seed_mode` "image" the job owns the noise stream of `seed`; with "batch" it is entry `batch_index` of the
     run's one stream from `seed`, drawn in the order of the original scripts.
 
@@ -147,6 +152,9 @@ class Job:
     s_noise: float = 1.0
     s_churn: float = 0.0
     convention: Literal["ldm", "a1111", "comfyui"] = "ldm"
+    step_noise: Literal["auto", "stream", "brownian"] = "auto"
+    step_rng: Literal["auto", "philox", "cpu", "device", "numpy"] = "auto"
+    step_seed_delta: int = 0
     clip_skip: int = 1
     guidance_rescale: float = 0.0
 

@@ -34,3 +34,13 @@ def test_nothing_of_this_package_uses_a_former_name():
     for path in (ROOT / "ldm").rglob("*.py"):
         text = path.read_text()
         assert path.name == "former.py" or not any(f"from {name} import" in text for name in SUCCESSORS), path
+
+
+def test_the_table_of_samplers_has_its_former_name_too():
+    import ldm.pipeline
+    from ldm.models.diffusion.ddim import DDIMSampler
+
+    with pytest.warns(DeprecationWarning, match="SAMPLERS is now SOLVERS"):
+        assert ldm.pipeline.SAMPLERS["ddim"] is DDIMSampler
+    with pytest.raises(AttributeError, match="SAMPLES"):
+        _ = ldm.pipeline.SAMPLES

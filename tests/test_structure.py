@@ -12,7 +12,7 @@ from tests.support.paths import ROOT
 FILES = sorted((ROOT / "ldm").rglob("*.py"))
 RANKS = [
     {"util", "job", "lr_scheduler"},
-    {"files", "json_value", "setting"},
+    {"files", "json_value", "seeds", "setting"},
     {"places"},
     {"config"},
     {"modules"},

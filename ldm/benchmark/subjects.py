@@ -192,8 +192,8 @@ class Ours:
         return {"runs in": self.pipeline.precision.name}
 
     def make(self, work: Work, noise: Tensor) -> list[Any]:
-        from ldm.fields import count_up
         from ldm.job import Init, Job
+        from ldm.seeds import count_up
 
         start = self.setting.mode == "img2img"
         init = Init(self.setting.picture, work.size, work.size, "fill") if start else None

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.changes import changed
-from ldm.fields import check_fields, count_up
+from ldm.fields import check_fields
 from ldm.job import Job, lora_name, split_loras
 from ldm.metadata.command import MAX_PLACE, count, place
 from ldm.runs.given_jobs import GivenJobs
 from ldm.runs.jobs import check_job, check_syntax
 from ldm.runs.options import RunOptions
 from ldm.runs.starts import Canvases
+from ldm.seeds import count_up
 from ldm.util import InputError, need
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ldm.fields import DEFAULTS, FIELDS, MASK, MAX_SEEDS, SIZE, START, Field, count_up, values_of
+from ldm.fields import DEFAULTS, FIELDS, MASK, SIZE, START, Field, values_of
 from ldm.job import Job, lora_tag
 from ldm.metadata.recipe import Recipe
 from ldm.places import is_checkout
+from ldm.seeds import MAX_SEEDS, count_up
 from ldm.util import InputError, printable
 
 IN_A_STREAM = (

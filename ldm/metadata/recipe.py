@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from ldm.fields import MAX_SEEDS, SETTINGS, override, read_held, values_of
+from ldm.fields import override, read_held, values_of
 from ldm.job import V1_DEFAULTS, Init, Job, lora_name
 from ldm.metadata.infotext import file_name
 from ldm.metadata.record import without_folders
@@ -122,14 +122,8 @@ class Draft:
             self.note(f"its timesteps for {steps} steps are not supported; using evenly spaced ones")
 
     def cpu_noise(self) -> None:
-        """Sets noise of torch's generator on the CPU. It uses the lower 32 bits of a seed, so only those are kept."""
+        """Sets noise of torch's generator on the CPU."""
         self.values["rng"] = "cpu"
-        seed = self.values.get("seed", 0)
-        if MAX_SEEDS["cpu"] < seed <= SETTINGS["seed"].high:
-            short = self.values["seed"] = seed & MAX_SEEDS["cpu"]
-            self.note(
-                f"seed {seed} gives the noise of seed {short}: torch's generator on the CPU uses 32 bits of it"
-            )
 
     def gpu_noise(self) -> None:
         """Notes that the noise is assumed to be an NVIDIA card's, whose generator uses all 64 bits of a seed."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ldm.fields import check_fields, count_up
+from ldm.fields import check_fields
 from ldm.job import Job
 from ldm.models.diffusion.course import check_guidance
 from ldm.models.diffusion.passes import check_sampling
+from ldm.seeds import count_up
 from ldm.util import InputError
 
 

@@ -10,12 +10,30 @@ from torch import Tensor
 
 from ldm.job import Job
 from ldm.models.diffusion.noise import NoiseSource, RunNoise, noise_source
+from ldm.models.diffusion.passes import CONVENTIONS, follows_path
+from ldm.models.diffusion.step_noise import SeparateSteps, StartRun, brownian_steps, stream_of_steps
+from ldm.seeds import count_up
 
 
 def sampling_noise(jobs: Sequence[Job], device: torch.device, fixed_rows: int | None = None) -> NoiseSource:
     """The noise that a batch is denoised with; see `Pipeline.noise`."""
     source = noise_source(jobs[0].rng, jobs[0].seed_mode, _stream_seeds(jobs), device)
-    return source if jobs[0].seed_mode == "image" else RunNoise(source, fixed_rows)
+    if jobs[0].seed_mode == "batch":
+        return RunNoise(source, fixed_rows)
+    steps = _noise_of_steps(jobs, device)
+    return source if steps is None else SeparateSteps(source, steps)
+
+
+def _noise_of_steps(jobs: Sequence[Job], device: torch.device) -> StartRun | None:
+    """The noise of a batch's steps; None where it is that of the images' streams."""
+    job = jobs[0]
+    rng = job.rng if job.step_rng == "auto" else job.step_rng
+    if follows_path(job):
+        whole = not CONVENTIONS[job.convention].path_over_run
+        return brownian_steps(rng, [job.seed for job in jobs], device, whole)
+    if rng == job.rng and job.step_seed_delta == 0:
+        return None
+    return stream_of_steps(rng, [count_up(job.seed, job.step_seed_delta, rng) for job in jobs], device)
 
 
 def posterior_noise(jobs: Sequence[Job], device: torch.device) -> NoiseSource:

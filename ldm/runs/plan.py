@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from ldm.fields import check_seed, count_up, override
+from ldm.fields import override
 from ldm.job import DEFAULT_STRENGTH, Init, Job, batch_key, batches_of, lora_name, split_loras
 from ldm.prompts.dialects import read_prompt_list
 from ldm.prompts.expand import Sweep, expand_lines, parse_sweep
@@ -21,6 +21,7 @@ from ldm.prompts.notations import warn_of_notations
 from ldm.runs.jobs import check_syntax
 from ldm.runs.options import Request, RunOptions
 from ldm.runs.starts import Start
+from ldm.seeds import check_seed, count_up
 from ldm.util import InputError, need, printable
 
 if TYPE_CHECKING:

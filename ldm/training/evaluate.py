@@ -14,11 +14,11 @@ from PIL import Image
 from ldm.config import read_config
 from ldm.data.captions import UNORDERED, caption, plain_caption
 from ldm.data.scenes import scene_at
-from ldm.fields import count_up
 from ldm.job import Job
 from ldm.pipeline import Pipeline, load_model
 from ldm.places import find
 from ldm.runtime.device import resolve_device, resolve_precision
+from ldm.seeds import count_up
 from ldm.training.quality import judge, load_reader, score
 
 logger = logging.getLogger("ldm")

@@ -27,6 +27,7 @@ from ldm.metadata.read import Recipe, read_job
 from ldm.metadata.recipe import UNKNOWN
 from ldm.metadata.record import read_record, record, without_folders
 from ldm.models.diffusion.noise import noise_source
+from ldm.models.diffusion.passes import follows_path
 from ldm.util import InputError
 from tests.support.metadata import EXTRAS, FULL, HOSTILE, INVOKE, PIXELS, VALUES, graph, noted, png
 
@@ -182,7 +183,7 @@ def test_seeds_of_64_bits_of_other_programs_give_their_noise(seed: int) -> None:
         assert recipe is not None and recipe.job.rng == "cpu"
         ours = noise_source("cpu", "batch", [recipe.job.seed], "cpu").draw((4, 8))
         assert torch.equal(ours, theirs)
-        assert noted(recipe, f"seed {seed} ", f"seed {recipe.job.seed}:", "32 bits") == (seed >= 2**32)
+        assert recipe.job.seed == seed  # all of it, of which a Brownian path of the steps is made
         check_fields(recipe.job)
 
 
@@ -251,14 +252,17 @@ def test_a_text_of_the_web_ui() -> None:
     assert recipe.job == Job(
         "masterpiece, (cat:1.2)", "lowres,\nugly", seed=965400086, width=640, height=448, steps=20,
         sampler="euler_a", scale=7.0, rng="cpu", loras=(("x", 0.8, 0.8),), prompt_syntax="a1111", schedule="karras",
-        convention="a1111", clip_skip=2,
+        convention="a1111", clip_skip=2, step_seed_delta=31337,
     )  # fmt: skip
     assert (recipe.source, recipe.model, recipe.model_hash) == ("A1111", "v1-5", "6ce0161689")
-    for words in (
-        ("ENSD", "31337"),
-        ("LoRA x",),
-    ):
-        assert noted(recipe, *words), (words, recipe.notes)
+    assert recipe.notes == ("it needs the LoRA x",)
+    assert webui.read(WEB_UI.replace("Euler a", "Euler")).job.step_seed_delta == 0
+
+
+@pytest.mark.parametrize("sampler", ["DPM++ SDE", "DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE"])
+def test_steps_on_a_brownian_path_of_the_web_ui(sampler: str) -> None:
+    recipe = webui.read(WEB_UI.replace("Euler a", sampler).replace("<lora:x:0.8>", ""))
+    assert recipe.notes == () and recipe.job.convention == "a1111" and follows_path(recipe.job)
 
 
 def test_plain_ddim_of_the_web_ui_differs_in_little() -> None:
@@ -369,16 +373,31 @@ def comfy(content: object) -> Recipe:
     return comfyui.read(json.dumps(content))
 
 
-PLAIN = Job(
-    "a cat", "dog", seed=156680208700286 % 2**32, width=512, height=768, steps=20, scale=8.0, rng="cpu"
-)
+PLAIN = Job("a cat", "dog", seed=156680208700286, width=512, height=768, steps=20, scale=8.0, rng="cpu")
 
 
 def test_a_graph_of_comfyui() -> None:
     recipe = comfy(graph())
-    assert recipe == Recipe(PLAIN, "ComfyUI", "v1-5.ckpt", notes=recipe.notes)
-    (note,) = recipe.notes
-    assert "156680208700286" in note and "32 bits" in note
+    assert recipe == Recipe(PLAIN, "ComfyUI", "v1-5.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "step_rng", "on_path"),
+    [
+        ("dpmpp_2m_sde", "auto", True),
+        ("dpmpp_3m_sde_gpu", "philox", True),
+        ("euler_ancestral", "philox", False),
+        ("heun", "auto", False),
+    ],
+)
+def test_the_noise_of_steps_of_comfyui(sampler: str, step_rng: str, on_path: bool) -> None:
+    """A path of its seed on the CPU, or on the GPU for names in _gpu; else the GPU's generator of that seed."""
+    recipe = comfy(graph(n3={"sampler_name": sampler, "scheduler": "karras"}))
+    assert (recipe.job.rng, recipe.job.step_rng, follows_path(recipe.job)) == ("cpu", step_rng, on_path)
+    assert bool(recipe.notes) == (sampler == "euler_ancestral")
+    batch = comfy(graph(n3={"sampler_name": sampler, "scheduler": "karras"}, n5={"batch_size": 4}))
+    assert not follows_path(batch.job) and batch.job.step_rng == "auto"
+    assert noted(batch, "steps", "whole batch") == (sampler != "heun")
 
 
 @pytest.mark.parametrize("count", [1, 4])

@@ -37,7 +37,8 @@ def test_numbers_and_defaults_are_written_plainly() -> None:
     assert text == (
         "x\nSteps: 999, Sampler: PLMS, CFG scale: 7, Seed: 18446744073709551615, Size: 768x8, RNG: GPU, "
         "Schedule type: Karras, Sigmas: 14.6 0.5 0, Timesteps: 999 1.5, Eta DDIM: 1, Sigma noise: 0.9, "
-        "Sigma churn: 2.5, Convention: comfyui, Timestep spacing: compvis, Seed mode: batch, Batch index: 5, "
+        "Sigma churn: 2.5, Convention: comfyui, Step noise: brownian, Step RNG: CPU, ENSD: 31337, "
+        "Timestep spacing: compvis, Seed mode: batch, Batch index: 5, "
         "Denoising strength: 0.3, "
         'Posterior: mean, Init image: "photo, of: me.png", Init width: 768, Init height: 8, Resize: pad, '
         "Background: #102030, Outpaint: 8 0 16 24, Mask: mask.png, Alpha mask: on, Invert mask: on, Mask blur: 0.5, "

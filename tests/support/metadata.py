@@ -79,6 +79,9 @@ FULL = Job(
     s_noise=0.9,
     s_churn=2.5,
     convention="comfyui",
+    step_noise="brownian",
+    step_rng="cpu",
+    step_seed_delta=31337,
     clip_skip=2,
     guidance_rescale=0.7,
 )

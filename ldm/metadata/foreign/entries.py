@@ -19,7 +19,7 @@ SILENT = {
     "HiRes mode", "Hires force", "Seed Mode",
 }  # fmt: skip
 HARMLESS = {
-    ("ENSD", "0"), ("Emphasis", "Original"), ("Emphasis", "None"), ("Parser", "A1111"),
+    ("Emphasis", "Original"), ("Emphasis", "None"), ("Parser", "A1111"),
     ("Variation seed strength", "0"), ("FP8 weight", "Disable"), ("VAE Encoder", "Full"), ("VAE Decoder", "Full"),
     ("Mask mode", "Inpaint masked"), ("Schedule max sigma", "0"), ("Schedule min sigma", "0"), ("Schedule rho", "0"),
     ("Diffusion in Low Bits", "Automatic"),
@@ -30,6 +30,7 @@ NOTHING = {"", "none", "false", "automatic", "use same sampler", "use same sched
 FOREIGN_KEYS = JOB_KEYS & {
     "Prompt", "Negative prompt", "Steps", "Sampler", "CFG scale", "Seed", "Size-1", "Size-2", "Eta DDIM", "RNG",
     "Denoising strength", "Hires upscale", "Hires upscaler", "Loras", "Clip skip",
+    "ENSD", "Sigma noise", "Sigma churn",
 }  # fmt: skip
 
 # The name of an entry here, by its name in lower case with letters and digits only

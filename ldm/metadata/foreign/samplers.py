@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ldm.metadata.recipe import Draft
+from ldm.models.diffusion.passes import CONVENTIONS
 from ldm.models.diffusion.solvers.names import Named, find_schedule, find_solver, plain
 from ldm.models.diffusion.solvers.registry import SOLVERS
 
@@ -18,7 +19,6 @@ _NEAREST = (
 )  # fmt: skip
 _OF_THE_ORIGINAL = ("ddim", "plms")
 _OWN_TIMES = ("", "uniform", "ddim_uniform")  # schedules that are those of the original's samplers
-_TREES = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")  # k-diffusion's Brownian tree
 _TWO_MEANINGS = ("beta", "kl_optimal", "align_your_steps")
 
 
@@ -26,20 +26,22 @@ class Program(NamedTuple):
     """How a program means the names of its files.
 
     `convention` is one of `CONVENTIONS`. `automatic` are the schedules that its samplers have where none is named.
-    `same_steps`: the noise of a step is drawn there as here.
+    `same_steps`: the noise of steps comes from the image's stream, as here. `step_rng` is the generator of its own
+    that has that noise, where the convention has no Brownian path or the sampler's name ends in gpu.
     """
 
     name: str
     convention: str = "ldm"
     automatic: Mapping[str, str] = {}
     same_steps: bool = False
+    step_rng: str = ""
 
 
 _KARRAS = dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_a", "dpm2", "dpm2_a"), "karras")
 _EXPONENTIAL = dict.fromkeys(("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"), "exponential")
 WEB_UI = Program("A1111", "a1111", {**_KARRAS, **_EXPONENTIAL}, same_steps=True)
 OLD_WEB_UI = WEB_UI._replace(automatic={})  # before version 1.9, which wrote no entry for the schedule
-COMFYUI = Program("ComfyUI", "comfyui")
+COMFYUI = Program("ComfyUI", "comfyui", step_rng="philox")
 CPP = Program("stable-diffusion.cpp", same_steps=True)
 OTHER = Program("")
 
@@ -65,7 +67,10 @@ def choose_sampler(draft: Draft, name: str, schedule: str = "", program: Program
     if given is None:
         draft.note(f"schedule {schedule[:50]} is not supported; using the sampler's own")
     _set_schedule(draft, sampler, given or named.schedule or program.automatic.get(sampler, ""), program)
-    _note_differences(draft, sampler, program)
+    if sampler == "unipc":
+        draft.note("its UniPC is of order 3 or of another form; here it is of order 2")
+    if SOLVERS[sampler].draws and not program.same_steps:
+        _choose_step_noise(draft, sampler, name, program)
 
 
 def _set_schedule(draft: Draft, sampler: str, schedule: str, program: Program) -> None:
@@ -77,15 +82,23 @@ def _set_schedule(draft: Draft, sampler: str, schedule: str, program: Program) -
         draft.values["convention"] = program.convention
 
 
-def _note_differences(draft: Draft, sampler: str, program: Program) -> None:
-    """Notes what is not the same although the names are."""
-    if sampler == "unipc":
-        draft.note("its UniPC is of order 3 or of another form; here it is of order 2")
-    if sampler in _TREES:
-        draft.note(
-            "its steps draw their noise from a Brownian tree; here it comes from the image's own stream"
-        )
-    elif SOLVERS[sampler].draws and not program.same_steps:
+def _choose_step_noise(draft: Draft, sampler: str, name: str, program: Program) -> None:
+    if not program.step_rng:
         draft.note(
             "its steps draw their noise from another generator; here it comes from the image's own stream"
+        )
+    elif sampler not in CONVENTIONS[program.convention].brownian:
+        draft.values["step_rng"] = program.step_rng
+        draft.note("the noise of its steps is assumed to be an NVIDIA card's; another device's would differ")
+    elif plain(name).endswith("gpu"):
+        draft.values["step_rng"] = program.step_rng
+
+
+def steps_of_batch(draft: Draft) -> None:
+    """Notes, for an image of a batch with one stream of noise, that its steps have other noise here."""
+    sampler = draft.values.get("sampler", "")
+    if draft.values.get("seed_mode") == "batch" and sampler in SOLVERS and SOLVERS[sampler].draws:
+        draft.values.pop("step_rng", None)
+        draft.note(
+            "the noise of its steps was drawn for the whole batch; here it comes from the run's stream"
         )

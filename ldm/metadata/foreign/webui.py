@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ldm.job import Job
 from ldm.metadata.foreign.entries import (
     FOREIGN_KEYS,
     HARMLESS,
@@ -90,6 +91,7 @@ def _recipe(entries: dict[str, str], source: str, origin: Origin) -> Recipe:
     )
     if known.get("Eta DDIM") and "eta" in SOLVERS[draft.values["sampler"]].settings:
         draft.values["eta"] = job.eta
+    _choose_step_settings(job, draft)
     for key, what in (("Seed", "seed"), ("CFG scale", "CFG scale")):
         if key not in entries:
             draft.note(f"its {what} is not given; using the default")
@@ -116,6 +118,14 @@ def _choose_size(entries: Mapping[str, str], origin: Origin, upscale: float, dra
     width, height = (max(8, int(side / upscale) // 8 * 8) for side in origin.size)
     draft.values |= {"width": width, "height": height}
     draft.note(f"its size is not given; using the image's own, {width}x{height}")
+
+
+def _choose_step_settings(job: Job, draft: Draft) -> None:
+    """Sets what the noise of the steps is, as far as the sampler adds some."""
+    row = SOLVERS[draft.values["sampler"]]
+    draft.values |= {name: getattr(job, name) for name in ("s_noise", "s_churn") if name in row.settings}
+    if row.draws or draft.values.get("eta"):
+        draft.values["step_seed_delta"] = job.step_seed_delta
 
 
 # --- noise and timesteps -------------------------------------------------------------------------------------------
@@ -158,7 +168,6 @@ def _version(entries: dict[str, str]) -> tuple[int, ...]:
 
 def _leave_out(entries: Mapping[str, str], draft: Draft) -> None:
     """Notes settings without a counterpart here."""
-    steady = not draft.values.get("eta") and not SOLVERS[draft.values["sampler"]].draws
     hashes = {*listed_hashes(entries, "Lora hashes"), *listed_hashes(entries, "TI hashes")}
     harmless = {
         *HARMLESS,
@@ -172,11 +181,7 @@ def _leave_out(entries: Mapping[str, str], draft: Draft) -> None:
             name, value = key[:-2], f"{value}x{entries.get(f'{key[:-2]}-2', '')}"
         if name in SILENT or (key.endswith("-2") and f"{key[:-2]}-1" in entries):
             continue
-        if (
-            (key == "ENSD" and steady)
-            or key in ("VAE", "Eta")
-            or name in ("First pass size", "Hires resize", "Hires fixed")
-        ):
+        if key in ("VAE", "Eta") or name in ("First pass size", "Hires resize", "Hires fixed"):
             continue
         if key.startswith("AddNet ") or (key == "Hires upscaler" and not draft.values.get("upscale")):
             continue

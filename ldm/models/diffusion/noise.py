@@ -23,6 +23,7 @@ Words = npt.NDArray[np.uint64]  # 32-bit words, kept in 64 bits so that products
 _32, _WORD = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
+Generator = Literal["philox", "cpu", "device", "numpy"]
 Draws = Counter[tuple[int, ...]]  # the number of draws of each shape
 
 
@@ -271,7 +272,7 @@ class SkippingNoise:
 
 
 def noise_source(
-    rng: Literal["philox", "cpu", "device", "numpy"],
+    rng: Generator,
     seed_mode: Literal["image", "batch"],
     seeds: Sequence[int],
     device: torch.device | str,
@@ -286,13 +287,14 @@ def noise_source(
     if not seeds:
         raise ValueError("noise needs at least one seed")
     if seed_mode == "image":
-        return PerImageNoise([_stream(rng, seed, device) for seed in seeds])
+        return PerImageNoise([stream(rng, seed, device) for seed in seeds])
     if seed_mode == "batch":
-        return _stream(rng, seeds[0], device)
+        return stream(rng, seeds[0], device)
     raise ValueError(f"seed mode {seed_mode!r} is neither 'image' nor 'batch'")
 
 
-def _stream(rng: str, seed: int, device: torch.device | str) -> NoiseSource:
+def stream(rng: Generator, seed: int, device: torch.device | str) -> NoiseSource:
+    """Returns the stream of one seed; `rng` is as in `noise_source`."""
     if rng == "philox":
         return PhiloxNoise(seed, device)
     if rng == "cpu":

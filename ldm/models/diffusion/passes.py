@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ldm.job import Job
 from ldm.models.diffusion.schedules import Schedule
-from ldm.models.diffusion.solvers.registry import SOLVERS
+from ldm.models.diffusion.solvers.registry import JOB_SETTINGS, SOLVERS
 from ldm.util import InputError
 
 
@@ -19,19 +19,34 @@ class Convention:
     `rounded`: the model is called at whole timesteps. `shortened` are the solvers whose schedule has one level more,
     of which the next to last is left out. `max_denoise`: the first latents are noise * sqrt(1 + sigma^2), not
     noise * sigma (None: as the author of the schedule has it). `one_more`: at a strength below 1, one step more than
-    the share that is asked for runs, from the level at which it begins.
+    the share that is asked for runs, from the level at which it begins. For the solvers in `brownian` the noise of
+    steps is a Brownian path, over the levels of the schedule or, with `path_over_run`, of the run.
     """
 
     rounded: bool = False
     shortened: tuple[str, ...] = ()
     max_denoise: bool | None = None
     one_more: bool = False
+    brownian: tuple[str, ...] = ()
+    path_over_run: bool = False
 
 
+_TREES = (
+    "dpmpp_sde",
+    "dpmpp_2m_sde",
+    "dpmpp_2m_sde_heun",
+    "dpmpp_3m_sde",
+)  # with k-diffusion's noise sampler
 CONVENTIONS: Mapping[str, Convention] = {
     "ldm": Convention(),
-    "a1111": Convention(shortened=("dpm2", "dpm2_a", "dpmpp_3m_sde"), one_more=True),
-    "comfyui": Convention(rounded=True, shortened=("dpm2", "dpm2_a", "unipc"), max_denoise=True),
+    "a1111": Convention(shortened=("dpm2", "dpm2_a", "dpmpp_3m_sde"), one_more=True, brownian=_TREES),
+    "comfyui": Convention(
+        rounded=True,
+        shortened=("dpm2", "dpm2_a", "unipc"),
+        max_denoise=True,
+        brownian=_TREES,
+        path_over_run=True,
+    ),
 }
 
 
@@ -53,18 +68,20 @@ def schedule_of(job: Job) -> Schedule:
 
 def settings_of(job: Job) -> dict[str, float]:
     """Returns the settings of a job's solver that differ from the solver's defaults."""
-    known = SOLVERS[job.sampler].settings
-    asked = {"s_noise": job.s_noise, "s_churn": job.s_churn} | ({} if job.eta is None else {"eta": job.eta})
-    return {name: value for name, value in asked.items() if value != known.get(name, _UNSET[name])}
+    asked = {name: getattr(job, name) for name in JOB_SETTINGS} | {"eta": eta_of(job)}
+    return {name: value for name, value in asked.items() if value != SOLVERS[job.sampler].default(name)}
 
 
 def eta_of(job: Job) -> float:
     """Returns the share of fresh noise in a job's steps: its own, or the solver's usual one."""
-    return SOLVERS[job.sampler].settings.get("eta", 0.0) if job.eta is None else job.eta
+    return SOLVERS[job.sampler].default("eta") if job.eta is None else job.eta
 
 
-_UNSET: Mapping[str, Any] = {"s_noise": 1.0, "s_churn": 0.0, "eta": 0.0}
-_OPTIONS = {"eta": "ddim_eta"}
+def follows_path(job: Job) -> bool:
+    """Returns whether the fresh noise of a job's steps is a Brownian path."""
+    if job.step_noise == "auto":
+        return job.seed_mode == "image" and job.sampler in CONVENTIONS[job.convention].brownian
+    return job.step_noise == "brownian"
 
 
 def check_sampling(job: Job) -> None:
@@ -74,9 +91,10 @@ def check_sampling(job: Job) -> None:
         if name not in row.settings:
             others = ", ".join(other for other, one in SOLVERS.items() if name in one.settings)
             raise InputError(
-                f"{job.sampler} does not use --{_OPTIONS.get(name, name)}, here {value:g}; leave it out, or use one "
+                f"{job.sampler} does not use --{JOB_SETTINGS[name].option}, here {value:g}; leave it out, or use one "
                 f"of the samplers that do: {others}"
             )
+    _check_step_noise(job)
     if job.sigmas and job.timesteps:
         raise InputError("--sigmas and --timesteps contradict; leave one of them out")
     if job.timestep_spacing != "uniform" and (job.sampler == "dpm_solver" or schedule.name != "original"):
@@ -85,6 +103,21 @@ def check_sampling(job: Job) -> None:
             f"{job.sampler} on {schedule.name}; leave it out"
         )
     schedule_length(job)
+
+
+def _check_step_noise(job: Job) -> None:
+    row, on_path = SOLVERS[job.sampler], job.step_noise == "brownian"
+    if on_path and not row.always_draws and "eta" not in row.settings:
+        raise InputError(
+            f"--step_noise brownian goes with samplers that add noise in their steps, not with {job.sampler}; use "
+            "dpmpp_2m_sde, or leave it out"
+        )
+    if job.seed_mode == "batch" and (on_path or job.step_rng != "auto" or job.step_seed_delta):
+        option = "step_noise" if on_path else "step_rng" if job.step_rng != "auto" else "step_seed_delta"
+        raise InputError(
+            f"--{option} {getattr(job, option)} gives the steps of each image noise of their own, but with "
+            "--seed_mode batch all images share one stream; leave one of them out"
+        )
 
 
 def schedule_length(job: Job) -> int:

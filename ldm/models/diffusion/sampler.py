@@ -365,7 +365,7 @@ class Sampler:
         take_step = self._stepper(run)
         trail: Intermediates = {"x_inter": [x], "pred_x0": [x]}
         for i, step in enumerate(table.downwards(count)):
-            run.begin(step, i, len(table))
+            run.begin(step, i, table)
             x, pred_x0 = take_step(run.keep_masked(x, step), step)
             if callback is not None:
                 callback(i)

@@ -12,7 +12,9 @@ from torch import Tensor
 from ldm.models.diffusion.course import Moment
 from ldm.models.diffusion.guidance import Guidance, GuidancePlan
 from ldm.models.diffusion.noise import NoiseSource
-from ldm.models.diffusion.schedule import Step
+from ldm.models.diffusion.schedule import Step, StepTable
+from ldm.models.diffusion.schedules.levels import sigma_of
+from ldm.models.diffusion.step_noise import SeparateSteps, StepNoise
 
 
 def times_of(x: Tensor, t: float) -> Tensor:
@@ -52,7 +54,8 @@ def previous_latent(pred_x0: Tensor, eps: Tensor, step: Step) -> Tensor:
 class SamplingRun:
     """One run of the denoising loop: the model, its guidance, the source of noise, and the other settings.
 
-    `guidance` is that of the current step, which `plan` chooses if there is one.
+    `guidance` is that of the current step, which `plan` chooses if there is one; `steps` is the noise of steps, where
+    it has another source than `noise`.
     """
 
     model: Any
@@ -68,13 +71,18 @@ class SamplingRun:
     corrector_kwargs: Mapping[str, Any] | None = None
     original_steps: bool = False
     plan: GuidancePlan | None = None
+    steps: StepNoise | None = None
 
-    def begin(self, step: Step, before: int, rows: int) -> None:
-        """Chooses the guidance of a step that has `before` steps of this run before it; the schedule has `rows`.
+    def begin(self, step: Step, before: int, table: StepTable) -> None:
+        """Chooses the guidance of a step of a schedule that has `before` steps of this run before it.
 
-        A solver that predicts several times in a step uses it for all of them.
+        A solver that predicts several times in a step uses it for all of them. With the first step a separate noise
+        of steps begins.
         """
+        if before == 0 and isinstance(self.noise, SeparateSteps):
+            self.steps = self.noise.start_run(table.positive_sigmas(), step.start)
         if self.plan is not None:
+            rows = len(table)
             self.guidance = self.plan.at(Moment(before, rows - 1 - step.index, rows, step.alpha))
 
     def predict(self, x: Tensor, t: float | Tensor, alpha: float) -> Tensor:
@@ -100,9 +108,9 @@ class SamplingRun:
         x_prev = previous_latent(pred_x0, eps, step)
         if step.sigma == 0:
             if self.draws_always:
-                self.noise.skip(x.shape)
+                (self.steps or self.noise).skip(x.shape)
         else:
-            fresh = self.noise.draw(x.shape)
+            fresh = self._fresh(x, step.start, step.end)
             if self.noise_dropout > 0:
                 fresh = torch.nn.functional.dropout(fresh, p=self.noise_dropout)
             x_prev = x_prev + step.sigma * self.temperature * fresh
@@ -111,7 +119,11 @@ class SamplingRun:
     def add_noise(self, x: Tensor, alpha: float, higher: float) -> Tensor:
         """Returns `x`, of noise level `alpha`, with fresh noise added up to the level `higher` (a smaller alpha)."""
         share = higher / alpha
-        return share**0.5 * x + (1 - share) ** 0.5 * self.temperature * self.noise.draw(x.shape)
+        fresh = self._fresh(x, sigma_of(alpha), sigma_of(higher))
+        return share**0.5 * x + (1 - share) ** 0.5 * self.temperature * fresh
+
+    def _fresh(self, x: Tensor, start: float, end: float) -> Tensor:
+        return self.noise.draw(x.shape) if self.steps is None else self.steps.between(x.shape, start, end)
 
     def keep_masked(self, x: Tensor, step: Step) -> Tensor:
         """Returns `x` with the masked part replaced by `x0` at the noise level of this step."""

@@ -173,6 +173,11 @@ class StepTable:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    def positive_sigmas(self) -> Array:
+        """Returns all levels as noise over signal, ascending, but for a 0 at the end."""
+        levels = np.append(self.alphas_prev[:1], self.alphas)
+        return np.array([sigma_of(alpha) for alpha in levels if alpha < 1])
+
     def downwards(self, count: int | None = None) -> Iterator[Step]:
         """Yields the steps in the order they are run: from the noisiest of the first `count`, down to index 0."""
         for i in reversed(range(len(self) if count is None else min(count, len(self)))):

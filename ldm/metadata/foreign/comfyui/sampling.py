@@ -6,7 +6,7 @@ from ldm.metadata.foreign.comfyui.graph import as_whole
 from ldm.metadata.foreign.comfyui.nodes import SAMPLERS
 from ldm.metadata.foreign.comfyui.passes import Passes
 from ldm.metadata.foreign.comfyui.start import Start
-from ldm.metadata.foreign.samplers import COMFYUI, choose_sampler
+from ldm.metadata.foreign.samplers import COMFYUI, choose_sampler, steps_of_batch
 from ldm.metadata.recipe import Draft
 
 
@@ -89,6 +89,7 @@ def read_noise(passes: Passes, start: Start) -> None:
         draft.note(
             f"it is one of a batch of {start.batch} from one seed; the file does not say which, the first is used"
         )
+    steps_of_batch(draft)
     if (graph.text(sampler, "noise_mode") or "").startswith("GPU"):
         draft.gpu_noise()
     else:

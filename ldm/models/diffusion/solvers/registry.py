@@ -6,7 +6,7 @@ import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.util import InputError
 
@@ -15,6 +15,20 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.schedules import Schedule
 
 HERE = "ldm.models.diffusion"
+
+
+class JobSetting(NamedTuple):
+    """A setting that jobs have too: its option, and the value that a solver without it has in effect."""
+
+    option: str
+    unset: float
+
+
+JOB_SETTINGS: Mapping[str, JobSetting] = {
+    "eta": JobSetting("ddim_eta", 0.0),
+    "s_noise": JobSetting("s_noise", 1.0),
+    "s_churn": JobSetting("s_churn", 0.0),
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,11 @@ class SolverRow:
     @property
     def draws(self) -> bool:
         """Whether it adds fresh noise with its default settings."""
-        return self.always_draws or self.settings.get("eta", 0.0) > 0
+        return self.always_draws or self.default("eta") > 0
+
+    def default(self, name: str) -> float:
+        """Returns the value that a setting of jobs has if a job does not choose it."""
+        return self.settings.get(name, JOB_SETTINGS[name].unset)
 
     def load(self) -> type[Sampler]:
         """Returns its class."""
