@@ -70,6 +70,8 @@ def preview(
         yield f"... and {len(batches) - SHOWN} more batches"
     folder = printable(Path(options.outdir) / "samples")
     yield f"files in {folder}: {'no files of their own (--skip_save)' if options.skip_save else _numbers(new)}"
+    if options.preview or options.animate:
+        yield f"previews in {printable(Path(options.outdir) / 'previews')}, where no safety check runs"
     if plan.wishes.sweep is not None:
         yield f"labelled sheets: {len(list(plan.sheets()))}"
     yield from _starting_images(plan)

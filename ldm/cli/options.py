@@ -226,6 +226,18 @@ def add_output_options(parser: argparse.ArgumentParser, outdir: str) -> None:
     )
     group.add_argument("--skip_grid", action="store_true", help="do not write a grid")
     group.add_argument("--skip_save", action="store_true", help="do not write single images")
+    group.add_argument(
+        "--preview",
+        metavar="N",
+        type=int,
+        default=0,
+        help="every N steps, replace the file previews/NUMBER.png: a small image of what it will be",
+    )
+    group.add_argument(
+        "--animate",
+        choices=("webp", "gif"),
+        help="write how each image was made, in the steps of --preview (default: all): previews/NUMBER.webp, .gif",
+    )
     group.add_argument("--no_watermark", action="store_true", help="leave the invisible watermark out")
     group.add_argument(
         "--safety",

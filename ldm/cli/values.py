@@ -14,6 +14,7 @@ from ldm.job import Init, Job
 from ldm.prompts.files import MAX_LINE, too_long
 from ldm.prompts.lines import MAX_COUNT
 from ldm.runs.options import Request, RunOptions
+from ldm.runs.previews import check_animation
 from ldm.util import InputError, need, printable
 
 logger = logging.getLogger("ldm")
@@ -73,6 +74,8 @@ def check_options(opt: argparse.Namespace) -> None:
         opt.safety != "off" or opt.safety_model is None,
         f"--safety off does not go with --safety_model {printable(opt.safety_model)}; leave one out",
     )
+    need(opt.preview >= 0, f"--preview is {opt.preview}; give a number of steps, 1 or more")
+    check_animation(opt.animate)
     need(not opt.verify or opt.resume, "--verify checks the files of a run that continues; give --resume too")
     for option, reason in (("resume", "continue"), ("gallery", "show")):
         need(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -74,7 +75,8 @@ class BatchMaker:
     ) -> list[Pending]:
         """`begin` for prompts of one length, which have these rows in the start noise of their batch."""
         places = place_notes(rows, noise)
-        latents, stop = self.sampler.sample(jobs, start, code, noise, on_step)
+        told = None if on_step is None else lambda step: on_step(replace(step, rows=rows))
+        latents, stop = self.sampler.sample(jobs, start, code, noise, told)
         stopped = {} if stop is None else {"Stopped": f"after step {stop.index + 1} of {stop.total}"}
         pasted = [self.starts.paste(job) for job in jobs]
         return [

@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.images.pixels import finite, to_uint8
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.pipeline.colours import colours_of, fit_colours
 from ldm.pipeline.placement import Placement
 from ldm.runtime.device import widened
 from ldm.runtime.memory import available_memory
@@ -29,6 +30,7 @@ class FirstStage:
         self.tiles: Tiling = tiles
         self._model, self._placement = model, placement
         self._lock = threading.Lock()
+        self._colours: Tensor | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -84,6 +86,12 @@ class FirstStage:
     def pixels(self, latents: Tensor) -> np.ndarray:
         """The uint8 images [N, H, W, 3] of scaled latents [N, C, h, w]."""
         return np.concatenate([to_uint8(image) for image in self.decode_all(latents)])
+
+    def colours(self, latents: Tensor) -> np.ndarray:
+        """The uint8 colours [N, h, w, 3] of scaled latents [N, C, h, w], see `ldm.pipeline.colours`."""
+        if self._colours is None:
+            self._colours = fit_colours(self.decode, latents.shape[1], latents.device)
+        return to_uint8(colours_of(latents, self._colours))
 
     def _decoder(self, latent: Tensor) -> Callable[[Tensor], Tensor]:
         """The function that decodes latents of this size, as a whole or in tiles."""

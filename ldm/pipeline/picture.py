@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 class StepInfo:
     """A finished denoising step, for a callback: number `index` of `total`, counted from 0.
 
-    `estimate` [N, C, h, w] are the clean latents as the model predicts them now; `Pipeline.decode` shows them.
+    `estimate` [N, C, h, w] are the clean latents as the model predicts them now; `Pipeline.decode` shows them, and
+    `Pipeline.colours` as a small image. `rows` are their images' places in the batch.
     """
 
     index: int
     total: int
     estimate: Tensor
+    rows: Sequence[int] = ()
 
 
 OnStep = Callable[[StepInfo], object]  # one that returns False stops there

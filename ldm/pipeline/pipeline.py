@@ -233,6 +233,14 @@ class Pipeline:
         return self.first_stage.pixels(latents)
 
     @torch.inference_mode()
+    def colours(self, latents: Tensor) -> np.ndarray:
+        """uint8 colours [N, h, w, 3] of the cells of scaled latents [N, C, h, w], by a linear map and so at once.
+
+        The map is fitted to this model's decoder at the first call.
+        """
+        return self.first_stage.colours(latents)
+
+    @torch.inference_mode()
     def encode(self, image: Any) -> Tensor:
         """The scaled latents [1, C, h, w] of an image as `Init` takes it: the mean of their distribution."""
         return self.starts.mean_latents(Init(image))

@@ -37,6 +37,11 @@ class Background:
         self._raise()
         self._tasks.put(task)
 
+    def offer(self, task: Callable[[], object]) -> None:
+        """Queues `task`, or leaves it out while the queue is full."""
+        with contextlib.suppress(queue.Full):
+            self._tasks.put_nowait(task)
+
     def wait(self) -> None:
         """Returns when all tasks are done."""
         self._tasks.join()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ldm.places import cache_path
 from ldm.runs.claim import Claim
-from ldm.runs.filters import make_screen
 from ldm.runs.options import RunOptions
 from ldm.runs.plan import Plan
 from ldm.runs.processes import ProcessInfo
@@ -47,7 +46,7 @@ def load_nothing() -> Loaded:
 def load(options: RunOptions, plan: Plan, source: Source, claim: Claim, started: float) -> Loaded:
     """Loads the model to its device, and settles the tiles. The run began at the monotonic time `started`."""
     here = source.here
-    screen = make_screen(options, here.device)
+    screen = source.cache.screen(options, here.device)
     pipeline = _load_pipeline(options, plan, source)
     embeddings = _embeddings(options, pipeline.model)
     for name in plan.loras():

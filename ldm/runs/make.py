@@ -19,6 +19,7 @@ from ldm.runs.messages import REST
 from ldm.runs.options import RunOptions
 from ldm.runs.output import Output
 from ldm.runs.plan import Plan
+from ldm.runs.previews import Previews, wanted
 from ldm.runs.progress import Interrupts, Progress, Report
 from ldm.runs.sampling import Halves, generate
 from ldm.runs.sheets import write_sheets
@@ -66,10 +67,17 @@ def make(options: RunOptions, plan: Plan, source: Source, report: Report, name_f
 
         try:
             with contextlib.closing(claimed), contextlib.closing(progress), output:
-                if loaded.pipeline is not None:
+                if (pipeline := loaded.pipeline) is not None:
                     halves = Halves(options, claimed, progress)
-                    making = generate(options, loaded.pipeline, plan, batches, progress, halves, stopped)
-                    _write(making, loaded.pipeline, output, options.compile, interrupts)
+                    with contextlib.ExitStack() as beside:
+                        previews = None
+                        if wanted(options, loaded.screen):
+                            previews = Previews(options, pipeline.colours, claimed.sample_path, events)
+                            beside.enter_context(previews)
+                        making = generate(
+                            options, pipeline, plan, batches, progress, halves, stopped, previews
+                        )
+                        _write(making, pipeline, output, options.compile, interrupts)
                 pages = bool(missing) or not claimed.has_pages()
                 if output.finish(pages) and pages and not options.skip_save:
                     write_sheets(plan, claimed, mark, output.fail)

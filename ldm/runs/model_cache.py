@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING
+
+from ldm.runs.filters import make_screen
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
 
 
 class ModelCache:
-    """Keeps one pipeline and the key that identifies it; there is never a second one in memory."""
+    """Keeps one pipeline and the key that identifies it; there is never a second one in memory.
+
+    `screen` is `make_screen`, and keeps the last safety check.
+    """
 
     def __init__(self) -> None:
+        self.screen = lru_cache(maxsize=1)(make_screen)
         self._key: object = None
         self._pipeline: Pipeline | None = None
 

@@ -18,7 +18,8 @@ class RunOptions:
 
     `lora` holds files with their weights on the U-Net and on the text encoder, `embedding` files with the word that
     names them (None: the name of the file). `channels` and `factor` are the values of --C and --f, which the model
-    must have. `cache_weights` is a folder, "" for the user's cache folder, None for no cache.
+    must have. `preview` counts steps (0: no previews). `cache_weights` is a folder, "" for the user's cache folder,
+    None for no cache.
     """
 
     outdir: str
@@ -27,6 +28,8 @@ class RunOptions:
     gallery: bool = False
     skip_grid: bool = field(default=False, metadata=COMPARED)
     skip_save: bool = False
+    preview: int = 0
+    animate: Literal["webp", "gif"] | None = None
     no_watermark: bool = field(default=False, metadata=COMPARED)
     safety: Literal["auto", "on", "off"] = field(default="auto", metadata=COMPARED)
     safety_model: str | None = None

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.models.diffusion.noise import NoiseSource
-    from ldm.pipeline import Pending, Pipeline
+    from ldm.pipeline import Pending, Pipeline, StepInfo
+    from ldm.runs.previews import Previews
 
 logger = logging.getLogger("ldm")
 
@@ -98,6 +99,7 @@ def generate(
     progress: Progress,
     halves: Halves,
     stopped: Callable[[], bool],
+    previews: Previews | None = None,
 ) -> Iterator[tuple[list[int], list[Pending]]]:
     """Yields the numbers and the begun images of the given batches of a plan, until the run is `stopped`.
 
@@ -117,18 +119,30 @@ def generate(
             if indices[0] not in wanted:
                 pipeline.skip(jobs, noise)
                 continue
-        yield from halves.make(indices, jobs[0], partial(_begin, pipeline, plan, progress, noise, code))
+        yield from halves.make(
+            indices, jobs[0], partial(_begin, pipeline, plan, progress, previews, noise, code)
+        )
 
 
 def _begin(
     pipeline: Pipeline,
     plan: Plan,
     progress: Progress,
+    previews: Previews | None,
     noise: NoiseSource | None,
     code: Tensor | None,
     part: Sequence[int],
 ) -> list[Pending]:
+    def on_step(step: StepInfo) -> None:
+        progress.step(step)
+        if previews is not None:
+            previews.step(step)
+
     progress.begin(len(part))
-    begun = pipeline.begin([plan[i] for i in part], noise, code, progress.step)
+    if previews is not None:
+        previews.begin(part)
+    begun = pipeline.begin([plan[i] for i in part], noise, code, on_step)
+    if previews is not None:
+        previews.end()
     progress.end(len(part))
     return begun

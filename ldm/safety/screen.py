@@ -62,6 +62,11 @@ class Screen:
     def __init__(self, flag: Callable[[Tensor], Tensor] | None, side: int = 224, batch: int = 8) -> None:
         self._flag, self._side, self._batch = flag, side, batch
 
+    @property
+    def checks(self) -> bool:
+        """Whether images are checked at all."""
+        return self._flag is not None
+
     def screen(self, images: Sequence[np.ndarray | None]) -> list[Verdict]:
         """Returns a verdict for each image, in order. Raises SafetyError, without any verdict, if the check fails."""
         if self._flag is None:

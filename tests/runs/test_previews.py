@@ -1,0 +1,118 @@
+"""Previews and animations: what they show, and that the run does not depend on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import scripts.txt2img as txt2img
+from ldm.images import writer
+from ldm.pipeline.colours import colours_of, fit_colours
+from ldm.runs import model_cache
+from ldm.safety.screen import Screen
+from tests.support.scripts import SMALL
+
+PROMPTS = "a red cube\na blue sphere\n"
+
+
+def draw(tmp_path: Path, *others: str) -> tuple[int, dict[str, bytes]]:
+    """The exit code, and the files of a run of two images in one batch."""
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    out = tmp_path / "out"
+    code = txt2img.main(
+        ["--from-file", str(tmp_path / "prompts.txt"), "--n_iter", "1", "--n_samples", "2", "--steps", "6",
+         "--device", "cpu", "--precision", "full", "--safety", "off", "--outdir", str(out), *SMALL, *others]
+    )  # fmt: skip
+    return code, {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.square(a.astype(float) - b).mean()))
+
+
+def test_they_change_nothing_and_show_their_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bytes of the run's files, frames, and colours, which are those of the image itself and not of its neighbour."""
+    code, plain = draw(tmp_path / "plain", "--quiet")
+    assert code == 0
+    code, files = draw(tmp_path / "with", "--preview", "4", "--animate", "webp", "--json", "--quiet")
+    assert code == 0
+    names = {f"previews/0000{i}.{kind}" for i in (0, 1) for kind in ("png", "webp")}
+    assert {name for name in files if name.startswith("previews")} == names
+    assert {n: data for n, data in files.items() if n.endswith(".png") and n not in names} == {
+        n: data for n, data in plain.items() if n.endswith(".png")
+    }
+    told = [e for e in map(json.loads, capsys.readouterr().out.splitlines()) if e["event"] == "preview"]
+    assert [(Path(e["path"]).stem, e["step"], e["steps"]) for e in told] == [
+        ("00000", 4, 6), ("00001", 4, 6), ("00000", 6, 6), ("00001", 6, 6),
+    ]  # fmt: skip
+    out = tmp_path / "with/out"
+    made = [
+        np.asarray(Image.open(out / f"samples/0000{i}.png").resize((32, 32), Image.Resampling.BOX))
+        for i in (0, 1)
+    ]
+    shown = [np.asarray(Image.open(out / f"previews/0000{i}.png")) for i in (0, 1)]
+    for i in (0, 1):
+        assert psnr(shown[i], made[i]) > 18 > psnr(shown[i], made[1 - i])
+        with Image.open(out / f"previews/0000{i}.webp") as animation:
+            assert (animation.n_frames, animation.size) == (2, (32, 32))  # type: ignore[attr-defined]
+
+
+def test_the_map_of_a_linear_decoder_is_found() -> None:
+    """A decoder that is affine in each cell, with colours inside [-1, 1]."""
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(5, 3, generator=generator) * 0.05
+
+    def decode(z: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.interpolate(colours_of(z, matrix), scale_factor=8)
+
+    assert torch.allclose(fit_colours(decode, 4, torch.device("cpu")), matrix, atol=1e-5)
+
+
+def test_beside_a_safety_check_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        model_cache, "make_screen", lambda *_: Screen(lambda x: torch.ones(len(x), dtype=torch.bool))
+    )
+    code, files = draw(tmp_path, "--preview", "1", "--animate", "gif")
+    assert code == 0 and not [name for name in files if name.startswith("previews")]
+    assert "cannot judge previews" in capsys.readouterr().err
+
+
+def test_a_disk_that_takes_none_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish = writer.publish
+
+    def full(path: Any, data: bytes, overwrite: bool = False) -> None:
+        if "previews" in Path(path).parts:
+            raise OSError(28, "No space left on device")
+        publish(path, data, overwrite)
+
+    monkeypatch.setattr(writer, "publish", full)
+    code, files = draw(tmp_path, "--preview", "1")
+    assert code == 0 and len([name for name in files if name.startswith("samples/0")]) == 2
+    assert capsys.readouterr().err.count("no more previews") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [(["--preview", "-1"], "--preview is -1; give a number of steps"), (["--animate", "png"], "--animate")],
+)
+def test_mistakes_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], fault: str
+) -> None:
+    try:
+        code, _ = draw(tmp_path, *options)
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else 1
+    assert code == 2 and fault in capsys.readouterr().err
