@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from dataclasses import fields, replace
 from typing import Any
 
@@ -64,8 +63,6 @@ def _text(option: str, text: str) -> str:
 def check_options(opt: argparse.Namespace) -> None:
     """Checks ranges and combinations of options; raises an InputError that names the option."""
     chosen_sampler(opt)
-    if opt.from_file == "-" and sys.stdin is not None and sys.stdin.isatty():
-        logger.info("reading prompts from this terminal: one a line, then Ctrl-D")
     _check_ranges(opt)
     for name in ("n_iter", "n_samples", "images_per_prompt"):
         count = getattr(opt, name)

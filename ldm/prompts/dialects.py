@@ -35,8 +35,12 @@ logger = logging.getLogger(__name__)
 _SAMPLE = 100  # lines with options from which the dialect is detected
 
 
-def read_prompt_list(source: str | Path, format: str = "auto", faults: Faults | None = None) -> list[Line]:
-    """Reads the lines of a prompt file, or of standard input for "-", without blank ones, and checks every value.
+def read_prompt_list(
+    source: str | Path | bytes, format: str = "auto", faults: Faults | None = None
+) -> list[Line]:
+    """Reads the lines of a prompt file, of standard input for "-", or of bytes that were read from there.
+
+    Blank lines are left out, and every value is checked.
 
     "auto" decides by content:
     1. JSON, TOML and YAML, if the first line that is not blank begins a list in it, JSON lines, if that begins with
@@ -69,6 +73,14 @@ def read_prompt_list(source: str | Path, format: str = "auto", faults: Faults | 
     if not found:
         raise no_prompt(noted.name)
     return found
+
+
+def is_whole(first: bytes, format: str) -> bool:
+    """Returns whether a list with this first line is one document or table, whose lines mean nothing alone."""
+    if format != "auto":
+        return format in ("csv", "json", "toml", "yaml")
+    text = first.decode("utf-8", "replace").removeprefix("\ufeff").strip()
+    return bool(text) and (_document(text, [text]) in ("csv", "json", "yaml") or is_toml(text, ["a = 1"]))
 
 
 def _no_longer(number: int, text: str, faults: Faults) -> str:

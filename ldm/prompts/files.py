@@ -19,10 +19,13 @@ _MOST_FAULTS = 1_000  # a file with more is not a prompt file: the rest of it is
 
 
 class Faults:
-    """The faults of one source, reported together; a source without a name is one line, without a number."""
+    """The faults of one source, reported together; a source without a name is one line, without a number.
 
-    def __init__(self, name: str = "") -> None:
-        self.name = name
+    The lines are counted from `first`.
+    """
+
+    def __init__(self, name: str = "", first: int = 1) -> None:
+        self.name, self._first = name, first
         self._shown: list[tuple[int, str]] = []
         self._count = 0
 
@@ -39,16 +42,16 @@ class Faults:
         if not self._shown:
             return
         told = [
-            f"{self.name}, line {number}: {what}" if self.name else what
+            f"{self.name}, line {number + self._first - 1}: {what}" if self.name else what
             for number, what in sorted(self._shown, key=itemgetter(0))
         ]
         more = self._count - len(told)
         raise InputError("\n".join([*told, f"and {more} more"] if more else told))
 
 
-def source_name(source: str | Path) -> str:
+def source_name(source: str | Path | bytes) -> str:
     """Returns the name of a prompt file in messages."""
-    return "standard input" if source == STDIN else printable(source)
+    return "standard input" if source == STDIN or isinstance(source, bytes) else printable(source)
 
 
 def no_prompt(name: str) -> InputError:
@@ -56,8 +59,8 @@ def no_prompt(name: str) -> InputError:
     return InputError(f"{name} holds no prompt: write one a line")
 
 
-def read_lines(source: str | Path, faults: Faults) -> Iterator[str]:
-    """Yields every line of a file, or of standard input for "-", holding one line at a time.
+def read_lines(source: str | Path | bytes, faults: Faults) -> Iterator[str]:
+    """Yields every line of a file, of standard input for "-", or of bytes, holding one line at a time.
 
     Lines are UTF-8, with or without a byte order mark, and end in LF, CRLF or CR; every other separator
     (form feed, U+2028, ...) is part of the text. A line of more than 10,000 characters (16 million where the
@@ -72,8 +75,11 @@ def read_lines(source: str | Path, faults: Faults) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _open(source: str | Path) -> Iterator[io.TextIOWrapper]:
+def _open(source: str | Path | bytes) -> Iterator[io.TextIOWrapper]:
     """Opens the source as text; bytes that are not UTF-8 become lone surrogates, so that their position is known."""
+    if isinstance(source, bytes):
+        yield io.TextIOWrapper(io.BytesIO(source), encoding="utf-8", errors="surrogateescape", newline="")
+        return
     if source != STDIN:
         with open(source, encoding="utf-8", errors="surrogateescape", newline="") as file:
             yield file

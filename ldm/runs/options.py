@@ -80,7 +80,8 @@ class Request:
     `job` has the values of the options; a width or height of 0 is the model's default. `start` sets how each of
     `images` (files and folders), or of the pairs of image and mask in `folder`, is fitted to the canvas; its `image`
     is empty. `from_file` is a list of prompts in `prompt_format` ("-" for standard input) and replaces the job's
-    prompt. With `expand` {a|b} in prompts is expanded. `sweep` holds texts such as "scale=1,2".
+    prompt; `given` is its content where it has been read, from its line `first_line` on. With `expand` {a|b} in
+    prompts is expanded. `sweep` holds texts such as "scale=1,2".
     """
 
     job: Job = field(default_factory=lambda: Job(""))
@@ -88,6 +89,8 @@ class Request:
     images: tuple[str, ...] = ()
     folder: str | None = None
     from_file: str | None = None
+    given: bytes | None = None
+    first_line: int = 1
     prompt_format: str = "auto"
     expand: bool = False
     sweep: tuple[str, ...] = ()

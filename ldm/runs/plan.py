@@ -57,8 +57,9 @@ def read_wishes(options: RunOptions, request: Request) -> Wishes:
         faults = Faults()
         lines = [Line(1, request.job.prompt, count=options.images_per_prompt or options.n_samples)]
     else:
-        faults = Faults(source_name(request.from_file))
-        lines = read_prompt_list(request.from_file, request.prompt_format, faults)
+        faults = Faults(source_name(request.from_file), request.first_line)
+        source = request.from_file if request.given is None else request.given
+        lines = read_prompt_list(source, request.prompt_format, faults)
         if options.images_per_prompt is not None:
             lines = [replace(line, count=line.count * options.images_per_prompt) for line in lines]
     return Wishes(faults, expand_lines(lines, faults) if request.expand else lines, sweep)

@@ -61,6 +61,13 @@ def prepare(
 
     `cache` holds the model between runs of one process. With `reads_input` the prompts come from standard input.
     """
+    return settle(options, cache, reads_input)(planner)
+
+
+def settle(
+    options: RunOptions, cache: ModelCache | None = None, reads_input: bool = False
+) -> Callable[[Planner], Prepared]:
+    """Finds the model and the device; returns what makes a run of a plan for them. The rest is as in `prepare`."""
     from ldm.config import read_config
 
     config_path, ckpt = choose_model(options)
@@ -78,9 +85,9 @@ def prepare(
     )
     config = suited(config, files)
     check_latents(options, config)
-    plan = planner(config, find_lora)
-    return Prepared(
-        options, plan, config_path, config, ckpt, device, find_lora, cache or ModelCache(), stdin_copy
+    kept = cache or ModelCache()
+    return lambda planner: Prepared(
+        options, planner(config, find_lora), config_path, config, ckpt, device, find_lora, kept, stdin_copy
     )
 
 

@@ -40,6 +40,10 @@ NEWS_SECONDS = 60  # after which a network file system shows files of another ma
 _NAME = re.compile(r"run-([0-9]{5,})\.json")
 
 
+class NoSuchRun(InputError):
+    """No run of a folder has the settings that --resume asks for."""
+
+
 def open_run(
     folder: RunFolder,
     made_from: Content,
@@ -103,7 +107,7 @@ def find_run(
             return RunFile(folder, content, hashes)
     found = differences(_as_now(max(known, key=lambda run: run["first"]), new), new)
     more = f"; and {len(found) - SHOWN_DIFFERENCES} more" if len(found) > SHOWN_DIFFERENCES else ""
-    raise InputError(
+    raise NoSuchRun(
         f"--resume: no run in {where} has these settings. The latest differs in: "
         f"{'; '.join(found[:SHOWN_DIFFERENCES])}{more}. Use its settings, or drop --resume to start a new run"
     )

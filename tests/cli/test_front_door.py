@@ -3,7 +3,6 @@
 import argparse
 import ast
 import importlib
-import io
 import os
 import re
 import signal
@@ -425,15 +424,6 @@ def test_an_interrupt_during_the_start_waits_for_it():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
-
-
-def test_a_terminal_is_told_that_prompts_are_read_from_it(monkeypatch, caplog):
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(sys, "stdin", terminal)
-    with caplog.at_level("INFO", "ldm"):
-        check_options(txt2img.parser().parse_args(["--from-file", "-"]))
-    assert "reading prompts from this terminal: one a line, then Ctrl-D" in caplog.text
 
 
 def hang_up(monkeypatch, times):
