@@ -79,6 +79,7 @@ setup(
             "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
             "diffusers>=0.36,<0.43",
+            "peft>=0.18,<0.22",
             "safetensors>=0.5,<0.9",
             "sd-parsers>=0.5,<0.7",
             "ruff>=0.15,<0.18",

@@ -26,12 +26,12 @@ RANKS = [
     {"benchmark"},
     {"data"},
     {"training"},
-    {"evaluation"},
+    {"evaluation", "finetuning"},
     {"commands"},
     {"__main__"},
 ]
 # these are separate from the pipeline: only the commands that train and measure import them
-SEPARATE = {"data", "training", "evaluation"}
+SEPARATE = {"data", "training", "evaluation", "finetuning"}
 MAY_IMPORT_SEPARATE = {*SEPARATE, "commands"}
 
 

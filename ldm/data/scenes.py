@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,7 +161,7 @@ def _ground_plan(scene: Scene, rng: np.random.Generator) -> list[tuple[float, fl
     return [(aside, 1.30, 0.0), (-aside, -0.45, 0.0)]
 
 
-def _arrange(scene: Scene, rng: np.random.Generator) -> list[_Placed]:
+def _arrange(scene: Scene, rng: np.random.Generator, colours: Mapping[str, Rgb]) -> list[_Placed]:
     plan = _ground_plan(scene, rng)
     shift = rng.uniform(-0.06, 0.06, size=2)  # of the whole group
     placed = []
@@ -170,7 +170,7 @@ def _arrange(scene: Scene, rng: np.random.Generator) -> list[_Placed]:
         own = rng.uniform(-0.03, 0.03, size=2)
         centre = (x + shift[0] + own[0], y + shift[1] + own[1], z + form.half_height * radius)
         rotation = _rotation(form.turn + rng.uniform(-0.12, 0.12), form.tilt)
-        colour = np.array(COLOURS[solid.colour], np.float32)
+        colour = np.array(colours[solid.colour], np.float32)
         placed.append(_Placed(form, colour, radius, np.array(centre, np.float32), rotation))
     return placed
 
@@ -291,10 +291,12 @@ def _draw(placed: Sequence[_Placed], background: Rgb, light: Floats, size: int) 
     return (fine[:, 0::2] + fine[:, 1::2]) / 4
 
 
-def render(scene: Scene, seed: int, size: int = 128) -> npt.NDArray[np.uint8]:
+def render(
+    scene: Scene, seed: int, size: int = 128, colours: Mapping[str, Rgb] = COLOURS
+) -> npt.NDArray[np.uint8]:
     """Renders the scene as pixels [size, size, 3], sRGB; the same scene, seed and size give the same bytes."""
     rng = np.random.default_rng(seed)
-    placed = _arrange(scene, rng)
+    placed = _arrange(scene, rng, colours)
     light = np.array(_LIGHT, np.float32) + rng.uniform(-0.06, 0.06, size=3).astype(np.float32)
     light /= np.linalg.norm(light)
     picture = _draw(placed, BACKGROUNDS[scene.background], light, size)

@@ -108,7 +108,10 @@ class ProgressLines(pl.Callback):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where and how long a run trains. `max_time` is "DD:HH:MM:SS"; `precision` is as in Lightning."""
+    """Where and how long a run trains. `max_time` is "DD:HH:MM:SS"; `precision` is as in Lightning.
+
+    `device` is "auto", or one as torch names it.
+    """
 
     logdir: Path
     steps: int
@@ -119,6 +122,7 @@ class RunSettings:
     checkpoint_steps: int = 500
     validate_steps: int | None = None
     bar: bool = False
+    device: str = "auto"
 
 
 def make_trainer(settings: RunSettings, callbacks: Iterable[pl.Callback] = ()) -> pl.Trainer:
@@ -131,7 +135,10 @@ def make_trainer(settings: RunSettings, callbacks: Iterable[pl.Callback] = ()) -
         enable_version_counter=False,
     )
     progress = [] if settings.bar else [ProgressLines()]
+    accelerator, _, index = settings.device.partition(":")
     return pl.Trainer(
+        accelerator=accelerator,
+        devices=[int(index)] if index else "auto" if accelerator == "auto" else 1,
         default_root_dir=settings.logdir,
         max_steps=settings.steps,
         max_time=settings.max_time,

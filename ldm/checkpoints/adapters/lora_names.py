@@ -107,6 +107,20 @@ def layers_by_name(model: LatentDiffusion) -> dict[str, str]:
     return layers
 
 
+def written_names(model: LatentDiffusion, layout: str) -> dict[str, str]:
+    """Returns the name that files of `layout` ("kohya" or "diffusers") give each layer, by its path in the model."""
+    keys = [key for key in model.state_dict() if key.startswith((UNET, TEXT)) and key.endswith(".weight")]
+    names: dict[str, str] = {}
+    for key, theirs in _diffusers_keys(model, keys).items():
+        path, name = key.removesuffix(".weight"), theirs.removesuffix(".weight")
+        of_text = path.startswith(TEXT)
+        if layout == "kohya":
+            names[path] = f"lora_{'te' if of_text else 'unet'}_{name.replace('.', '_')}"
+        else:
+            names[path] = f"{'text_encoder' if of_text else 'unet'}.{name}"
+    return names
+
+
 def _diffusers_keys(model: LatentDiffusion, keys: list[str]) -> dict[str, str]:
     """Diffusers' name of every key, without the part it belongs to."""
     state_dict = model.state_dict()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def write_safetensors(
     piece, so there is no second copy of one in memory. Raises `OSError`.
     """
     types = types_for(tensors) if types is None else types
-    order = sorted(tensors, key=lambda key: (-types[key].itemsize, key))
+    order = data_order(tensors, types)
     entries: dict[str, Any] = {}
     end = 0
     for key in order:
@@ -50,6 +50,11 @@ def write_safetensors(
         if HASH_ENTRY in metadata:
             file.seek(0)
             file.write(_header(entries, {**metadata, HASH_ENTRY: f"0x{sha.hexdigest()}"}))
+
+
+def data_order(keys: Iterable[str], types: Mapping[str, torch.dtype]) -> list[str]:
+    """Returns keys in the order of a file's tensors: large types first, then by name."""
+    return sorted(keys, key=lambda key: (-types[key].itemsize, key))
 
 
 def _header(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:

@@ -31,7 +31,7 @@ COMMANDS = {
     "inspect": Command("inspect", "main", "report the kind, parts, precision and damage of model files"),
     "benchmark": Command("benchmark", "main", "time every phase of generating images"),
     "evaluate": Command("evaluate", "main", "measure images and models: FID, text-image scores, differences"),
-    "train": Command("train", "main", "train the bundled model"),
+    "train": Command("train", "main", "train on your own images, or the bundled model"),
     "where": Command("where", "main", "list where files are looked for, and what was found"),
 }
 

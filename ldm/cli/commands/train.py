@@ -1,4 +1,4 @@
-"""`ldm train`: trains the bundled model in stages."""
+"""`ldm train`: trains on the user's images (`finetune.py`), or the bundled model in stages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm import cli
+from ldm.finetuning.settings import DEFAULTS
 
 CONFIGS = {
     "autoencoder": "autoencoder.yaml",
@@ -20,7 +21,8 @@ CONFIGS = {
 }
 _DESCRIPTION = (
     "Trains the bundled model in stages: autoencoder, text, latents, diffusion, export; its judge, and a "
-    "small autoencoder."
+    "small autoencoder.\n"
+    f"For training on your own images see: train KIND --help, where KIND is {', '.join(DEFAULTS)}."
 )
 _EXAMPLES = (
     "python scripts/train.py autoencoder",
@@ -29,9 +31,11 @@ _EXAMPLES = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the options of the command."""
-    options = cli.make_parser(_DESCRIPTION, "STAGE [SETTING=VALUE ...] [options]", _EXAMPLES)
+def parser(prefixed: bool = False) -> argparse.ArgumentParser:
+    """Returns the options for a stage of the bundled model; `prefixed` ones come after the word `shapes`."""
+    options = cli.make_parser(_DESCRIPTION, "[shapes] STAGE [SETTING=VALUE ...] [options]", _EXAMPLES)
+    if prefixed:
+        options.add_argument("shapes", choices=("shapes",), help=argparse.SUPPRESS)
     options.add_argument("stage", choices=tuple(CONFIGS), help="what is trained or written")
     options.add_argument(
         "settings", metavar="SETTING=VALUE", nargs="*", help="a change to the stage's config"
@@ -63,5 +67,13 @@ def run(opt: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with these arguments, or those of the process; returns its exit code."""
-    return cli.main(parser(), run, argv)
+    """Runs the command with these arguments, or those of the process; returns its exit code.
+
+    The first argument may be a kind of training, or `shapes`, after which a stage of the bundled model follows.
+    """
+    first = (sys.argv[1:] if argv is None else argv)[:1]
+    if first and first[0] in DEFAULTS:
+        from ldm.cli.commands.finetune import main as finetune
+
+        return finetune(first[0], argv)
+    return cli.main(parser(first == ["shapes"]), run, argv)

@@ -1,0 +1,135 @@
+"""Logs of a training: a table of losses, their plot, sample images, and the end that a user asks for."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+
+from ldm.files import written_whole
+from ldm.finetuning.settings import Settings
+from ldm.images.pixels import to_uint8
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.runs.progress import Interrupts
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = ("step", "loss", "learning_rate", "seconds")
+_SAMPLE_STEPS, _SAMPLE_SCALE = 20, 7.5
+
+
+class LossTable(pl.Callback):
+    """Appends step, loss, learning rate and seconds to a CSV file; what is after the step to resume from goes."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self.path, self._losses = path, list[float]()
+        rows = read_losses(path) if path.exists() else []
+        kept = [row for row in rows if row[0] <= first_step]
+        self._before = kept[-1][3] if kept else 0.0
+        with written_whole(path, overwrite=True) as part, part.open("w", newline="") as file:
+            csv.writer(file).writerows([_COLUMNS, *kept])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started, self._step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        loss, self._losses = sum(self._losses) / len(self._losses), []
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        seconds = self._before + time.monotonic() - self._started
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow([self._step, f"{loss:.9g}", f"{rate:.6g}", f"{seconds:.2f}"])
+
+
+def read_losses(path: Path) -> list[tuple[int, float, float, float]]:
+    """Reads the rows of a table of losses: step, loss, learning rate, seconds; an incomplete last row is left out."""
+    with path.open(newline="") as file:
+        rows = [row for row in csv.reader(file) if len(row) == len(_COLUMNS) and row[0] != _COLUMNS[0]]
+    return [(int(step), float(loss), float(rate), float(seconds)) for step, loss, rate, seconds in rows]
+
+
+def plot_losses(table: Path, image: Path) -> bool:
+    """Plots the losses with their running mean; returns whether matplotlib is there to do it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    rows = read_losses(table)
+    if not rows:
+        return False
+    steps, losses = (np.array(values) for values in list(zip(*rows, strict=True))[:2])
+    span = max(1, len(losses) // 20)
+    mean = np.convolve(losses, np.full(span, 1 / span), "valid")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    axes.plot(steps, losses, linewidth=0.6, alpha=0.4, label="step")
+    axes.plot(steps[span - 1 :], mean, label=f"mean of {span} steps")
+    axes.legend()
+    with written_whole(image, overwrite=True) as part:
+        figure.savefig(part, format="png", dpi=120)
+    return True
+
+
+class StopAsked(pl.Callback):
+    """Ends the training after the step in which a signal arrived."""
+
+    def __init__(self, interrupts: Interrupts) -> None:
+        self.interrupts = interrupts
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.interrupts.received is not None:
+            trainer.should_stop = True
+
+
+class Samples(pl.Callback):
+    """Draws the prompts of the settings every so many steps into a row of images, `step-000500.png`."""
+
+    def __init__(
+        self, model: LatentDiffusion, settings: Settings, folder: Path, size: tuple[int, int]
+    ) -> None:
+        self.model, self.settings, self.folder, self.size = model, settings, folder, size
+        self._drawn = -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._drawn or (step % self.settings.sample_steps and step != self.settings.steps):
+            return
+        self._drawn = step
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(self.folder / f"step-{step:06d}.png", overwrite=True) as part:
+            Image.fromarray(self.draw(pl_module.device)).save(part, "PNG")
+
+    @torch.no_grad()
+    def draw(self, device: torch.device) -> np.ndarray:
+        """Returns the images of all prompts next to one another, uint8 [H, n * W, 3], of the same noise each time."""
+        model, prompts = self.model, list(self.settings.sample_prompt)
+        width, height = (side // model.first_stage_model.downsampling for side in self.size)
+        rng = np.random.default_rng(self.settings.seed)
+        noise = rng.standard_normal((len(prompts), model.channels, height, width), dtype=np.float32)
+        guided = model.get_learned_conditioning(prompts, self.settings.clip_skip)
+        empty = model.get_learned_conditioning([""] * len(prompts), self.settings.clip_skip)
+        latents, _ = DDIMSampler(model).sample(
+            S=_SAMPLE_STEPS, batch_size=len(prompts), shape=noise.shape[1:], conditioning=guided, verbose=False,
+            unconditional_conditioning=empty, unconditional_guidance_scale=_SAMPLE_SCALE,
+            x_T=torch.from_numpy(noise).to(device),
+        )  # fmt: skip
+        decoder = next(model.first_stage_model.parameters())
+        images = to_uint8(model.decode_first_stage(latents.to(decoder.dtype)))
+        return np.concatenate(list(images), axis=1)

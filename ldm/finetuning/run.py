@@ -1,0 +1,235 @@
+"""A whole training, from the checks of what was asked for to the file that it writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.finetuning.batches import Epochs, batch_maker
+from ldm.finetuning.buckets import Size, bucket_sizes, step_for
+from ldm.finetuning.data import Example, read_examples
+from ldm.finetuning.inpainting import InpaintingTuning
+from ldm.finetuning.kinds import KINDS
+from ldm.finetuning.latents import Placed, Placer, moments, place_all, weights_key
+from ldm.finetuning.logs import LossTable, Samples, StopAsked, plot_losses
+from ldm.finetuning.module import FineTuning
+from ldm.finetuning.notes import file_notes
+from ldm.finetuning.settings import Settings
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.places import cache_path
+from ldm.runs.progress import Interrupts
+from ldm.training.runs import STATE, Batches, RunSettings, fit, last_state, make_trainer
+from ldm.util import InputError, need, printable
+
+logger = logging.getLogger("ldm")
+
+_MAY_CHANGE = {"steps", "checkpoint_steps", "sample_steps", "sample_prompt", "precision", "dtype", "layout"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A request: the kind, the images, the file to write, and the settings.
+
+    States, losses and samples go into a folder of the file's name and the ending `.training`.
+    """
+
+    kind: str
+    data: Path
+    out: Path
+    settings: Settings
+    resume: bool = False
+    max_time: str | None = None
+    bar: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The folder of states, losses and samples."""
+        return self.out.with_suffix(".training")
+
+    def check(self) -> None:
+        """Checks that the training can begin, before any weights are read; else raises `InputError`."""
+        endings = KINDS[self.kind].endings
+        need(
+            self.out.suffix in endings,
+            f"--out {printable(self.out)}: a file of this kind ends in {' or '.join(endings)}",
+        )
+        need(
+            not self.out.exists(),
+            f"--out {printable(self.out)} exists; choose another name, or move the file away",
+        )
+        need(
+            self.out.absolute().parent.is_dir(),
+            f"--out {printable(self.out)}: the folder {printable(self.out.absolute().parent)} does not exist",
+        )
+        stated = self.folder / "settings.json"
+        if not self.resume:
+            need(
+                not (self.folder / STATE).exists(),
+                f"{printable(self.folder)} has an unfinished training; add --resume to go on with it, choose another "
+                "--out, or remove the folder",
+            )
+            return
+        need(stated.is_file(), f"there is nothing to resume: {printable(self.folder)} holds no training")
+        last_state(self.folder)
+        _same_settings(json.loads(stated.read_text(encoding="utf-8")), self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        facts = {"kind": self.kind, "data": str(self.data.absolute()), **asdict(self.settings)}
+        return json.loads(json.dumps(facts))
+
+    def examples(self) -> list[Example]:
+        """Reads the list of images and captions, those of the class in general after the user's own."""
+        settings = self.settings
+        defaults = Example(
+            Path(), settings.caption, flip=settings.flip, shuffle=settings.shuffle_captions,
+            keep_tokens=settings.keep_tokens, drop=settings.drop_captions,
+        )  # fmt: skip
+        found = read_examples(self.data, defaults, settings.caption_extension)
+        if settings.class_data is not None:
+            general = replace(defaults, caption=settings.class_caption, regular=True)
+            found += read_examples(settings.class_data, general, settings.caption_extension)
+        if self.kind == "embedding":
+            word = (settings.word or "").lower()
+            need(
+                any(word in example.caption.lower() for example in found),
+                f"no caption has the word {printable(settings.word)}; write it into them, or give one for all, such "
+                f"as --caption 'a photo of {printable(settings.word)}'",
+            )
+        return found
+
+    def keep_facts(self) -> None:
+        """Writes the settings next to the states, for the check of a run that resumes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "settings.json").write_text(json.dumps(self._facts(), indent=1), encoding="utf-8")
+
+
+def _same_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name in sorted(now):
+        if name not in _MAY_CHANGE and before.get(name) != now[name]:
+            raise InputError(
+                f"--resume: {name} was {printable(before.get(name))} and is {printable(now[name])}; give it as it was"
+            )
+
+
+def sizes_for(settings: Settings, model: LatentDiffusion) -> list[Size]:
+    """Returns the sizes that images are brought to."""
+    factor = model.first_stage_model.downsampling
+    side = settings.resolution or model.image_size * factor
+    need(side >= 4 * factor, f"--resolution {side} is too small for this model; give {4 * factor} or more")
+    step = settings.bucket_step or step_for(side, factor)
+    need(step % factor == 0, f"--bucket_step {step} is not a multiple of this model's {factor}")
+    square = side // step * step
+    return [(square, square)] if settings.square else bucket_sizes(side, step)
+
+
+def describe(placed: list[Placed], epochs: Epochs, settings: Settings) -> list[str]:
+    """Returns lines about what is trained on: images, sizes, epochs."""
+    sizes = Counter(image.placement.size for image in placed)
+    visits = settings.steps * settings.accumulate
+    listed = ", ".join(f"{width}x{height}: {count}" for (width, height), count in sizes.most_common())
+    regular = sum(image.example.regular for image in placed)
+    own = f"{len(placed) - regular} images" + (f" and {regular} of the class" if regular else "")
+    return [
+        f"{own}, {epochs.batches} batches an epoch, {visits / epochs.batches:.3g} epochs in {settings.steps} steps",
+        f"sizes: {listed}",
+    ]
+
+
+def run_training(
+    training: Training,
+    load: Callable[[], LatentDiffusion],
+    notes: Mapping[str, str],
+    device: torch.device,
+    precision: torch.dtype,
+    dry_run: bool = False,
+) -> int:
+    """Trains and writes the file; returns the exit code: 0, or 128 + n after signal n.
+
+    `load` returns the model in float32 on the CPU. `precision` is that of the layers' arithmetic. `notes` are facts
+    about the model, for the metadata of the file.
+    """
+    examples = training.examples()
+    kind, settings = KINDS[training.kind], training.settings
+    model = load().to(device)
+    placer = Placer(sizes_for(settings, model), settings.random_crop, settings.seed)
+    folder = cache_path("latents") / weights_key(model.first_stage_model.parameters())
+    if training.kind == "inpainting":
+        need(not settings.flip, "--flip is not possible with masks: the images are encoded as they are")
+    placed = place_all(examples, placer, lambda x: moments(model.first_stage_model, x), folder, _Counted())
+    epochs = Epochs(placed, settings.batch_size, settings.seed)
+    for line in describe(placed, epochs, settings):
+        logger.info("%s", line)
+    if kind.frozen and precision != torch.float32:
+        model.model.to(precision)
+        model.cond_stage_model.to(precision)
+    _use_checkpointing(model, settings.checkpointing)
+    part = kind.part(model, settings)
+    count = sum(p.numel() for group in part.groups() for p in group["params"])
+    logger.info("%d parameters are trained", count)
+    if dry_run:
+        return 0
+    module = kind.module(model, part, settings)
+    if isinstance(module, InpaintingTuning):
+        module.placer = placer
+    received = _train(training, module, epochs, device, precision)
+    if received is not None:
+        logger.warning("the state is kept in %s; add --resume to go on", printable(training.folder))
+        return 128 + received
+    if plot_losses(training.folder / "loss.csv", training.folder / "loss.png"):
+        logger.info("losses: %s", printable(training.folder / "loss.png"))
+    part.write(training.out, file_notes(training, placed, epochs, notes))
+    logger.info("written: %s", printable(training.out))
+    return 0
+
+
+def _train(
+    training: Training, module: FineTuning, epochs: Epochs, device: torch.device, precision: torch.dtype
+) -> int | None:
+    """Runs the loop; returns the signal that ended it early, if one did."""
+    settings, model = training.settings, module.model
+    make = batch_maker(epochs, model.num_timesteps, settings.noise_offset, settings.class_weight)
+    state, step = last_state(training.folder) if training.resume else (None, 0)
+    training.keep_facts()
+    names = {torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
+    run = RunSettings(
+        training.folder,
+        settings.steps,
+        precision=names.get(precision, "32-true"),
+        accumulate=settings.accumulate,
+        clip=None,  # the module does that
+        max_time=training.max_time,
+        checkpoint_steps=settings.checkpoint_steps,
+        bar=training.bar,
+        device=str(device),
+    )
+    with Interrupts() as interrupts:
+        callbacks = [LossTable(training.folder / "loss.csv", step), StopAsked(interrupts)]
+        if settings.sample_steps and settings.sample_prompt:
+            size = max(image.placement.size for image in epochs.examples)
+            callbacks.append(Samples(model, settings, training.folder / "samples", size))
+        batches = Batches(make, settings.seed, first=step * settings.accumulate)
+        fit(make_trainer(run, callbacks), module, batches.loader(), None, state)
+        return interrupts.received
+
+
+def _use_checkpointing(model: LatentDiffusion, wanted: bool) -> None:
+    """Sets whether the U-Net's blocks compute activations again in the backward pass."""
+    for block in model.model.modules():
+        for name in ("checkpoint", "use_checkpoint"):
+            if isinstance(getattr(block, name, None), bool):
+                setattr(block, name, wanted)
+
+
+class _Counted:
+    """Logs how many images are encoded, now and then."""
+
+    def __call__(self, done: int, of: int) -> None:
+        if done % 100 == 0:
+            logger.info("%d of %d images read", done, of)

@@ -1,0 +1,184 @@
+"""Whole trainings of the bundled model: killed and resumed ones end the same; faults are one line."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.checkpoints.formats.read import read_checkpoint
+from ldm.finetuning import module as module_of_loop
+from ldm.finetuning.batches import Batch
+from ldm.finetuning.kinds import KINDS
+from ldm.finetuning.logs import read_losses
+from ldm.finetuning.settings import make_settings
+from scripts.train import main
+from tests.support.golden_data import relative_error, tiny_model
+from tests.support.paths import ROOT
+
+QUICK = ["--resolution", "64", "--precision", "full", "--no-checkpointing", "--quiet", "--seed", "3"]
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for name, shape in (("a", (64, 64, 3)), ("b", (64, 64, 3)), ("c", (40, 90, 3))):
+        Image.fromarray(rng.integers(256, size=shape, dtype=np.uint8)).save(f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"a red cube, {name}")
+    return tmp_path
+
+
+def train(kind, out, *options, steps=4):
+    return main([kind, "--data", ".", "--out", out, "--steps", str(steps), *QUICK, *options])
+
+
+def tensors(path):
+    return read_checkpoint(path).state_dict
+
+
+def test_a_resumed_run_ends_as_an_unbroken_one(data, monkeypatch):
+    options = ["--batch_size", "2", "--accumulate", "2", "--noise_offset", "0.05", "--flip"]
+    assert train("lora", "whole.safetensors", *options) == 0
+    step = module_of_loop.FineTuning.optimizer_step
+
+    def killed(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        if self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(module_of_loop.FineTuning, "optimizer_step", killed)
+    assert train("lora", "broken.safetensors", *options) == 128 + signal.SIGINT
+    assert not os.path.exists("broken.safetensors")
+    monkeypatch.setattr(module_of_loop.FineTuning, "optimizer_step", step)
+    assert train("lora", "broken.safetensors", *options, "--resume") == 0
+    whole, broken = tensors("whole.safetensors"), tensors("broken.safetensors")
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(whole[key], broken[key]) for key in whole)
+    losses = [
+        [row[:3] for row in read_losses(data / f"{name}.training/loss.csv")] for name in ("whole", "broken")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_the_file_states_how_it_was_trained(data):
+    assert train("lora", "ink.safetensors", "rank=3", "--alpha", "1.5", "--conv_rank", "2", steps=1) == 0
+    notes = read_checkpoint("ink.safetensors").metadata
+    expected = {"ss_network_dim": "3", "ss_network_alpha": "1.5", "ss_steps": "1", "ss_seed": "3"}
+    expected |= {
+        "ss_network_module": "networks.lora",
+        "ss_num_train_images": "3",
+        "ss_sd_model_name": "model.ckpt",
+    }
+    expected |= {"modelspec.architecture": "stable-diffusion-v1/lora", "ss_output_name": "ink"}
+    assert expected.items() <= notes.items()
+    assert json.loads(notes["ss_network_args"])["conv_dim"] == 2
+    (tags,) = json.loads(notes["ss_tag_frequency"]).values()
+    assert tags == {"a red cube": 3, "a": 1, "b": 1, "c": 1}
+    assert {k.split(".")[0][:10] for k in tensors("ink.safetensors")} == {"lora_unet_"}
+
+
+def test_a_whole_model_is_trained_and_read_back(data):
+    assert train("finetune", "mine.ckpt", "--dtype", "fp32", "--ema_decay", "0.5", steps=2) == 0
+    after = tensors("mine.ckpt")
+    assert after["model.diffusion_model.out.2.weight"].dtype == torch.float32
+    published = tensors(ROOT / "models/ldm/shapes/model.ckpt")
+    assert published.keys() == after.keys()
+    changed = {key for key in after if not torch.equal(after[key].float(), published[key].float())}
+    assert changed and all(key.startswith("model.diffusion_model.") for key in changed)
+
+
+def test_an_inpainting_model_begins_as_the_model_for_text(data):
+    options = ["--learning_rate", "0", "--weight_decay", "0", "--dtype", "fp32"]
+    assert train("inpainting", "repaint.safetensors", *options, steps=1) == 0
+    published, own = tensors(ROOT / "models/ldm/shapes/model.ckpt"), tensors("repaint.safetensors")
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    assert own[first].shape[1] == 9
+    assert torch.equal(own[first][:, :4], published[first].float()) and not own[first][:, 4:].any()
+    rest = [key for key in published if key != first]
+    assert all(
+        relative_error(own[key].float(), published[key].float()) < 1e-6
+        for key in rest
+        if published[key].any()
+    )
+
+
+def test_the_loss_of_one_batch_falls(tiny_batch):
+    model, batch = tiny_batch
+    part = KINDS["lora"].part(model, make_settings("lora", {"rank": 8}))
+    module = module_of_loop.FineTuning(model, part, make_settings("lora", {"learning_rate": 1e-2}))
+    module.log = lambda *args, **kwargs: None
+    optimizer, losses = module_of_loop.make_optimizer(part.groups(), module.settings), []
+    for _ in range(12):
+        loss = module.training_step(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    part.module.remove()
+    assert losses[-1] < 0.97 * losses[0]
+
+
+@pytest.fixture
+def tiny_batch():
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
+    return tiny_model(), Batch(latents, ["a", "b"], torch.tensor([100, 700]), noise, torch.ones(2), [])
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_state(data, monkeypatch, capsys):
+    monkeypatch.setattr(
+        module_of_loop.Objective, "__call__",
+        lambda self, model, latents, *rest: latents.flatten(1).mean(1) * float("nan"),
+    )  # fmt: skip
+    assert train("lora", "x.safetensors") == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith("error: the loss is nan at step 1; the last good state")
+    )
+    assert not os.path.exists("x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        (["lora", "--out", "x.safetensors"], "--data is missing; give a folder of images"),
+        (["lora", "--data", "no", "--out", "x.safetensors"], "--data no is not a folder or a TOML file"),
+        (["lora", "--data", ".", "--out", "x.ckpt"], "--out x.ckpt: a file of this kind ends in .safetensors"),
+        (["lora", "--data", ".", "--out", "a.png"], "--out a.png: a file of this kind ends in .safetensors"),
+        (["lora", "--data", ".", "--out", "no/x.safetensors"], "no does not exist"),
+        (["lora", "--data", ".", "--out", "x.safetensors", "--resume"], "there is nothing to resume: x.training"),
+        (["lora", "--data", ".", "--out", "x.safetensors", "--rank", "0"], "--rank 0: give 1 to 4096"),
+        (["lora", "--data", ".", "--out", "x.safetensors", "rnak=3"], "unknown setting rnak of train lora"),
+        (["lora", "--data", ".", "--out", "x.safetensors", "rank=many"], "rank is 'many'; give a whole number"),
+        (["lora", "--data", ".", "--out", "x.safetensors", "--base", "no.yaml"], "there is no config no.yaml"),
+        (["lora", "--data", ".", "--out", "x.safetensors", "--text_only"], "--text_rate is 0; give a rate"),
+        (["lora", "--data", ".", "--out", "x.safetensors", "--rank", "900"], "the rank 900 is larger than the"),
+        (["embedding", "--data", ".", "--out", "x.safetensors"], "an embedding needs --word"),
+        (["embedding", "--data", ".", "--out", "x.pt", "--word", "zog", "--init", "cube"], "no caption has the word"),
+    ],
+    ids=lambda typed: " ".join(typed) if isinstance(typed, list) else "",
+)  # fmt: skip
+def test_what_is_wrong_is_one_line(data, capsys, typed, line):
+    assert main([*typed, *(QUICK if "--resolution" not in typed else [])]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and line in last
+
+
+def test_nothing_is_overwritten(data, capsys):
+    (data / "x.safetensors").write_bytes(b"mine")
+    assert train("lora", "x.safetensors") == 2
+    assert "--out x.safetensors exists" in capsys.readouterr().err
+    assert (data / "x.safetensors").read_bytes() == b"mine"
+
+
+def test_the_stages_of_the_bundled_model_may_be_named_as_such(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["shapes", "--help"])
+    assert caught.value.code == 0
+    assert "autoencoder" in capsys.readouterr().out
