@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
-from ldm.fields import count_up
 from ldm.runs.options import Request, RunOptions
 from ldm.runs.prepare import Planner, Prepared, plan_request
 from ldm.runs.progress import Report
 from ldm.runs.run import run
 from ldm.runs.run_folder import NoSuchRun
+from ldm.seeds import count_up
 from ldm.util import InputError
 
 logger = logging.getLogger("ldm")
