@@ -27,7 +27,7 @@ from ldm.metadata.read import Recipe, read_job
 from ldm.metadata.recipe import UNKNOWN
 from ldm.metadata.record import read_record, record, without_folders
 from ldm.models.diffusion.noise import noise_source
-from ldm.models.diffusion.passes import follows_path
+from ldm.models.diffusion.passes import follows_path, schedule_of
 from ldm.util import InputError
 from tests.support.metadata import EXTRAS, FULL, HOSTILE, INVOKE, PIXELS, VALUES, graph, noted, png
 
@@ -263,6 +263,17 @@ def test_a_text_of_the_web_ui() -> None:
 def test_steps_on_a_brownian_path_of_the_web_ui(sampler: str) -> None:
     recipe = webui.read(WEB_UI.replace("Euler a", sampler).replace("<lora:x:0.8>", ""))
     assert recipe.notes == () and recipe.job.convention == "a1111" and follows_path(recipe.job)
+
+
+def test_unipc_of_other_programs() -> None:
+    """As the authors' code: order 3, bh1 unless named, in the web UI on steps that are even in time."""
+    recipe = webui.read(WEB_UI.replace("Euler a", "UniPC").replace("Karras", "Automatic"))
+    assert (recipe.job.sampler, recipe.job.schedule) == ("unipc_bh1", "auto")
+    assert schedule_of(recipe.job).name == "time_uniform"
+    for name, sampler in (("uni_pc", "unipc_bh1"), ("uni_pc_bh2", "unipc_bh2")):
+        job = comfy(graph(n3={"sampler_name": name, "scheduler": "normal"})).job
+        assert (job.sampler, schedule_of(job).name) == (sampler, "normal")
+        assert schedule_of(job).discard_next_to_last
 
 
 def test_plain_ddim_of_the_web_ui_differs_in_little() -> None:

@@ -96,6 +96,12 @@ def test_schedulers_in_sigma(schedulers, monkeypatch, case):
          {**TRAILING, "final_sigmas_type": "zero", "solver_order": 3}),
     Case("unipc", {"order": 1}, "UniPCMultistepScheduler",
          {**TRAILING, "final_sigmas_type": "zero", "solver_order": 1}),
+    Case("unipc_bh1", {}, "UniPCMultistepScheduler",
+         {**TRAILING, "final_sigmas_type": "sigma_min", "solver_order": 3, "solver_type": "bh1"}),
+    Case("unipc_bh1", {"order": 2}, "UniPCMultistepScheduler",
+         {**TRAILING, "final_sigmas_type": "sigma_min", "solver_order": 2, "solver_type": "bh1"}),
+    Case("unipc_bh2", {}, "UniPCMultistepScheduler",
+         {**TRAILING, "final_sigmas_type": "zero", "solver_order": 3}),
     Case("deis", {}, "DEISMultistepScheduler", TRAILING),
     Case("deis", {"order": 3}, "DEISMultistepScheduler", {**TRAILING, "solver_order": 3}),
 ])  # fmt: skip

@@ -148,6 +148,40 @@ def test_er_sde_is_the_sum_of_its_stages(order):
     assert relative_error(found, expected) < 1e-12
 
 
+def restarted(model, x, steps, noise, s_noise):
+    """Restart sampling with the levels that A1111's web UI chooses, as the list of its steps."""
+    low, high = SIGMAS[0], SIGMAS[-1]
+    karras = lambda a, b, n: np.linspace(a ** (1 / 7), b ** (1 / 7), n) ** 7  # noqa: E731
+    repeats, times = (9, 1) if steps < 36 else (steps // 4, 2)
+    levels = np.append(karras(high, low, steps - repeats * times), 0)
+    bottom, top = (int(np.abs(levels - place).argmin()) for place in (0.1, 2.0))
+    again = karras(levels[top], levels[bottom], repeats + 1)
+    runs = [levels[: bottom + 1], *times * [again], levels[bottom:]]
+    assert sum(len(run) - 1 for run in runs) == steps
+    before = high
+    for run in runs:
+        if run[0] > before + 1e-9:
+            x = x + s_noise * (run[0] ** 2 - before**2) ** 0.5 * torch.from_numpy(next(noise))
+        x, before = churned("heun", model, x, run, None, 0, 0, 0, 0), run[-1]
+    return x
+
+
+@pytest.mark.parametrize("steps", [20, 35, 36, 50])
+def test_restart_goes_up_again(steps):
+    sampler = SOLVERS["restart"].make(known_model("lat"), "karras", s_noise=0.9)
+    sampler.make_schedule(steps, verbose=False)
+    x, noise = figure("x_T", FILE) * SIGMAS[-1], noise_of(7, SHAPE)
+    source = SimpleNamespace(draw=lambda shape: torch.from_numpy(next(noise)))
+    found = sampler.decode(x / (1 + SIGMAS[-1] ** 2) ** 0.5, None, steps, noise=source)
+    expected = restarted(known_model("lat"), x, steps, noise_of(7, SHAPE), 0.9)
+    assert len(sampler.table) == steps and relative_error(found, expected) < 1e-9
+    assert sampler.model.calls == SOLVERS["restart"].model_calls(steps)
+
+
+def test_few_steps_of_restart_are_heuns():
+    assert torch.equal(run_of("restart", "karras", steps=19), run_of("heun", "karras", steps=19))
+
+
 # --- one theory: what solvers have in common --------------------------------------------------------------------
 
 
@@ -213,10 +247,10 @@ def test_noise_is_left_as_a_run_over_no_model_leaves_it(name, masked):
     model, real, skipped = known_model(), Recorder(), Recorder()
     for one, source in ((model, real), (ZeroDenoiser(model.alphas_cumprod), SkippingNoise(skipped))):
         sampler = SOLVERS[name].make(one)
-        sampler.make_schedule(6, verbose=False)
-        sampler.decode(torch.zeros(SHAPE), None, 4, noise=source, **options)
+        sampler.make_schedule(20, verbose=False)  # as few as restart needs
+        sampler.decode(torch.zeros(SHAPE), None, 12, noise=source, **options)
     assert real.shapes == skipped.shapes and real.offset == skipped.offset
-    draws = len(real.shapes) - (4 if masked else 0)
+    draws = len(real.shapes) - (12 if masked else 0)
     assert (draws > 0) == (SOLVERS[name].draws or name in ("ddim", "plms"))
 
 

@@ -15,7 +15,7 @@ _NEAREST = (
     ("plms", "plms"), ("pndm", "plms"), ("eulera", "euler_a"), ("2sa", "dpmpp_2s_a"), ("dpm2a", "dpm2_a"),
     ("ancestral", "euler_a"), ("3msde", "dpmpp_3m_sde"), ("2msde", "dpmpp_2m_sde"), ("sde", "dpmpp_sde"),
     ("ddpm", "ddpm"), ("lcm", "lcm"), ("ddim", "ddim"), ("euler", "euler"), ("lms", "lms"), ("heun", "heun"),
-    ("unipc", "unipc"), ("", "dpmpp_2m"),
+    ("unipc", "unipc_bh1"), ("", "dpmpp_2m"),
 )  # fmt: skip
 _OF_THE_ORIGINAL = ("ddim", "plms")
 _OWN_TIMES = ("", "uniform", "ddim_uniform")  # schedules that are those of the original's samplers
@@ -54,6 +54,11 @@ def choose_sampler(draft: Draft, name: str, schedule: str = "", program: Program
         shown = f"sampler {name[:100]} is not supported" if name else "its sampler is not given"
         draft.note(f"{shown}; using {named.sampler}")
     sampler = named.sampler
+    if sampler == "unipc" and program.convention != "ldm":
+        sampler = (
+            "unipc_bh1"  # of the authors' code, in the web UI on their timesteps whatever schedule is chosen
+        )
+        given = "" if program.convention == "a1111" else given
     draft.values |= {"sampler": sampler, "eta": None}
     if sampler in _OF_THE_ORIGINAL:
         if program.convention != "comfyui" and given == "normal":
@@ -67,8 +72,6 @@ def choose_sampler(draft: Draft, name: str, schedule: str = "", program: Program
     if given is None:
         draft.note(f"schedule {schedule[:50]} is not supported; using the sampler's own")
     _set_schedule(draft, sampler, given or named.schedule or program.automatic.get(sampler, ""), program)
-    if sampler == "unipc":
-        draft.note("its UniPC is of order 3 or of another form; here it is of order 2")
     if SOLVERS[sampler].draws and not program.same_steps:
         _choose_step_noise(draft, sampler, name, program)
 

@@ -42,7 +42,7 @@ CONVENTIONS: Mapping[str, Convention] = {
     "a1111": Convention(shortened=("dpm2", "dpm2_a", "dpmpp_3m_sde"), one_more=True, brownian=_TREES),
     "comfyui": Convention(
         rounded=True,
-        shortened=("dpm2", "dpm2_a", "unipc"),
+        shortened=("dpm2", "dpm2_a", "unipc_bh1", "unipc_bh2"),
         max_denoise=True,
         brownian=_TREES,
         path_over_run=True,
@@ -107,7 +107,7 @@ def check_sampling(job: Job) -> None:
 
 def _check_step_noise(job: Job) -> None:
     row, on_path = SOLVERS[job.sampler], job.step_noise == "brownian"
-    if on_path and not row.always_draws and "eta" not in row.settings:
+    if on_path and (row.rises or not (row.always_draws or "eta" in row.settings)):
         raise InputError(
             f"--step_noise brownian goes with samplers that add noise in their steps, not with {job.sampler}; use "
             "dpmpp_2m_sde, or leave it out"

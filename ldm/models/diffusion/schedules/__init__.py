@@ -37,6 +37,12 @@ _ROWS = (
     ScheduleRow("exponential", "exponential", "even steps in log sigma"),
     ScheduleRow("polyexponential", "polyexponential", "a power of even steps in log sigma", rho=1.0),
     ScheduleRow("sgm_uniform", "sgm_uniform", "uniform with one point more, of which the last is left out"),
+    ScheduleRow(
+        "time_uniform",
+        "time_uniform",
+        "even steps in time from the last timestep to the first, which end there",
+        max_denoise=True,
+    ),
     ScheduleRow("simple", "simple", "every (total / steps)-th trained level from the last one down"),
     ScheduleRow("normal", "uniform", "ComfyUI's name of uniform"),
     ScheduleRow("ddim_uniform", "ddim_uniform", "every (total // steps)-th trained level from timestep 1 up"),

@@ -41,6 +41,11 @@ def sgm_uniform(steps: int, trained: Trained, schedule: Schedule) -> Levels:
     return trained.by_times(np.linspace(trained.last, 0, steps + 1)[:-1])
 
 
+def time_uniform(steps: int, trained: Trained, schedule: Schedule) -> Levels:
+    """Even steps in time; the last one ends at the level of timestep 0 (the authors of DPM-Solver and UniPC)."""
+    return trained.by_times(np.linspace(trained.last, 0, steps + 1)[:-1], end=float(trained.alphas[0]))
+
+
 def karras(steps: int, trained: Trained, schedule: Schedule) -> Levels:
     """(max^(1/rho) + i/(n-1) (min^(1/rho) - max^(1/rho)))^rho: Karras et al. 2022, equation 5."""
     low, high = _range(trained, schedule)

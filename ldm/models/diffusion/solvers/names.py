@@ -40,7 +40,6 @@ _SOLVERS: Mapping[str, str] = {
     "dpmsolverpp": "dpm_solver",
     "dpmsolvermultistep": "dpm_solver",
     "dpmsolversde": "dpmpp_sde",
-    "unipcbh2": "unipc",
     "unipcmultistep": "unipc",
     "deismultistep": "deis",
     "dpmpp3m": "dpmpp_3m_sde",
@@ -60,7 +59,7 @@ SOLVER_LABELS: Mapping[str, str] = {
     "ddim": "DDIM", "plms": "PLMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun", "dpm2": "DPM2",
     "dpm2_a": "DPM2 a", "lms": "LMS", "dpmpp_2m": "DPM++ 2M", "dpmpp_2s_a": "DPM++ 2S a", "dpmpp_sde": "DPM++ SDE",
     "dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_2m_sde_heun": "DPM++ 2M SDE Heun", "dpmpp_3m_sde": "DPM++ 3M SDE",
-    "unipc": "UniPC", "lcm": "LCM",
+    "unipc_bh1": "UniPC", "restart": "Restart", "lcm": "LCM",
 }  # fmt: skip
 SCHEDULE_LABELS: Mapping[str, str] = {
     "auto": "Automatic", "uniform": "Uniform", "karras": "Karras", "exponential": "Exponential",

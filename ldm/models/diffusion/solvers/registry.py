@@ -40,7 +40,7 @@ class SolverRow:
     `more` for a run; `schedule` is the one that it was published with. `settings` are those that it takes, with their
     defaults: eta (0: no fresh noise), s_noise (factor of the fresh noise), s_churn (noise added before each step, at
     sigmas from s_tmin to s_tmax), order, r (where the middle of a step is). `always_draws`: fresh noise whatever they
-    are.
+    are. `rises`: noise is added between two steps, so that the second begins above the end of the first.
     """
 
     name: str
@@ -52,6 +52,7 @@ class SolverRow:
     settings: Mapping[str, float]
     more: int = 0
     always_draws: bool = False
+    rises: bool = False
 
     @property
     def draws(self) -> bool:
@@ -133,6 +134,16 @@ _ROWS = (
         2, 1, "uniform", _ANCESTRAL,
     ),
     SolverRow("unipc", "solvers.unipc:UniPC", "UniPC (bh2)", 2, 1, "uniform", {"order": 2.0}),
+    SolverRow(
+        "unipc_bh1", "solvers.unipc:UniPCBh1", "UniPC (bh1) of order 3", 2, 1, "time_uniform", {"order": 3.0}
+    ),
+    SolverRow(
+        "unipc_bh2", "solvers.unipc:UniPCBh2", "UniPC (bh2) of order 3", 2, 1, "time_uniform", {"order": 3.0}
+    ),
+    SolverRow(
+        "restart", "solvers.restart:Restart", "Heun, with some steps repeated from more noise",
+        2, 2, "karras", _NOISE, always_draws=True, rises=True,
+    ),
     SolverRow(
         "er_sde", "solvers.er_sde:ERSDE", "ER-SDE-Solver-3", 1, 1, "uniform", {"order": 3.0, **_NOISE},
         always_draws=True,
