@@ -45,6 +45,10 @@ _OPTIONS_WITHOUT_EFFECT: tuple[tuple[str, Callable[[argparse.Namespace], bool]],
         ),
     ),
     (
+        "--tiles on has no effect on images of up to 512 pixels a side, which are one tile unless memory is short",
+        lambda opt: opt.tiles == "on" and _fit_into_a_tile(opt),
+    ),
+    (
         "--n_rows has no effect with --skip_grid",
         lambda opt: opt.skip_grid and opt.n_rows > 0,
     ),
@@ -53,6 +57,18 @@ _OPTIONS_WITHOUT_EFFECT: tuple[tuple[str, Callable[[argparse.Namespace], bool]],
         lambda opt: opt.scale == 1 and bool(opt.negative_prompt) and opt.from_file is None and not opt.sweep,
     ),
 )
+
+
+def _fit_into_a_tile(opt: argparse.Namespace) -> bool:
+    """Returns whether all images are certain to: a list, a sweep or an image can give a size, a config the usual."""
+    from ldm.runtime.tiling import TILES
+
+    if opt.from_file is not None or opt.sweep or any(opt.outpaint):
+        return False
+    sides = opt.W, opt.H
+    if None in sides and (opt.init_img or opt.indir or opt.config):
+        return False
+    return max(side or 0 for side in sides) * opt.upscale <= TILES[0] * opt.f
 
 
 def warn_of_options_without_effect(opt: argparse.Namespace) -> None:

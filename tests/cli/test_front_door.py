@@ -647,6 +647,7 @@ def test_options_without_effect_are_warned_of(caplog, typed, said):
             "--negative_prompt has no effect at --scale 1",
         ),
         (txt2img, ["--guidance_interval_in", "sigma"], "--guidance_interval_in has no effect without"),
+        (txt2img, ["--tiles", "on", "--W", "512", "--H", "256"], "--tiles on has no effect on images of up"),
         (txt2img, ["--skip_grid", "--n_rows", "2"], "--n_rows has no effect with --skip_grid"),
         (img2img, ["--init-img", "a.png", "--resize", "fit"], "--resize has no effect without --W or --H"),
         (inpaint, ["--mask_blur", "9", "--no_paste"], "--mask_blur has no effect with --no_paste"),
@@ -658,7 +659,12 @@ def test_each_half_of_a_pair_without_effect_is_silent_alone(caplog, script, type
     check_options(parser.parse_args(typed))
     assert said in caplog.text
     caplog.clear()
-    cure = {"fog": ["--scale", "2"], "fit": ["--W", "64"], "sigma": ["--guidance_interval", "0,2"]}
+    cure = {
+        "fog": ["--scale", "2"],
+        "on": ["--upscale", "1.5"],
+        "fit": ["--W", "64"],
+        "sigma": ["--guidance_interval", "0,2"],
+    }
     cured = [*typed, *(more for word in typed for more in cure.get(word, []))]
     check_options(parser.parse_args([word for word in cured if word not in ("--skip_grid", "--no_paste")]))
     assert "no effect" not in caplog.text
