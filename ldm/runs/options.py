@@ -22,35 +22,39 @@ class RunOptions:
     None for no cache.
     """
 
+    # pixels or files depend on these; run files have them in this order
+    n_samples: int = field(default=1, metadata=COMPARED)
+    fixed_code: bool = field(default=False, metadata=COMPARED)
+    ema: Literal["auto", "on", "off"] = field(default="auto", metadata=COMPARED)
+    tiles: Literal["auto", "on", "off"] = field(default="auto", metadata=COMPARED)
+    no_watermark: bool = field(default=False, metadata=COMPARED)
+    safety: Literal["auto", "on", "off"] = field(default="auto", metadata=COMPARED)
+    skip_grid: bool = field(default=False, metadata=COMPARED)
+    inpaint: bool = field(default=False, metadata=COMPARED)
+    compile: bool = field(default=False, metadata=COMPARED)
+    prediction: Literal["auto", "eps", "v"] = field(default="auto", metadata=COMPARED)
+
     outdir: str
     resume: bool = False
     verify: bool = False
     gallery: bool = False
-    skip_grid: bool = field(default=False, metadata=COMPARED)
     skip_save: bool = False
     preview: int = 0
     animate: Literal["webp", "gif"] | None = None
-    no_watermark: bool = field(default=False, metadata=COMPARED)
-    safety: Literal["auto", "on", "off"] = field(default="auto", metadata=COMPARED)
     safety_model: str | None = None
 
     n_iter: int = 1
-    n_samples: int = field(default=1, metadata=COMPARED)
     images_per_prompt: int | None = None
     n_rows: int = 0
-    fixed_code: bool = field(default=False, metadata=COMPARED)
     keep_going: bool = False
     on_oom: Literal["fail", "halve"] = "fail"
 
     ckpt: str | None = None
     config: str | None = None
     laion400m: bool = False
-    inpaint: bool = field(default=False, metadata=COMPARED)
     allow_targets: tuple[str, ...] = ()
     vae: str | None = None
     text_encoder: str | None = None
-    ema: Literal["auto", "on", "off"] = field(default="auto", metadata=COMPARED)
-    prediction: Literal["auto", "eps", "v"] = field(default="auto", metadata=COMPARED)
     channels: int = 4
     factor: int = 8
     lora: tuple[tuple[str, float, float], ...] = ()
@@ -60,11 +64,9 @@ class RunOptions:
 
     device: str = "auto"
     precision: Literal["full", "autocast", "bf16", "fp16"] = "autocast"
-    tiles: Literal["auto", "on", "off"] = field(default="auto", metadata=COMPARED)
     lowmem: bool = False
     no_mmap: bool = False
     cache_weights: str | None = None
-    compile: bool = field(default=False, metadata=COMPARED)
     devices: int | None = None
     num_nodes: int | None = None
 
