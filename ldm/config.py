@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from ldm.files import read_side_file
 from ldm.places import find
-from ldm.util import InputError, get_obj_from_str, printable
+from ldm.util import InputError, get_obj_from_str, is_list, is_mapping, printable
 
 _OUR_TARGETS = (
     "ldm.models.diffusion.ddpm.LatentDiffusion",
@@ -48,7 +48,7 @@ def read_config(path: str | Path, allow_targets: Sequence[str] = ()) -> dict[str
     path = find(path)
     try:
         text = _read_text(path)
-        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        tree: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except ConfigError:
         raise
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -56,15 +56,15 @@ def read_config(path: str | Path, allow_targets: Sequence[str] = ()) -> dict[str
         raise ConfigError(
             f"the config {printable(path)} is not usable YAML: {printable(reason)[:300]}"
         ) from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict) or "target" not in tree["model"]:
+    model = tree.get("model") if is_mapping(tree) else None
+    if not is_mapping(model) or "target" not in model:
         raise ConfigError(f"the config {printable(path)} is not a mapping with `model:` and its `target:`")
-    model = tree["model"]
     _check_tree(model, path, allow_targets)
     _check_sizes(model, path)
     for target in targets(model):
         _check_is_class(target, path)
     _resolve_vocabulary(model)
-    return model
+    return dict(model)
 
 
 def _read_text(path: Path) -> str:
@@ -75,12 +75,12 @@ def _read_text(path: Path) -> str:
 
 
 def _check_tree(node: Any, path: Path, packages: Sequence[str]) -> None:
-    if isinstance(node, Mapping):
+    if is_mapping(node):
         for key, value in node.items():
             if key == "target":
                 _check_target(value, path, packages)
             _check_tree(value, path, packages)
-    elif isinstance(node, list):
+    elif is_list(node):
         for value in node:
             _check_tree(value, path, packages)
     elif isinstance(node, str) and "${" in node:
@@ -91,11 +91,11 @@ def _check_tree(node: Any, path: Path, packages: Sequence[str]) -> None:
 
 def _check_sizes(node: Any, path: Path, name: str = "") -> None:
     """Refuses sizes that no model can be built with, before any is built: each costs time or memory in proportion."""
-    if isinstance(node, Mapping):
+    if is_mapping(node):
         for key, value in node.items():
             if key not in _NOT_BUILT:
                 _check_sizes(value, path, str(key))
-    elif isinstance(node, list):
+    elif is_list(node):
         if len(node) > _MAX_DEPTH and name not in _LONG_LISTS:
             raise ConfigError(
                 f"{printable(path)}: {printable(name)} has {len(node)} entries; at most {_MAX_DEPTH}"
@@ -110,7 +110,7 @@ def _check_sizes(node: Any, path: Path, name: str = "") -> None:
             raise ConfigError(f"{printable(path)}: {printable(name)} is {node}; at most {most} can be built")
 
 
-def _check_target(target: Any, path: Path, packages: Sequence[str]) -> None:
+def _check_target(target: object, path: Path, packages: Sequence[str]) -> None:
     if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
         raise ConfigError(
             f"{printable(path)}: target {printable(target)!r} is not the dotted name of a class"
@@ -130,10 +130,9 @@ def _check_target(target: Any, path: Path, packages: Sequence[str]) -> None:
 
 def targets(node: Any) -> Iterator[str]:
     """Returns the dotted name of every class that a config, or a part of one, names."""
-    values = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
-    if isinstance(node, Mapping) and "target" in node:
+    if is_mapping(node) and "target" in node:
         yield node["target"]
-    for value in values:
+    for value in node.values() if is_mapping(node) else node if is_list(node) else ():
         yield from targets(value)
 
 
@@ -155,13 +154,13 @@ def section(tree: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
     node: Any = tree
     for key in ("params", *(part for name in names for part in (name, "params"))):
         node = node.get(key) or {}
-        if not isinstance(node, Mapping):
+        if not is_mapping(node):
             raise ConfigError(f"the config's {'.'.join(names) or 'model'} is {node!r}; it must be a mapping")
     return node
 
 
 def _resolve_vocabulary(model: Mapping[str, Any]) -> None:
     """Makes a relative vocabulary folder in the text encoder's `version` relative to the toolkit's folder."""
-    params = section(model, "cond_stage_config")
+    params: Any = section(model, "cond_stage_config")
     if isinstance(params.get("version"), str) and find(params["version"]).is_dir():
-        params["version"] = str(find(params["version"]))  # type: ignore[index]
+        params["version"] = str(find(params["version"]))

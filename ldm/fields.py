@@ -22,7 +22,7 @@ from ldm.models.diffusion.solvers.names import (
 from ldm.models.diffusion.solvers.registry import JOB_SETTINGS, SOLVERS
 from ldm.seeds import MAX_SEEDS, check_seed
 from ldm.setting import Choices, Setting, shown
-from ldm.util import InputError
+from ldm.util import InputError, is_list
 
 MAX_TEXT = 65_536  # characters
 MAX_LORAS = 100
@@ -54,7 +54,7 @@ class Field:
     """
 
     name: str
-    limits: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict[str, Any])
     option: str = ""
     group: str = ""
     metavar: str | None = None
@@ -62,7 +62,7 @@ class Field:
     switches: tuple[Switch, ...] = ()
     unset: bool = False
     label: str = ""
-    words: Mapping[str, str] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict[str, str])
     always: bool = False
     is_file: bool = False
     of_run: bool = False
@@ -340,7 +340,7 @@ def values_of_options(options: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for row in FIELDS:
         value = options.get(row.dest) if row.option else None
-        if isinstance(value, list):
+        if is_list(value) and not isinstance(value, tuple):
             value = next(iter(value), None)
         value = next((switch.value for switch in row.switches if options.get(switch.option)), value)
         if value is not None:

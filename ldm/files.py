@@ -12,7 +12,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,7 +43,7 @@ def guarded(
     path: str | os.PathLike[str],
     damage: Callable[[Exception], str],
     kind: type[InputError] = InputError,
-) -> Iterator[None]:
+) -> Generator[None]:
     """Turns any exception raised inside into an error of `kind`, of one line that begins with the path.
 
     Files made by others reach deep into libraries, which raise many kinds of exception, so all of them are caught
@@ -149,7 +149,7 @@ def part_beside(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def written_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def written_whole(path: str | Path, overwrite: bool = False) -> Generator[Path]:
     """Yields a hidden name to write the file under; on exit `path` becomes the complete file.
 
     The bytes reach the disk before they get their name. If anything fails, `path` is as it was and the hidden file is
@@ -213,7 +213,7 @@ def sweep_and_stay(folder: Path, sweep: Callable[[], None]) -> int | None:
 
 
 @contextlib.contextmanager
-def temporary_folder(prefix: str, parent: Path) -> Iterator[Path]:
+def temporary_folder(prefix: str, parent: Path) -> Generator[Path]:
     """Yields a new folder in `parent`, removed on exit; those left by killed processes are removed first."""
     own = re.compile(re.escape(prefix) + "[a-z0-9_]{8}")
 
@@ -235,7 +235,7 @@ def temporary_folder(prefix: str, parent: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def without_leftovers(path: Path, names: str | None = None) -> Iterator[None]:
+def without_leftovers(path: Path, names: str | None = None) -> Generator[None]:
     """Holds the folder of `path` while it is written; hidden parts left by killed processes are removed on entry.
 
     With `names`, a regular expression, so are those of all files in its folder whose names match.

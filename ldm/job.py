@@ -78,10 +78,12 @@ class Init:
     def __post_init__(self) -> None:
         for name in ("image", "mask"):
             value = getattr(self, name)
-            if isinstance(value, os.PathLike):
-                object.__setattr__(self, name, os.fspath(value))
-            elif not isinstance(value, str):
-                object.__setattr__(self, name, MemoryImage.of(value))
+            if not isinstance(value, str):
+                try:
+                    file = os.fsdecode(value)
+                except TypeError:
+                    file = MemoryImage.of(value)
+                object.__setattr__(self, name, file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +203,8 @@ def split_loras(text: str) -> tuple[str, tuple[tuple[str, float, float], ...]]:
     As in AUTOMATIC1111's web UI, `<lora:name>` has weight 1, `<lyco:` is a synonym of `<lora:`, and of two weights
     `<lora:name:te:unet>` the first is the text encoder's. The space before tags that end a prompt is removed too.
     """
-    loras, end = [], -1
+    loras: list[tuple[str, float, float]] = []
+    end = -1
     for match in _LORA.finditer(text):
         name, text_weight, weight = match.groups()
         on_text = float(text_weight or 1)

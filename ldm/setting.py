@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ldm.util import printable
+from ldm.util import is_list, printable
 
 
 class Choices(tuple[str, ...]):
@@ -83,7 +83,7 @@ class Setting:
         if value is None:
             return self.optional
         if self.many:
-            few = isinstance(value, list | tuple) and len(value) <= self.high
+            few = is_list(value) and len(value) <= self.high
             return few and all(map(self.row[0].fits if len(self.row) == 1 else self._fits_row, value))
         if self.row:
             return self._fits_row(value)
@@ -102,12 +102,12 @@ class Setting:
         return len(value) <= self.high and (not self.strict or _is_text(value))
 
     def _fits_row(self, value: Any) -> bool:
-        if not isinstance(value, list | tuple) or len(value) != len(self.row):
+        if not is_list(value) or len(value) != len(self.row):
             return False
         return all(part.fits(entry) for part, entry in zip(self.row, value, strict=True))
 
     def _refusal(self, value: Any) -> str:
-        one = self.row and not self.many and isinstance(value, tuple)
+        one = self.row and not self.many and is_list(value) and isinstance(value, tuple)
         return f"is {shown(','.join(map(str, value)) if one else value)}; give {self.wanted()}"
 
     def wanted(self) -> str:

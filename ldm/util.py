@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeGuard, get_args, get_type_hints
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 def printable(text: object) -> str:
     """Returns `text` with every character that could drive a terminal (controls, bidi marks, surrogates) escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
+    """Returns whether `value` is a mapping, for type checkers too: one with names as keys."""
+    return isinstance(value, Mapping)
+
+
+def is_list(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
+    """Returns whether `value` is a list or a tuple, for type checkers too."""
+    return isinstance(value, list | tuple)
 
 
 def exists(x: object) -> bool:
@@ -96,7 +106,7 @@ def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> An
     from PIL import Image, ImageDraw, ImageFont
 
     font, per_line = ImageFont.load_default(size), max(1, 40 * wh[0] // 256)
-    images = []
+    images: list[np.ndarray] = []
     for text in xc:
         image = Image.new("RGB", wh, "white")
         lines = [text[start : start + per_line] for start in range(0, len(text), per_line)]
@@ -160,12 +170,13 @@ def instantiate_from_config(config: Mapping[str, Any] | str, **overrides: Any) -
     """
     if config in _NOTHING:
         return None
-    if not isinstance(config, Mapping):
+    if not is_mapping(config):
         raise InputError(f"a config entry is {config!r}; it must be a mapping with `target`")
     if "target" not in config:
         raise InputError(f"a config entry lacks `target`: it has {sorted(map(str, config)) or 'nothing'}")
     cls = get_obj_from_str(config["target"])
-    params = {**(config.get("params") or {}), **overrides}
+    given: Mapping[str, Any] = config.get("params") or {}
+    params = {**given, **overrides}
     _check_parameters(config["target"], cls, params)
     return cls(**params)
 

@@ -178,7 +178,7 @@ def _measure(
 def _arrange(opt: argparse.Namespace, recipe: str, peer: Process, size: int) -> str:
     """Gives the peer its memory layout, or tries both and selects the faster; returns its name."""
     if recipe == "auto":
-        medians = {}
+        medians: dict[str, float] = {}
         for name in ("plain", "channels-last"):
             peer.ask("arrange", {"channels_last": name == "channels-last"})
             work = _work(size, opt.steps, limit=min(5, _steps_run(opt)), number=0)

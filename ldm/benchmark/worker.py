@@ -5,6 +5,7 @@ The first line is its `Setting`. Orders: `prepare`, `load`, `run`, `arrange`, `c
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -42,7 +43,7 @@ class Worker:
         import torch
 
         if self.setting.subject == "ours":
-            import ldm.pipeline  # noqa: F401
+            importlib.import_module("ldm.pipeline")
         else:
             import diffusers
 
@@ -97,9 +98,9 @@ class Worker:
 
         with torch.inference_mode():
             self._make(Work(size, steps, 0, 0, ""))
-            latents = torch.cat(self.subject.watch.latents).float().cpu()
-            if self.setting.subject == "diffusers":
-                latents = latents * self.subject.pipe.vae.config.scaling_factor  # type: ignore[attr-defined]
+            latents: Tensor = torch.cat(self.subject.watch.latents).float().cpu()
+            if isinstance(self.subject, Diffusers):
+                latents *= self.subject.pipe.vae.config.scaling_factor
             if not os.path.exists(reference):
                 torch.save(self._reference(size, latents), reference)
             known = torch.load(reference, weights_only=True)
@@ -163,13 +164,15 @@ def _machine() -> dict[str, Any]:
     """Returns the facts of the machine that the figures depend on."""
     import torch
 
+    from ldm.runtime import kernels
+
     settings = ("GLIBC_TUNABLES", "LD_PRELOAD", "OMP_NUM_THREADS", "KMP_AFFINITY")
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu kernels": torch.backends.cpu.get_cpu_capability(),
-        "amx": torch.cpu._is_amx_tile_supported(),
-        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx": kernels.has_matrix_units(),
+        "avx512_bf16": kernels.has_bf16(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "environment": {k: v for k, v in os.environ.items() if k in settings or k.startswith("MALLOC_")},
         "load average": _load_average(),

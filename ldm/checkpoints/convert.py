@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,7 +108,7 @@ def convert(
 
 
 @contextlib.contextmanager
-def naming(out: str | os.PathLike[str]) -> Iterator[None]:
+def naming(out: str | os.PathLike[str]) -> Generator[None]:
     """Names `out` in an `OSError`: that of a full disk names no file, others a hidden one."""
     try:
         yield
@@ -118,7 +118,7 @@ def naming(out: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def folder_written_whole(path: Path) -> Iterator[Path]:
+def folder_written_whole(path: Path) -> Generator[Path]:
     """Yields a hidden folder to be filled; at the end it gets the name `path`, and after an error it is removed."""
     part = part_beside(path.absolute())
     part.mkdir()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files import written_whole
+from ldm.json_value import JsonObject, as_object, load_json
 from ldm.places import cache_path
 
 logger = logging.getLogger(__name__)
@@ -26,9 +27,9 @@ def file_sha256(path: str | os.PathLike[str], again: bool = False) -> str:
     """
     resolved = Path(path).resolve()
     state = _state(resolved)
-    cached = None if again else _read_cache().get(str(resolved))
-    if isinstance(cached, dict) and cached.get("state") == state and isinstance(cached.get("sha256"), str):
-        return cached["sha256"]
+    cached = as_object(None if again else _read_cache().get(str(resolved)))
+    if cached.get("state") == state and isinstance(known := cached.get("sha256"), str):
+        return known
     digest = _digest(resolved)
     if _state(resolved) == state:
         _remember(str(resolved), {"state": state, "sha256": digest})
@@ -59,13 +60,12 @@ def _cache_file() -> Path:
     return cache_path("sha256.json")
 
 
-def _read_cache() -> dict[str, Any]:
+def _read_cache() -> JsonObject:
     try:
-        cache = json.loads(_cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return as_object(load_json(_cache_file().read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
         logger.debug("no cache of checksums: %s", error)
         return {}
-    return cache if isinstance(cache, dict) else {}
 
 
 def _remember(path: str, entry: dict[str, Any]) -> None:

@@ -70,8 +70,8 @@ class Inspection:
     refused: str = ""
     kind: ModelKind = UNKNOWN
     tensors: int = 0
-    parameters: Mapping[str, int] = field(default_factory=dict)
-    precisions: Mapping[str, int] = field(default_factory=dict)
+    parameters: Mapping[str, int] = field(default_factory=dict[str, int])
+    precisions: Mapping[str, int] = field(default_factory=dict[str, int])
     ema: bool = False
     only_ema: bool = False
     global_step: int | None = None
@@ -80,13 +80,13 @@ class Inspection:
     unexpected: tuple[str, ...] = ()
     prediction: str = ""
     variants: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     imports: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     checked: bool = False
     damaged: tuple[str, ...] = ()
     noted_hash_fits: bool | None = None
-    hashes: Mapping[str, str] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict[str, str])
     published: str = ""
 
     @property
@@ -163,7 +163,7 @@ def _read(path: Path) -> _Content:
         return _Content(read.format, read.state_dict, read.metadata)
     except CheckpointError:
         tree = read_tree(path)
-        values = dict(tensors_in(tree)) if isinstance(tree, Mapping) else {}
+        values = dict(tensors_in(tree)) if isinstance(tree, dict) else {}
         tensors = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
         if not tensors or kind_of(tensors) == UNKNOWN:
             raise
@@ -261,8 +261,8 @@ def _inspect_folder(path: Path, files: Sequence[Inspection], config_for: ConfigF
         "; ".join(file.refused for file in files if file.refused),
         kind,
         sum(file.tensors for file in files),
-        dict(sum((Counter(file.parameters) for file in files), Counter())),
-        dict(sum((Counter(file.precisions) for file in files), Counter())),
+        dict(sum((Counter(file.parameters) for file in files), Counter[str]())),
+        dict(sum((Counter(file.precisions) for file in files), Counter[str]())),
         checked=all(file.checked for file in files),
         damaged=tuple(f"{file.path}: {name}" for file in files for name in file.damaged),
     )

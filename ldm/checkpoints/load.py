@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from ldm.checkpoints.layouts.recognise import (
 from ldm.checkpoints.layouts.settings import component_configs
 from ldm.checkpoints.model_files import read_json
 from ldm.config import ConfigError
+from ldm.json_value import as_list, as_object
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.keys import EMA_PREFIX, FIRST_STAGE_PREFIX
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
@@ -82,8 +83,12 @@ class LoadReport:
     cast_from: tuple[torch.dtype, ...]
 
 
+def _keep(layer: nn.Module) -> None:
+    """Leaves a layer's parameters as they are."""
+
+
 @contextmanager
-def skip_init() -> Iterator[None]:
+def skip_init() -> Generator[None]:
     """Skips the initialisation of linear, convolution, embedding and norm layers that are built inside the block.
 
     It takes seconds for the layers of v1, even on the meta device. While the block runs, `reset_parameters` of these
@@ -93,7 +98,7 @@ def skip_init() -> Iterator[None]:
     initialisers = [kind.reset_parameters for kind in kinds]
     try:
         for kind in kinds:
-            kind.reset_parameters = lambda self: None
+            kind.reset_parameters = _keep
         yield
     finally:
         for kind, initialise in zip(kinds, initialisers, strict=True):
@@ -184,9 +189,12 @@ def use_vocabulary(model: LatentDiffusion, folder: Path | None) -> None:
 
 def _read_tokenizer(path: Path) -> CLIPTokenizer:
     """The tokenizer of the one file that newer versions of transformers write."""
-    table = read_json(path)["model"]
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in table["merges"]]
-    return CLIPTokenizer(table["vocab"], [(left, right) for left, right in merges], printable(path))
+    table = as_object(read_json(path).get("model"))
+    ids = {token: i for token, i in as_object(table.get("vocab")).items() if isinstance(i, int)}
+    pairs = [
+        pair.split(" ") if isinstance(pair, str) else as_list(pair) for pair in as_list(table.get("merges"))
+    ]
+    return CLIPTokenizer(ids, [(str(left), str(right)) for left, right in pairs], printable(path))
 
 
 def load_into(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -28,6 +27,7 @@ from ldm.checkpoints.layouts.prediction import Choice, Prediction, config_beside
 from ldm.checkpoints.layouts.recognise import kind_of
 from ldm.files import read_side_file
 from ldm.job import MODEL_ENDINGS
+from ldm.json_value import JsonObject, load_json
 
 _MAX_NAMED = 5  # files in a message
 MODEL_INDEX = "model_index.json"
@@ -219,12 +219,12 @@ def _vocabulary(folder: Path) -> Path | None:
     return next((place for place in places if any((place / name).is_file() for name in _VOCABULARIES)), None)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """The mapping in a JSON file of a folder; empty without the file. Faults are a `CheckpointError`."""
     if not os.path.lexists(path):
         return {}
     with reading(path):
-        tree = json.loads(read_side_file(path))
+        tree = load_json(read_side_file(path))
         if not isinstance(tree, dict):
             raise CheckpointError("is not a JSON mapping")
         return tree

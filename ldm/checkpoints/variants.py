@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ldm.checkpoints.formats.read import Checkpoint
 from ldm.checkpoints.layouts.names import PREFIXES, keys_of_half, small_halves, unet_blocks
-from ldm.util import printable
+from ldm.util import is_mapping, printable
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def adapted(config: Config, checkpoint: Checkpoint) -> tuple[Config, list[str]]:
     reasons: list[str] = []
     for find in (_prediction, _fewer_text_layers, _fewer_blocks, _guidance_input, _small_autoencoder):
         params = config.get("params")
-        if isinstance(params, Mapping) and (change := find(params, checkpoint)) is not None:
+        if is_mapping(params) and (change := find(params, checkpoint)) is not None:
             config = {**config, "params": {**params, **change.params}}
             reasons.append(change.why)
     return config, reasons
@@ -69,9 +69,9 @@ def _prediction(params: Config, checkpoint: Checkpoint) -> _Change | None:
 def _fewer_text_layers(params: Config, checkpoint: Checkpoint) -> _Change | None:
     """A text encoder without its last layers, which has a CLIP skip built in."""
     encoder = params.get("cond_stage_config")
-    if not isinstance(encoder, Mapping) or encoder.get("target") != _CLIP:
+    if not is_mapping(encoder) or encoder.get("target") != _CLIP:
         return None
-    own = encoder.get("params") or {}
+    own: Config = encoder.get("params") or {}
     layers, usual = _text_layers(checkpoint), own.get("layers", 12)
     if not 0 < layers < usual:
         return None
@@ -85,8 +85,8 @@ def _text_layers(checkpoint: Checkpoint) -> int:
     """How many layers a text encoder states or has; 0 if that is not known."""
     settings = checkpoint.configs.get("text_encoder", {})
     of_clip = settings.get("text_config")  # a whole CLIP's text encoder
-    stated = (of_clip if isinstance(of_clip, Mapping) else settings).get("num_hidden_layers")
-    if type(stated) is int:
+    stated = (of_clip if isinstance(of_clip, dict) else settings).get("num_hidden_layers")
+    if isinstance(stated, int) and not isinstance(stated, bool):
         return stated
     found = {match[1] for match in map(_TEXT_LAYER.match, checkpoint.state_dict) if match}
     return len(found) if found == set(map(str, range(len(found)))) else 0
@@ -95,9 +95,9 @@ def _text_layers(checkpoint: Checkpoint) -> int:
 def _fewer_blocks(params: Config, checkpoint: Checkpoint) -> _Change | None:
     """A U-Net with fewer levels, fewer blocks in each, or without its middle block."""
     unet, names = params.get("unet_config"), _unet_names(checkpoint)
-    if not isinstance(unet, Mapping) or unet.get("target") != _UNET or not names:
+    if not is_mapping(unet) or unet.get("target") != _UNET or not names:
         return None
-    own = unet.get("params") or {}
+    own: Config = unet.get("params") or {}
     size, widths = unet_blocks(names), own.get("channel_mult", (1, 2, 4, 8))
     usual = len(widths), own.get("num_res_blocks", 0)
     smaller = size.levels <= usual[0] and size.each <= usual[1] and (size.levels, size.each) != usual
@@ -125,9 +125,9 @@ def _unet_names(checkpoint: Checkpoint) -> list[str]:
 def _guidance_input(params: Config, checkpoint: Checkpoint) -> _Change | None:
     """A distilled U-Net, which takes the guidance scale as an input."""
     unet, weight = params.get("unet_config"), checkpoint.state_dict.get(_GUIDANCE)
-    if not isinstance(unet, Mapping) or unet.get("target") != _UNET or weight is None or weight.dim() != 2:
+    if not is_mapping(unet) or unet.get("target") != _UNET or weight is None or weight.dim() != 2:
         return None
-    own = unet.get("params") or {}
+    own: Config = unet.get("params") or {}
     if own.get("time_cond_proj_dim") == weight.shape[1]:
         return None
     why = "a distilled model: its U-Net takes the guidance scale as an input"
@@ -137,7 +137,7 @@ def _guidance_input(params: Config, checkpoint: Checkpoint) -> _Change | None:
 def _small_autoencoder(params: Config, checkpoint: Checkpoint) -> _Change | None:
     """An autoencoder of which one half or both are TAESD's."""
     first, halves = params.get("first_stage_config"), small_halves(checkpoint.state_dict)
-    if not isinstance(first, Mapping) or first.get("target") != _KL or not halves:
+    if not is_mapping(first) or first.get("target") != _KL or not halves:
         return None
     begins = keys_of_half(halves[0])
     widths = [

@@ -9,7 +9,7 @@ from typing import Any
 from ldm.fields import FIELDS, MASK, START, override, values_of_options
 from ldm.job import DEFAULT_STRENGTH, Job
 from ldm.metadata.command import Options, lora_option, text_of
-from ldm.util import InputError
+from ldm.util import InputError, is_list
 
 _BEGINS, _MASKS = ("init_img",), ("mask", "outpaint")  # options that give a job a start, and a mask
 
@@ -24,10 +24,8 @@ def _options_of(group: str) -> Iterator[str]:
 
 
 def as_changes(parser: argparse.ArgumentParser) -> None:
-    """Removes the defaults of a parser's options: only typed options are in its result."""
-    parser._defaults.clear()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
+    """Removes the defaults of a parser's options: those that are not typed are None."""
+    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
 
 
 def texts_of(typed: Mapping[str, Any]) -> Options:
@@ -40,7 +38,9 @@ def _typed(name: str, value: Any) -> str | list[str]:
         return [lora_option(*lora) for lora in value]
     if name == "embedding":
         return [path if word is None else f"{path}={word}" for path, word in value]
-    return [str(one) for one in value] if isinstance(value, list) else text_of(value)
+    if is_list(value) and not isinstance(value, tuple):
+        return [str(one) for one in value]
+    return text_of(value)
 
 
 def changed(job: Job, typed: Mapping[str, Any]) -> Job:

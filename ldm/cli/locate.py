@@ -12,7 +12,7 @@ from ldm.files import files_below
 from ldm.job import EMBEDDING_ENDINGS, MODEL_ENDINGS, lora_name
 from ldm.metadata.infotext import model_name
 from ldm.places import candidates
-from ldm.util import InputError, printable
+from ldm.util import InputError, is_list, printable
 
 if TYPE_CHECKING:
     from ldm.metadata.read import Recipe
@@ -29,9 +29,9 @@ class Located:
     `changes` are parsed options that name the files.
     """
 
-    changes: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    changes: dict[str, Any] = field(default_factory=dict[str, Any])
+    notes: list[str] = field(default_factory=list[str])
+    missing: list[str] = field(default_factory=list[str])
 
 
 def locate(recipe: Recipe, folder: Path, given: Mapping[str, object]) -> Located:
@@ -157,7 +157,7 @@ def _locate_loras(recipe: Recipe, given: Mapping[str, object], located: Located)
 
     files = _files_below(given.get("lora_dir"))
     hashes = {_plain(name): digest for name, digest in _hashes(recipe.extras.get("Lora hashes", "")).items()}
-    values = []
+    values: list[tuple[str, float, float]] = []
     for name, weight, on_text in recipe.job.loras:
         digest = hashes.get(_plain(name), "")
         path, same = choose(name, digest, files, lora_hash, file_sha256)
@@ -173,7 +173,7 @@ def _locate_embeddings(recipe: Recipe, given: Mapping[str, object], located: Loc
     from ldm.checkpoints.hashing import file_sha256
 
     files = _files_below(given.get("embedding_dir"), EMBEDDING_ENDINGS)
-    values = []
+    values: list[tuple[str, str]] = []
     for name, digest in hashes.items():
         path, same = choose(name, digest, files, file_sha256)
         _say(located, "textual inversion", name, path, same, "--embedding_dir")
@@ -197,7 +197,7 @@ def _files_below(folder: object, endings: tuple[str, ...] = MODEL_ENDINGS) -> li
 
 def _hashes(listed: str) -> dict[str, str]:
     """Parses `name: hash, name: hash`; a hash that is missing, or too short to identify a file, is empty."""
-    table = {}
+    table: dict[str, str] = {}
     for part in listed.split(", "):
         name, _, digest = part.rpartition(":") if ":" in part else (part, "", "")
         if name.strip():
@@ -234,7 +234,7 @@ def _locate_picture(
     what = "mask" if option == "mask" else "image it started from"
     shown = f"--{option.replace('_', '-')}"
     place = given.get(option)
-    if isinstance(place, list):
+    if is_list(place):
         if len(place) != 1:
             raise InputError(f"give one image, or a folder, with {shown}, not {len(place)}")
         place = place[0]

@@ -158,7 +158,8 @@ def _lora(text: str) -> tuple[str, float, float]:
     """Parses a file with its weights on U-Net and text encoder; only numbers are split off, from the right."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; is a variable of the shell not set?")
-    path, weights = text, []
+    path = text
+    weights: list[float] = []
     while len(weights) < 2 and not os.path.exists(path):
         head, _, number = path.rpartition(":")
         if not head or not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", number):

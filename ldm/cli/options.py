@@ -7,11 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ldm import __version__
-from ldm.cli.parser import Parser
+from ldm.cli.parser import Group, Options, Parser
 from ldm.fields import DEFAULTS, FIELDS, MASK, SETTINGS, SIZE, START, Field
 from ldm.prompts.dialects import FORMATS
-
-Group = argparse._ArgumentGroup
 
 # the defaults of options of a run that not every script has; the shared code reads all of them
 _DEFAULTS: Mapping[str, Any] = {
@@ -38,9 +36,7 @@ def _defaults_of_fields() -> dict[str, Any]:
     return values | switches | {"init_img": []}
 
 
-def make_parser(
-    description: str, usage: str = "[options]", examples: Sequence[str] = ()
-) -> argparse.ArgumentParser:
+def make_parser(description: str, usage: str = "[options]", examples: Sequence[str] = ()) -> Parser:
     """Creates a parser with grouped help; `usage` follows the script's name, `examples` are whole command lines."""
     parser = Parser(description, usage, examples)
     parser.set_defaults(**_defaults_of_fields(), **_DEFAULTS)
@@ -265,6 +261,6 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
     add_version_option(group)
 
 
-def add_version_option(parser: argparse._ActionsContainer) -> None:
+def add_version_option(parser: Options) -> None:
     """Adds the option that prints the version of this toolkit and exits."""
     parser.add_argument("--version", action="version", version=f"ldm {__version__}", help="print the version")

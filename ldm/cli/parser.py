@@ -12,8 +12,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from ldm.util import printable
 
@@ -93,6 +93,18 @@ def _one_of(names: Sequence[str]) -> str:
 _MEANINGS = {_key(name): names for names in SAME for name in names}
 
 
+class Options(Protocol):
+    """A parser, a group of its options, or options of which one excludes the others: options are added to it."""
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action: ...
+
+
+class Group(Options, Protocol):
+    """A group of a parser's options."""
+
+    def add_mutually_exclusive_group(self) -> Options: ...
+
+
 class Parser(argparse.ArgumentParser):
     """Accepts every spelling of an option, and reports faults in one line."""
 
@@ -112,10 +124,17 @@ class Parser(argparse.ArgumentParser):
         self.register("type", int, _number(int, "a whole number"))
         self.register("type", float, _number(float, "a number"))
 
+    def hide(self, names: Collection[str]) -> None:
+        """Leaves the options with these attributes out of the help."""
+        for action in self._actions:
+            action.help = argparse.SUPPRESS if action.dest in names else action.help
+
     # --- reading ----------------------------------------------------------------------------------------------
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        typed = self._spelt(sys.argv[1:] if args is None else args)
+    def parse_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # no overloads
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> Any:
+        typed = self._spelt(sys.argv[1:] if args is None else [*args])
         self._refuse_unknown(typed)
         # positional arguments need not be adjacent: replay.py a.png --seed 5 b.png
         mixed = any(action.nargs in ("*", "+") for action in self._get_positional_actions())
@@ -124,10 +143,10 @@ class Parser(argparse.ArgumentParser):
         self._refuse_empty(parsed)
         return parsed
 
-    def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: Any = None
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # no overloads
+        self, args: Iterable[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        return super().parse_known_args(self._spelt(sys.argv[1:] if args is None else args), namespace)
+        return super().parse_known_args(self._spelt(sys.argv[1:] if args is None else [*args]), namespace)
 
     def _spelt(self, typed: Sequence[str]) -> list[str]:
         """Returns the typed arguments with the options' canonical names."""
@@ -194,7 +213,7 @@ class Parser(argparse.ArgumentParser):
     def _refuse_unknown(self, typed: Sequence[str]) -> None:
         """Exits with one line for every unknown option, whatever else is wrong."""
         end = typed.index("--") if "--" in typed else len(typed)
-        unknown = {}
+        unknown: dict[str, str] = {}
         for text, before in zip(typed[:end], ["", *typed], strict=False):
             name = text.partition("=")[0]
             if (

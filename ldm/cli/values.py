@@ -14,7 +14,7 @@ from ldm.prompts.files import MAX_LINE, too_long
 from ldm.prompts.lines import MAX_COUNT
 from ldm.runs.options import Request, RunOptions
 from ldm.runs.previews import check_animation
-from ldm.util import InputError, need, printable
+from ldm.util import InputError, is_list, need, printable
 
 logger = logging.getLogger("ldm")
 
@@ -23,7 +23,7 @@ def options_of(opt: argparse.Namespace) -> RunOptions:
     """Returns the typed options of a run."""
     typed = {field.name: getattr(opt, field.name) for field in fields(RunOptions) if hasattr(opt, field.name)}
     values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()
+        name: tuple(value) if is_list(value) else value for name, value in typed.items()
     }
     return RunOptions(**values, channels=opt.C, factor=opt.f)
 

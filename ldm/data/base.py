@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 logger = logging.getLogger(__name__)
 
 
-class Txt2ImgIterableBaseDataset(IterableDataset):
+class Txt2ImgIterableBaseDataset(IterableDataset[Any]):
     """An iterable data set that can be split among workers by `sample_ids`; subclasses define `__iter__`.
 
     `num_records` is its length, `valid_ids` the ids of all records and `size` the side of its images in pixels.

@@ -164,7 +164,7 @@ def _ground_plan(scene: Scene, rng: np.random.Generator) -> list[tuple[float, fl
 def _arrange(scene: Scene, rng: np.random.Generator, colours: Mapping[str, Rgb]) -> list[_Placed]:
     plan = _ground_plan(scene, rng)
     shift = rng.uniform(-0.06, 0.06, size=2)  # of the whole group
-    placed = []
+    placed: list[_Placed] = []
     for solid, (x, y, z) in zip(scene.solids, plan, strict=True):
         form, radius = SHAPES[solid.shape], SIZES[solid.size]
         own = rng.uniform(-0.03, 0.03, size=2)
@@ -217,7 +217,8 @@ def _first_hits(solid: _Placed, eye: Floats, rays: Floats) -> tuple[npt.NDArray[
     middle, half = solid.chord(eye[:, None], rays)
     active = np.flatnonzero(half)
     along, end, rays = (middle - half)[active], (middle + half)[active], rays[:, active]
-    hit, hit_along = [], []
+    hit: list[npt.NDArray[np.intp]] = []
+    hit_along: list[Floats] = []
     for _ in range(40):
         gap = solid.distance(eye[:, None] + rays * along)
         along = along + gap

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
-from torch import Tensor, from_numpy, isfinite, uint8
+import torch
+from torch import Tensor
 
 
 def from_uint8(pixels: np.ndarray) -> Tensor:
@@ -12,7 +15,7 @@ def from_uint8(pixels: np.ndarray) -> Tensor:
     The original's arithmetic: divided by 255 in float32, then doubled, then less 1.
     """
     unit = pixels.astype(np.float32) / np.float32(255.0)
-    return from_numpy(2.0 * unit - 1.0).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(2.0 * unit - 1.0).permute(0, 3, 1, 2).contiguous()
 
 
 def to_uint8(decoded: Tensor) -> np.ndarray:
@@ -23,9 +26,9 @@ def to_uint8(decoded: Tensor) -> np.ndarray:
     that only bytes are copied.
     """
     unit = ((decoded.float() + 1.0) / 2.0).clamp(0.0, 1.0)
-    return (255.0 * unit).to(uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return (255.0 * unit).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def finite(images: Tensor) -> list[bool]:
     """Returns for each image of [N, ...] whether it is free of NaN and infinity."""
-    return isfinite(images).flatten(1).all(dim=1).tolist()
+    return cast("list[bool]", torch.isfinite(images).flatten(1).all(dim=1).tolist())

@@ -17,7 +17,7 @@ def enlarge_pixels(x: Tensor, height: int, width: int) -> Tensor:
     """
     channels = x.detach().float().cpu().flatten(0, 1).numpy()
     resized = np.stack([_lanczos(channel, height, width) for channel in channels])
-    return torch.from_numpy(resized).clamp(-1.0, 1.0).unflatten(0, x.shape[:2]).to(x)
+    return torch.unflatten(torch.from_numpy(resized).clamp(-1.0, 1.0), 0, x.shape[:2]).to(x)
 
 
 def _lanczos(channel: np.ndarray, height: int, width: int) -> np.ndarray:

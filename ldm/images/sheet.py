@@ -115,7 +115,8 @@ def _band(labels: Sequence[str], width: int) -> int:
 
 def wrap(text: str, width: int, lines: int) -> list[str]:
     """Wraps `text` to at most `lines` lines of at most `width` pixels; the last one shows whether text was cut."""
-    rest, done = _plain(text), []
+    rest = _plain(text)
+    done: list[str] = []
     while rest and len(done) < lines:
         fitting = _fitting(rest, width)
         last = len(done) == lines - 1

@@ -11,6 +11,7 @@ import struct
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -242,10 +243,14 @@ def _srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.
 
 def _transform(mode: str, profile: bytes | None) -> ImageCms.ImageCmsTransform:
     if mode == "LAB":
-        source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+        source = _profile("LAB")
     else:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
-    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    return ImageCms.buildTransform(source, _profile("sRGB"), mode, "RGB")
+
+
+def _profile(space: Literal["LAB", "sRGB"]) -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(cast("Any", ImageCms.createProfile(space)))
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:

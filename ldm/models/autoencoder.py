@@ -95,16 +95,16 @@ class SmallAutoencoder(AutoencoderKL):
 
     @property
     def widths(self) -> list[int]:
-        return [self.width] if isinstance(self.encoder, TAESDEncoder) else super().widths
+        return [self.width] if "encoder" in self.halves else super().widths
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
-        if not isinstance(self.encoder, TAESDEncoder):
+        if "encoder" not in self.halves:
             return super().encode(x)
         mean = self.encoder((x + 1) / 2) / self.scale_factor
         return DiagonalGaussianDistribution(torch.cat([mean, torch.full_like(mean, -30.0)], dim=1))
 
     def decode(self, z: Tensor) -> Tensor:
-        if not isinstance(self.decoder, TAESDDecoder):
+        if "decoder" not in self.halves:
             return super().decode(z)
         weight = next(self.decoder.parameters())
         return 2 * self.decoder((z * self.scale_factor).to(weight.dtype)).float() - 1

@@ -18,6 +18,7 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.pipeline.placement import Placement
 from ldm.prompts.conditioning import count_chunks, encode_weighted
 from ldm.prompts.editing import Script, scripts_of
+from ldm.util import is_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class TextConditioning:
 
     def _with_scales(self, cond: Conditioning, scales: Sequence[float]) -> Conditioning:
         """A conditioning with the guidance scales as an input of the U-Net."""
-        parts = cond if isinstance(cond, dict) else {"c_crossattn": [cond]}
+        parts = cond if is_mapping(cond) else {"c_crossattn": [cond]}
         return {**parts, "guidance": torch.tensor(scales, device=self._model.device)}
 
     def _warn_of_negative_prompts(self, jobs: Sequence[Job]) -> None:

@@ -81,7 +81,7 @@ class FirstStage:
 
     def decode_all(self, latents: Tensor) -> list[Tensor]:
         """The images [1, 3, H, W] of scaled latents [N, C, h, w], repaired where half precision overflowed."""
-        return [self.repaired(latent, self.decode(latent))[0] for latent in latents.split(1)]
+        return [self.repaired(latent, self.decode(latent))[0] for latent in torch.split(latents, 1)]
 
     def pixels(self, latents: Tensor) -> np.ndarray:
         """The uint8 images [N, H, W, 3] of scaled latents [N, C, h, w]."""

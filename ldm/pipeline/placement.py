@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -34,13 +34,13 @@ class Placement:
         return self._model.device
 
     @contextmanager
-    def running(self, network: nn.Module) -> Iterator[None]:
+    def running(self, network: nn.Module) -> Generator[None]:
         """Has `network` on the device, and runs it in the pipeline's precision."""
         with self.on_device(network), self.precision.context(self.device):
             yield
 
     @contextmanager
-    def on_device(self, network: nn.Module) -> Iterator[None]:
+    def on_device(self, network: nn.Module) -> Generator[None]:
         """Has `network` on the device; with `lowmem`, frees its memory on exit."""
         if self._lowmem and self.packer is None:
             network.to(self.device)

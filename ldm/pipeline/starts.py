@@ -44,7 +44,10 @@ class Starts:
         self.canvas = lru_cache(maxsize=8)(open_canvas) if canvases is None else canvases
         self._distribution = lru_cache(maxsize=4)(self._encode_canvas)
         self._grey_distribution = lru_cache(maxsize=4)(self._encode_grey)
-        self._weight = lru_cache(maxsize=4)(lambda init: fade(self._mask(init), init.mask_blur))
+        self._weight = lru_cache(maxsize=4)(self._faded_mask)
+
+    def _faded_mask(self, init: Init) -> Tensor:
+        return fade(self._mask(init), init.mask_blur)
 
     def size_of(self, job: Job) -> tuple[int, int]:
         """Height and width of the image that a job starts from, or else those that the model was trained at."""

@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ldm.json_value import Json
 from ldm.prompts.files import Faults
 from ldm.prompts.lines import Line
 from ldm.prompts.tables import Object, read_entry
-from ldm.util import printable
+from ldm.util import is_list, is_mapping, printable
 
 PLAIN = "--prompt_format plain takes every line as it is"
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -113,12 +114,12 @@ def read_toml(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
         faults.add(1, "is TOML, which needs Python 3.11 or later; write the list as JSON")
         return
     try:
-        document = tomllib.loads("\n".join(lines))
+        document: Json = tomllib.loads("\n".join(lines))
     except (ValueError, RecursionError) as error:
         faults.add(1, f"is not valid TOML ({printable(error)[:200]})")
         return
-    if list(document) == ["prompt"] and isinstance(document["prompt"], dict):
-        document = document["prompt"]
+    if list(document) == ["prompt"] and isinstance(inner := document["prompt"], dict):
+        document = inner
     yield from read_entry(1, _as_objects(document), faults)
 
 
@@ -141,7 +142,7 @@ def read_yaml(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         faults.add(1, f"is not valid YAML ({printable(' '.join(str(error).split()))[:200]})")
         return
-    if isinstance(node, yaml.SequenceNode) and isinstance(document, list):
+    if isinstance(node, yaml.SequenceNode) and is_list(document):
         for entry, of_node in zip(document, node.value, strict=True):
             yield from read_entry(of_node.start_mark.line + 1, entry, faults)
     else:
@@ -150,6 +151,6 @@ def read_yaml(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
 
 def _as_objects(value: Any) -> Any:
     """Returns the value with its mappings converted to `Object`."""
-    if isinstance(value, dict):
+    if is_mapping(value):
         return Object((str(name), _as_objects(entry)) for name, entry in value.items())
-    return [_as_objects(entry) for entry in value] if isinstance(value, list) else value
+    return [_as_objects(entry) for entry in value] if is_list(value) else value

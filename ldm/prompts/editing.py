@@ -67,7 +67,7 @@ def parts_of(prompt: str, timeline: Timeline) -> list[Part]:
     has it: [a:b:3] has 4 steps of `a`, and [a|b] begins with two of them. A text that its grammar does not cover
     (a bar outside of brackets, a backslash at the end) is not read at all. Weights are finite.
     """
-    parts = []
+    parts: list[Part] = []
     for text in _AND.split(prompt):
         match = _WEIGHT.search(text)
         text = text[: match.start()] if match else text.rstrip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from operator import itemgetter
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def read_lines(source: str | Path | bytes, faults: Faults) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _open(source: str | Path | bytes) -> Iterator[io.TextIOWrapper]:
+def _open(source: str | Path | bytes) -> Generator[io.TextIOWrapper]:
     """Opens the source as text; bytes that are not UTF-8 become lone surrogates, so that their position is known."""
     if isinstance(source, bytes):
         yield io.TextIOWrapper(io.BytesIO(source), encoding="utf-8", errors="surrogateescape", newline="")

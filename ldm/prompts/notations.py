@@ -149,8 +149,8 @@ def warn_of_notations(
     Prompts come with the place that a message names. `expanded`, `weighted` and `tagged` are True where --expand,
     the weights of --prompt_syntax a1111 and the tags of --lora_dir are read.
     """
-    signs = [*ALWAYS, *([] if weighted else WEIGHTS), *OTHER_TAGS]
-    own = [*([] if tagged else TAGS), *([] if expanded else CHOICES), *signs]
+    signs = [*ALWAYS, *(() if weighted else WEIGHTS), *OTHER_TAGS]
+    own = [*(() if tagged else TAGS), *(() if expanded else CHOICES), *signs]
     _warn(own, prompts)
     _warn([*NEGATIVE_TAGS, *NEGATIVE_CHOICES, *(NEGATIVE_WEIGHTS if weighted else ()), *signs], negatives)
 

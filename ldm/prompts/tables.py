@@ -156,7 +156,7 @@ def _unknown(name: str) -> str:
 def read_csv(lines: Sequence[str], faults: Faults) -> Iterator[Line]:
     """Reads a header with names of fields of `Job`, then a row a line; cells are quoted as spreadsheets do it."""
     rows = _csv_rows(lines, faults)
-    number, header = next(rows, (1, []))
+    number, header = next(rows, (1, list[str]()))
     names = [name.strip() for name in header]
     fields = [column(name) for name in names]
     problems = [_unknown(name) for name, field in zip(names, fields, strict=True) if field is None]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ldm import __version__
 from ldm.job import Job
 from ldm.models.diffusion.passes import eta_of
-from ldm.util import printable
+from ldm.util import is_mapping, printable
 
 if TYPE_CHECKING:
     pass
@@ -33,7 +33,7 @@ def describe(jobs: Sequence[Job], batches: Sequence[Sequence[int]], settings: Ma
     that jobs do not hold. The jobs are read once, in order.
     """
     values = {field.name: _Values() for field in fields(Job)}
-    digests = []
+    digests: list[str] = []
     for job in jobs:
         for name, seen in values.items():
             seen.add(eta_of(job) if name == "eta" else getattr(job, name))
@@ -94,16 +94,16 @@ def versions() -> dict[str, str]:
     }
 
 
-def differences(old: Content, new: Content) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Returns the differences of two descriptions: name, old value and new value of each. Controls are escaped."""
-    found = []
+    found: list[str] = []
     for name in dict.fromkeys([*old, *new]):
         before, after = old.get(name), new.get(name)
         if before == after or (name == "prompt" and "prompts" in old):
             continue
         if name == "prompts" and isinstance(before, str) and isinstance(after, str):
             found.append(_prompt_difference(before, after))
-        elif isinstance(before, dict) and isinstance(after, dict):
+        elif is_mapping(before) and is_mapping(after):
             found += [f"{_shown(name, 200)}.{line}" for line in differences(before, after)]
         else:
             shown, now = _shown(before), _shown(after)

@@ -27,7 +27,7 @@ from ldm.files import check_there
 from ldm.job import MODEL_ENDINGS
 from ldm.places import find
 from ldm.runs.options import RunOptions
-from ldm.util import need, printable
+from ldm.util import is_mapping, need, printable
 
 if TYPE_CHECKING:
     from ldm.checkpoints.adapters.lora_files import LoraFiles
@@ -160,8 +160,8 @@ def latent_factor(model: Mapping[str, Any]) -> int:
     from ldm.config import ConfigError, section
     from ldm.models.autoencoder import downsampling
 
-    ddconfig = section(model, "first_stage_config").get("ddconfig") or {}
-    if not isinstance(ddconfig, Mapping):
+    ddconfig: Any = section(model, "first_stage_config").get("ddconfig") or {}
+    if not is_mapping(ddconfig):
         raise ConfigError(f"the config's ddconfig is {ddconfig!r}; it must be a mapping")
     levels = ddconfig.get("ch_mult", [])
     if not isinstance(levels, list | tuple):

@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -222,7 +222,7 @@ class Plan(Sequence[Job]):
         """Raises one InputError with all faults of the lines and their jobs."""
         faults: dict[tuple[int, str], None] = {}
         bases = {(start.width, start.height): self._base(start) for start in self._starts}.values()
-        refusal = lru_cache(maxsize=1024)(lambda job: _refusal(check, job))
+        refusal = lru_cache(maxsize=1024)(partial(_refusal, check))
         for line, base in itertools.product(self.wishes.lines, bases):
             for combination in self.combinations:
                 for fault in self._faults(line, combination, base, refusal):

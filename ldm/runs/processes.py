@@ -16,10 +16,10 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from ldm.files import temporary_folder
 from ldm.runs.options import RunOptions
@@ -101,8 +101,8 @@ class DistributedProcess(ProcessInfo):
         import torch
 
         with _together():  # a sum to which only rank 0 contributes: no pickle is sent
-            agreed = self._fabric.all_reduce(torch.tensor(0 if self.rank else number), reduce_op="sum")
-        assert isinstance(agreed, torch.Tensor)
+            number = 0 if self.rank else number
+            agreed = cast("torch.Tensor", self._fabric.all_reduce(torch.tensor(number), reduce_op="sum"))
         return int(agreed)
 
     def barrier_then_detach(self) -> None:
@@ -155,7 +155,7 @@ def check(options: RunOptions, device: torch.device, reads_input: bool = False) 
         return None
     need(not options.skip_save, "--skip_save leaves no files for several processes to share; leave it out")
     need(device.type != "mps", "there is one mps device; leave --devices out")
-    need(device.index is None, f"--devices counts from the first, so give --device cuda, not {device}")
+    need(":" not in str(device), f"--devices counts from the first, so give --device cuda, not {device}")
     need(
         importlib.util.find_spec("lightning_fabric") is not None,
         "several devices need the package pytorch-lightning, which is not installed: run pip install -e .",
@@ -200,7 +200,7 @@ def _meet_by_file(world: int) -> None:
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
+def _together() -> Generator[None]:
     """Raises an error of one line if another process is missing."""
     try:
         yield

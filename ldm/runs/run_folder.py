@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, get_args
 
 from ldm.files import read_side_file
 from ldm.job import Job
+from ldm.json_value import Json, JsonObject, as_object, load_json
 from ldm.runs.description import Content, differences, digest_of, versions
 from ldm.runs.options import COMPARED, RunOptions
 from ldm.runs.run_file import Page, RunFile, TileSides, folder_lock, open_run_file, run_path, try_lock
@@ -116,7 +117,7 @@ def find_run(
 def _as_now(content: Content, new: Content) -> Content:
     """Converts the settings in a run file to the terms of this version."""
     old = {**content["made_from"], "sha256": content["sha256"] or new["sha256"]}
-    known = [*fields(Job), *(field for field in fields(RunOptions) if field.metadata == COMPARED)]
+    known = [*fields(Job), *(field for field in fields(RunOptions) if dict(field.metadata) == COMPARED)]
     usual = {
         field.name: field.default for field in known if field.default is not MISSING and field.name in new
     }
@@ -208,21 +209,21 @@ def _read_all(folder: RunFolder) -> list[Content]:
 def _read(path: Path) -> Content | None:
     """Reads a run file; one that is invalid, or of another version, is skipped with a warning."""
     try:
-        content = json.loads(read_side_file(path, MAX_FILE_BYTES))
+        content = as_object(load_json(read_side_file(path, MAX_FILE_BYTES)))
         if _is_sound(content) and _path_number(path) == content["first"]:
             return content
-    except (InputError, ValueError, RecursionError) as error:
+    except (InputError, ValueError) as error:
         logger.debug("%s: %s", printable(path), printable(error)[:100])
     logger.warning("%s is not a run file of this version and is ignored", printable(path))
     return None
 
 
-def _is_sound(content: object) -> bool:
+def _is_sound(content: JsonObject) -> bool:
     """Returns whether everything in a run file, which may be untrusted, has a valid type and range."""
-    if not isinstance(content, dict) or content.get("version") not in READ_VERSIONS:
+    if content.get("version") not in READ_VERSIONS:
         return False
     first, jobs, pages, tiles = (content.get(name) for name in ("first", "jobs", "pages", "tiles"))
-    sha256, parts = content.get("sha256"), content.get("parts", {})
+    sha256, parts, made_from = content.get("sha256"), content.get("parts", {}), content.get("made_from")
     return (
         _is_number(first)
         and _is_number(jobs)
@@ -236,29 +237,30 @@ def _is_sound(content: object) -> bool:
         and all(
             isinstance(sizes, list) and all(map(_is_number, sizes)) and all(sizes) for sizes in parts.values()
         )
-        and isinstance(content.get("made_from"), dict)
-        and _depth(content["made_from"]) <= _MAX_DEPTH
+        and isinstance(made_from, dict)
+        and _depth(made_from) <= _MAX_DEPTH
     )
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Json) -> bool:
     return type(value) is int and 0 <= value <= MAX_NUMBER
 
 
-def _is_tile(entry: tuple[str, object]) -> bool:
+def _is_tile(entry: tuple[str, Json]) -> bool:
     size, side = entry
     return re.fullmatch("[0-9]{1,6}x[0-9]{1,6}", size) is not None and (
         side is None or (_is_number(side) and side in range(8, MAX_TILE + 1))
     )
 
 
-def _has_only(value: object, kind: type) -> bool:
+def _has_only(value: Json, kind: type) -> bool:
     return isinstance(value, dict) and all(isinstance(entry, kind) for entry in value.values())
 
 
-def _depth(tree: object) -> int:
+def _depth(tree: Json) -> int:
     """Returns the nesting depth of lists and mappings, followed no deeper than is allowed."""
-    level, depth = [tree], 0
+    level: list[Json] = [tree]
+    depth = 0
     while level and depth <= _MAX_DEPTH:
         inner = [node for node in level if isinstance(node, dict | list)]
         level = [child for node in inner for child in (node.values() if isinstance(node, dict) else node)]

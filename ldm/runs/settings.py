@@ -15,7 +15,7 @@ from ldm.places import find
 from ldm.runs.options import RunOptions
 from ldm.runs.plan import Plan
 from ldm.runs.source import Source
-from ldm.util import printable
+from ldm.util import is_list, is_mapping, printable
 
 _TABLES = ("vocab.json", "merges.txt", "tokenizer.json", "vocab.txt")  # of tokenizers
 _SETTINGS = ("config.json", "adapter_config.json")  # of weights
@@ -81,7 +81,7 @@ def _config_files(config: Mapping[str, Any]) -> list[Path]:
     from ldm.modules.encoders.bert import UNCASED, find_vocabulary
 
     found: list[Path] = []
-    encoder = config.get("params", {}).get("cond_stage_config") or {}
+    encoder: Any = config.get("params", {}).get("cond_stage_config") or {}
     if str(encoder.get("target")).endswith(".BERTEmbedder"):
         found.append(find_vocabulary(section(config, "cond_stage_config").get("version", UNCASED)))
     for text in _texts(config):
@@ -92,11 +92,11 @@ def _config_files(config: Mapping[str, Any]) -> list[Path]:
 
 def _texts(node: Any) -> Iterator[str]:
     """Yields every text in a config that can be a path, without `ckpt_path`, which is never read."""
-    if isinstance(node, Mapping):
+    if is_mapping(node):
         for key, value in node.items():
             if key not in ("target", "ckpt_path"):
                 yield from _texts(value)
-    elif isinstance(node, list):
+    elif is_list(node):
         for value in node:
             yield from _texts(value)
     elif isinstance(node, str) and 0 < len(node) <= 1000 and "\0" not in node:

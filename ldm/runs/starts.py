@@ -54,7 +54,7 @@ def read_starts(
     if not (request.images or request.folder):
         need(not masked, "give an image with --init-img, or a folder of pairs with --indir")
         return [Start(None, *own_size(request, model))]
-    starts = []
+    starts: list[Start] = []
     for init in inits_of(request, masked):
         canvas = canvases(init)
         for note in canvas.notes:
@@ -76,7 +76,8 @@ def inits_of(request: Request, masked: bool) -> list[Init]:
 
 def own_size(request: Request, model: Mapping[str, Any]) -> tuple[int, int]:
     """Returns width and height of an image from text, by default the config's, checked against its factor."""
-    factor, size = latent_factor(model), []
+    factor = latent_factor(model)
+    size: list[int] = []
     for name, given in (("W", request.job.width), ("H", request.job.height)):
         side = given or own_side(model)
         below, above = side // factor * factor, -(-side // factor) * factor

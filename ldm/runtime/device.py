@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -53,7 +53,7 @@ class Precision:
     name: str
     dtype: torch.dtype
 
-    def context(self, device: torch.device) -> AbstractContextManager:
+    def context(self, device: torch.device) -> AbstractContextManager[object]:
         """Returns the context for model calls: on a CPU, it casts in layers of other packages."""
         half_on_cpu = device.type == "cpu" and self.dtype != torch.float32
         return torch.autocast("cpu", self.dtype) if half_on_cpu else nullcontext()
@@ -92,7 +92,7 @@ def resolve_precision(requested: str, device: torch.device) -> Precision:
 
 
 @contextmanager
-def widened(*networks: nn.Module) -> Iterator[None]:
+def widened(*networks: nn.Module) -> Generator[None]:
     """Holds networks in half precision as float32, which is exact, and restores their dtype on exit."""
     networks = tuple(network for network in networks if any(True for _ in network.parameters()))
     dtypes = [next(network.parameters()).dtype for network in networks]

@@ -25,6 +25,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
 from ldm.models.keys import FIRST_STAGE_PREFIX
 from ldm.runtime import kernels
 from ldm.runtime.fast import Packer, accelerate, halved
+from ldm.util import is_list
 
 TRIAL, MOST_TRIALS = 0.1, 50  # seconds of trials of an operation, and their greatest number
 CHANNELS, HEADS = 320, 8  # sizes of the trials: those of v1's finest level
@@ -132,7 +133,7 @@ def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, tuple | list):
+        elif is_list(value):
             yield from _tensors(value)
 
 
@@ -253,7 +254,7 @@ def _prepare(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
+    q, k, v = (torch.unflatten(y, -1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -22,10 +22,19 @@ def can_pack(dtype: torch.dtype) -> bool:
     return available and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def has_matrix_units() -> bool:
+    """Returns whether this CPU has AMX tiles."""
+    return torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
+
+
+def has_bf16() -> bool:
+    """Returns whether this CPU has vector instructions for bf16 (AVX512-BF16)."""
+    return torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
+
+
 def fast_bf16() -> bool:
     """Returns whether this CPU multiplies bf16 numbers faster than float32."""
-    known = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return known and can_pack(torch.bfloat16)
+    return (has_matrix_units() or has_bf16()) and can_pack(torch.bfloat16)
 
 
 def pack_convolution(
@@ -121,8 +130,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     torch's kernel is the fastest for float32, and for bf16 on CPUs that have matrix units; elsewhere it multiplies
     bf16 numbers no faster than float32, and separate products in slices are faster.
     """
-    if q.dtype != torch.bfloat16 or torch.cpu._is_amx_tile_supported():
-        q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
+    if q.dtype != torch.bfloat16 or has_matrix_units():
+        q, k, v = (torch.unflatten(y, -1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     return attend_in_slices(q, k, v, heads)
 
@@ -132,7 +141,8 @@ def attend_in_slices(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     batch, queries, width = q.shape
     d, keys = width // heads, k.shape[1]
     q, k, v = (
-        y.unflatten(-1, (heads, d)).transpose(1, 2).reshape(batch * heads, -1, d) for y in (q * d**-0.5, k, v)
+        torch.unflatten(y, -1, (heads, d)).transpose(1, 2).reshape(batch * heads, -1, d)
+        for y in (q * d**-0.5, k, v)
     )
     k = k.transpose(1, 2)
     out = torch.empty_like(q)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,12 +43,20 @@ class FastUNet(_Sharing, UNetModel):
     """Shares what the halves of a guided batch have in common."""
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: None = None, **kwargs: Any
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        y: None = None,
+        guidance: Tensor | None = None,
+        control: Sequence[Tensor] | None = None,
+        **kwargs: Any,
     ) -> Tensor:
-        given = {name: kwargs[name] for name in ("guidance",) if kwargs.get(name) is not None}
-        x, timesteps, *values = self._shared(x, timesteps, context, *given.values())
-        kwargs |= dict(zip(given, values, strict=True))
-        return super().forward(x, timesteps, context, y, **kwargs)
+        if guidance is None:
+            x, timesteps = self._shared(x, timesteps, context)
+        else:
+            x, timesteps, guidance = self._shared(x, timesteps, context, guidance)
+        return super().forward(x, timesteps, context, y, guidance, control, **kwargs)
 
     def with_control(self, h: Tensor, added: Tensor) -> Tensor:
         rows = max(len(h), len(added))

@@ -13,6 +13,7 @@ from ldm.checkpoints.formats.detect import CheckpointError, open_regular, readin
 from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.checkpoints.load import load_into, skip_init
 from ldm.checkpoints.model_files import read_json
+from ldm.json_value import Json, JsonObject
 from ldm.places import find, hub_files
 from ldm.safety.network import SafetyChecker
 from ldm.util import printable
@@ -104,7 +105,7 @@ def _sizes(config: Path) -> dict[str, int]:
         return sizes
 
 
-def _mapping(value: Any, name: str) -> Mapping[str, Any]:
+def _mapping(value: Json, name: str) -> JsonObject:
     if not isinstance(value, dict):
         raise CheckpointError(f"is not a config of a safety checker: {name} is not a mapping")
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ class Screen:
 def _as_bools(flags: Tensor, count: int) -> list[bool]:
     if flags.dtype != torch.bool or flags.shape != (count,):
         raise ValueError(f"the check returned {flags.dtype} {list(flags.shape)} for {count} images")
-    return flags.tolist()
+    return cast("list[bool]", flags.tolist())
 
 
 def _verdict(pixels: np.ndarray | None, flagged: bool) -> Verdict:

@@ -62,7 +62,7 @@ def _settings(config: DictConfig) -> dict[str, tuple[type, ...]]:
             if isinstance(value, DictConfig):
                 add(value, f"{prefix}{key}.")
             else:
-                known.setdefault(f"{prefix}{key}", (type(value),))
+                known.setdefault(f"{prefix}{key}", (value.__class__,))
 
     add(config, "")
     return {name: kinds for name, kinds in known.items() if name not in _OF_THE_COMMAND}

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -22,6 +23,7 @@ from ldm.seeds import count_up
 from ldm.training.quality import judge, load_reader, score
 
 logger = logging.getLogger("ldm")
+_Item = TypeVar("_Item")
 
 Shares = dict[str, float]  # of each question, 0 to 1
 
@@ -91,7 +93,7 @@ def _shares(marks: Sequence[dict[str, bool]]) -> tuple[int, Shares]:
     return len(marks), {name: sum(mark[name] for mark in marks) / len(marks) for name in marks[0]}
 
 
-def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+def _chunks(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
     """Yields the items in runs of at most `size`."""
     return (items[i : i + size] for i in range(0, len(items), size))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class SceneReader(nn.Module):
 
 def split_answers(scores: Tensor) -> Iterator[Tensor]:
     """Splits scores by question [N, classes], in the order of `QUESTIONS`."""
-    return iter(scores.split(list(QUESTIONS.values()), dim=-1))
+    return iter(torch.split(scores, list(QUESTIONS.values()), dim=-1))
 
 
 def to_unit(images: np.ndarray) -> Tensor:
@@ -123,10 +124,10 @@ def load_reader(path: Path) -> SceneReader:
 @torch.no_grad()
 def judge(reader: SceneReader, images: np.ndarray, batch_size: int = 64) -> list[Verdict]:
     """Classifies images (uint8 [N, H, W, 3]): returns the answer to every question for each."""
-    verdicts = []
+    verdicts: list[Verdict] = []
     for start in range(0, len(images), batch_size):
         scores = split_answers(reader(to_unit(images[start : start + batch_size])))
-        classes = torch.stack([s.argmax(dim=1) for s in scores], dim=1).tolist()
+        classes = cast("list[list[int]]", torch.stack([s.argmax(dim=1) for s in scores], dim=1).tolist())
         verdicts += [
             {question: values[c] for (question, values), c in zip(ANSWERS.items(), row, strict=True)}
             for row in classes

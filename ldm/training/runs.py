@@ -32,7 +32,7 @@ STATE = "last.ckpt"
 MakeBatch = Callable[[int, np.random.Generator], Any]
 
 
-class Batches(IterableDataset):
+class Batches(IterableDataset[Any]):
     """An endless sequence of numbered batches; batch i depends only on (seed, i), so a run can be resumed.
 
     `make(i, rng)` builds batch i; `first` is the number to start with.
@@ -47,7 +47,7 @@ class Batches(IterableDataset):
         for number in itertools.count(self.first + start, stride):
             yield self.make(number, np.random.default_rng([self.seed, number]))
 
-    def loader(self, num_workers: int = 0) -> DataLoader:
+    def loader(self, num_workers: int = 0) -> DataLoader[Any]:
         """Returns the batches as a DataLoader; workers keep the order."""
         return DataLoader(self, batch_size=None, num_workers=num_workers)
 
@@ -176,8 +176,8 @@ def last_state(logdir: Path) -> tuple[Path, int]:
 def fit(
     trainer: pl.Trainer,
     module: pl.LightningModule,
-    train: DataLoader,
-    validation: DataLoader | None = None,
+    train: DataLoader[Any],
+    validation: DataLoader[Any] | None = None,
     resume: Path | None = None,
 ) -> None:
     """Trains to the end of the run or of its time, and saves the state that a later run can resume from."""

@@ -61,8 +61,9 @@ class Stage:
 
     def model_config(self) -> dict[str, Any]:
         """Returns the parameters of the model that the config names under `model`."""
-        params: Any = OmegaConf.to_container(read_config(Path(self.config.model)).model)["params"]  # type: ignore[index]
-        text = params["cond_stage_config"]["params"]
+        model: Any = OmegaConf.to_container(read_config(Path(self.config.model)).model)
+        params: dict[str, Any] = model["params"]
+        text: dict[str, Any] = params["cond_stage_config"]["params"]
         text["version"] = str(find(text["version"]))
         return params
 
@@ -78,7 +79,7 @@ class Stage:
             part.load_state_dict({k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)})
 
     def train(
-        self, module: pl.LightningModule, make: MakeBatch, validation: DataLoader | None = None
+        self, module: pl.LightningModule, make: MakeBatch, validation: DataLoader[Any] | None = None
     ) -> None:
         """Trains `module` on the numbered batches of `make`, from the last state if the run is resumed."""
         settings = RunSettings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def train_text(stage: Stage) -> None:
     tokenize = _tokenizer(embedder)
     module = TextTraining(embedder.transformer, cond_stage["params"]["width"], stage.optimisation)
     held_out = Batches(caption_batches(tokenize, "heldout", 500), seed=1)
-    validation = DataLoader([next(iter(held_out))], batch_size=None)  # type: ignore[arg-type]
+    validation = DataLoader[Any]([next(iter(held_out))], batch_size=None)  # type: ignore[arg-type]
     stage.train(module, caption_batches(tokenize, "train", options.batch_size), validation)
     save_atomically({"state_dict": embedder.state_dict()}, stage.logdir / TEXT)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -92,7 +93,7 @@ def train_taesd(stage: Stage) -> None:
     """Trains on rendered scenes, with the autoencoder of the model `training.of` as the truth -> a file for --vae."""
     options, data, path = stage.config.training, stage.config.data, Path(stage.config.export)
     images = stage.rendered("train", data.train)
-    fresh = DataLoader(to_pixels(stage.rendered("fresh", data.validation)), batch_size=16)  # type: ignore[arg-type]
+    fresh = DataLoader[Any](to_pixels(stage.rendered("fresh", data.validation)), batch_size=16)  # type: ignore[arg-type]
     model = load_model(read_config(stage.config.model), find(options.of))
     module = TAESDTraining(model, stage.optimisation, options.width, options.noise)
     stage.train(

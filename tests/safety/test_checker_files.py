@@ -153,7 +153,7 @@ def test_weights_that_do_not_fit_are_one_line(
     ("config", "reason"),
     [
         ("{", "damaged"),
-        ("[" * 100_000, "RecursionError"),
+        ("[" * 100_000, "nested too deeply"),
         ([], "is not a JSON mapping"),
         ({"projection_dim": 8}, "vision_config is not a mapping"),
         ({**CONFIG, "projection_dim": "8"}, "projection_dim is '8'"),

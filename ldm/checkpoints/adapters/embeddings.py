@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.checkpoints.formats.detect import CheckpointError, open_regular, reading
 from ldm.checkpoints.formats.embedding_image import holds_embedding, is_png
 from ldm.checkpoints.formats.read import read_tree
+from ldm.checkpoints.formats.tensor_bytes import Tree
 from ldm.files import files_below
 from ldm.job import EMBEDDING_ENDINGS
 from ldm.modules.encoders.modules import AbstractEncoder, FrozenCLIPEmbedder
@@ -61,7 +62,7 @@ def read_embedding(path: str | Path, width: int, longest: int, name: str | None 
     return Embedding(path, name or path.stem, () if name else tuple(names), vectors)
 
 
-def _find(tree: Any, path: Path) -> tuple[list[Tensor], list[str]]:
+def _find(tree: Tree, path: Path) -> tuple[list[Tensor], list[str]]:
     """The vectors in a file, each tensor [n, width], and the names next to them."""
     if isinstance(tree, list):
         parts = [_find(entry, path) for entry in tree]
@@ -82,13 +83,13 @@ def _find(tree: Any, path: Path) -> tuple[list[Tensor], list[str]]:
     return list(terms.values()), names
 
 
-def _is_for_sdxl(tree: Mapping[Any, Any], terms: Mapping[Any, Tensor]) -> bool:
+def _is_for_sdxl(tree: Mapping[Any, Tree], terms: Mapping[Any, Tensor]) -> bool:
     """Whether there are vectors for the second text encoder of SDXL, by its name or by their widths."""
     named = any("clip_g" in entry for entry in (tree, *tree.values()) if isinstance(entry, dict))
     return named or {vectors.shape[-1] for vectors in terms.values()} == _SDXL_WIDTHS
 
 
-def _vectors(entries: Mapping[Any, Any]) -> dict[Any, Tensor]:
+def _vectors(entries: Mapping[Any, Tree]) -> dict[Any, Tensor]:
     """The entries that are vectors, each as [n, width]."""
     return {
         term: value[None] if value.dim() == 1 else value
@@ -129,7 +130,7 @@ def _read_folder(folder: str | Path | None, width: int, longest: int) -> list[Em
     """The embeddings below a folder; a file that cannot be used is named and left out."""
     if folder is None:
         return []
-    found = []
+    found: list[Embedding] = []
     for path in files_below(folder, "the embedding folder"):
         if path.name.endswith(EMBEDDING_ENDINGS):
             try:

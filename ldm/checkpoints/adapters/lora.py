@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from ldm.checkpoints.formats.detect import CheckpointError, reading
 from ldm.checkpoints.formats.read import Checkpoint, read_checkpoint
 from ldm.checkpoints.layouts.recognise import SDXL, count_and_names, family_by_key
 from ldm.files import read_side_file
+from ldm.json_value import Json, JsonObject, as_object, load_json
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import InputError, printable
 
@@ -108,15 +108,16 @@ def _check(path: Path, layer: str, parts: Parts, module: nn.Module) -> None:
 # --- alpha as PEFT writes it: in a JSON file next to it, or in the header -------------------------------------------
 
 
-def _peft_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+def _peft_settings(checkpoint: Checkpoint) -> JsonObject:
     text = checkpoint.metadata.get("lora_adapter_metadata")
     if text is None and (separate := settings_file(checkpoint.path)):
         with reading(separate):
             text = read_side_file(separate).decode("utf-8", "replace")
-    try:
-        settings = json.loads(str(text)) if text is not None else {}
-    except (ValueError, RecursionError):
-        settings = None
+    settings: Json = {}
+    if text is not None:
+        with contextlib.suppress(ValueError):
+            settings = None
+            settings = load_json(str(text))
     if not isinstance(settings, dict):
         raise _error(checkpoint.path, "has settings of PEFT that cannot be read")
     kind = settings.get("peft_type", "LORA")
@@ -126,7 +127,7 @@ def _peft_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     return settings
 
 
-def _peft_alpha(settings: Mapping[str, Any], layer: str, down: Tensor, path: Path) -> Tensor:
+def _peft_alpha(settings: JsonObject, layer: str, down: Tensor, path: Path) -> Tensor:
     """The alpha that PEFT gave a layer, or its rank; with `use_rslora` PEFT divides by the root of the rank."""
     part = next((name for name in ("unet.", "text_encoder.") if layer.startswith(name)), "")
     alpha, pattern, stabilised = (
@@ -134,11 +135,11 @@ def _peft_alpha(settings: Mapping[str, Any], layer: str, down: Tensor, path: Pat
         for name in ("lora_alpha", "alpha_pattern", "use_rslora")
     )
     rank = down.shape[0] if down.dim() else 0
-    exceptions = pattern.items() if isinstance(pattern, dict) else ()
+    exceptions = as_object(pattern).items()
     alpha = next((value for end, value in exceptions if f".{layer}".endswith(f".{end}")), alpha)
     if alpha is None:
         return torch.tensor(float(rank))
-    if type(alpha) not in (int, float):
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise _error(path, f"has the alpha {printable(alpha)[:50]!r} for {printable(layer[:200])}")
     return torch.tensor(alpha * rank**0.5 if stabilised else float(alpha))
 
@@ -197,7 +198,7 @@ class LoraStack:
     def _set(self, layer: str, recipe: Sequence[tuple[Path, float]]) -> None:
         """Gives a layer its own parameters plus the sum of the changes in `recipe`."""
         module = self._model.get_submodule(layer)
-        parameters = {}
+        parameters: dict[str, nn.Parameter] = {}
         changes = [(self._files[path].layers[layer], multiplier) for path, multiplier in recipe]
         for name, parameter in dict(module.named_parameters(recurse=False)).items():
             own = self._own.setdefault((layer, name), parameter)

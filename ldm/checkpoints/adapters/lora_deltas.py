@@ -7,6 +7,7 @@ Rank r is that of the factors, and the scale is alpha / r, or 1 without alpha.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -68,9 +69,10 @@ def _difference(parts: Parts) -> Tensor | None:
             return parts["diff"]
         case ["norm"]:
             return parts["w_norm"]
-    if parts.keys() - {"diff_b", "b_norm", "alpha"}:
-        raise ValueError(f"has only {', '.join(sorted(parts))} of its change")
-    return None
+        case _:
+            if parts.keys() - {"diff_b", "b_norm", "alpha"}:
+                raise ValueError(f"has only {', '.join(sorted(parts))} of its change")
+            return None
 
 
 def _scale(parts: Parts, rank: int) -> float:
@@ -158,5 +160,5 @@ def _decomposed(weight: Tensor, difference: Tensor, magnitude: Tensor) -> Tensor
     changed = weight + difference
     kept = 1 if len(magnitude) == 1 and len(weight) > 1 else 0
     axes = [axis for axis in range(weight.dim()) if axis != kept]
-    norm = torch.linalg.vector_norm(changed, dim=axes, keepdim=True)
+    norm = cast("Tensor", torch.linalg.vector_norm(changed, dim=axes, keepdim=True))
     return magnitude * changed / norm.where(norm > 0, 1.0) - weight

@@ -13,6 +13,7 @@ from ldm.checkpoints.formats.tensor_bytes import FileBytes
 from ldm.checkpoints.hashing import file_sha256
 from ldm.files import files_below
 from ldm.job import MODEL_ENDINGS, lora_name
+from ldm.json_value import as_object
 from ldm.util import InputError, printable
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -124,7 +125,7 @@ def output_name(path: Path) -> str:
             if sniff(file) != "safetensors":
                 return ""
             header, _ = read_header(FileBytes(file, use_mmap=True))
-            return str(header.get("__metadata__", {}).get("ss_output_name", ""))
+            return str(as_object(header.get("__metadata__")).get("ss_output_name", ""))
     except CheckpointError:  # another file of the folder than the one that is looked for, perhaps
         return ""
 
@@ -137,6 +138,6 @@ def lora_hash(path: Path) -> str:
             return file_sha256(path)[:_HASH_DIGITS]
         content = FileBytes(file, use_mmap=True)
         header, start = read_header(content)
-        noted = header.get("__metadata__", {}).get("sshs_model_hash")
+        noted = as_object(header.get("__metadata__")).get("sshs_model_hash")
         digest = str(noted) if noted else sha256(content.read(start, content.size - start)).hexdigest()
         return digest[:_HASH_DIGITS]

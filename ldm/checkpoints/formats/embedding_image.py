@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError, file_size
+from ldm.checkpoints.formats.tensor_bytes import Tree
 
 KEYWORD = b"sd-ti-embedding"
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -30,7 +31,7 @@ def holds_embedding(file: BinaryIO) -> bool:
     return _find(file) is not None
 
 
-def read_png_embedding(file: BinaryIO) -> dict[str, Any]:
+def read_png_embedding(file: BinaryIO) -> dict[Any, Tree]:
     """The textual inversion of an open PNG file: names, numbers, and CPU tensors in float32.
 
     Only numbers, text, lists and mappings can come of it. Call it inside `reading`. A PNG without one is a
@@ -43,7 +44,7 @@ def read_png_embedding(file: BinaryIO) -> dict[str, Any]:
             "hidden in the pixels is not read: use its .pt file"
         )
     try:
-        tree = json.loads(base64.b64decode(_text(*found), validate=True), object_hook=_tensors)
+        tree: Tree = json.loads(base64.b64decode(_text(*found), validate=True), object_hook=_tensors)
     except (binascii.Error, ValueError, RecursionError) as error:
         raise CheckpointError(f"holds a textual inversion that is damaged: {error}") from None
     if not isinstance(tree, dict):
@@ -95,7 +96,7 @@ def _text(kind: bytes, data: bytes) -> bytes:
     return text
 
 
-def _tensors(entry: dict[str, Any]) -> Any:
+def _tensors(entry: dict[str, Tree]) -> Tree:
     """A mapping of JSON, or the tensor that it describes."""
     if _TENSOR not in entry:
         return entry

@@ -12,12 +12,13 @@ import pickletools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.formats.tensor_bytes import FLOAT8, MAX_TENSORS, Storage, TensorSpec
+from ldm.util import is_list, is_mapping
 
 MAX_PICKLE_BYTES = 64 * 2**20
 MAX_INSTRUCTIONS = 1_000_000  # a v1 training checkpoint with EMA and optimizer has about 200,000
@@ -79,6 +80,14 @@ class _ParameterDict:
 _NOTHING = _Inert()
 
 
+def _is_tuple(value: object) -> TypeGuard[tuple[Any, ...]]:
+    return type(value) is tuple
+
+
+def _is_list(value: object) -> TypeGuard[list[Any]]:
+    return type(value) is list
+
+
 def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
     if arguments:
         raise CheckpointError(
@@ -91,7 +100,7 @@ def _tensor(arguments: tuple[Any, ...]) -> TensorSpec:
     storage, offset, size, stride = arguments[:4]
     if any(arguments[6:]):
         raise CheckpointError("is a lazily negated or conjugated view; save it again after .resolve_neg()")
-    if type(storage) is not Storage or type(size) is not tuple or type(stride) is not tuple:
+    if type(storage) is not Storage or not _is_tuple(size) or not _is_tuple(stride):
         raise CheckpointError("describes a tensor in an unknown way")
     return TensorSpec(storage, offset, size, stride, storage.dtype)
 
@@ -178,9 +187,10 @@ class _Machine:
         self._extend(self._since_mark())
 
     def _extend(self, values: list[Any]) -> None:
-        if type(self.stack[-1]) is not list:
+        target = self.stack[-1]
+        if not _is_list(target):
             raise CheckpointError("appends to something that is not a list")
-        self.stack[-1].extend(values)
+        target.extend(values)
 
     def set_item(self, _: Any) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -226,7 +236,7 @@ class _Machine:
 
     def call(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        if type(function) is not _Name or function.name not in _BUILDERS or type(arguments) is not tuple:
+        if type(function) is not _Name or function.name not in _BUILDERS or not _is_tuple(arguments):
             raise CheckpointError("calls something that cannot be called; refused, nothing was run")
         result = _BUILDERS[function.name](arguments)
         self.tensors += type(result) is TensorSpec
@@ -261,7 +271,7 @@ def is_known(name: str) -> bool:
 
 def _storage(pid: Any) -> Storage:
     """A storage from its id: the word, a type, a key, a device (ignored), a count; legacy files add None."""
-    if type(pid) is not tuple or not pid or pid[0] != "storage":
+    if not _is_tuple(pid) or not pid or pid[0] != "storage":
         raise CheckpointError("refers to something outside that is not a tensor (a whole pickled model?)")
     if len(pid) not in (5, 6) or any(view is not None for view in pid[5:]):
         raise CheckpointError("has a tensor that is a view of another record")
@@ -350,7 +360,7 @@ class _Tree:
             node = node.parameters
         if isinstance(node, (_Name, _Inert, Storage, _ParameterDict)):
             return None
-        if not isinstance(node, (dict, list, tuple, TensorSpec)):
+        if not (is_mapping(node) or is_list(node) or isinstance(node, TensorSpec)):
             return node
         identity = id(node)
         if identity in self._open:
@@ -364,7 +374,7 @@ class _Tree:
     def _convert(self, node: Any, key: Any) -> Any:
         if isinstance(node, TensorSpec):
             return self._tensor(node, key)
-        if isinstance(node, dict):
+        if is_mapping(node):
             return {name: self.build(value, name) for name, value in node.items()}
         return type(node)(self.build(value, key) for value in node)
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,11 +15,12 @@ from ldm.checkpoints.formats.detect import CheckpointError, Format, open_regular
 from ldm.checkpoints.formats.embedding_image import is_png, read_png_embedding
 from ldm.checkpoints.formats.pickle_reader import DTYPES
 from ldm.checkpoints.formats.safetensors_file import read_safetensors
-from ldm.checkpoints.formats.tensor_bytes import FLOAT8
+from ldm.checkpoints.formats.tensor_bytes import FLOAT8, Tree
 from ldm.checkpoints.formats.torch_legacy import read_torch_legacy
 from ldm.checkpoints.formats.torch_zip import damaged_records, read_torch_zip
 from ldm.checkpoints.layouts.prediction import Prediction
 from ldm.checkpoints.layouts.recognise import ModelKind, kind_of, looks_like
+from ldm.json_value import JsonObject
 
 _WRAPPERS = ("state_dict", "model")
 _WRAPPING_MODULES = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
@@ -43,8 +43,8 @@ class Checkpoint:
     path: Path
     format: Format
     state_dict: Mapping[str, torch.Tensor]
-    metadata: Mapping[str, Scalar] = field(default_factory=dict)
-    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    metadata: Mapping[str, Scalar] = field(default_factory=dict[str, Scalar])
+    configs: Mapping[str, JsonObject] = field(default_factory=dict[str, JsonObject])
     vocabulary: Path | None = None
     prediction: Prediction = field(default_factory=Prediction)
 
@@ -68,7 +68,7 @@ def read_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Checkpoi
         return Checkpoint(Path(path), found, state_dict, metadata)
 
 
-def read_tree(path: str | os.PathLike[str], mmap: bool = True) -> Any:
+def read_tree(path: str | os.PathLike[str], mmap: bool = True) -> Tree:
     """Everything a file holds, for files that are not models: dicts, lists, scalars, text and CPU tensors.
 
     Of a PNG image that is the textual inversion in its texts.
@@ -103,33 +103,33 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(total) or torch.isfinite(tensor).all())  # sums are quick, but may overflow
 
 
-def _read_tree(path: str | os.PathLike[str], mmap: bool) -> tuple[Any, Format, dict[str, Scalar]]:
+def _read_tree(path: str | os.PathLike[str], mmap: bool) -> tuple[Tree, Format, dict[str, Scalar]]:
     with open_regular(path) as file:
         found = sniff(file)
         if found == "safetensors":
             tensors, metadata = read_safetensors(file, mmap)
-            return tensors, found, dict(metadata)
+            return {**tensors}, found, {**metadata}
         tree = read_torch_zip(file, mmap) if found == "torch zip" else read_torch_legacy(file, mmap)
         return tree, found, _scalars(tree)
 
 
-def _scalars(tree: Any) -> dict[str, Scalar]:
+def _scalars(tree: Tree) -> dict[str, Scalar]:
     if not isinstance(tree, dict):
         return {}
-    within = [(name, tree[name]) for name in _DESCRIPTIONS if isinstance(tree.get(name), dict)]
+    within = [(name, inner) for name in _DESCRIPTIONS if isinstance(inner := tree.get(name), dict)]
     plain = {f"{name}: {key}": _plain(value) for name, inner in within for key, value in inner.items()}
-    plain.update((key, _plain(value)) for key, value in tree.items())
-    return {str(key): value for key, value in plain.items() if isinstance(value, (int, float, str, bool))}
+    plain |= {str(key): _plain(value) for key, value in tree.items()}
+    return {key: value for key, value in plain.items() if isinstance(value, (int, float, str, bool))}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Tree) -> Tree:
     """A tensor of one number as that number; an empty one is a mark, so True."""
     if not isinstance(value, torch.Tensor) or value.numel() > 1 or value.device.type != "cpu":
         return value
     return value.item() if value.numel() else True
 
 
-def _find_state_dict(tree: Any) -> dict[str, torch.Tensor]:
+def _find_state_dict(tree: Tree) -> dict[str, torch.Tensor]:
     """The mapping of tensors: the whole file, or what is under `state_dict` or `model`, perhaps nested."""
     for _ in range(_MAX_NESTING):
         if not isinstance(tree, dict):
@@ -140,13 +140,16 @@ def _find_state_dict(tree: Any) -> dict[str, torch.Tensor]:
         tree = tree[wrapper]
     if not isinstance(tree, dict) or not tree:
         raise CheckpointError(f"holds no tensors: found {_type_name(tree)} in place of a state dict")
-    stray = next((key for key, value in tree.items() if type(value) is not torch.Tensor), None)
-    if stray is not None or not all(isinstance(key, str) for key in tree):
+    tensors = {
+        key: value for key, value in tree.items() if isinstance(key, str) and type(value) is torch.Tensor
+    }
+    if len(tensors) < len(tree):
+        stray = next((key for key, value in tree.items() if type(value) is not torch.Tensor), None)
         found = ", ".join(repr(str(key)[:60]) for key in list(tree)[:5])
         raise CheckpointError(
             f"holds no state dict: {str(stray)[:60]!r} is not a tensor; it has {found}{looks_like(kind_of(tree))}"
         )
-    return tree
+    return tensors
 
 
 def _unwrapped(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypeGuard
 
 import torch
 
 from ldm.checkpoints.formats.detect import MAX_SAFETENSORS_HEADER, CheckpointError
 from ldm.checkpoints.formats.tensor_bytes import MAX_DIMENSIONS, MAX_TENSORS, FileBytes, bounded_product
+from ldm.json_value import Json, JsonObject, as_object
 
 _MAX_HEADER_PARTS = 2_000_000  # of JSON; a tensor takes about 8, and a LoRA's list of tags one each
 
@@ -38,8 +39,9 @@ def read_safetensors(file: BinaryIO, use_mmap: bool) -> tuple[dict[str, torch.Te
     """The tensors (on the CPU) and the text metadata of a file. Call it inside `reading`."""
     content = FileBytes(file, use_mmap)
     header, data_start = read_header(content)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    noted = header.pop("__metadata__", {})
+    metadata = {key: value for key, value in as_object(noted).items() if isinstance(value, str)}
+    if metadata != noted:
         raise CheckpointError("has a __metadata__ that is not a mapping from text to text")
     if not header:
         raise CheckpointError("holds no tensors")
@@ -54,7 +56,7 @@ def read_safetensors(file: BinaryIO, use_mmap: bool) -> tuple[dict[str, torch.Te
     return tensors, metadata
 
 
-def read_header(content: FileBytes) -> tuple[dict[str, Any], int]:
+def read_header(content: FileBytes) -> tuple[JsonObject, int]:
     """The JSON header, in which no key occurs twice, and the byte at which the data begin."""
     length = int.from_bytes(content.read(0, 8), "little")
     if length > MAX_SAFETENSORS_HEADER:
@@ -62,39 +64,39 @@ def read_header(content: FileBytes) -> tuple[dict[str, Any], int]:
     raw = bytes(content.read(8, length))
     if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > _MAX_HEADER_PARTS:
         raise CheckpointError(f"has a safetensors header of more than {_MAX_HEADER_PARTS} parts; refused")
-    header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    header: Json = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     if not isinstance(header, dict):
         raise CheckpointError("has a safetensors header that is not a mapping")
     return header, 8 + length
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Json]]) -> JsonObject:
     mapping = dict(pairs)
     if len(mapping) != len(pairs):
         raise CheckpointError("has the same key twice in its header; refused")
     return mapping
 
 
-def _checked_entry(key: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
+def _checked_entry(key: str, entry: Json) -> tuple[torch.dtype, list[int], int, int]:
     """Data type, shape, first byte and end of a tensor, relative to the data, from its header entry."""
     name = repr(key[:200])
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"tensor {name} has a header entry that is not dtype, shape, data_offsets")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise CheckpointError(f"tensor {name} has the unknown dtype {str(entry['dtype'])[:50]!r}")
+    dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
+        raise CheckpointError(f"tensor {name} has the unknown dtype {str(dtype_name)[:50]!r}")
     if not (_are_natural(shape) and _are_natural(offsets) and len(offsets) == 2):
         raise CheckpointError(f"tensor {name} has a shape or data_offsets that are not natural numbers")
     if len(shape) > MAX_DIMENSIONS:
         raise CheckpointError(f"tensor {name} has {len(shape)} dimensions (at most {MAX_DIMENSIONS})")
-    dtype = DTYPES[entry["dtype"]]
+    dtype = DTYPES[dtype_name]
     needed = bounded_product(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != needed:
         raise CheckpointError(f"tensor {name} needs {needed} bytes, but data_offsets are {offsets}")
     return dtype, shape, offsets[0], offsets[1]
 
 
-def _are_natural(numbers: Any) -> bool:
+def _are_natural(numbers: Json) -> TypeGuard[list[int]]:
     return isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
 
 

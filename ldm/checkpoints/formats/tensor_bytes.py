@@ -7,11 +7,16 @@ import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError, file_size
+
+# what a file can hold
+Tree: TypeAlias = (
+    "dict[Any, Tree] | list[Tree] | tuple[Tree, ...] | torch.Tensor | str | bytes | int | float | None"
+)
 
 MAX_DIMENSIONS = 8
 MAX_TENSORS = 65_536  # of a file; a v1 training checkpoint with EMA and optimizer has about 3,500

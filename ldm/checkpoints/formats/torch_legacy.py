@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.formats.pickle_reader import MAX_PICKLE_BYTES, build_tree, read_pickle
-from ldm.checkpoints.formats.tensor_bytes import FileBytes, Storage, TensorSpec
+from ldm.checkpoints.formats.tensor_bytes import FileBytes, Storage, TensorSpec, Tree
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _PROTOCOL_VERSION = 1001
 _COUNT_BYTES = 8
 
 
-def read_torch_legacy(file: BinaryIO, use_mmap: bool) -> Any:
+def read_torch_legacy(file: BinaryIO, use_mmap: bool) -> Tree:
     """The content of the file: dicts, lists, tuples, numbers, text and CPU tensors. Call it inside `reading`."""
     file.seek(0)
     start = io.BytesIO(file.read(MAX_PICKLE_BYTES))
     declared: dict[str, Storage] = {}
-    magic, version, system = (read_pickle(start) for _ in range(3))
+    magic, version = read_pickle(start), read_pickle(start)
+    system: Tree = read_pickle(start)
     described = read_pickle(start, declared)
     keys = read_pickle(start)
     if magic != _MAGIC_NUMBER or version != _PROTOCOL_VERSION:
@@ -34,15 +35,16 @@ def read_torch_legacy(file: BinaryIO, use_mmap: bool) -> Any:
 
 
 def _storages(
-    content: FileBytes, position: int, keys: Any, declared: dict[str, Storage]
+    content: FileBytes, position: int, keys: Tree, declared: dict[str, Storage]
 ) -> dict[str, torch.Tensor]:
     """The flat storages that follow the pickles in the order of `keys`, each after its number of elements."""
-    if not isinstance(keys, list) or not all(type(key) is str for key in keys):
+    names = [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else None
+    if names is None or names != keys:
         raise CheckpointError("has a list of records that is not a list of names")
-    if len(keys) != len(declared) or set(keys) != set(declared):
+    if len(names) != len(declared) or set(names) != set(declared):
         raise CheckpointError("does not hold exactly the records that its tensors need (unfilled storage)")
-    storages = {}
-    for key in keys:
+    storages: dict[str, torch.Tensor] = {}
+    for key in names:
         storage = declared[key]
         count = int.from_bytes(content.read(position, _COUNT_BYTES), "little")
         if count != storage.count:

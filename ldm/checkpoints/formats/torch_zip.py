@@ -47,7 +47,7 @@ def _pickle_bytes(content: FileBytes, record: zipfile.ZipInfo, starts: dict[str,
 
 def damaged_records(file: BinaryIO) -> list[str]:
     """The names of all records whose bytes do not match their CRC. Reads the whole file."""
-    damaged = []
+    damaged: list[str] = []
     with open_zip(file) as archive:
         for record in _checked_records(archive).values():
             try:
@@ -176,6 +176,6 @@ def _data_start(content: FileBytes, record: zipfile.ZipInfo) -> int:
         raise CheckpointError("has no header where the zip directory places it")
     name_start = record.header_offset + _LOCAL_HEADER.size
     name = record.filename.encode("utf-8" if record.flag_bits & _UTF8_NAME else "cp437")
-    if content.read(name_start, name_length) != name:
+    if bytes(content.read(name_start, name_length)) != name:
         raise CheckpointError(f"has another name for {record.filename[:100]!r} in its header; refused")
     return name_start + name_length + extra_length

@@ -43,7 +43,7 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(_header(entries, metadata))
         for key in order:
-            for piece in tensors[key].detach().contiguous().reshape(-1).split(_PIECE):
+            for piece in torch.split(tensors[key].detach().contiguous().reshape(-1), _PIECE):
                 data = piece.to(types[key]).contiguous().view(torch.uint8).numpy().data
                 sha.update(data)
                 file.write(data)

@@ -128,7 +128,7 @@ def config_beside(path: str | os.PathLike[str]) -> dict[str, str]:
 
     Nothing else in the file is used. One that is not a small regular file is an `InputError`.
     """
-    entries = {}
+    entries: dict[str, str] = {}
     for config in (Path(path).with_suffix(ending) for ending in (".yaml", ".yml")):
         if os.path.isdir(path) or not os.path.lexists(config):
             continue

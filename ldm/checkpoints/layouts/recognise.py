@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ldm.models.keys import COND_STAGE_PREFIX, EMA_PREFIX, FIRST_STAGE_PREFIX, UNET_PREFIX
-from ldm.util import printable
+from ldm.util import is_mapping, printable
 
 Part = Literal[
     "", "model", "U-Net", "autoencoder", "text encoder", "ControlNet", "LoRA", "embedding", "safety checker",
@@ -179,7 +179,7 @@ def tensors_in(tree: Mapping[str, Any], depth: int = 3) -> Iterator[tuple[str, A
 
 def _leaves(tree: Mapping[str, Any], depth: int) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        if isinstance(value, Mapping) and value and depth > 1:
+        if is_mapping(value) and value and depth > 1:
             yield from ((f"{key}.{name}", leaf) for name, leaf in _leaves(value, depth - 1))
         else:
             yield str(key), value

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ldm import cli
 from ldm.cli.app import outcome
 from ldm.cli.changes import as_changes
+from ldm.cli.parser import Parser
 from ldm.runs.model_cache import ModelCache
 from ldm.util import InputError, need, printable
 
@@ -32,7 +33,7 @@ _EXAMPLES = (
 )
 
 
-def _run_options() -> argparse.ArgumentParser:
+def _run_options() -> Parser:
     """Returns the options of all scripts that make images."""
     options = cli.make_parser(_DESCRIPTION, "FILE [FILE ...] [options]", _EXAMPLES)
     cli.add_prompt_options(options, prompt="")
@@ -67,10 +68,9 @@ _FOR_RUNS = {
 }  # fmt: skip
 
 
-def _add_replay_options(parser: argparse.ArgumentParser) -> None:
+def _add_replay_options(parser: Parser) -> None:
     """Adds the options for files and actions. Options of whole runs, which the parser has already, are hidden."""
-    for action in parser._actions:
-        action.help = argparse.SUPPRESS if action.dest in _FOR_RUNS else action.help
+    parser.hide(_FOR_RUNS)
     parser.conflict_handler = "resolve"  # an option of this name in a run has another meaning
     parser.add_argument(
         "files", metavar="FILE", nargs="+", help="PNG, JPEG or WebP files that were generated"
@@ -104,7 +104,7 @@ def _replay(opt: argparse.Namespace, usual: Mapping[str, Any]) -> int:
 
     `opt` holds the typed options, and `usual` the default options of a run.
     """
-    typed = {name: value for name, value in vars(opt).items() if name not in _OWN}
+    typed = {name: value for name, value in vars(opt).items() if name not in _OWN and value is not None}
     for name, option in _FOR_RUNS.items():
         need(name not in typed, f"replay.py does not take {option} (it makes one image at a time)")
     need(opt.show or not (opt.json or opt.dry_run), "--json and --dry_run go with --show")

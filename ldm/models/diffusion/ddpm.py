@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from ldm.modules.diffusionmodules.util import extract_into_tensor
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
-from ldm.util import InputError, instantiate_from_config, only_with, printable
+from ldm.util import InputError, instantiate_from_config, is_list, is_mapping, only_with, printable
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class DDPM(nn.Module):
         return self.betas.device
 
     @contextmanager
-    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+    def ema_scope(self, context: str | None = None) -> Generator[None]:
         """Gives the U-Net its averaged weights, and restores the others on exit; `context` is logged."""
         if not self.use_ema:
             yield
@@ -258,8 +258,8 @@ class LatentDiffusion(DDPM):
         `guidance` [N] for a model that `embeds_guidance`. `return_ids` is for
         U-Nets with a codebook, which these are not.
         """
-        if not isinstance(cond, dict):
-            conds = list(cond) if isinstance(cond, list | tuple) else [cond]
+        if not is_mapping(cond):
+            conds = list(cond) if is_list(cond) else [cond]
             cond = {"c_concat" if self.model.conditioning_key == "concat" else "c_crossattn": conds}
         return self.model(x_noisy, t, **cond)
 

@@ -6,6 +6,7 @@ alpha-bar: a noisy latent is sqrt(alpha_t) x0 + sqrt(1 - alpha_t) eps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -113,7 +114,7 @@ def make_timesteps(spacing: str, steps: int, total: int = 1000) -> NDArray[np.in
             )
         return timesteps
     if spacing == "quad":
-        return (np.linspace(0, np.sqrt(total * 0.8), steps) ** 2).astype(np.int64) + 1
+        return (np.linspace(0, math.sqrt(total * 0.8), steps) ** 2).astype(np.int64) + 1
     raise InputError(f"unknown timestep spacing {spacing!r}; it is uniform, compvis or quad")
 
 

@@ -34,7 +34,7 @@ class TimestepBlock(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define forward(x, emb)")
 
 
-class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
+class TimestepEmbedSequential(nn.Sequential, TimestepBlock):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Runs its children in turn and passes to each its inputs: the time embedding, the context, the size."""
 
     def forward(  # type: ignore[override]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils import checkpoint as checkpointing
 
 from ldm.util import get_obj_from_str
 from ldm.util import mean_flat as mean_flat
@@ -113,5 +113,5 @@ def checkpoint(
     `params` is part of the published signature; autograd finds the parameters itself.
     """
     if flag and torch.is_grad_enabled():
-        return recompute(func, *inputs, use_reentrant=False)  # type: ignore[return-value]
+        return checkpointing.checkpoint(func, *inputs, use_reentrant=False)  # type: ignore[return-value]
     return func(*inputs)

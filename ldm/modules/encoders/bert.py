@@ -9,6 +9,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -40,8 +41,8 @@ class SelfAttention(CrossAttention):
 class Residual(nn.Sequential):
     """Adds to its input the output of its children in sequence."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        return input + cast("Tensor", super().forward(input))
 
 
 class PreNormLayers(nn.Module):

@@ -37,7 +37,7 @@ class AbstractEncoder(nn.Module):
 
     _cuts_shown = 0
 
-    def encode(self, *args: object) -> Tensor:
+    def encode(self, *args: Any, **kwargs: Any) -> Tensor:
         """Encodes prompts as a conditioning."""
         raise TypeError(f"{type(self).__name__} does not define encode")
 
@@ -134,7 +134,8 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         Each vector takes the place of one token (textual inversion, Gal et al. 2022).
         """
         tower = self.transformer.text_model.embeddings
-        first, ids = tower.token_embedding.num_embeddings, {}
+        first = tower.token_embedding.num_embeddings
+        ids: dict[str, range] = {}
         for word, vector in embeddings.items():
             ids[word] = range(first, first + len(vector))
             first += len(vector)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ldm.files import read_side_file
+from ldm.json_value import as_object, load_json
 from ldm.util import InputError, printable
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -268,7 +269,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 
 def _parse_merges(lines: Iterable[str], path: Path) -> list[tuple[str, str]]:
-    merges = []
+    merges: list[tuple[str, str]] = []
     for line in lines:
         left, _, right = line.rstrip("\n").partition(" ")
         if not left or not right:
@@ -279,12 +280,14 @@ def _parse_merges(lines: Iterable[str], path: Path) -> list[tuple[str, str]]:
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
     try:
-        vocabulary = json.loads(read_side_file(path))
+        table = load_json(read_side_file(path))
     except InputError:
         raise
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _unreadable(path, error) from None
-    if not isinstance(vocabulary, dict) or not all(type(index) is int for index in vocabulary.values()):
+    ids = as_object(table)
+    vocabulary = {token: i for token, i in ids.items() if isinstance(i, int) and not isinstance(i, bool)}
+    if len(vocabulary) < len(ids) or not isinstance(table, dict):
         raise InputError(f"{printable(path)} is not a vocabulary: it must map tokens to whole numbers")
     return vocabulary
 

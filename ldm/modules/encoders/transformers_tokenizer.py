@@ -32,18 +32,16 @@ class TransformersTokenizer(tokenization_clip.CLIPTokenizer):
             add_prefix_space=False, use_regex=False
         )
 
-    def _encode_plus(
-        self, text: Any, text_pair: Any = None, is_split_into_words: bool = False, **kwargs: Any
-    ) -> BatchEncoding:
-        if is_split_into_words:
-            return super()._encode_plus(text, text_pair, is_split_into_words=True, **kwargs)
+    def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
+        if kwargs.pop("is_split_into_words", False):
+            return super()._encode_plus(text, text_pair, *args, is_split_into_words=True, **kwargs)
         text, text_pair = (
             list(self._words(part))
             if isinstance(part, str)
             else part and [list(self._words(t)) for t in part]
             for part in (text, text_pair)
         )
-        return super()._encode_plus(text, text_pair, is_split_into_words=True, **kwargs)
+        return super()._encode_plus(text, text_pair, *args, is_split_into_words=True, **kwargs)
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         """Returns the tokens of a text, under the method name of transformers' former class."""

@@ -50,7 +50,8 @@ def karras(steps: int, trained: Trained, schedule: Schedule) -> Levels:
     """(max^(1/rho) + i/(n-1) (min^(1/rho) - max^(1/rho)))^rho: Karras et al. 2022, equation 5."""
     low, high = _range(trained, schedule)
     root = 1 / _rho(schedule)
-    return _ending_at_zero(trained, np.linspace(high**root, low**root, steps) ** _rho(schedule))
+    begin, end = math.pow(high, root), math.pow(low, root)
+    return _ending_at_zero(trained, np.linspace(begin, end, steps) ** _rho(schedule))
 
 
 def exponential(steps: int, trained: Trained, schedule: Schedule) -> Levels:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from numpy.typing import ArrayLike
@@ -71,7 +71,7 @@ def solve(
     x, name = torch.as_tensor(x), K_DIFFUSION.get(name, name)
     if name not in SOLVERS:
         raise InputError(f"unknown solver {name!r}; it is one of {', '.join(SOLVERS)}")
-    values = tuple(torch.as_tensor(sigmas, dtype=torch.float64).tolist())
+    values = tuple(cast("list[float]", torch.as_tensor(sigmas, dtype=torch.float64).tolist()))
     sampler = SOLVERS[name].make(_Model(model, x), Schedule("sigmas", values=values), **settings)
     sampler.make_schedule(len(values) - 1, verbose=False)
     source: NoiseSource = TorchNoise(None, x.device) if noise is None else _GivenNoise(noise, x)
