@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ldm.checkpoints.adapters.control import control_network, read_control
+from ldm.checkpoints.few_steps import made_for
 from ldm.checkpoints.formats.detect import CheckpointError, file_size, open_regular, reading, sniff
 from ldm.checkpoints.formats.embedding_image import is_png
 from ldm.checkpoints.formats.imports import imports_of
@@ -58,8 +59,9 @@ class Inspection:
     `refused` is why the reader does not take the file. `parameters` and `precisions` count numbers, by the part
     of the model and by type. `fits` is whether the model of a config takes the weights (None: nothing to compare
     with), `problem` why not, `unexpected` which keys it has no place for. `prediction` is the prediction type that a
-    file states, if it is not the noise, `variants` how its model differs from the config. `imports` is what pickles
-    ask for, `foreign` the part of it that the reader refuses. `damaged` names records and weights. `noted_hash_fits`
+    file states, if it is not the noise, `variants` how its model differs from the config, `made_for` the few steps
+    that it was distilled to and a command that suits. `imports` is what pickles ask for, `foreign` the part of it
+    that the reader refuses. `damaged` names records and weights. `noted_hash_fits`
     is whether the SHA-256 of the weights is the one in the metadata (None: there is none, or it was not computed);
     tools that change weights may keep an old one, so that alone is not damage. Text from the file is cut and escaped.
     """
@@ -80,6 +82,7 @@ class Inspection:
     unexpected: tuple[str, ...] = ()
     prediction: str = ""
     variants: tuple[str, ...] = ()
+    made_for: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     imports: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
@@ -144,7 +147,9 @@ def _inspect_file(
     else:
         entries = {**content.values, **config_beside(path)}
         prediction = stated_prediction(content.tensors, entries)
-        found = replace(_describe(found, content), prediction=prediction.stated)
+        found = replace(
+            _describe(found, content), prediction=prediction.stated, made_for=_made_for(path, content)
+        )
         if prediction.foreign:
             found = replace(found, fits=False, problem=f"was trained for {prediction.foreign}")
         found = _compare(found, path, config_for)
@@ -198,6 +203,12 @@ def _describe(found: Inspection, content: _Content) -> Inspection:
         global_step=step if type(step) is int else None,
         metadata=_metadata(content.values),
     )
+
+
+def _made_for(path: Path, content: _Content) -> str:
+    guided = any(key.endswith("time_embedding.cond_proj.weight") for key in content.tensors)
+    kind = made_for(path, content.values, guided)
+    return "" if kind is None else str(kind)
 
 
 def _part(key: str, kind: ModelKind) -> str:

@@ -49,6 +49,8 @@ def _weights(found: Inspection) -> Iterator[tuple[str, str]]:
     if found.prediction:
         yield "predicts", f"not the noise: {found.prediction}"
     yield from (("variant", variant) for variant in found.variants if variant != found.prediction)
+    if found.made_for:
+        yield "made for", found.made_for
     if found.fits is not None:
         yield "loads", "yes" if found.fits else f"no: {found.problem}"
     if found.unexpected:

@@ -18,6 +18,7 @@ from ldm.checkpoints.load import Ema
 from ldm.job import Init, Job, batch_key, batches_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.noise import NoiseSource, RunNoise, StreamPlace
+from ldm.models.diffusion.passes import begun_without_signal
 from ldm.pipeline.batch import BatchMaker
 from ldm.pipeline.jobs import check_job, numbered
 from ldm.pipeline.load import load_pretrained, load_screen
@@ -199,6 +200,7 @@ class Pipeline:
     def _checked(self, job: Job) -> Job:
         """The job as it is made: every field in range, and the size known."""
         job = self.starts.sized(job)
+        job = begun_without_signal(job) if self.model.zero_terminal_snr else job
         check_job(job, self.starts.size_of(job) if job.init is not None else None, self.factor)
         return job
 

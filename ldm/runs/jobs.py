@@ -8,7 +8,7 @@ from typing import Any
 
 from ldm.files import check_there
 from ldm.job import Job
-from ldm.runs.models import latent_factor
+from ldm.runs.models import begins_without_signal, latent_factor
 from ldm.util import need
 
 
@@ -25,6 +25,16 @@ def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Pat
     check_memory(job, model)
     for name, _, _ in job.loras:
         check_there(find_lora(name), "give another LoRA")
+
+
+def suit_to(model: Mapping[str, Any]) -> Callable[[Job], Job]:
+    """Returns what gives a job the schedule that a config's model needs, if it chooses none."""
+    if not begins_without_signal(model):
+        return lambda job: job
+
+    from ldm.models.diffusion.passes import begun_without_signal
+
+    return begun_without_signal
 
 
 def count_steps(job: Job) -> int:

@@ -169,6 +169,13 @@ def latent_factor(model: Mapping[str, Any]) -> int:
     return downsampling(ddconfig)
 
 
+def begins_without_signal(model: Mapping[str, Any]) -> bool:
+    """Returns whether a config's model was trained with zero terminal SNR."""
+    from ldm.config import section
+
+    return bool(section(model).get("zero_terminal_snr"))
+
+
 def own_side(model: Mapping[str, Any]) -> int:
     """Returns the side in pixels of the images that a config's model was trained for."""
     return _param(model, "image_size", 64) * latent_factor(model)

@@ -70,8 +70,8 @@ class Plan(Sequence[Job]):
 
     Each of `starts` is repeated n_iter times, in rounds. A round holds the images of the lines in order, and each
     image once for every combination of the sweep. Image number i, sweeps not counted, has the seed of the run + i
-    unless its line or the sweep sets another. Raises InputError, with all faults of the lines, for jobs that cannot
-    be made.
+    unless its line or the sweep sets another; `suit` adds to each job what its model needs. Raises InputError, with
+    all faults of the lines, for jobs that cannot be made.
     """
 
     stream: StreamPlace | None = None
@@ -84,10 +84,11 @@ class Plan(Sequence[Job]):
         starts: Sequence[Start],
         canvases: Callable[[Init], Canvas],
         check: Callable[[Job], None] = lambda job: None,
+        suit: Callable[[Job], Job] = lambda job: job,
     ) -> None:
         self.wishes, self.combinations = wishes, wishes.combinations
         self._options, self._request = options, request
-        self._starts, self.canvases = starts, canvases
+        self._starts, self.canvases, self._suit = starts, canvases, suit
         self._given = tuple(
             (lora_name(Path(path).name), weight, on_text) for path, weight, on_text in options.lora
         )
@@ -177,7 +178,7 @@ class Plan(Sequence[Job]):
         base = self._base(self._starts[start])
         jobs: list[Job] = []
         for line in self.wishes.lines:
-            of_line = [self._job(line, combination, base) for combination in self.combinations]
+            of_line = [self._suit(self._job(line, combination, base)) for combination in self.combinations]
             jobs += of_line * (line.count * max(len(line.seeds), 1))
         return jobs
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.job import Job
-from ldm.runs.jobs import check_job
+from ldm.runs.jobs import check_job, suit_to
 from ldm.runs.model_cache import ModelCache
 from ldm.runs.models import check_latents, choose_model, find_loras
 from ldm.runs.notes import note_jobs
@@ -97,8 +97,17 @@ def plan_request(
     """Makes the plan of a request for a config's model."""
     wishes, canvases = read_wishes(options, request), Canvases(mask_needed=options.inpaint)
     starts = read_starts(request, options.inpaint, config, canvases)
-    plan = Plan(options, request, wishes, starts, canvases, lambda job: check_job(job, config, find_lora))
-    note_jobs(plan.kinds(), config)
+    plan = Plan(
+        options,
+        request,
+        wishes,
+        starts,
+        canvases,
+        lambda job: check_job(job, config, find_lora),
+        suit_to(config),
+    )
+    ckpt = None if options.ckpt is None else Path(options.ckpt)
+    note_jobs(plan.kinds(), config, ckpt, find_lora)
     return plan
 
 

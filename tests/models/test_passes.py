@@ -6,11 +6,25 @@ import numpy as np
 import pytest
 
 from ldm.job import Init, Job
-from ldm.models.diffusion.passes import check_sampling, passes_of, schedule_length, schedule_of, settings_of
-from ldm.models.diffusion.schedule import diffusion_buffers, make_beta_schedule
+from ldm.models.diffusion.passes import (
+    begun_without_signal,
+    check_sampling,
+    passes_of,
+    schedule_length,
+    schedule_of,
+    settings_of,
+)
+from ldm.models.diffusion.schedule import diffusion_buffers, make_beta_schedule, zero_terminal_snr
+from ldm.runs.jobs import suit_to
 from ldm.util import InputError
 
 ALPHAS = diffusion_buffers(make_beta_schedule("linear", 1000, 0.00085, 0.012))["alphas_cumprod"]
+
+
+def zero_terminal_snr_alphas() -> np.ndarray:
+    return diffusion_buffers(zero_terminal_snr(make_beta_schedule("linear", 1000, 0.00085, 0.012)))[
+        "alphas_cumprod"
+    ]
 
 
 def sigmas(job: Job) -> np.ndarray:
@@ -73,6 +87,31 @@ def test_calls_of_the_model() -> None:
         for name in ("euler", "heun", "plms")
     }
     assert calls == {"euler": 10, "heun": 19, "plms": 11}
+
+
+@pytest.mark.parametrize("values", [{}, {"sampler": "plms"}, {"sampler": "ddpm"}])
+def test_a_model_without_signal_at_the_end_begins_there(values: dict[str, object]) -> None:
+    job = begun_without_signal(Job("x", steps=10, **values))  # type: ignore[arg-type]
+    levels = schedule_of(job).levels(10, zero_terminal_snr_alphas())
+    assert job.schedule == "trailing" and levels.timesteps[0] == 999 and levels.alphas[0] == 0
+    assert schedule_of(Job("x", steps=10)).levels(10, ALPHAS).timesteps[0] < 999
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"schedule": "original"}, {"timestep_spacing": "compvis"}, {"timesteps": (900.0,)}, {"sampler": "euler"},
+        {"sampler": "dpm_solver"}, {"sampler": "lcm"},
+    ],
+)  # fmt: skip
+def test_what_is_chosen_or_begins_there_is_kept(values: dict[str, object]) -> None:
+    job = Job("x", **values)  # type: ignore[arg-type]
+    assert begun_without_signal(job) == job
+
+
+def test_runs_choose_it_by_the_config() -> None:
+    assert suit_to({"params": {"zero_terminal_snr": True}})(Job("x")).schedule == "trailing"
+    assert suit_to({"params": {}})(Job("x")) == Job("x")
 
 
 def test_only_what_is_not_usual_is_a_setting() -> None:

@@ -113,6 +113,14 @@ def test_seeds_count_up_to_the_generators_last(pipeline, rng, last):
         pipeline("a cube", seed=last + 1, **fields)
 
 
+def test_a_job_for_a_model_without_signal_at_the_end_has_its_schedule(pipeline, monkeypatch):
+    assert pipeline.job("a cube").schedule == "auto"
+    monkeypatch.setattr(pipeline.model, "zero_terminal_snr", True)
+    job = pipeline.job("a cube")
+    assert job.schedule == "trailing" and "Schedule type: trailing" in infotext(job, {})
+    assert pipeline.job("a cube", schedule="original").schedule == "original"
+
+
 def test_a_job_without_a_size_has_the_models_own(pipeline):
     side = pipeline.model.image_size * pipeline.factor
     job = Job("a cube", steps=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -120,14 +120,19 @@ def _several(name: str, names: Sequence[str]) -> InputError:
 
 def output_name(path: Path) -> str:
     """The name of the training's output that kohya's scripts write into a file; empty without one."""
+    return str(notes_in(path).get("ss_output_name", ""))
+
+
+def notes_in(path: Path) -> Mapping[str, object]:
+    """The metadata of a safetensors file; none of any other."""
     try:
         with reading(path), open_regular(path) as file:
             if sniff(file) != "safetensors":
-                return ""
+                return {}
             header, _ = read_header(FileBytes(file, use_mmap=True))
-            return str(as_object(header.get("__metadata__")).get("ss_output_name", ""))
+            return as_object(header.get("__metadata__"))
     except CheckpointError:  # another file of the folder than the one that is looked for, perhaps
-        return ""
+        return {}
 
 
 @lru_cache(maxsize=64)

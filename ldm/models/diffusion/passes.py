@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ldm.job import Job
@@ -64,6 +64,17 @@ def schedule_of(job: Job) -> Schedule:
         spacing=job.timestep_spacing,
         values=given,
     )
+
+
+def begun_without_signal(job: Job) -> Job:
+    """Returns a job for a model with zero terminal SNR: on the schedule trailing, if its own would begin later.
+
+    Such a model was trained without signal at the last timestep, where the original's timesteps do not begin (Lin et
+    al. 2024, section 3.3). A schedule, spacing or levels that the job chooses are kept.
+    """
+    own = job.schedule == "auto" and job.timestep_spacing == "uniform" and not (job.sigmas or job.timesteps)
+    begins_later = SOLVERS[job.sampler].schedule == "original" and job.sampler != "dpm_solver"
+    return replace(job, schedule="trailing") if own and begins_later else job
 
 
 def settings_of(job: Job) -> dict[str, float]:
