@@ -73,6 +73,8 @@ class LatentSampler:
         sampler, latents = _make_sampler(self._model, job), code
         self._warn_of_late_start(sampler)
         for one in passes_of(job, len(sampler.table), None if start is None else False):
+            if one.share != sampler.noise_schedule.share:
+                sampler = _make_sampler(self._model, job, one.share)
             init = None if one.start == "upscaled" else job.init
             inpainting = self._starts.inpainting_condition(jobs, init, one.size, posterior)
             if one.start == "upscaled":
@@ -132,6 +134,8 @@ class LatentSampler:
         """Leaves `noise` as `sample` would for `count` such jobs: the same passes, over no model."""
         sampler = _make_sampler(ZeroDenoiser(self._model.alphas_cumprod), job)
         for one in passes_of(job, len(sampler.table)):
+            if one.share != sampler.noise_schedule.share:
+                sampler = _make_sampler(ZeroDenoiser(self._model.alphas_cumprod), job, one.share)
             x = torch.zeros(count, *self._latent_shape(*one.size))
             if one.start == "upscaled":
                 noise.skip(x.shape)
@@ -148,9 +152,9 @@ class LatentSampler:
         return self._model.channels, height // factor, width // factor
 
 
-def _make_sampler(model: LatentDiffusion | ZeroDenoiser, job: Job) -> Sampler:
-    """The sampler of a job with its schedule, over a model."""
-    sampler = SOLVERS[job.sampler].make(model, schedule_of(job), **settings_of(job))
+def _make_sampler(model: LatentDiffusion | ZeroDenoiser, job: Job, share: float = 1.0) -> Sampler:
+    """The sampler of a job with its schedule, or a share of it, over a model."""
+    sampler = SOLVERS[job.sampler].make(model, schedule_of(job, share), **settings_of(job))
     sampler.make_schedule(job.steps, job.timestep_spacing, verbose=False)
     return sampler
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm.job import Init, Job
+from ldm.models.diffusion.passes import passes_of, schedule_of
 from ldm.models.diffusion.schedules import Schedule
 from ldm.models.diffusion.solvers import SOLVERS, solve
 from tests.support.gaussian import SIGMAS, GaussianModel, noise_of
@@ -149,6 +151,24 @@ def test_schedulers_on_trained_timesteps(schedulers, monkeypatch, case, steps):
     x = figure("x_T", "samplers.npz")
     expected = theirs(monkeypatch, scheduler, x, case.eta)
     found = sampler.decode(sampler.starting(x), None, steps, noise=Numbers())
+    assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["lcm", "tcd"])
+@pytest.mark.parametrize(("strength", "steps"), [(0.5, 4), (0.8, 3), (0.3, 15)])
+def test_an_image_is_the_start_of_a_few_steps(schedulers, monkeypatch, name, strength, steps):
+    """All steps run, on the share of the trained timesteps that the strength is, as in their pipeline for images."""
+    scheduler = getattr(schedulers, f"{name.upper()}Scheduler")(**SCHEDULE)
+    scheduler.set_timesteps(steps, strength=strength)
+    job = Job("", sampler=name, steps=steps, strength=strength, init=Init("a.png"))
+    (one,) = passes_of(job)
+    sampler = SOLVERS[name].make(Known(), schedule_of(job, one.share))
+    sampler.make_schedule(steps, verbose=False)
+    assert sampler.table.timesteps.tolist() == scheduler.timesteps.tolist()[::-1] and one.steps == steps
+    noise, image = figure("x_T", "samplers.npz"), torch.full(SHAPE, 0.7, dtype=torch.float64)
+    x = scheduler.add_noise(image, noise, scheduler.timesteps[:1])
+    expected = theirs(monkeypatch, scheduler, x, 0.3 if name == "tcd" else None)
+    found = sampler.decode(sampler.start_from(image, one.steps, noise), None, one.steps, noise=Numbers())
     assert relative_error(found, expected) < 1e-5
 
 

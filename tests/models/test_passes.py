@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -81,6 +83,16 @@ def test_steps_of_image_to_image(convention: str, strength: float, steps: int) -
     assert passes_of(job)[0].steps == steps
 
 
+def test_all_steps_of_a_few_run_from_an_image() -> None:
+    job = Job(
+        "x", sampler="lcm", steps=4, strength=0.5, init=Init("a.png"), upscale=2.0, upscale_strength=0.3
+    )
+    assert [(one.steps, one.share) for one in passes_of(job)] == [(4, 0.5), (4, 0.3)]
+    web_ui = passes_of(dataclasses.replace(job, convention="a1111", upscale=1.0))
+    assert [(one.steps, one.share) for one in web_ui] == [(3, 1.0)]
+    assert passes_of(dataclasses.replace(job, strength=0.0))[0].steps == 0
+
+
 def test_calls_of_the_model() -> None:
     calls = {
         name: passes_of(Job("x", sampler=name, steps=10))[0].model_calls(name)
@@ -128,6 +140,11 @@ def test_only_what_is_not_usual_is_a_setting() -> None:
         ({"sampler": "euler", "timestep_spacing": "quad"}, "--timestep_spacing quad goes with ddim and plms"),
         ({"sampler": "euler", "sigmas": (1.0, 3.0, 0.0)}, "must fall"),
         ({"sampler": "lcm", "steps": 60}, "60 steps are not possible"),
+        (
+            {"sampler": "lcm", "steps": 4, "strength": 0.05, "init": Init("a.png")},
+            "4 steps .* 0.05; give 1 to 2",
+        ),
+        ({"sampler": "tcd", "steps": 4, "strength": 0.01, "init": Init("a.png")}, "0.01; give at least 0.02"),
     ],
 )
 def test_what_does_not_fit_is_refused(values: dict[str, object], message: str) -> None:

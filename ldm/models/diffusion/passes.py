@@ -50,8 +50,8 @@ CONVENTIONS: Mapping[str, Convention] = {
 }
 
 
-def schedule_of(job: Job) -> Schedule:
-    """Returns the schedule of a job: its own levels, the one that it names, or the solver's."""
+def schedule_of(job: Job, share: float = 1.0) -> Schedule:
+    """Returns the schedule of a job: its own levels, the one that it names, or the solver's, for a `share` of it."""
     convention = CONVENTIONS[job.convention]
     ends = job.sigmas and job.sigmas[-1] > 0  # then the last step removes the rest of the noise
     given = (*job.sigmas, 0.0) if ends else job.sigmas or job.timesteps
@@ -63,6 +63,7 @@ def schedule_of(job: Job) -> Schedule:
         max_denoise=convention.max_denoise,
         spacing=job.timestep_spacing,
         values=given,
+        share=share,
     )
 
 
@@ -114,6 +115,8 @@ def check_sampling(job: Job) -> None:
             f"{job.sampler} on {schedule.name}; leave it out"
         )
     schedule_length(job)
+    for one in passes_of(job):
+        schedule_of(job, one.share).length(job.steps)
 
 
 def _check_step_noise(job: Job) -> None:
@@ -156,11 +159,13 @@ class Pass:
     """One run of a sampler for a job: at `size`, height and width in pixels, the last `steps` of its schedule.
 
     It starts from noise, from latents that are noised first, or from the upscaled latents of the previous pass.
+    `share` is that of its schedule.
     """
 
     size: tuple[int, int]
     steps: int
     start: Literal["noise", "latents", "upscaled"]
+    share: float = 1.0
 
     def model_calls(self, sampler: str) -> int:
         """Returns how often the model is called for each image, both halves of a guided call counting as one."""
@@ -174,13 +179,19 @@ def passes_of(job: Job, rows: int | None = None, from_noise: bool | None = None)
     """
     rows = schedule_length(job) if rows is None else rows
     size, from_noise = (job.height, job.width), job.init is None if from_noise is None else from_noise
-    # the original's schedule keeps its rule
-    one_more = CONVENTIONS[job.convention].one_more and schedule_of(job).name != "original"
-    if from_noise:
-        first = Pass(size, rows, "noise")
-    else:
-        first = Pass(size, steps_to_run(job.strength, job.steps, rows, one_more), "latents")
+    first = Pass(size, rows, "noise") if from_noise else _pass_at(job, job.strength, size, rows, "latents")
     if job.upscale <= 1:
         return [first]
-    again = steps_to_run(job.upscale_strength, job.steps, rows, one_more)
-    return [first, Pass(job.upscaled_size, again, "upscaled")]
+    return [first, _pass_at(job, job.upscale_strength, job.upscaled_size, rows, "upscaled")]
+
+
+def _pass_at(
+    job: Job, strength: float, size: tuple[int, int], rows: int, start: Literal["latents", "upscaled"]
+) -> Pass:
+    """Returns the pass of a job at a strength, whose schedule has `rows` steps."""
+    name = schedule_of(job).name
+    if name in ("lcm", "tcd") and job.convention == "ldm" and 0 < strength < 1:
+        return Pass(size, rows, start, strength)
+    # the original's schedule keeps its rule
+    one_more = CONVENTIONS[job.convention].one_more and name != "original"
+    return Pass(size, steps_to_run(strength, job.steps, rows, one_more), start)

@@ -274,7 +274,7 @@ class Sampler:
 
         With DDIM and PLMS that is one step more than they remove, as in the original.
         """
-        if count >= len(self.table):
+        if count >= len(self.table) and self.noise_schedule.share == 1:
             return self.starting(noise)
         above = self.starts_above and self.noise_schedule.name == "original"
         row = max(count if above else count - 1, 0)

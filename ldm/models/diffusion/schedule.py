@@ -174,10 +174,10 @@ class StepTable:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def positive_sigmas(self) -> Array:
+    def positive_sigmas(self) -> list[float]:
         """Returns all levels as noise over signal, ascending, but for a 0 at the end."""
-        levels = np.append(self.alphas_prev[:1], self.alphas)
-        return np.array([sigma_of(alpha) for alpha in levels if alpha < 1])
+        levels = [*self.alphas_prev[:1].tolist(), *self.alphas.tolist()]
+        return [sigma_of(alpha) for alpha in levels if alpha < 1]
 
     def downwards(self, count: int | None = None) -> Iterator[Step]:
         """Yields the steps in the order they are run: from the noisiest of the first `count`, down to index 0."""

@@ -66,7 +66,8 @@ class BrownianPath:
     def __init__(
         self, rng: Generator, seed: int, low: float, high: float, device: torch.device | str
     ) -> None:
-        self._rng, self._seed, self._device = rng, seed, device
+        self._rng: Generator = rng
+        self._seed, self._device = seed, device
         # as the programs, which have levels in float32
         self.low, self.high = (round(float(np.float32(sigma)), DECIMALS) for sigma in (low, high))
         self._known: dict[float, Tensor] = {}

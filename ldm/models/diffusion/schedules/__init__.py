@@ -76,7 +76,8 @@ class Schedule:
     fractional ones (k-diffusion). `discard_next_to_last`: one level more is computed and the next to last left out
     (A1111 and ComfyUI for DPM2 and others). `max_denoise`: the first latents are noise * sqrt(1 + sigma^2), not
     noise * sigma (None: as the schedule's author). `spacing` is that of the original's timesteps, `values` the levels
-    of "sigmas", which should end in 0, and "timesteps", both descending.
+    of "sigmas", which should end in 0, and "timesteps", both descending. `share` is the part of their trained
+    timesteps, from the first, that the steps of lcm and tcd are spread over: the strength of a run from an image.
     """
 
     name: str = "original"
@@ -88,6 +89,7 @@ class Schedule:
     max_denoise: bool | None = None
     spacing: Literal["uniform", "compvis", "quad"] = "uniform"
     values: tuple[float, ...] = ()
+    share: float = 1.0
 
     @property
     def row(self) -> ScheduleRow:

@@ -118,13 +118,16 @@ def trailing(steps: int, trained: Trained, schedule: Schedule) -> Levels:
 
 
 def lcm(steps: int, trained: Trained, schedule: Schedule) -> Levels:
-    """Of the timesteps k, 2k, ..., 50k (less 1), k = T//50, from the last down: entries floor(50 i/n)."""
-    return trained.by_times(_consistency_times(steps, trained))
+    """Of the timesteps k, 2k, ..., 50k (less 1), k = T//50, from the last down: entries floor(50 i/n).
+
+    With a share the first int(50 share) of them, as the authors' program for images (diffusers).
+    """
+    return trained.by_times(_consistency_times(steps, trained, schedule.share))
 
 
 def tcd(steps: int, trained: Trained, schedule: Schedule) -> Levels:
     """The timesteps of lcm; the last step ends at the level of timestep 0."""
-    return trained.by_times(_consistency_times(steps, trained), end=float(trained.alphas[0]))
+    return trained.by_times(_consistency_times(steps, trained, schedule.share), end=float(trained.alphas[0]))
 
 
 def sigmas(steps: int, trained: Trained, schedule: Schedule) -> Levels:
@@ -200,13 +203,14 @@ def _aligned(points: int) -> Array:
     return np.exp(np.interp(places, np.arange(len(ALIGNED)), np.log(ALIGNED)))
 
 
-def _consistency_times(steps: int, trained: Trained) -> NDArray[np.int64]:
-    if steps > CONSISTENCY_STEPS:
-        raise InputError(
-            f"{steps} steps are not possible with the schedules lcm and tcd; give 1 to {CONSISTENCY_STEPS}"
-        )
-    origin = np.arange(1, CONSISTENCY_STEPS + 1) * (len(trained.alphas) // CONSISTENCY_STEPS) - 1
-    entries = np.floor(np.linspace(0, CONSISTENCY_STEPS, steps, endpoint=False)).astype(np.int64)
+def _consistency_times(steps: int, trained: Trained, share: float) -> NDArray[np.int64]:
+    count = int(CONSISTENCY_STEPS * share)
+    if steps > count:
+        at = f" at strength {share:g}" if share < 1 else ""
+        cure = f"give 1 to {count}" if count else f"give at least {1 / CONSISTENCY_STEPS:g} as the strength"
+        raise InputError(f"{steps} steps are not possible with the schedules lcm and tcd{at}; {cure}")
+    origin = np.arange(1, count + 1) * (len(trained.alphas) // CONSISTENCY_STEPS) - 1
+    entries = np.floor(np.linspace(0, count, steps, endpoint=False)).astype(np.int64)
     return origin[::-1][entries]
 
 

@@ -63,4 +63,4 @@ def _with_repeats(levels: Sequence[float], repeated: int, times: int) -> list[tu
 
 
 def _karras(high: float, low: float, count: int) -> list[float]:
-    return [float(sigma) for sigma in np.linspace(high ** (1 / RHO), low ** (1 / RHO), count) ** RHO]
+    return (np.linspace(high ** (1 / RHO), low ** (1 / RHO), count) ** RHO).tolist()
