@@ -5,12 +5,13 @@ A new field is a line of `ldm.job.Job` (or `Init`), a row of `FIELDS`, and the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, replace
 from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ldm.job import Init, Job
+from ldm.field import INIT, Field, Switch
+from ldm.job import MAX_CONTROLS, Init, Job, control_text, split_control
 from ldm.models.diffusion.schedules import LISTS, SCHEDULES
 from ldm.models.diffusion.solvers.names import (
     SCHEDULE_LABELS,
@@ -28,56 +29,9 @@ MAX_TEXT = 65_536  # characters
 MAX_LORAS = 100
 _MAX_SIDE = 65_536
 _GENERATORS = {"philox": "NV", "cpu": "CPU", "device": "GPU", "numpy": "NumPy"}  # A1111's names
-INIT = "init."  # before the name of a field of a job's `Init`
 SIZE = ("width", "height")
-# the groups of options, and of fields, that only a job with a starting image has, and only one with a mask
-START, MASK = "start", "mask"
-
-
-class Switch(NamedTuple):
-    """An option without a value, which sets a field to `value`."""
-
-    option: str
-    value: Any
-    help: str
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """One field of `Job`, or after `init.` of its `Init`, and how it is set, checked and written.
-
-    `option` is the name of its option, without dashes, `group` that of the options' group in `--help`; an option that
-    is `unset` by default leaves the value to the run. `limits` are those of its `Setting`. `label` names its entry
-    in an image's text, where `words` replace values; the entry of a default value is written only if it is `always`
-    written. `is_file` marks paths, whose folders are not written. Fields `of_run` are the same for all jobs of a run.
-    `choices` and `spell` are those of its `Setting`, where its annotation does not list them.
-    """
-
-    name: str
-    limits: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    option: str = ""
-    group: str = ""
-    metavar: str | None = None
-    help: str = ""
-    switches: tuple[Switch, ...] = ()
-    unset: bool = False
-    label: str = ""
-    words: Mapping[str, str] = field(default_factory=dict[str, str])
-    always: bool = False
-    is_file: bool = False
-    of_run: bool = False
-    choices: Choices | None = None
-    spell: Callable[[str], str] | None = None
-
-    @property
-    def dest(self) -> str:
-        """The attribute of the option among parsed options."""
-        return self.option.replace("-", "_")
-
-    @property
-    def of_init(self) -> bool:
-        """Whether it is a field of `Init`."""
-        return self.name.startswith(INIT)
+# the groups of options, and of fields, that only a job with a starting image has, one with a mask, one with a control
+START, MASK, CONTROL = "start", "mask", "control"
 
 
 # in the order of the entries in an image's text
@@ -226,6 +180,11 @@ FIELDS: tuple[Field, ...] = (
         label="Invert mask",
     ),
     Field(
+        "init.mask_levels", group=MASK,
+        switches=(Switch("mask_levels", True, "grey is how much changes: the share of the steps that may do it"),),
+        label="Mask levels",
+    ),
+    Field(
         "init.mask_blur", {"low": 0, "high": 256}, "mask_blur", MASK, "PX",
         "how softly the new part fades in at its edges",
         label="Mask blur",
@@ -283,7 +242,44 @@ FIELDS: tuple[Field, ...] = (
         "share of a guided prediction that gets the contrast of the conditional one, for models that predict v",
         label="Guidance rescale",
     ),
+    Field(
+        "variation_seed", {"low": 0, "high": max(MAX_SEEDS.values())}, "variation_seed", "sampling", "N",
+        "seed of the first image's variation; with --variation_strength it counts up, and --seed stays",
+        label="Variation seed",
+    ),
+    Field(
+        "variation_strength", {"low": 0, "high": 1}, "variation_strength", "sampling", "X",
+        "how far the noise of --seed is turned to that of --variation_seed: 0 not at all, 1 wholly",
+        label="Variation seed strength",
+    ),
+    Field(
+        "seamless", {}, "seamless", "sampling",
+        help="images that can be laid side by side: x joins left and right, y top and bottom, both all edges",
+        label="Seamless",
+    ),
     Field("loras", {"high": MAX_LORAS}),
+    Field(
+        "controls", {"high": MAX_CONTROLS}, "control", CONTROL, "FILE:IMAGE[:WEIGHT[:START:END]]",
+        "let a ControlNet FILE hold the image to the hint IMAGE, with WEIGHT (1), between these shares of the steps "
+        "(0:1); can be given several times: their effects add up",
+        unset=True, label="Controls", entry=split_control, entry_text=control_text,
+    ),
+    Field(
+        "hint", {}, "hint", CONTROL,
+        help="what is made of each hint image: none, it is a hint; edges (canny), grey, thick edges (scribble), a "
+        "blurred copy (tile), or the image with the masked part left out (inpaint). Depth, poses and drawn lines "
+        "need a network: give such images, made by any annotator",
+        label="Hint",
+    ),
+    Field(
+        "control_mode", {}, "control_mode", CONTROL,
+        help="what counts more where prompt and hint disagree; guess: hardly any prompt is needed",
+        label="Control mode",
+    ),
+    Field(
+        "control_resize", {}, "control_resize", CONTROL,
+        help="how a hint of another aspect becomes the image's size; none: it is refused", label="Control resize",
+    ),
 )  # fmt: skip
 
 
@@ -311,7 +307,10 @@ SETTINGS: Mapping[str, Setting] = {
     row.name: _setting(
         row.name,
         _ANNOTATIONS[row.name],
-        {**row.limits, **{name: value for name in ("choices", "spell") if (value := getattr(row, name))}},
+        {
+            **row.limits,
+            **{name: value for name in ("choices", "spell", "entry") if (value := getattr(row, name))},
+        },
     )
     for row in FIELDS
 }
@@ -341,7 +340,7 @@ def values_of_options(options: Mapping[str, Any]) -> dict[str, Any]:
     for row in FIELDS:
         value = options.get(row.dest) if row.option else None
         if is_list(value) and not isinstance(value, tuple):
-            value = next(iter(value), None)
+            value = tuple(value) if row.entry is not None else next(iter(value), None)
         value = next((switch.value for switch in row.switches if options.get(switch.option)), value)
         if value is not None:
             values[row.name] = value
@@ -393,3 +392,5 @@ def check_fields(job: Job) -> None:
         except ValueError as error:
             raise InputError(f"{name} {error}") from None
     check_seed(job.seed, job.rng)
+    if job.variation_strength:
+        check_seed(job.variation_seed, job.rng)

@@ -16,6 +16,8 @@ EMBEDDING_ENDINGS = (*MODEL_ENDINGS, ".png")
 DEFAULT_STRENGTH = 0.75  # of a starting image without a given strength
 RESIZES = ("fit", "fill", "stretch", "pad", "none")
 
+MAX_CONTROLS = 16
+
 Spacing = Literal["uniform", "compvis", "quad"]
 GuidanceSchedule = Literal["constant", "linear", "cosine", "linear_down", "cosine_down", "peak", "valley"]
 
@@ -60,8 +62,8 @@ class Init:
     `width` and `height` in pixels (None: the image's size, or the side that keeps its proportions) with `resize` set
     its size: "fit" inside them, "fill" them and crop, "stretch", "pad" with `background`, or "none". `outpaint` adds
     pixels at the left, top, right and bottom. `mask` is an image whose white is repainted; with `alpha_mask` and no
-    mask the transparent part of the image is. `mask_blur` is how far, in pixels, the repainted part fades in at its
-    edges.
+    mask the transparent part of the image is. With `mask_levels` grey is how much changes: the share of the steps,
+    the last ones, that may do it. `mask_blur` is how far, in pixels, the repainted part fades in at its edges.
     """
 
     image: str
@@ -74,6 +76,7 @@ class Init:
     alpha_mask: bool = False
     invert_mask: bool = False
     mask_blur: float = 4.0
+    mask_levels: bool = False
 
     def __post_init__(self) -> None:
         for name in ("image", "mask"):
@@ -119,6 +122,16 @@ class Job:
     `clip_skip` counts the text encoder's layers from the end: 1 is the last one. `guidance_rescale` is the share of a
     guided prediction that gets the contrast of the conditional one.
 
+    `controls` are files of ControlNets, each with the image that is its hint, a weight, and the shares of the steps
+    between which it acts. `hint` is what is made of those images, see `ldm.images.hints`; `control_mode` is how the
+    prompt and the hint share in the result, see `ldm.models.diffusion.control`; `control_resize` is how a hint of
+    another aspect is fitted ("none": it is refused).
+
+    With `variation_strength` above 0 the start noise is turned that share of the way to the noise of
+    `variation_seed`; of several images that seed counts up, and `seed` stays.
+
+    `seamless` joins the left and the right edge ("x"), the upper and the lower ("y"), or both.
+
     With `upscale` above 1 the finished image is enlarged by that factor, as pixels or as latents (`upscale_in`), and
     denoised in a second pass at `upscale_strength`.
     """
@@ -159,6 +172,13 @@ class Job:
     step_seed_delta: int = 0
     clip_skip: int = 1
     guidance_rescale: float = 0.0
+    controls: tuple[tuple[str, str, float, float, float], ...] = ()
+    variation_seed: int = 0
+    variation_strength: float = 0.0
+    seamless: Literal["none", "x", "y", "both"] = "none"
+    hint: Literal["none", "canny", "grey", "scribble", "tile", "inpaint"] = "none"
+    control_mode: Literal["balanced", "prompt", "control", "guess"] = "balanced"
+    control_resize: Literal["none", "fill", "stretch", "pad"] = "none"
 
     @property
     def upscaled_size(self) -> tuple[int, int]:
@@ -170,8 +190,8 @@ V1_DEFAULTS = Job("", width=512, height=512)  # of settings that the text of a f
 
 
 def batch_key(job: Job) -> Job:
-    """Returns all values that the jobs of one batch share: everything but prompts, guidance scale and seed."""
-    return replace(job, prompt="", negative_prompt="", scale=0.0, seed=0, batch_index=0)
+    """Returns all values that the jobs of one batch share: everything but prompts, guidance scale and seeds."""
+    return replace(job, prompt="", negative_prompt="", scale=0.0, seed=0, variation_seed=0, batch_index=0)
 
 
 def batches_of(jobs: Sequence[Job], size: int) -> list[list[int]]:
@@ -223,3 +243,31 @@ def lora_tag(name: str, weight: float, text_weight: float) -> str:
     """Returns the tag that `split_loras` reads as this LoRA."""
     numbers = [weight] if weight == text_weight else [text_weight, weight]
     return f"<lora:{':'.join([name, *(repr(float(number)).removesuffix('.0') for number in numbers)])}>"
+
+
+_BETWEEN = re.compile(r"(?<=.)(?<!^[A-Za-z]):|(?<=^[A-Za-z]):(?![/\\])")  # no colon of a drive: C:\ or C:/
+
+
+def split_control(text: str) -> tuple[str, str, float, float, float]:
+    """Returns what `FILE:IMAGE[:WEIGHT[:START:END]]` means, as in `Job.controls`; ValueError without two paths.
+
+    One number or three are split off at the end. FILE ends at the first colon that is not that of a Windows drive, a
+    single letter before a slash.
+    """
+    end = re.search(rf"(?::{_NUMBER}){{0,3}}$", text)
+    numbers = [] if end is None else [part for part in end[0].split(":") if part]
+    if len(numbers) == 2:
+        raise ValueError("two numbers at its end; give a weight, or a weight and two shares of the steps")
+    paths = text.removesuffix("".join(f":{number}" for number in numbers))
+    between = _BETWEEN.search(paths)
+    file, image = (paths[: between.start()], paths[between.end() :]) if between else (paths, "")
+    if not file or not image:
+        raise ValueError("not two files; give FILE:IMAGE[:WEIGHT[:START:END]]")
+    weight, start, stop = (*map(float, numbers), *(1.0, 0.0, 1.0)[len(numbers) :])
+    return file, image, weight, start, stop
+
+
+def control_text(file: str, image: str, weight: float, start: float, stop: float) -> str:
+    """Returns the text that `split_control` reads as this control."""
+    numbers = [weight] if (start, stop) == (0.0, 1.0) else [weight, start, stop]
+    return ":".join([file, image, *(repr(float(number)).removesuffix(".0") for number in numbers)])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+from ldm.job import Job
 from ldm.util import InputError
 
 # The highest seed of each noise generator. Of longer ones than 32 bits torch's on the CPU uses the lower 32.
@@ -27,3 +29,10 @@ def check_seed(seed: int, rng: str) -> None:
 def count_up(seed: int, n: int, rng: str) -> int:
     """Returns the seed `n` images after (below 0: before) `seed`; 0 follows the generator's highest."""
     return (seed + n) % (MAX_SEEDS[rng] + 1)
+
+
+def counted(job: Job, n: int) -> Job:
+    """Returns the job of image `n` of several like this one: its seed counts up, or with a variation that one's."""
+    if job.variation_strength:
+        return replace(job, variation_seed=count_up(job.variation_seed, n, job.rng))
+    return replace(job, seed=count_up(job.seed, n, job.rng))

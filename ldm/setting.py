@@ -30,8 +30,8 @@ class Setting:
 
     `low` and `high` are inclusive; of a text without `choices`, and of a tuple with `many`, `high` limits the
     length. A tuple has a setting for each of its entries in `row`; with `many` it is a tuple of such tuples, or if
-    `row` has one entry, of its values. `strict` texts have no lone surrogates, which UTF-8 cannot hold. `spell`
-    converts other spellings of a choice.
+    `row` has one entry, of its values; `entry` parses one of such tuples from text. `strict` texts have no lone
+    surrogates, which UTF-8 cannot hold. `spell` converts other spellings of a choice.
     """
 
     field: str
@@ -45,9 +45,15 @@ class Setting:
     optional: bool = False
     strict: bool = True
     spell: Callable[[str], str] = lambda text: "_".join(text.lower().split())
+    entry: Callable[[str], tuple[Any, ...]] | None = None
 
     def parse(self, text: str) -> Any:
         """Parses the value from text. Raises ValueError, with the reason, if it is of another type."""
+        if self.entry is not None:
+            try:
+                return (self.entry(text),)
+            except ValueError as error:
+                raise ValueError(f"is {shown(text)}: {error}") from None
         try:
             if self.row and not self.many:
                 return tuple(part.parse(word) for part, word in zip(self.row, text.split(","), strict=True))

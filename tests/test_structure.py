@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "ldm").rglob("*.py"))
 RANKS = [
     {"util", "job", "lr_scheduler"},
     {"files", "json_value", "seeds", "setting"},
-    {"places"},
+    {"field", "places"},
     {"config"},
     {"modules"},
     {"models"},

@@ -198,7 +198,11 @@ def _read_tokenizer(path: Path) -> CLIPTokenizer:
 
 
 def load_into(
-    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None = None, ema: Ema = "auto"
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    ema: Ema = "auto",
+    logs: bool = True,
 ) -> LoadReport:
     """Gives `model`, built on the meta device, the tensors of `checkpoint` themselves, cast only if need be.
 
@@ -208,7 +212,8 @@ def load_into(
     moving averages `model_ema.*` replace the U-Net's weights if the file has them; "on" demands them, "off"
     ignores them. A model with averages of its own, for a file without, gets its weights as averages (the same
     tensors). Parameters no longer require gradients. Missing keys, wrong shapes, missing EMA weights and two
-    tensors for one key are a `CheckpointError`, raised before any tensor is read.
+    tensors for one key are a `CheckpointError`, raised before any tensor is read. What was chosen, cast and ignored
+    is logged with `logs`.
     """
     expected = model.state_dict()
     found = checkpoint.state_dict
@@ -236,7 +241,8 @@ def load_into(
         tuple(key for key in leftover if not _is_harmless(key)),
         tuple(sorted(cast_from, key=str)),
     )
-    _log(report, checkpoint, dtype, only_averages(found))
+    if logs:
+        _log(report, checkpoint, dtype, only_averages(found))
     return report
 
 

@@ -12,6 +12,7 @@ try:
     from ldm.cli.model_options import add_laion_option, add_model_options, add_rank_options
     from ldm.cli.options import (
         add_batch_options,
+        add_control_options,
         add_image_options,
         add_mask_options,
         add_output_options,
@@ -29,6 +30,7 @@ except KeyboardInterrupt:  # before any work has begun
 
 __all__ = [
     "add_batch_options",
+    "add_control_options",
     "add_image_options",
     "add_laion_option",
     "add_mask_options",

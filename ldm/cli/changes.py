@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ldm.fields import FIELDS, MASK, START, override, values_of_options
-from ldm.job import DEFAULT_STRENGTH, Job
+from ldm.job import DEFAULT_STRENGTH, Job, control_text
 from ldm.metadata.command import Options, lora_option, text_of
 from ldm.util import InputError, is_list
 
@@ -36,6 +36,8 @@ def texts_of(typed: Mapping[str, Any]) -> Options:
 def _typed(name: str, value: Any) -> str | list[str]:
     if name == "lora":
         return [lora_option(*lora) for lora in value]
+    if name == "control":
+        return [control_text(*control) for control in value]
     if name == "embedding":
         return [path if word is None else f"{path}={word}" for path, word in value]
     if is_list(value) and not isinstance(value, tuple):

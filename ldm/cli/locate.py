@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,7 @@ def locate(recipe: Recipe, folder: Path, given: Mapping[str, object]) -> Located
     _check_parts(recipe, given, located)
     _locate_loras(recipe, given, located)
     _locate_embeddings(recipe, given, located)
+    _locate_controls(recipe, folder, given, located)
     _locate_pictures(recipe, folder, given, located)
     return located
 
@@ -179,6 +180,50 @@ def _locate_embeddings(recipe: Recipe, given: Mapping[str, object], located: Loc
         _say(located, "textual inversion", name, path, same, "--embedding_dir")
         values += [] if path is None else [(str(path), name)]
     located.changes["embedding"] = values
+
+
+def _locate_controls(recipe: Recipe, folder: Path, given: Mapping[str, object], located: Located) -> None:
+    """Finds control networks below models and the folder of the recipe's file, and hints in that folder."""
+    if not recipe.job.controls or "control" in given:
+        return
+    from ldm.checkpoints.hashing import file_sha256
+
+    places = [place for name in ("models", "models/ControlNet") for place in candidates(name)]
+    files = [
+        (path.name, path)
+        for place in (folder, *places)
+        for path in sorted([*place.glob("*"), *place.glob("*/*")])
+    ]
+    networks = [
+        (name, path) for name, path in files if path.is_dir() or name.endswith((*MODEL_ENDINGS, ".pth"))
+    ]
+    networks += [(path.stem, path) for _, path in networks]
+    hashes = {
+        key: {
+            _plain(name): digest for name, digest in _hashes(recipe.extras.get(f"{key} hashes", "")).items()
+        }
+        for key in ("Control", "Hint")
+    }
+    values = []
+    for file, image, *rest in recipe.job.controls:
+        path, same = choose(file, hashes["Control"].get(_plain(file), ""), networks, _checkpoint_hash)
+        hint, same_hint = choose(image, hashes["Hint"].get(_plain(image), ""), files, file_sha256)
+        for found, name, what in ((path, file, "ControlNet"), (hint, image, "hint")):
+            if found is None:
+                located.missing.append(
+                    f"it needs the {what} {printable(name or 'of unknown name')[:100]}; give both with --control"
+                )
+        _note_hashes(located, (("ControlNet", path, same), ("hint", hint, same_hint)))
+        values.append((str(path), str(hint), *rest))
+    located.changes["control"] = values
+
+
+def _note_hashes(located: Located, found: Iterable[tuple[str, Path | None, bool]]) -> None:
+    located.notes += [
+        f"{printable(path)} has another hash than the {what} it was made with"
+        for what, path, same in found
+        if path is not None and not same
+    ]
 
 
 def _say(located: Located, what: str, name: str, path: Path | None, same: bool, option: str) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from ldm import __version__
 from ldm.cli.parser import Group, Options, Parser
-from ldm.fields import DEFAULTS, FIELDS, MASK, SETTINGS, SIZE, START, Field
+from ldm.fields import CONTROL, DEFAULTS, FIELDS, MASK, SETTINGS, SIZE, START, Field
 from ldm.prompts.dialects import FORMATS
+from ldm.util import printable
 
 # the defaults of options of a run that not every script has; the shared code reads all of them
 _DEFAULTS: Mapping[str, Any] = {
@@ -24,7 +25,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "typed": None,  # the arguments of the interpreter, if that started the script
     "images_per_prompt": None,
 }
-_SWEPT = [row.name for row in FIELDS if not row.of_run and row.name != "loras"]
+_SWEPT = [row.name for row in FIELDS if not row.of_run and row.name not in ("loras", "controls")]
 
 
 def _defaults_of_fields() -> dict[str, Any]:
@@ -62,6 +63,8 @@ def _add_field(group: Group, row: Field, own: Mapping[str, Any]) -> None:
         shape = {"choices": setting.choices} if setting.choices else {"metavar": row.metavar}
         usual = setting.kind if setting.kind in (int, float) else setting.spell if setting.choices else None
         kind = _KINDS.get(row.name, usual)
+        if row.entry is not None:
+            kind, own = _entry(row.entry), {"action": "append", **own}
         group.add_argument(f"--{row.option}", **{**shape, "type": kind, "help": row.help, **own})
     switches = group.add_mutually_exclusive_group() if len(row.switches) > 1 else group
     for switch in row.switches:
@@ -73,6 +76,18 @@ def _seed(text: str) -> int:
         return -1 if text.strip().lower() == "random" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _entry(read: Callable[[str], tuple[Any, ...]]) -> Callable[[str], tuple[Any, ...]]:
+    """Returns a reader of one entry of a list, whose refusals are messages."""
+
+    def read_entry(text: str) -> tuple[Any, ...]:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{printable(text)[:100]!r}: {error}") from None
+
+    return read_entry
 
 
 def _numbers(name: str, form: str) -> Callable[[str], tuple[Any, ...]]:
@@ -160,6 +175,15 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(inpaint=True)
     _group(parser, MASK).add_argument(
         "--indir", metavar="DIR", help="a folder of images NAME.png with their masks NAME_mask.png"
+    )
+
+
+def add_control_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of control networks and their hints."""
+    _group(parser, CONTROL).add_argument(
+        "--save_hints",
+        action="store_true",
+        help="write the hints, as the networks see them, into the folder hints",
     )
 
 

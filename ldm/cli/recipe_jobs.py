@@ -16,7 +16,7 @@ from ldm.runs.given_jobs import GivenJobs
 from ldm.runs.jobs import check_job, check_syntax
 from ldm.runs.options import RunOptions
 from ldm.runs.starts import Canvases
-from ldm.seeds import count_up
+from ldm.seeds import counted
 from ldm.util import InputError, need
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def jobs_up_to(recipe: Recipe, typed: Mapping[str, Any]) -> tuple[list[Job], int
     job, numbers = recipe.job, range(count(recipe, typed))
     if job.seed_mode == "batch":
         return [replace(job, batch_index=i) for i in numbers], wanted
-    return [replace(job, seed=count_up(job.seed, i - wanted, job.rng)) for i in numbers], wanted
+    return [counted(job, i - wanted) for i in numbers], wanted
 
 
 def place_in_stream(recipe: Recipe) -> StreamPlace | None:

@@ -32,7 +32,8 @@ _Borders = tuple[int, int, int, int]  # left, top, right, bottom
 class Canvas:
     """The image that a job starts from: uint8 `pixels` [H, W, 3], and which of them are repainted.
 
-    `repaint` is bool [H, W], True where pixels are repainted, or None without a mask. `digest` and `mask_digest`
+    `repaint` is bool [H, W], True where pixels are repainted, or with levels how much they are, float32 from 0 to 1;
+    None without a mask. `digest` and `mask_digest`
     are the SHA-256 of the files' bytes in hexadecimal ("" without a mask file). Each of `notes` names in one clause
     what was changed.
     """
@@ -61,7 +62,7 @@ def open_canvas(init: Init, multiple: int = 32, mask_needed: bool = False) -> Ca
     source = read_picture(init.image)
     layout = _layout(source.color.size, init, multiple)
     mask, mask_digest, mask_notes = _mask(init, source)
-    repaint = _repainted(mask, layout)
+    repaint = _repainted(mask, layout, init.mask_levels)
     if mask_needed and not any(borders):
         _require_something(init, repaint)
     notes = [*source.notes]
@@ -242,11 +243,12 @@ def _grey(mask: Source) -> Image.Image:
     return ImageChops.multiply(mask.color.convert("L"), mask.alpha)
 
 
-def _repainted(mask: Image.Image | None, layout: _Layout) -> np.ndarray | None:
-    """Returns the pixels whose mask is at least half white, as bool [H, W] in the layout."""
+def _repainted(mask: Image.Image | None, layout: _Layout, levels: bool) -> np.ndarray | None:
+    """Returns the pixels whose mask is at least half white, as bool [H, W] in the layout; or how white it is."""
     if mask is None:
         return None
-    return np.asarray(layout.place(mask, Image.Resampling.BILINEAR, 0)) >= 128
+    grey = np.asarray(layout.place(mask, Image.Resampling.BILINEAR, 0))
+    return grey.astype(np.float32) / 255 if levels else grey >= 128
 
 
 def _require_something(init: Init, repaint: np.ndarray | None) -> None:

@@ -27,7 +27,7 @@ Options = dict[
 ]  # by name without dashes; None for a switch, a list for several values
 Changes = Mapping[str, str | list[str] | None]
 
-_REPEATED = ("lora", "embedding", "allow_targets")  # options that are given once for each value
+_REPEATED = ("lora", "control", "embedding", "allow_targets")  # options that are given once for each value
 _ALWAYS = ("prompt", "seed", "steps", "scale")  # fields whose options are always written
 MAX_PLACE = 20_000  # images of a run whose noise can be drawn before that of the image
 MAX_BATCH = 1_000  # the largest batch that a file can ask for
@@ -111,7 +111,12 @@ def recorded_batch(recipe: Recipe) -> int:
 def _first_seed(recipe: Recipe, seed: str, changes: Changes) -> str:
     """Returns the seed of a command's first image where the image at its place has `seed`; seeds count up."""
     rng = str(changes.get("rng", recipe.job.rng))
-    if recipe.job.seed_mode == "batch" or not re.fullmatch("[0-9]{1,20}", seed) or int(seed) > MAX_SEEDS[rng]:
+    if (
+        recipe.job.seed_mode == "batch"
+        or recipe.job.variation_strength
+        or not re.fullmatch("[0-9]{1,20}", seed)
+        or int(seed) > MAX_SEEDS[rng]
+    ):
         return seed
     return str(count_up(int(seed), -place(recipe, changes), rng))
 
@@ -147,6 +152,9 @@ def arguments(recipe: Recipe, changes: Changes, drop: Sequence[str] = ()) -> tup
     kept = {name: value for name, value in {**chosen, **changes}.items() if name not in drop}
     if isinstance(seed := kept.get("seed"), str):
         kept["seed"] = _first_seed(recipe, seed, changes)
+    if recipe.job.variation_strength and "variation_seed" not in changes:
+        first = count_up(recipe.job.variation_seed, -place(recipe, changes), recipe.job.rng)
+        kept["variation_seed"] = str(first)
     return script, _arguments(kept)
 
 
@@ -200,6 +208,8 @@ def _option(row: Field, value: Any) -> Options:
     for switch in row.switches:
         if switch.value == value:
             return {switch.option: None}
+    if row.entry is not None:
+        return {row.dest: [row.entry_text(*entry) for entry in value]}
     return {row.dest: text_of(value)} if row.option else {}
 
 

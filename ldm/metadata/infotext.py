@@ -118,6 +118,10 @@ _UPSCALER = _Codec(
 )
 _FILE = _Codec(file_name, str)  # its folder is private to the user
 _NUMBERS = _Codec(lambda values: " ".join(map(_number, values)), lambda text: tuple(map(float, text.split())))
+_CONTROLS = _Codec(
+    lambda controls: to_json([[file_name(file), file_name(image), *rest] for file, image, *rest in controls]),
+    lambda text: SETTINGS["controls"].check(load_json(text)),
+)
 _CODECS: Mapping[str, _Codec] = {"upscale_in": _UPSCALER}
 
 
@@ -127,6 +131,8 @@ def _codec(row: Field) -> _Codec:
     kind = setting.kind
     if row.name in _CODECS:
         return _CODECS[row.name]
+    if row.entry is not None:
+        return _CONTROLS
     if setting.row:
         return _NUMBERS if setting.many else _row(setting)
     if row.is_file:

@@ -63,6 +63,7 @@ class Draft:
         self.values: dict[str, Any] = {"prompt": ""}
         self.notes: list[str] = []
         self.loras: list[tuple[str, float, float]] = []
+        self.controls: list[tuple[str, str, float, float, float]] = []
         self.extras: dict[str, str] = {}
 
     def note(self, text: str) -> None:
@@ -138,6 +139,10 @@ class Draft:
             ]
             self.loras.append((lora_name(file_name(name)), weights[0], weights[1]))
 
+    def control(self, file: str, image: str, weight: float, start: float, end: float) -> None:
+        """Adds a ControlNet by the names of its file and its hint, which may be empty."""
+        self.controls.append((file_name(file), file_name(image), weight, start, end))
+
     def start_from(self, name: str, strength: object) -> None:
         """Sets the image that the job starts from; its name may be empty."""
         self.number("strength", strength)
@@ -162,7 +167,11 @@ class Draft:
                 self.note(f"signs in its prompts are weights to {self.source}")
         for name, *_ in self.loras:
             self.note(f"it needs the LoRA {name}")
-        self.values["loras"] = tuple(self.loras)
+        for name, image, *_ in self.controls:
+            self.note(
+                f"it needs the ControlNet {name} and its hint {image or 'picture'}, which are not in the file"
+            )
+        self.values |= {"loras": tuple(self.loras), "controls": tuple(self.controls)}
         self._check()
         self.values.setdefault("prompt", "")
         job = checked(replace(V1_DEFAULTS, **self.values))

@@ -67,7 +67,8 @@ def read_record(text: str) -> Record:
 def without_folders(job: Job) -> Job:
     """Returns `job` with file names without folders, as in the infotext: folders are private to the user."""
     loras = tuple((lora_name(file_name(name)), *weights) for name, *weights in job.loras)
-    job = replace(job, loras=loras)
+    controls = tuple((file_name(file), file_name(image), *rest) for file, image, *rest in job.controls)
+    job = replace(job, loras=loras, controls=controls)
     if job.init is None:
         return job
     return replace(

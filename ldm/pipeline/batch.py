@@ -11,12 +11,14 @@ from ldm.job import Job
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.noise import NoiseSource
 from ldm.pipeline.conditioning import TextConditioning
+from ldm.pipeline.control import ControlNetworks
 from ldm.pipeline.first_stage import FirstStage
-from ldm.pipeline.noise import place_notes, sampling_noise, skip_start_noise, start_noise
+from ldm.pipeline.noise import place_notes, sampling_noise, skip_start_noise, start_noise, varied
 from ldm.pipeline.picture import OnStep, Pending
 from ldm.pipeline.placement import Placement
 from ldm.pipeline.sampling import LatentSampler
 from ldm.pipeline.starts import OpenCanvas, StartLatents, Starts
+from ldm.runtime.seamless import Seamless
 from ldm.runtime.tiling import Tiling
 
 
@@ -26,17 +28,28 @@ class BatchMaker:
     def __init__(
         self, model: LatentDiffusion, placement: Placement, tiles: Tiling, canvases: OpenCanvas | None
     ) -> None:
-        self.placement = placement
+        self.placement, self._model, self._seamless = placement, model, Seamless()
         self.conditioning = TextConditioning(model, placement)
         self.first_stage = FirstStage(model, placement, tiles)
         self.starts = Starts(model, self.first_stage, canvases)
-        self.sampler = LatentSampler(model, placement, self.conditioning, self.starts)
+        self.control = ControlNetworks(model, placement)
+        self.sampler = LatentSampler(model, placement, self.conditioning, self.starts, self.control)
+
+    def join_edges(self, job: Job) -> None:
+        """Has all networks that see pixels wrap around as a job wants it."""
+        networks = (
+            self._model.model.diffusion_model,
+            self._model.first_stage_model,
+            *self.control.networks(job),
+        )
+        self._seamless.apply(networks, job.seamless)
 
     def start_over(self, canvases: OpenCanvas) -> None:
         """Forgets everything of the jobs before."""
         self.conditioning.remove_embeddings()
         self.first_stage.clear()
         self.starts.clear(canvases)
+        self.control.clear(canvases)
 
     def begin(
         self,
@@ -94,7 +107,7 @@ class BatchMaker:
         return sampling_noise(jobs, self.placement.device)
 
     def _start_noise(self, jobs: Sequence[Job], noise: NoiseSource) -> Tensor:
-        return start_noise(noise, (len(jobs), *self.sampler.latent_shape(jobs[0])))
+        return varied(start_noise(noise, (len(jobs), *self.sampler.latent_shape(jobs[0]))), jobs)
 
     def _notes(self, job: Job) -> dict[str, str]:
         """Metadata of an image besides the job."""

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from ldm.fields import check_fields
 from ldm.job import Job
+from ldm.models.diffusion.control import check_control
 from ldm.models.diffusion.course import check_guidance
 from ldm.models.diffusion.passes import check_sampling
-from ldm.seeds import count_up
+from ldm.seeds import counted
 from ldm.util import InputError
 
 
@@ -24,6 +25,7 @@ def check_job(job: Job, image_size: tuple[int, int] | None, factor: int) -> None
     check_fields(job)
     check_sampling(job)
     check_guidance(job)
+    check_control(job)
     if job.height % factor or job.width % factor:
         raise InputError(f"{job.width}x{job.height} is not a multiple of {factor} pixels")
 
@@ -31,5 +33,5 @@ def check_job(job: Job, image_size: tuple[int, int] | None, factor: int) -> None
 def numbered(jobs: Sequence[Job]) -> list[Job]:
     """The jobs of one call as images 0, 1, ...: with seeds that count up, or as entries of one stream of noise."""
     if jobs and jobs[0].seed_mode == "image":
-        return [replace(job, seed=count_up(job.seed, i, job.rng)) for i, job in enumerate(jobs)]
+        return [counted(job, i) for i, job in enumerate(jobs)]
     return [replace(job, batch_index=i) for i, job in enumerate(jobs)]

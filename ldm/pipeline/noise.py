@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ldm.job import Job
 from ldm.models.diffusion.noise import NoiseSource, RunNoise, noise_source
 from ldm.models.diffusion.passes import CONVENTIONS, follows_path
 from ldm.models.diffusion.step_noise import SeparateSteps, StartRun, brownian_steps, stream_of_steps
 from ldm.seeds import count_up
+
+_PARALLEL = 0.9995  # a cosine
 
 
 def sampling_noise(jobs: Sequence[Job], device: torch.device, fixed_rows: int | None = None) -> NoiseSource:
@@ -43,6 +47,28 @@ def posterior_noise(jobs: Sequence[Job], device: torch.device) -> NoiseSource:
     """
     seeds = [int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]) for seed in _stream_seeds(jobs)]
     return noise_source("cpu", jobs[0].seed_mode, seeds, device)
+
+
+def varied(code: Tensor, jobs: Sequence[Job]) -> Tensor:
+    """Start noise [N, C, h, w], each image's turned to that of its variation seed by its strength."""
+    strength = jobs[0].variation_strength
+    if strength == 0:
+        return code
+    others = [replace(job, seed=job.variation_seed, seed_mode="image") for job in jobs]
+    return turned(code, sampling_noise(others, code.device).draw(code.shape), strength)
+
+
+def turned(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Noise [N, C, h, w] between `a` (share 0) and `b` (share 1), on a great circle (Shoemake 1985, slerp).
+
+    As in AUTOMATIC1111's web UI each column of the map is a vector of its own, and noise that is nearly the same on
+    the whole is mixed on a line, in which `share` counts from the other end.
+    """
+    cosine = F.cosine_similarity(a, b, dim=2, eps=0)[:, :, None]
+    if cosine.mean() > _PARALLEL:
+        return share * a + (1 - share) * b
+    angle = torch.acos(cosine)
+    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
 
 
 def start_noise(noise: NoiseSource, shape: Sequence[int]) -> Tensor:

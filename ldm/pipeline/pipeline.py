@@ -59,6 +59,7 @@ class Pipeline:
         self.loras = LoraStack(model, find_lora)
         self.maker = BatchMaker(model, Placement(model, precision, lowmem, compiled), tiles, canvases)
         self.starts, self.first_stage = self.maker.starts, self.maker.first_stage
+        self.control = self.maker.control
 
     @classmethod
     def from_pretrained(
@@ -221,6 +222,7 @@ class Pipeline:
             raise ValueError("the jobs of one batch may differ in prompts, guidance scales and seeds only")
         if self.loras.apply(jobs[0].loras):
             self.maker.conditioning.clear()
+        self.maker.join_edges(jobs[0])
         sized = [self.starts.sized(job) for job in jobs]
         return self.maker.begin(sized, noise, start_code, on_step, latents)
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from ldm.checkpoints.formats.tensor_bytes import forget
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.runtime.device import Precision
-from ldm.runtime.fast import prepare
+from ldm.runtime.fast import prepare, prepare_control
 
 LOW_MEMORY = 300_000_000  # bytes of weights that stay in memory with `lowmem`
 
@@ -32,6 +33,11 @@ class Placement:
     def device(self) -> torch.device:
         """The device of the model."""
         return self._model.device
+
+    def add(self, network: ControlNet) -> None:
+        """Brings another network, that acts on the U-Net, to the precision and the device of the model."""
+        dtype = self.precision.dtype
+        prepare_control(network, self.packer, self.device, dtype, forget)
 
     @contextmanager
     def running(self, network: nn.Module) -> Generator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from ldm.models.diffusion.passes import Pass, passes_of, schedule_of, settings_o
 from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.solvers import SOLVERS
 from ldm.pipeline.conditioning import TextConditioning
+from ldm.pipeline.control import ControlNetworks
 from ldm.pipeline.noise import posterior_noise
 from ldm.pipeline.picture import OnStep, StepInfo
 from ldm.pipeline.placement import Placement
@@ -38,10 +40,15 @@ class LatentSampler:
     """Denoises batches of jobs through all their passes."""
 
     def __init__(
-        self, model: LatentDiffusion, placement: Placement, conditioning: TextConditioning, starts: Starts
+        self,
+        model: LatentDiffusion,
+        placement: Placement,
+        conditioning: TextConditioning,
+        starts: Starts,
+        control: ControlNetworks,
     ) -> None:
         self._model, self._placement = model, placement
-        self._conditioning, self._starts = conditioning, starts
+        self._conditioning, self._starts, self._control = conditioning, starts, control
         self._warned = False
 
     def sample(
@@ -86,7 +93,9 @@ class LatentSampler:
                 latents = start.latents
             else:
                 plan = self._conditioning.plan(jobs, inpainting, one.start == "upscaled")
-                latents = self._denoise(one, sampler, plan, start, code, noise, on_step)
+                with self._control.running(job):
+                    plan = replace(plan, units=self._control.units(job, one.size))
+                    latents = self._denoise(one, sampler, plan, start, code, noise, on_step)
         return latents
 
     def _warn_of_late_start(self, sampler: Sampler) -> None:

@@ -16,6 +16,7 @@ from ldm.images.resample import enlarge_latents, enlarge_pixels
 from ldm.job import Init, Job
 from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
 from ldm.models.diffusion.noise import NoiseSource
+from ldm.models.diffusion.sampling_run import MaskLevels
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.pipeline.conditioning import InpaintingCondition
 from ldm.pipeline.first_stage import FirstStage
@@ -29,7 +30,7 @@ class StartLatents:
     """Latents [N, C, h, w] that a batch starts from; `keep` [1, 1, h, w] is 1 where they stay as they are."""
 
     latents: Tensor
-    keep: Tensor | None = None
+    keep: Tensor | MaskLevels | None = None
 
 
 class Starts:
@@ -47,7 +48,7 @@ class Starts:
         self._weight = lru_cache(maxsize=4)(self._faded_mask)
 
     def _faded_mask(self, init: Init) -> Tensor:
-        return fade(self._mask(init), init.mask_blur)
+        return fade(self._mask(init) > 0, init.mask_blur)
 
     def size_of(self, job: Job) -> tuple[int, int]:
         """Height and width of the image that a job starts from, or else those that the model was trained at."""
@@ -84,7 +85,8 @@ class Starts:
         latents = self._draw(self._distribution(init, False), jobs, posterior)
         if not self.keeps_masked(init):
             return StartLatents(latents)
-        return StartLatents(latents, 1 - to_latent_mask(self._mask(init), self._factor, nearest=False))
+        keep = 1 - to_latent_mask(self._mask(init), self._factor, nearest=False)
+        return StartLatents(latents, MaskLevels(keep) if init.mask_levels else keep)
 
     def enlarged(self, jobs: Sequence[Job], latents: Tensor) -> StartLatents:
         """The results of the first pass at the size of the second."""
@@ -132,7 +134,7 @@ class Starts:
         return from_uint8(self.canvas(init).pixels[None]).to(self._device)
 
     def _mask(self, init: Init) -> Tensor:
-        """The canvas's mask [1, 1, H, W], 1 where it is repainted."""
+        """The canvas's mask [1, 1, H, W], 1 where it is repainted; less where only the last steps may do it."""
         return torch.from_numpy(self.canvas(init).repaint).to(self._device)[None, None].float()
 
     def _encode_canvas(self, init: Init, hide_mask: bool) -> DiagonalGaussianDistribution:

@@ -55,7 +55,7 @@ def check_field(field: str, value: Any) -> Any:
 
 def check_value(field: str, value: Any) -> Any:
     """Does the same as `check_field`, but accepts the spellings of choices that a line may use."""
-    spelt = isinstance(value, str) and field != SEEDS and _setting(field).choices
+    spelt = isinstance(value, str) and field != SEEDS and (_setting(field).choices or _setting(field).entry)
     return check_field(field, parse_field(field, value) if spelt else value)
 
 
@@ -90,7 +90,9 @@ class Values:
             self.fault(f"{printable(name)} {error}")
             return
         target, key = (self._counts, name) if field == COUNT else (self._values, field)
-        if key in target:
+        if key in target and key in SETTINGS and SETTINGS[key].entry is not None:
+            value = (*target[key], *value)
+        elif key in target:
             self.fault(f"{printable(name)} is given twice; leave one out")
         target[key] = value
 

@@ -287,9 +287,11 @@ _A1111 = _dashed(
         "sampler_name": "sampler",
         "n_iter": COUNT,
         "batch_size": COUNT,
+        "subseed": "variation_seed",
+        "subseed_strength": "variation_strength",
     }
 ) | _dashed(
-    "sd_model outpath_samples outpath_grids prompt_for_display styles subseed subseed_strength seed_resize_from_h "
+    "sd_model outpath_samples outpath_grids prompt_for_display styles seed_resize_from_h "
     "seed_resize_from_w sampler_index restore_faces tiling do_not_save_samples do_not_save_grid"
 )
 _KOHYA = _dashed(

@@ -125,6 +125,10 @@ def _batch_seconds(
         + (calls - guided) * own.seconds(work.predict(*size), batch.images * batch.parts)
         for size, calls, guided in batch.passes()
     )
+    if batch.job.controls:
+        denoising += len(batch.job.controls) * sum(
+            calls * own.seconds(work.control(*size), batch.samples) for size, calls, _ in batch.passes()
+        )
     each = own.seconds(work.decode(*last))
     if batch.encodes_again:
         each += own.seconds(work.decode(*batch.size)) + _encode_seconds(last, work, pace)

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from ldm.files import open_regular
 from ldm.metadata.read import Recipe, read_job
+from ldm.runs.hints import HINTS, hint_files
 from ldm.util import InputError, printable
 
 logger = logging.getLogger("ldm")
@@ -33,6 +34,7 @@ main { grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); 
 figure { margin: 0; min-width: 0; }
 figure[hidden] { display: none; }
 a { display: block; }
+a.hint { display: inline-block; width: 4rem; margin: .3rem .3rem 0 0; }
 img { width: 100%; height: auto; display: block; background: #8884; }
 p { margin: .3rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 p { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4; overflow: hidden; }
@@ -148,9 +150,17 @@ def _figure(path: Path, command: Words, remark: Words) -> str:
             f' width="{recipe.job.width}" height="{recipe.job.height}"'  # room for it before it has loaded
         )
     return (
-        f'<figure><a href="{source}"><img src="{source}"{sides} alt="{name}" loading="lazy"></a><figcaption>\n'
+        f'<figure><a href="{source}"><img src="{source}"{sides} alt="{name}" loading="lazy"></a>{_hints(path)}'
+        "<figcaption>\n"
         f'<p class="file">{name}</p>\n{caption}</figcaption></figure>'
     )
+
+
+def _hints(path: Path) -> str:
+    """The saved hints of an image, small."""
+    sources = [f"{HINTS}/{quote(os.fsencode(hint.name))}" for hint in hint_files(path)]
+    links = (f'<a class="hint" href="{s}"><img src="{s}" alt="hint" loading="lazy"></a>' for s in sources)
+    return "".join(links)
 
 
 def _caption(recipe: Recipe, command: str, remark: str) -> str:

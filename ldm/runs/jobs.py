@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,59 @@ from ldm.util import need
 
 def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Path]) -> None:
     """Checks that a config's model can make a job, else raises InputError."""
+    from ldm.models.diffusion.control import check_control
     from ldm.models.diffusion.course import check_guidance
     from ldm.models.diffusion.passes import check_sampling
 
     check_sampling(job)
     check_guidance(job)
+    check_control(job)
     factor = latent_factor(model)
     for name, side in (("--W", job.width), ("--H", job.height)):
         need(side % factor == 0, f"{name} is {side}, not a multiple of {factor}")
     check_memory(job, model)
+    check_seamless(job, model)
     for name, _, _ in job.loras:
         check_there(find_lora(name), "give another LoRA")
+    if job.controls:
+        check_control_files(job)
+
+
+def check_seamless(job: Job, model: Mapping[str, Any]) -> None:
+    """Checks that the maps of each level of the U-Net end where the image does, else raises InputError."""
+    from ldm.config import section
+
+    levels = len(section(model, "unet_config").get("channel_mult") or (1, 2, 4, 8))
+    multiple = latent_factor(model) * 2 ** (levels - 1)
+    for name, side, axes in (("--W", job.width, "x"), ("--H", job.height, "y")):
+        need(
+            job.seamless not in (axes, "both") or side % multiple == 0,
+            f"--seamless {job.seamless} needs {name} in multiples of {multiple}, and it is {side}; "
+            f"use {max(side // multiple, 1) * multiple}",
+        )
+
+
+def check_control_files(job: Job) -> None:
+    """Checks the files of a job's control networks, but for their weights, and its hints; else raises InputError."""
+    from ldm.checkpoints.adapters.control import control_file, read_control
+    from ldm.images.canvas import open_canvas
+    from ldm.images.hints import read_hint
+
+    for file, image, *_ in job.controls:
+        read_control(control_file(file))
+        read_hint(job, image, (job.height, job.width), open_canvas)
+
+
+def check_controls(names: Sequence[str], model: Mapping[str, Any]) -> None:
+    """Checks that the control networks in these files are for a config's model, else raises InputError."""
+    if not names:
+        return
+    from ldm.checkpoints.adapters.control import control_file, control_network, read_control
+    from ldm.checkpoints.load import build_model
+
+    unet = build_model(model).model.diffusion_model
+    for name in names:
+        control_network(read_control(control_file(name)), unet)
 
 
 def suit_to(model: Mapping[str, Any]) -> Callable[[Job], Job]:

@@ -51,6 +51,8 @@ def load(options: RunOptions, plan: Plan, source: Source, claim: Claim, started:
     embeddings = _embeddings(options, pipeline.model)
     for name in plan.loras():
         pipeline.loras.read(name)
+    for name in plan.controls():
+        pipeline.control.read(name)
     seconds = time.monotonic() - started
     logger.info("model loaded in %.1f s; %s, %s", seconds, here.device, source.precision.name)
     _settle_tiles(pipeline, plan, claim, here)

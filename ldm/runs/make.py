@@ -13,6 +13,7 @@ from ldm.runs.claim import Claim
 from ldm.runs.existing import Present
 from ldm.runs.extras import extras_of
 from ldm.runs.filters import make_mark
+from ldm.runs.hints import write_hints
 from ldm.runs.jobs import count_steps
 from ldm.runs.load import load, load_nothing
 from ldm.runs.messages import REST
@@ -52,9 +53,10 @@ def make(options: RunOptions, plan: Plan, source: Source, report: Report, name_f
         steps = sum(count_steps(plan[batch[0]]) for batch in batches)
         progress = Progress(sum(map(len, batches)), steps, options.quiet or here.rank > 0, events)
         extras = extras_of(options, plan, source, claimed.hashes, loaded.embeddings)
+        hints = partial(write_hints, folder.path, source.canvases) if options.save_hints else None
         output = Output(
             options, folder, claimed, present, claim.columns, mark, loaded.screen, extras, events,
-            here.device.type == "cpu", here.world > 1, name_files,
+            here.device.type == "cpu", here.world > 1, name_files, hints,
         )  # fmt: skip
         events.emit(
             "start",

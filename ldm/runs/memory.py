@@ -55,16 +55,27 @@ def needed_memory(
     encoded |= {batch.job.upscaled_size for batch in batches if batch.encodes_again}
     passing = {size: tiling.needed_memory(widths, _area(size)) * share(size) for size in {largest, *encoded}}
     to_encode = work.encode(*largest).alive / work.decode(*largest).alive  # always in float32
-    denoised = {(size, batch.samples) for batch in batches for size, steps, _ in batch.passes() if steps}
+    denoised = {
+        (size, batch.samples, bool(batch.job.controls))
+        for batch in batches
+        for size, steps, _ in batch.passes()
+        if steps
+    }
+
+    def maps(size: tuple[int, int], controlled: bool) -> int:
+        return work.predict(*size).alive + (work.control(*size).alive if controlled else 0)
+
     peaks = [
         (passing[largest] * dtype.itemsize / 4, f"decoding {_words(largest)}"),
         *((passing[size] * to_encode, f"encoding {_words(size)}") for size in encoded),
         *(
-            (dtype.itemsize * work.predict(*size).alive * samples, f"denoising {_words(size)}")
-            for size, samples in denoised
+            (dtype.itemsize * maps(size, controlled) * samples, f"denoising {_words(size)}")
+            for size, samples, controlled in denoised
         ),
     ]
-    networks = weight_bytes(model, dtype, encodes=bool(encoded)).values()
+    networks = [*weight_bytes(model, dtype, encodes=bool(encoded)).values()]
+    if files := {file for batch in batches for file, *_ in batch.job.controls}:
+        networks += [work.control_weights * dtype.itemsize] * len(files)
     weights = max(networks) if options.lowmem else sum(networks)
     if options.lowmem and device.type == "cpu":
         weights = min(weights, LOW_MEMORY)
@@ -87,7 +98,8 @@ def check_batches(
     width = section(config, "unet_config").get("model_channels", 320)
     cells = max(_area(size) * batch.samples for batch in batches for size, *_ in batch.passes())
     bound = MOST_MAPS * 4 * width * cells // latent_factor(config) ** 2
-    if total is None or 2 * bound < total:
+    controlled = any(batch.job.controls for batch in batches)  # whose weights the bound leaves out
+    if total is None or (2 * bound < total and not controlled):
         return
     try:
         model = build_model(config)

@@ -41,6 +41,7 @@ class RunOptions:
     skip_save: bool = False
     preview: int = 0
     animate: Literal["webp", "gif"] | None = None
+    save_hints: bool = False
     safety_model: str | None = None
 
     n_iter: int = 1

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ class Output:
     would start a second pool of torch's threads, and both would compete for the cores. As a context manager it
     completes the queue on exit, except when the process is interrupted. `screen`, `mark` and `extras` come from the
     run, `run` is the claim on numbers and `present` its existing images; with `shared` other processes make images of
-    the run too, with `name_files` each file's path is printed.
+    the run too, with `name_files` each file's path is printed; `hints` writes those of a job.
     """
 
     def __init__(
@@ -54,10 +55,11 @@ class Output:
         on_cpu: bool = True,
         shared: bool = False,
         name_files: bool = True,
+        hints: Callable[[Path, Job], None] | None = None,
     ) -> None:
         self._options, self._folder, self._run, self._present = options, folder, run, present
         self._mark, self._screen = mark, screen
-        self._files = SampleFiles(run, present, extras, events, name_files)
+        self._files = SampleFiles(run, present, extras, events, name_files, hints)
         self._new_sheet = partial(OrderedGrid, folder.path, run, columns, mark)
         self._on_cpu, self._shared = on_cpu, shared
         self._sheet = None if options.skip_grid or shared else self._new_sheet()

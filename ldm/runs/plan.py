@@ -21,7 +21,7 @@ from ldm.prompts.notations import warn_of_notations
 from ldm.runs.jobs import check_syntax
 from ldm.runs.options import Request, RunOptions
 from ldm.runs.starts import Start
-from ldm.seeds import check_seed, count_up
+from ldm.seeds import check_seed, counted
 from ldm.util import InputError, need, printable
 
 if TYPE_CHECKING:
@@ -115,21 +115,25 @@ class Plan(Sequence[Job]):
         index = range(len(self))[index]
         number, place = divmod(index, self._round_size)
         job = self._round(number // self._options.n_iter)[place]
-        seed = self._seed(number, place // len(self.combinations), job)
-        return replace(job, seed=seed, batch_index=index if self._request.job.seed_mode == "batch" else 0)
+        seed, offset = self._seed(number, place // len(self.combinations), job)
+        job = counted(replace(job, seed=seed), offset)
+        return replace(job, batch_index=index if self._request.job.seed_mode == "batch" else 0)
 
-    def _seed(self, number: int, image: int, job: Job) -> int:
-        """Returns the seed of an image of a round, both counted from 0; `job` is the image's but for the seed."""
+    def _seed(self, number: int, image: int, job: Job) -> tuple[int, int]:
+        """Returns the seed of an image of a round, both counted from 0, and by how much it counts up.
+
+        `job` is the image's but for the seed.
+        """
         own, first = self._seeds[image], self._request.job.seed
         if "seed" in self.combinations[0]:
-            return job.seed
+            return job.seed, 0
         if own is not None:
-            return count_up(*own, job.rng)
+            return own
         if self._request.job.seed_mode == "batch":
-            return first
+            return first, 0
         if self._options.fixed_code:
-            return count_up(first, image % self._options.n_samples, job.rng)
-        return count_up(first, number * len(self._seeds) + image, job.rng)
+            return first, image % self._options.n_samples
+        return first, number * len(self._seeds) + image
 
     def batches(self) -> list[list[int]]:
         """Returns the batches: up to n_samples images that differ in prompts, seeds and scales at most."""
@@ -157,6 +161,10 @@ class Plan(Sequence[Job]):
     def loras(self) -> list[str]:
         """Returns the names of all LoRAs of the run."""
         return list(dict.fromkeys(name for job in self.kinds() for name, _, _ in job.loras))
+
+    def controls(self) -> list[str]:
+        """Returns the names of the files of all control networks of the run."""
+        return list(dict.fromkeys(file for job in self.kinds() for file, *_ in job.controls))
 
     def sheets(self) -> Iterator[tuple[str, list[int]]]:
         """Returns the title and the images, row by row, of each sheet of a sweep."""

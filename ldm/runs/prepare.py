@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.job import Job
-from ldm.runs.jobs import check_job, suit_to
+from ldm.runs.jobs import check_controls, check_job, suit_to
 from ldm.runs.model_cache import ModelCache
 from ldm.runs.models import check_latents, choose_model, find_loras
 from ldm.runs.notes import note_jobs
@@ -108,6 +108,7 @@ def plan_request(
     )
     ckpt = None if options.ckpt is None else Path(options.ckpt)
     note_jobs(plan.kinds(), config, ckpt, find_lora)
+    check_controls(plan.controls(), config)
     return plan
 
 

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.job import Job
@@ -25,7 +26,8 @@ logger = logging.getLogger("ldm")
 class SampleFiles:
     """Writes each image of a run to the file of its number, whole or not at all.
 
-    `extras` returns the model's part of a job's metadata. With `name_files` the path of each file is logged.
+    `extras` returns the model's part of a job's metadata. With `name_files` the path of each file is
+    logged; `hints` writes those of a job, given the file of its image.
     """
 
     def __init__(
@@ -35,9 +37,11 @@ class SampleFiles:
         extras: Callable[[Job], dict[str, str]],
         events: Events,
         name_files: bool = True,
+        hints: Callable[[Path, Job], None] | None = None,
     ) -> None:
         self._run, self._present, self._extras = run, present, extras
         self._events, self._name_files = events, name_files
+        self._hints = hints
         self._last = time.monotonic()
 
     def write(self, index: int, job: Job, pixels: np.ndarray, notes: Mapping[str, str]) -> bool:
@@ -62,6 +66,8 @@ class SampleFiles:
             publish(path, data, overwrite=index in self._present.damaged)
         except FileExistsError:
             return False
+        if self._hints is not None:
+            self._hints(path, job)
         seconds, self._last = time.monotonic() - self._last, time.monotonic()
         self._events.emit(
             "image",

@@ -23,16 +23,20 @@ _SETTINGS = ("config.json", "adapter_config.json")  # of weights
 
 def settings(options: RunOptions, plan: Plan, source: Source) -> dict[str, Any]:
     """Returns the settings that pixels and files depend on besides jobs and weights: options and digests of files."""
+    from ldm.checkpoints.adapters.control import control_file, control_parts
     from ldm.checkpoints.adapters.lora_files import settings_file
+    from ldm.checkpoints.hashing import files_sha256
 
     inits = dict.fromkeys(job.init for job in plan.kinds() if job.init is not None)
     pictures = dict.fromkeys(path for init in inits for path in (init.image, init.mask) if path)
+    pictures |= dict.fromkeys(image for job in plan.kinds() for _, image, *_ in job.controls)
     below = (
         files_below(options.embedding_dir, "the embedding folder")
         if options.embedding_dir is not None
         else []
     )
     embeddings = [*(Path(path) for path, _ in options.embedding), *below]
+    controls = {name: files_sha256(control_parts(control_file(name))) for name in plan.controls()}
     loras = {name: source.find_lora(name) for name in plan.loras()}
     lora_settings = {name: file for name, path in loras.items() if (file := settings_file(path))}
     return {
@@ -47,6 +51,7 @@ def settings(options: RunOptions, plan: Plan, source: Source) -> dict[str, Any]:
         "pictures": {
             printable(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in pictures
         },
+        **({"control_files": controls} if controls else {}),  # runs from before there were any lack them
         "lora_files": {name: file_digest(path) for name, path in loras.items()},
         "lora_settings": {name: file_digest(path) for name, path in lora_settings.items()},
         "embeddings": file_digests(embeddings),

@@ -12,7 +12,7 @@ from ldm.runs.prepare import Planner, Prepared, plan_request
 from ldm.runs.progress import Report
 from ldm.runs.run import run
 from ldm.runs.run_folder import NoSuchRun
-from ldm.seeds import count_up
+from ldm.seeds import counted
 from ldm.util import InputError
 
 logger = logging.getLogger("ldm")
@@ -45,8 +45,7 @@ def serve(
         if not line.strip():
             continue
         try:
-            seed = count_up(request.job.seed, made, request.job.rng)
-            one = replace(request, job=replace(request.job, seed=seed), given=line, first_line=number)
+            one = replace(request, job=counted(request.job, made), given=line, first_line=number)
             prepared = replace(planned(partial(plan_request, options, one)), options=options)
             made += len(prepared.plan)
             code = _run(prepared, report)

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
 from ldm.models.keys import FIRST_STAGE_PREFIX
+from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.runtime import kernels
 from ldm.runtime.fast import Packer, accelerate, halved
 from ldm.util import is_list
@@ -140,13 +141,15 @@ def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
 class NetworkWork:
     """The work of a model's networks for one sample, counted on the meta device; sizes are in pixels.
 
-    `predict` is one call of the U-Net, `decode` latents to an image, `encode` an image to the distribution of its
-    latents, `read` one prompt. Everything but the number of operations grows with the number of samples.
+    `predict` is one call of the U-Net, `control` one of a control network, `decode` latents to an image, `encode` an
+    image to the distribution of its latents, `read` one prompt. Everything but the number of operations grows with
+    the number of samples.
     """
 
     def __init__(self, model: LatentDiffusion) -> None:
         self._model = model.eval()
         self.predict, self.decode, self.encode = map(_BySize, (self._predict, self._decode, self._encode))
+        self.control = _BySize(self._control)
 
     @cached_property
     def read(self) -> Work:
@@ -157,6 +160,24 @@ class NetworkWork:
         if isinstance(self._model, LatentInpaintDiffusion):
             cond = self._model.hybrid_conditioning(cond, x[:, :1], x)
         return count_work(lambda: self._model.apply_model(x, torch.zeros(1, device="meta"), cond))
+
+    def _control(self, height: int, width: int) -> Work:
+        x, network = self._latents(height, width), self._control_network
+        features = x.new_empty(1, network.model_channels, *x.shape[2:])
+        return count_work(lambda: network.add(x, features, torch.zeros(1, device="meta"), self._context))
+
+    @cached_property
+    def _control_network(self) -> ControlNet:
+        """A control network for the model's U-Net, on the meta device."""
+        settings = self._model.model.diffusion_model.settings
+        own = {"in_channels": self._model.channels, "time_cond_proj_dim": None}
+        with torch.device("meta"):
+            return ControlNet(**{**settings, **own}).eval()
+
+    @property
+    def control_weights(self) -> int:
+        """How many weights a control network has."""
+        return sum(parameter.numel() for parameter in self._control_network.parameters())
 
     def _decode(self, height: int, width: int) -> Work:
         z = self._latents(height, width)

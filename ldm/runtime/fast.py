@@ -329,6 +329,22 @@ def prepare(
     return packer
 
 
+def prepare_control(
+    network: ControlNet, packer: Packer | None, device: torch.device, dtype: torch.dtype, forget: Forget
+) -> None:
+    """Converts a control network as `prepare` does its model: with the holder of that model's weights, or in place.
+
+    Its hint, of which the features are computed once, is read in float32 where weights are packed.
+    """
+    if packer is None:
+        network.to(device, dtype)
+        return
+    exact = Packer(torch.float32, forget)
+    accelerate(network, packer)
+    for part in (network.time_embed, network.input_hint_block):
+        accelerate(part, exact)
+
+
 def _compile(network: nn.Module, dtype: torch.dtype) -> None:
     """Converts parameters to half precision and channels last; the code is compiled at its first call and cached."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_path("compiled")))

@@ -61,6 +61,7 @@ FULL = Job(
         alpha_mask=True,
         invert_mask=True,
         mask_blur=0.5,
+        mask_levels=True,
     ),
     strength=0.3,
     posterior="mean",
@@ -84,6 +85,13 @@ FULL = Job(
     step_seed_delta=31337,
     clip_skip=2,
     guidance_rescale=0.7,
+    variation_seed=2**63,
+    variation_strength=0.25,
+    seamless="x",
+    controls=(("a, b.pth", "h: 1.png", 0.5, 0.25, 0.75), ("c.safetensors", "d.png", 1.0, 0.0, 1.0)),
+    hint="inpaint",
+    control_mode="guess",
+    control_resize="pad",
 )
 PIXELS = np.zeros((8, 8, 3), np.uint8)
 VALUES = st.recursive(

@@ -20,6 +20,7 @@ from ldm.checkpoints.load import load_into, skip_init
 from ldm.checkpoints.model_files import model_files, read_json, read_model
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.places import find
 from ldm.util import InputError, printable
 
 _FIRST, _HINT = "input_blocks.0.0.weight", "input_hint_block.0.weight"
@@ -46,7 +47,7 @@ class ControlFile:
 
 def control_file(name: str | Path) -> Path:
     """The path of a ControlNet, a file or a folder of diffusers; an `InputError` where there is none."""
-    path = Path(name)
+    path = find(name)
     if not path.exists():
         raise InputError(
             f"the ControlNet {printable(path)} does not exist; give a file, or a folder that diffusers saved"
@@ -98,6 +99,12 @@ def control_network(file: ControlFile, unet: UNetModel, dtype: torch.dtype | Non
     Floating-point weights are cast to `dtype`, unless it is None. `CheckpointError` where a weight is absent or has
     another shape.
     """
+    theirs, ours = file.weights[_FIRST].shape[0], unet.model_channels
+    if theirs != ours:
+        raise CheckpointError(
+            f"{printable(file.source.path)}: is {file.source.kind.name} of {theirs} channels, and the model has "
+            f"{ours}; give one that was trained for this model"
+        )
     own = {
         "in_channels": file.weights[_FIRST].shape[1],
         "hint_channels": file.weights[_HINT].shape[1],
@@ -113,5 +120,5 @@ def control_network(file: ControlFile, unet: UNetModel, dtype: torch.dtype | Non
             for key, change in file.weights.items()
         }
         source = replace(source, state_dict=weights)
-    load_into(network, source, dtype)
+    load_into(network, source, dtype, logs=False)
     return network.eval()

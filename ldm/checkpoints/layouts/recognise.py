@@ -294,5 +294,5 @@ def count_and_names(keys: Collection[str]) -> str:
 
 def looks_like(kind: ModelKind) -> str:
     """A clause for an error message, such as "; it looks like SDXL, this toolkit runs ..."; often empty."""
-    other = other_model(kind)
+    other = None if kind.part == "ControlNet" else other_model(kind)  # one that is read as such
     return f"; it looks like {other}, and this toolkit runs Stable Diffusion v1" if other else ""

@@ -31,6 +31,7 @@ def txt2img_parser() -> argparse.ArgumentParser:
     cli.add_sampling_options(options, scale=7.5)
     cli.add_size_options(options)
     cli.add_upscale_options(options)
+    cli.add_control_options(options)
     cli.add_batch_options(options, n_iter=2, n_samples=3)
     _add_run_options(options, outdir="outputs/txt2img-samples", laion=True)
     return options
@@ -45,6 +46,7 @@ def img2img_parser() -> argparse.ArgumentParser:
     cli.add_sampling_options(options, scale=5.0)
     cli.add_size_options(options, own="the image's own size")
     cli.add_upscale_options(options)
+    cli.add_control_options(options)
     cli.add_batch_options(options, n_iter=1, n_samples=2)
     _add_run_options(options, outdir="outputs/img2img-samples")
     return options
@@ -59,6 +61,7 @@ def inpaint_parser() -> argparse.ArgumentParser:
     cli.add_mask_options(options)
     cli.add_sampling_options(options, scale=7.5)
     cli.add_size_options(options, own="the image's own size")
+    cli.add_control_options(options)
     cli.add_batch_options(options, n_iter=1, n_samples=1)
     _add_run_options(options, outdir="outputs/inpaint-samples")
     return options

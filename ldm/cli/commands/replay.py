@@ -42,6 +42,7 @@ def _run_options() -> Parser:
     cli.add_sampling_options(options, scale=7.5)
     cli.add_size_options(options, own="the image's own size")
     cli.add_upscale_options(options)
+    cli.add_control_options(options)
     cli.add_batch_options(options, n_iter=1, n_samples=1)
     cli.add_output_options(options, outdir="")
     cli.add_model_options(options)

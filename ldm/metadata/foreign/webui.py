@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ldm.job import Job
+from ldm.metadata.foreign.controls import read_controls
 from ldm.metadata.foreign.entries import (
     FOREIGN_KEYS,
     HARMLESS,
@@ -104,6 +105,15 @@ def _recipe(entries: dict[str, str], source: str, origin: Origin) -> Recipe:
         choose_start(entries, job.strength, draft)
     draft.model, draft.model_hash = entries.get("Model", ""), entries.get("Model hash", "")
     find_files(entries, draft)
+    read_controls(entries, draft)
+    if strength := positive(entries.get("Variation seed strength", "")):
+        draft.values |= {
+            "variation_seed": _whole(entries.pop("Variation seed", "")),
+            "variation_strength": strength,
+        }
+        del entries["Variation seed strength"]
+    if entries.pop("Tiling", "").lower() == "true":
+        draft.values["seamless"] = "both"
     _leave_out(entries, draft)
     return draft.finish()
 
@@ -164,6 +174,10 @@ def _version(entries: dict[str, str]) -> tuple[int, ...]:
     """Returns the web UI's version, from v1.10.1 or v1.10.1-12-gabcdef; forks' and unknown ones count as 1.6."""
     parts = entries.get("Version", "").removeprefix("v").partition("-")[0].split(".")
     return tuple(map(int, parts)) if all(part.isdecimal() and len(part) < 5 for part in parts) else (1, 6)
+
+
+def _whole(text: str) -> int:
+    return int(text) if text.isdecimal() and len(text) < 21 else 0
 
 
 def _leave_out(entries: Mapping[str, str], draft: Draft) -> None:

@@ -35,6 +35,11 @@ class Moment:
     alpha: float
 
     @property
+    def steps(self) -> int:
+        """How many steps the run has, this one included."""
+        return self.step + self.rows - self.row
+
+    @property
     def share(self) -> float:
         """The share of the schedule's steps before this one, from 0 to below 1."""
         return self.row / self.rows

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.models.diffusion.control import Control
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.schedule import diffusion_buffers, make_beta_schedule
 from ldm.models.diffusion.schedule import zero_terminal_snr as rescaled_to_zero_snr
@@ -43,12 +44,16 @@ class DiffusionWrapper(nn.Module):
         c_concat: Sequence[Tensor] | None = None,
         c_crossattn: Sequence[Tensor] | None = None,
         guidance: Tensor | None = None,
+        control: Control | None = None,
     ) -> Tensor:
+        """`control` adds to the maps of the U-Net; its networks see x without the channels of `c_concat`."""
+        context = _joined(c_crossattn) if c_crossattn else None
+        extra: dict[str, Any] = {} if guidance is None else {"guidance": guidance}
+        if control is not None:
+            extra["control"] = control.added(x, t, context)
         if c_concat:
             x = torch.cat([x, *c_concat], dim=1)
-        context = _joined(c_crossattn) if c_crossattn else None
-        scales = {} if guidance is None else {"guidance": guidance}
-        return self.diffusion_model(x, t, context=context, **scales)
+        return self.diffusion_model(x, t, context=context, **extra)
 
 
 def _joined(contexts: Sequence[Tensor]) -> Tensor:
@@ -254,9 +259,9 @@ class LatentDiffusion(DDPM):
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning, return_ids: bool = False) -> Tensor:
         """Returns what the U-Net predicts for latents [N, C, h, w] at timesteps t [N]: see `parameterization`.
 
-        `cond` is a tensor, a list of tensors, or a dict with `c_crossattn` and `c_concat` lists, and with the scales
-        `guidance` [N] for a model that `embeds_guidance`. `return_ids` is for
-        U-Nets with a codebook, which these are not.
+        `cond` is a tensor, a list of tensors, or a dict with `c_crossattn` and `c_concat` lists, with the scales
+        `guidance` [N] for a model that `embeds_guidance`, and with the control networks of `control`. `return_ids` is
+        for U-Nets with a codebook, which these are not.
         """
         if not is_mapping(cond):
             conds = list(cond) if is_list(cond) else [cond]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from ldm.models.diffusion.control import Control, Unit
 from ldm.models.diffusion.course import CONSTANT, Course, Moment
 
 # a tensor, a list of conditionings, or a dict of them, as accepted by LatentDiffusion.apply_model
@@ -35,6 +36,8 @@ class ZeroDenoiser:
 
 def join(first: T, second: T) -> T:
     """Concatenates two conditionings of one structure along the batch axis."""
+    if isinstance(first, Control):
+        return first.joined(second)  # type: ignore[arg-type, return-value]
     if isinstance(first, dict):
         return {key: join(first[key], second[key]) for key in first}  # type: ignore[index, return-value]
     if isinstance(first, list | tuple):
@@ -88,6 +91,20 @@ class Guidance:
         other.__dict__["both"] = self.both  # the same object: what models derived from it is computed once
         return other
 
+    def controlled(self, units: Sequence[Unit]) -> Guidance:
+        """Returns the guidance with these control networks in its conditionings; without any, itself."""
+        if not units:
+            return self
+        cond = _with_control(self.cond, Control(tuple(units)))
+        if self.uncond is None:
+            return replace(self, cond=cond)
+        rows = _rows(self.uncond)
+        other = replace(self, cond=cond, uncond=_with_control(self.uncond, Control(tuple(units), rows)))
+        other.__dict__["both"] = _with_control(
+            self.both, Control(tuple(units), rows)
+        )  # with the same context
+        return other
+
     def noise(self, model: Denoiser, x: Tensor, t: Tensor) -> Tensor:
         """Returns the guided prediction for `x` [N, ...] at timesteps t [N], in the dtype of `x`."""
         if self.weights is not None:
@@ -116,24 +133,48 @@ class Guidance:
         return guided if off else rescaled(guided, conditional, self.rescale)
 
 
+def _with_control(cond: Conditioning, control: Control) -> dict[str, Any]:
+    parts = cond if isinstance(cond, dict) else {"c_crossattn": cond if isinstance(cond, list) else [cond]}
+    return {**parts, "control": control}
+
+
+def _rows(cond: Conditioning) -> int:
+    parts = cond["c_crossattn"] if isinstance(cond, dict) else cond
+    return len(parts[0]) if isinstance(parts, list) else len(parts)
+
+
 @dataclass(frozen=True)
 class GuidancePlan:
-    """The guidance of each step of a run: `entries` hold the last step of each, ascending, and `course` its share."""
+    """The guidance of each step of a run: `entries` hold the last step of each, ascending, and `course` its share.
+
+    `units` are the control networks of the run.
+    """
 
     entries: Sequence[tuple[float, Guidance]]
     course: Course = CONSTANT
+    units: tuple[Unit, ...] = ()
+    _controlled: dict[Any, Guidance] = field(default_factory=dict[Any, Guidance])
 
     @property
     def first(self) -> Guidance:
-        """The guidance of the first step, before the course."""
-        return self.entries[0][1]
+        """The guidance of the first step, before the course, with all control networks."""
+        return self._with_units(0, self.units)
 
     @property
     def changes(self) -> bool:
         """Whether it is more than one pair of conditionings and a scale for all steps."""
-        return len(self.entries) > 1 or self.course != CONSTANT or self.first.weights is not None
+        varied = len(self.entries) > 1 or self.entries[0][1].weights is not None
+        return varied or self.course != CONSTANT or any(unit.interval != (0.0, 1.0) for unit in self.units)
 
     def at(self, moment: Moment) -> Guidance:
         """Returns the guidance of a step."""
-        guidance = next((one for last, one in self.entries if moment.step <= last), self.entries[-1][1])
-        return guidance.with_share(self.course.factor(moment))
+        last = len(self.entries) - 1
+        index = next((i for i, (end, _) in enumerate(self.entries) if moment.step <= end), last)
+        units = tuple(unit for unit in self.units if unit.acts(moment.step, moment.steps))
+        return self._with_units(index, units).with_share(self.course.factor(moment))
+
+    def _with_units(self, index: int, units: tuple[Unit, ...]) -> Guidance:
+        key = index, units
+        if key not in self._controlled:
+            self._controlled[key] = self.entries[index][1].controlled(units)
+        return self._controlled[key]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.guidance import Conditioning, Guidance, GuidancePlan
 from ldm.models.diffusion.noise import NoiseSource, RepeatedNoise, TorchNoise
-from ldm.models.diffusion.sampling_run import SamplingRun
+from ldm.models.diffusion.sampling_run import MaskLevels, SamplingRun
 from ldm.models.diffusion.schedule import LEAST_ALPHA, Step, StepTable
 from ldm.models.diffusion.schedules import SCHEDULES, Schedule
 from ldm.models.diffusion.solvers.registry import SOLVERS
@@ -291,7 +291,7 @@ class Sampler:
         use_original_steps: bool = False,
         callback: Callable[[int], object] | None = None,
         noise: NoiseSource | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | MaskLevels | None = None,
         x0: Tensor | None = None,
         img_callback: Callable[[Tensor, int], object] | None = None,
         guidance_rescale: float | Tensor = 0.0,

@@ -50,6 +50,20 @@ def previous_latent(pred_x0: Tensor, eps: Tensor, step: Step) -> Tensor:
     return step.alpha_prev**0.5 * pred_x0 + kept**0.5 * eps
 
 
+@dataclass(frozen=True)
+class MaskLevels:
+    """A mask that shrinks from step to step: `kept` [batch or 1, 1, h, w] are shares of the steps, the first ones.
+
+    Differential Diffusion (Levin and Fried 2023, arXiv 2306.00950).
+    """
+
+    kept: Tensor
+
+    def at(self, done: float) -> Tensor:
+        """Returns the mask, 1 where it keeps, of a step that has this share of the run's steps before it."""
+        return (self.kept > done).to(self.kept.dtype)
+
+
 @dataclass
 class SamplingRun:
     """One run of the denoising loop: the model, its guidance, the source of noise, and the other settings.
@@ -62,7 +76,7 @@ class SamplingRun:
     noise: NoiseSource
     guidance: Guidance
     draws_always: bool = True
-    mask: Tensor | None = None
+    mask: Tensor | MaskLevels | None = None
     x0: Tensor | None = None
     temperature: float = 1.0
     noise_dropout: float = 0.0
@@ -72,6 +86,7 @@ class SamplingRun:
     original_steps: bool = False
     plan: GuidancePlan | None = None
     steps: StepNoise | None = None
+    _done: float = 0.0  # the share of the run's steps before the current one
 
     def begin(self, step: Step, before: int, table: StepTable) -> None:
         """Chooses the guidance of a step of a schedule that has `before` steps of this run before it.
@@ -81,6 +96,7 @@ class SamplingRun:
         """
         if before == 0 and isinstance(self.noise, SeparateSteps):
             self.steps = self.noise.start_run(table.positive_sigmas(), step.start)
+        self._done = before / (before + step.index + 1)
         if self.plan is not None:
             rows = len(table)
             self.guidance = self.plan.at(Moment(before, rows - 1 - step.index, rows, step.alpha))
@@ -129,9 +145,10 @@ class SamplingRun:
         """Returns `x` with the masked part replaced by `x0` at the noise level of this step."""
         if self.mask is None or self.x0 is None:
             return x
+        mask = self.mask.at(self._done) if isinstance(self.mask, MaskLevels) else self.mask
         noise = self.noise.draw(self.x0.shape)
         original = step.alpha**0.5 * self.x0 + (1 - step.alpha) ** 0.5 * noise
-        return original * self.mask + (1.0 - self.mask) * x
+        return original * mask + (1.0 - mask) * x
 
     def arguments(self, step: Step) -> dict[str, Any]:
         """Returns the keyword arguments with which the original's loop called the method of a step."""

@@ -301,7 +301,7 @@ class UNetEncoder(nn.Module):
         for block in self.input_blocks:
             h = block(h, emb, context)
             if hint is not None and not maps:
-                h = h + hint
+                h = h + hint.to(h.dtype)
             maps.append(h)
         return [*maps, self.middle_block(h, emb, context)]
 

@@ -6,6 +6,7 @@ from ldm.metadata.foreign.comfyui.graph import Node, as_link
 from ldm.metadata.foreign.comfyui.nodes import TOWARDS_TEXT
 from ldm.metadata.foreign.comfyui.passes import Passes
 from ldm.metadata.foreign.comfyui.prompt import Prompt, parse_prompt
+from ldm.metadata.infotext import file_name
 from ldm.metadata.recipe import Draft
 from ldm.prompts.editing import without_weight
 
@@ -57,7 +58,8 @@ def _encoder(passes: Passes, role: str) -> Node | None:
         if _is_pair(source) and "basic_pipe" not in node.inputs:
             role = "negative" if graph.output(node, *names) == 1 else "positive"
         passed.add(source.name)
-        passes.expect(source)
+        if not _read_control(passes, source):
+            passes.expect(source)
         node = source
         if node.kind == "ConditioningZeroOut":
             passes.draft.note("ConditioningZeroOut is not here; the empty prompt is used")
@@ -65,6 +67,38 @@ def _encoder(passes: Passes, role: str) -> Node | None:
         adds_to_another = graph.linked(node, *TOWARDS_TEXT) is not None
         if not adds_to_another and (_text(passes, node, role) is not None or "clip" in node.inputs):
             return node
+
+
+def _read_control(passes: Passes, node: Node) -> bool:
+    """Reads a node that applies a ControlNet, once for both roles; returns False for any other."""
+    if not node.kind.startswith("ControlNetApply"):
+        return False
+    graph = passes.graph
+    loader = graph.before(node, "control_net")
+    name = None if loader is None else graph.text(loader, "control_net_name", "model_name")
+    if not name:
+        return False
+    weight, start, end = (
+        float(usual if (found := graph.number(node, key)) is None else found)
+        for key, usual in (("strength", 1.0), ("start_percent", 0.0), ("end_percent", 1.0))
+    )
+    source = graph.before(node, "image")
+    image = "" if source is None or source.kind != "LoadImage" else graph.text(source, "image") or ""
+    found = file_name(name), file_name(image), weight, start, end
+    if node.name in passes.controlled:
+        return True
+    passes.controlled[node.name] = None
+    passes.draft.control(*found)
+    passes.draft.values["control_resize"] = "fill"
+    if source is not None and source.kind != "LoadImage":
+        if "canny" in source.kind.lower():
+            passes.draft.values["hint"] = "canny"
+        passes.draft.note(f"its hint was made by node {source.kind}; give that image with --control")
+    if (start, end) != (0.0, 1.0):
+        passes.draft.note(
+            "ComfyUI counts the start and end of a ControlNet in levels of noise; here they are steps"
+        )
+    return True
 
 
 def _is_pair(node: Node) -> bool:

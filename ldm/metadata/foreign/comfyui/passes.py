@@ -31,6 +31,7 @@ class Passes:
     size: Size | None
     places: tuple[int, ...]
     samplers: tuple[Node, ...]
+    controlled: dict[str, None] = field(default_factory=dict[str, None])  # nodes whose ControlNets were read
     draft: Draft = field(default_factory=lambda: Draft("ComfyUI"))
 
     @property
