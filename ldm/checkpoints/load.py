@@ -61,6 +61,7 @@ _HARMLESS_PREFIXES = (EMA_PREFIX, f"{FIRST_STAGE_PREFIX}loss.")
 _POSITIONS = f"{PREFIXES['text_encoder']}transformer.text_model.embeddings.position_embedding.weight"
 _USES: Mapping[Part, str] = {
     "ControlNet": "give it with --control FILE:IMAGE, and a model with --ckpt",
+    "T2I-Adapter": "give it with --control FILE:IMAGE, and a model with --ckpt",
     "LoRA": "give it with --lora, and a model with --ckpt",
     "embedding": "give it with --embedding, and a model with --ckpt",
 }

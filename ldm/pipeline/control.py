@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.adapters.control import ControlFile, control_file, control_network, read_control
+from ldm.checkpoints.adapters.control import ControlFile, control_file, network_of, read_control
 from ldm.images.canvas import open_canvas
 from ldm.images.hints import read_hint
 from ldm.job import Job
-from ldm.models.diffusion.control import Unit, shares_of
+from ldm.models.diffusion.control import FeatureUnit, Unit, shares_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.diffusionmodules.adapter import T2IAdapter
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.pipeline.placement import Placement
 from ldm.pipeline.starts import OpenCanvas
-from ldm.util import InputError
+from ldm.util import InputError, printable
+
+_MOST_HINTS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +32,7 @@ class _Loaded:
     """A network in the pipeline's precision, and the LoRAs of the U-Net that its weights were added to, if any."""
 
     file: ControlFile
-    network: ControlNet
+    network: ControlNet | T2IAdapter
     loras: tuple[tuple[str, float, float], ...]
 
 
@@ -46,22 +50,27 @@ class ControlNetworks:
         self.clear(None)
 
     def clear(self, canvases: OpenCanvas | None) -> None:
-        """Forgets all hints; from now on `canvases` opens their images, or if it is None `open_canvas`."""
+        """Forgets all networks and hints; from now on `canvases` opens images, or if it is None `open_canvas`."""
+        for loaded in self._loaded.values():
+            self._placement.remove(loaded.network)
+        self._loaded.clear()
         self._canvas = lru_cache(maxsize=8)(open_canvas) if canvases is None else canvases
-        self._features: dict[tuple[str, Job], Tensor] = {}
+        self._features: dict[tuple[Any, ...], list[Tensor]] = {}
 
-    def read(self, name: str, loras: tuple[tuple[str, float, float], ...] = ()) -> ControlNet:
+    def read(self, name: str, loras: tuple[tuple[str, float, float], ...] = ()) -> ControlNet | T2IAdapter:
         """The network of a name, loaded once; one of differences again for other LoRAs, which change their base."""
         loaded = self._loaded.get(name)
         if loaded is None or (loaded.file.is_difference and loaded.loras != loras):
             file = read_control(self._find(name)) if loaded is None else loaded.file
-            network = control_network(file, self._model.model.diffusion_model)
+            network = network_of(file, self._model.model.diffusion_model)
+            if loaded is not None:
+                self._placement.remove(loaded.network)
             self._placement.add(network)
             self._loaded[name] = _Loaded(file, network, loras)
             self._features.clear()
         return self._loaded[name].network
 
-    def networks(self, job: Job) -> list[ControlNet]:
+    def networks(self, job: Job) -> list[ControlNet | T2IAdapter]:
         """The networks of a job."""
         return [self.read(name, job.loras) for name, *_ in job.controls]
 
@@ -73,34 +82,52 @@ class ControlNetworks:
                 stack.enter_context(self._placement.running(network))
             yield
 
-    def units(self, job: Job, size: tuple[int, int]) -> tuple[Unit, ...]:
+    def units(self, job: Job, size: tuple[int, int]) -> tuple[Unit | FeatureUnit, ...]:
         """The control of a pass of jobs like this one, of height and width `size`; within `running`."""
         return tuple(self._unit(job, control, size) for control in job.controls)
 
-    def _unit(self, job: Job, control: tuple[str, str, float, float, float], size: tuple[int, int]) -> Unit:
-        name, image, weight, *interval = control
-        network, file = self.read(name, job.loras), self._loaded[name].file
-        key = name, replace(job, prompt="", negative_prompt="", seed=0, controls=((name, image, 0.0, *size),))
-        if key not in self._features:
-            while len(self._features) >= 8:
-                self._features.pop(next(iter(self._features)))
-            self._features[key] = network.read_hint(self._hint(job, image, size, file))
-        maps = len(network.zero_convs) + 1
-        shares = shares_of(job.control_mode, maps, file.pools)
+    def _unit(
+        self, job: Job, control: tuple[str, str, float, float, float], size: tuple[int, int]
+    ) -> Unit | FeatureUnit:
+        name, image, weight, *ends = control
+        network, interval = self.read(name, job.loras), (ends[0], ends[1])
+        file, maps = self._loaded[name].file, self._maps(job, name, image, size)
+        if isinstance(network, T2IAdapter):
+            unet = self._model.model.diffusion_model
+            blocks = range(unet.num_res_blocks, len(unet.input_blocks), unet.num_res_blocks + 1)
+            return FeatureUnit({i: weight * one for i, one in zip(blocks, maps, strict=True)}, interval)
+        shares = shares_of(job.control_mode, len(network.zero_convs) + 1, file.pools)
         return Unit(
             network,
-            self._features[key],
+            maps[0],
             [weight * share for share in shares],
-            (interval[0], interval[1]),
+            interval,
             alone=file.pools or job.control_mode in ("control", "guess"),
             pools=file.pools,
         )
 
-    def _hint(self, job: Job, image: str, size: tuple[int, int], file: ControlFile) -> Tensor:
+    def _maps(self, job: Job, name: str, image: str, size: tuple[int, int]) -> list[Tensor]:
+        """The maps that a network makes of a hint, the same at every step."""
+        masked = job.init if job.hint == "inpaint" else None
+        key = name, image, size, job.hint, job.control_resize, job.seamless, masked
+        if key not in self._features:
+            network, hint = self._loaded[name].network, self._hint(job, image, size, self._loaded[name])
+            while len(self._features) >= _MOST_HINTS:
+                self._features.pop(next(iter(self._features)))
+            self._features[key] = (
+                network(hint) if isinstance(network, T2IAdapter) else [network.read_hint(hint)]
+            )
+        return self._features[key]
+
+    def _hint(self, job: Job, image: str, size: tuple[int, int], loaded: _Loaded) -> Tensor:
         hint = read_hint(job, image, size, self._canvas)
-        if file.reversed_channels:
+        if loaded.file.reversed_channels:
             hint = hint[..., ::-1].copy()
-        channels = file.weights["input_hint_block.0.weight"].shape[1]
-        if channels != hint.shape[2]:
-            raise InputError(f"a ControlNet of hints with {channels} channels takes no images; give another")
+        channels = loaded.network.hint_channels
+        if channels == 1:
+            hint = hint.mean(2, keepdims=True)
+        elif channels != hint.shape[2]:
+            raise InputError(
+                f"{printable(image)}: the network reads hints of {channels} channels; give another"
+            )
         return torch.from_numpy(hint).permute(2, 0, 1)[None].to(self._model.device)

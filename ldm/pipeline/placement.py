@@ -10,6 +10,7 @@ from torch import nn
 
 from ldm.checkpoints.formats.tensor_bytes import forget
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.diffusionmodules.adapter import T2IAdapter
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.runtime.device import Precision
 from ldm.runtime.fast import prepare, prepare_control
@@ -34,10 +35,20 @@ class Placement:
         """The device of the model."""
         return self._model.device
 
-    def add(self, network: ControlNet) -> None:
-        """Brings another network, that acts on the U-Net, to the precision and the device of the model."""
-        dtype = self.precision.dtype
-        prepare_control(network, self.packer, self.device, dtype, forget)
+    def add(self, network: ControlNet | T2IAdapter) -> None:
+        """Brings another network, that acts on the U-Net, to the precision and the device of the model.
+
+        An adapter, which runs once for each hint, stays in float32.
+        """
+        if isinstance(network, T2IAdapter):
+            network.float().to(self.device)
+        else:
+            prepare_control(network, self.packer, self.device, self.precision.dtype, forget)
+
+    def remove(self, network: nn.Module) -> None:
+        """Frees what is packed of a network that was added."""
+        if self.packer is not None:
+            self.packer.drop(network)
 
     @contextmanager
     def running(self, network: nn.Module) -> Generator[None]:

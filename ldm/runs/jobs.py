@@ -61,12 +61,12 @@ def check_controls(names: Sequence[str], model: Mapping[str, Any]) -> None:
     """Checks that the control networks in these files are for a config's model, else raises InputError."""
     if not names:
         return
-    from ldm.checkpoints.adapters.control import control_file, control_network, read_control
+    from ldm.checkpoints.adapters.control import control_file, network_of, read_control
     from ldm.checkpoints.load import build_model
 
     unet = build_model(model).model.diffusion_model
     for name in names:
-        control_network(read_control(control_file(name)), unet)
+        network_of(read_control(control_file(name)), unet)
 
 
 def suit_to(model: Mapping[str, Any]) -> Callable[[Job], Job]:

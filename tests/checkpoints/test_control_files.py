@@ -114,7 +114,7 @@ def test_other_models_are_named(key, shape, said, tmp_path):
 
 def test_a_model_and_a_missing_file(tmp_path):
     torch.save({"state_dict": tiny_model().state_dict()}, tmp_path / "model.ckpt")
-    with pytest.raises(CheckpointError, match="not a ControlNet; give one with --control"):
+    with pytest.raises(CheckpointError, match="not a ControlNet nor a T2I-Adapter; give one with --control"):
         read_control(tmp_path / "model.ckpt")
     with pytest.raises(InputError, match=r"the ControlNet .*none\.pth does not exist; give a file"):
         control_file(tmp_path / "none.pth")

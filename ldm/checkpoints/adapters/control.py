@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.checkpoints.adapters.t2i import adapter_network, adapter_weights
 from ldm.checkpoints.configs import BUNDLED_CONFIG, BUNDLED_WIDTH, V1_CONFIG
 from ldm.checkpoints.formats.detect import CheckpointError, reading
 from ldm.checkpoints.formats.read import Checkpoint
@@ -18,6 +19,7 @@ from ldm.checkpoints.layouts.control_names import DIFFERENCE, MARKS, PREFIX, own
 from ldm.checkpoints.layouts.recognise import V1
 from ldm.checkpoints.load import load_into, skip_init
 from ldm.checkpoints.model_files import model_files, read_json, read_model
+from ldm.modules.diffusionmodules.adapter import T2IAdapter
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.places import find
@@ -35,13 +37,15 @@ class ControlFile:
     """A ControlNet's weights under its authors' names without prefix.
 
     Those of a `difference` file are differences from the weights of a U-Net. With `pools` its maps are averaged over
-    height and width, as the authors' shuffle model wants it. `reversed_channels` is for hints in BGR.
+    height and width, as the authors' shuffle model wants it. `reversed_channels` is for hints in BGR. With
+    `is_adapter` it is a T2I-Adapter.
     """
 
     source: Checkpoint
     weights: Mapping[str, Tensor]
     is_difference: bool = False
     pools: bool = False
+    is_adapter: bool = False
     reversed_channels: bool = False
 
 
@@ -65,8 +69,13 @@ def read_control(path: Path, mmap: bool = True) -> ControlFile:
     checkpoint = read_model(path, mmap)
     kind, keys = checkpoint.kind, checkpoint.state_dict
     with reading(path):
+        if kind.part == "T2I-Adapter":
+            weights = adapter_weights(keys)
+            return ControlFile(replace(checkpoint, state_dict=weights), weights, is_adapter=True)
         if kind.part != "ControlNet":
-            raise CheckpointError(f"is {kind.name}, not a ControlNet; give one with --control")
+            raise CheckpointError(
+                f"is {kind.name}, not a ControlNet nor a T2I-Adapter; give one with --control"
+            )
         if any(key.endswith(MARKS[1]) for key in keys):
             raise CheckpointError("is a Control-LoRA, which is not supported; give a whole ControlNet")
         if kind.family not in ("", V1):
@@ -91,6 +100,13 @@ def config_for_control(state_dict: Mapping[str, Tensor]) -> str:
     first = next((tensor for key, tensor in state_dict.items() if _FIRST_IN_ALL.fullmatch(key)), None)
     bundled = first is not None and first.dim() == 4 and first.shape[0] == BUNDLED_WIDTH
     return BUNDLED_CONFIG if bundled else V1_CONFIG
+
+
+def network_of(file: ControlFile, unet: UNetModel) -> ControlNet | T2IAdapter:
+    """The network of a file, a ControlNet or a T2I-Adapter, for a U-Net."""
+    return (
+        adapter_network(file.source, file.weights, unet) if file.is_adapter else control_network(file, unet)
+    )
 
 
 def control_network(file: ControlFile, unet: UNetModel, dtype: torch.dtype | None = None) -> ControlNet:

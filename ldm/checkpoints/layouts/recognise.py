@@ -294,5 +294,7 @@ def count_and_names(keys: Collection[str]) -> str:
 
 def looks_like(kind: ModelKind) -> str:
     """A clause for an error message, such as "; it looks like SDXL, this toolkit runs ..."; often empty."""
-    other = None if kind.part == "ControlNet" else other_model(kind)  # one that is read as such
+    other = (
+        None if kind.part in ("ControlNet", "T2I-Adapter") else other_model(kind)
+    )  # which are read as such
     return f"; it looks like {other}, and this toolkit runs Stable Diffusion v1" if other else ""

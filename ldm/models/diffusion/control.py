@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -52,15 +52,35 @@ class Unit:
 
     def acts(self, step: int, steps: int) -> bool:
         """Whether it acts in a step, from 0, of so many: one that is wholly inside of the interval."""
-        start, end = self.interval
-        return start <= step / steps and (step + 1) / steps <= end
+        return acts_within(self.interval, step, steps)
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureUnit:
+    """Maps that an adapter made of its hint: [1, C, h, w] by the numbers of the input blocks that they are added to.
+
+    It acts as a `Unit` in the steps within `interval`.
+    """
+
+    maps: Mapping[int, Tensor]
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether it acts in a step, from 0, of so many."""
+        return acts_within(self.interval, step, steps)
+
+
+def acts_within(interval: tuple[float, float], step: int, steps: int) -> bool:
+    """Whether a step, from 0, of so many is wholly inside of an interval, shares of the steps."""
+    start, end = interval
+    return start <= step / steps and (step + 1) / steps <= end
 
 
 @dataclass(frozen=True, eq=False)
 class Control:
     """The control of a batch of predictions, of which the first `without` rows are those to move away from."""
 
-    units: tuple[Unit, ...]
+    units: tuple[Unit | FeatureUnit, ...]
     without: int = 0
     _sliced: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict[int, tuple[Tensor, Tensor]])
 
@@ -72,8 +92,18 @@ class Control:
         """The sum of all units: maps added to those of the U-Net, for latents x [N, ...] at timesteps t [N]."""
         total: list[Tensor] = []
         for unit in self.units:
+            if isinstance(unit, FeatureUnit):
+                continue
             maps = self._of(unit, x, t, context)
             total = [_sum(a, b) for a, b in zip(total, maps, strict=True)] if total else maps
+        return total
+
+    def features(self) -> dict[int, Tensor]:
+        """The sum of the maps of all adapters, by the numbers of the input blocks."""
+        total: dict[int, Tensor] = {}
+        for unit in self.units:
+            for block, one in unit.maps.items() if isinstance(unit, FeatureUnit) else ():
+                total[block] = total[block] + one if block in total else one
         return total
 
     def _of(self, unit: Unit, x: Tensor, t: Tensor, context: Tensor | None) -> list[Tensor]:

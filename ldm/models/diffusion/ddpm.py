@@ -50,7 +50,8 @@ class DiffusionWrapper(nn.Module):
         context = _joined(c_crossattn) if c_crossattn else None
         extra: dict[str, Any] = {} if guidance is None else {"guidance": guidance}
         if control is not None:
-            extra["control"] = control.added(x, t, context)
+            parts = {"control": control.added(x, t, context), "features": control.features()}
+            extra |= {name: part for name, part in parts.items() if part}
         if c_concat:
             x = torch.cat([x, *c_concat], dim=1)
         return self.diffusion_model(x, t, context=context, **extra)

@@ -56,5 +56,5 @@ class ControlNet(UNetEncoder):
         """`forward`, for a hint whose features were read before."""
         context = None if context is None else context.to(self.dtype)
         emb = self.embed_time(timesteps)
-        maps = self.encode(x, emb, context, features)
+        maps = self.encode(x, emb, context, {0: features})
         return [conv(h, emb) for conv, h in zip([*self.zero_convs, self.middle_block_out], maps, strict=True)]

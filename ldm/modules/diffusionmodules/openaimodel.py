@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -290,18 +290,18 @@ class UNetEncoder(nn.Module):
         return next(self.input_blocks[1].parameters()).dtype
 
     def encode(
-        self, x: Tensor, emb: Tensor, context: Tensor | None, hint: Tensor | None = None
+        self, x: Tensor, emb: Tensor, context: Tensor | None, added: Mapping[int, Tensor] | None = None
     ) -> list[Tensor]:
         """The map that each input block gives, and that of the middle block, for the time embedding `emb` [N, 4C].
 
-        `hint` [N or 1, C, H, W] is added to the first map.
+        `added` are maps [N or 1, C, H, W] that are added to those of the blocks of these numbers.
         """
-        h = x.to(self.dtype)
+        h, added = x.to(self.dtype), added or {}
         maps: list[Tensor] = []
-        for block in self.input_blocks:
+        for i, block in enumerate(self.input_blocks):
             h = block(h, emb, context)
-            if hint is not None and not maps:
-                h = h + hint.to(h.dtype)
+            if i in added:
+                h = h + added[i].to(h.dtype)
             maps.append(h)
         return [*maps, self.middle_block(h, emb, context)]
 
@@ -366,12 +366,14 @@ class UNetModel(UNetEncoder):
         y: None = None,
         guidance: Tensor | None = None,
         control: Sequence[Tensor] | None = None,
+        features: Mapping[int, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """`guidance` [N] are guidance scales, for a model that has `time_cond_proj_dim`.
 
         `control` are maps, one for each input block and one for the middle block, that are added to theirs on the
-        way up (Zhang et al. 2023, ControlNet, equation 4). There are no classes, so `y` must be None; a warning
+        way up (Zhang et al. 2023, ControlNet, equation 4), `features` maps that are added on the way down, see
+        `encode`. There are no classes, so `y` must be None; a warning
         names `kwargs`, which are ignored, once.
         """
         only_with("UNetModel.forward", y=(y, None))
@@ -380,7 +382,7 @@ class UNetModel(UNetEncoder):
             warn_of_ignored("UNetModel.forward", kwargs)
         emb = self.embed_time(timesteps, guidance)
         context = None if context is None else context.to(self.dtype)
-        skips = self.encode(x, emb, context)
+        skips = self.encode(x, emb, context, features)
         if control is not None:
             skips = [self.with_control(h, added) for h, added in zip(skips, control, strict=True)]
         h = skips.pop()
