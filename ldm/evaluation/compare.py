@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ldm.evaluation.bootstrap import mean_of
+from ldm.evaluation.bootstrap import Estimate, mean_of
 from ldm.evaluation.images import ImageSet
 from ldm.evaluation.pairs import Lpips, psnr, ssim
 from ldm.evaluation.prompts import Question
@@ -15,6 +16,10 @@ from ldm.evaluation.results import Result
 from ldm.files import written_whole
 from ldm.util import need, printable
 
+if TYPE_CHECKING:
+    from ldm.evaluation.score import Scorer
+
+PAIRED = ("psnr", "ssim", "lpips")
 SAME_PSNR = 100.0  # dB, in place of infinity for equal images
 SHOWN = 6  # pairs on the sheet
 
@@ -33,31 +38,47 @@ def pair_values(first: ImageSet, second: ImageSet, metric: str, lpips: str | Non
     return [min(value, SAME_PSNR) for value in values] if metric == "psnr" else values
 
 
-def pair_results(
-    first: ImageSet, second: ImageSet, metrics: Sequence[str], lpips: str | None = None
-) -> list[Result]:
-    """Returns the mean of each metric over the pairs, with its interval."""
-    found = []
-    for metric in metrics:
-        estimate = mean_of(pair_values(first, second, metric, lpips))
-        found.append(Result(f"{first.name} and {second.name}", metric, estimate.value, estimate.low, estimate.high,
-                            len(first), note="mean over pairs"))  # fmt: skip
-    return found
+def compare_sets(
+    first: ImageSet, second: ImageSet, scorer: Scorer, questions: Sequence[Question] | None
+) -> tuple[list[Result], list[float]]:
+    """Returns the figures of two sets of the same prompts and seeds, and the PSNR of each pair.
+
+    Metrics of pairs (psnr, ssim, lpips) are means over the pairs. Of a metric of images there is the mean of each set
+    and, from the differences of the pairs, that of second less first with the interval of the paired bootstrap.
+    """
+    from ldm.evaluation.score import OF_IMAGES
+
+    for metric in scorer.request.metrics:
+        need(
+            metric in (*PAIRED, *OF_IMAGES),
+            f"--metrics {metric}: pairs have {', '.join((*PAIRED, *OF_IMAGES))}",
+        )
+    name, found = f"{first.name} and {second.name}", []
+    psnrs = pair_values(first, second, "psnr")
+    for metric in scorer.request.metrics:
+        if metric in PAIRED:
+            values = (
+                psnrs
+                if metric == "psnr"
+                else pair_values(first, second, metric, scorer.request.paths.get("lpips"))
+            )
+            found.append(_result(name, metric, mean_of(values), len(values), "mean over pairs"))
+            continue
+        scores = []
+        for images in (first, second):
+            own, network = scorer.image_scores(images, metric, questions)
+            found.append(scorer.result(images, metric, mean_of(own), network))
+            scores.append(own)
+        found.append(
+            _result(
+                name, f"{metric} difference", mean_of(scores[1] - scores[0]), len(psnrs), "second less first"
+            )
+        )
+    return found, psnrs
 
 
-def paired_difference(name: str, metric: str, first: Sequence[float], second: Sequence[float]) -> Result:
-    """Returns the mean of second less first over pairs, with the interval of the paired bootstrap."""
-    apart = np.asarray(second, np.float64) - np.asarray(first, np.float64)
-    estimate = mean_of(apart)
-    return Result(
-        name,
-        f"{metric} difference",
-        estimate.value,
-        estimate.low,
-        estimate.high,
-        len(apart),
-        note="second less first",
-    )
+def _result(name: str, metric: str, estimate: Estimate, images: int, note: str) -> Result:
+    return Result(name, metric, estimate.value, estimate.low, estimate.high, images, note=note)
 
 
 def write_sheet(

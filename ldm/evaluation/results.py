@@ -126,7 +126,8 @@ def as_markdown(results: Sequence[Result]) -> str:
 
 def _sources(results: Sequence[Result]) -> str:
     lines = {
-        f"- {result.metric}: {result.images} images; network {result.network or 'none'}"
+        f"- {result.metric}: {result.images} images"
+        + (f"; network {result.network}" if result.network else "")
         + (f" [{result.weights[:10]}]" if result.weights else "")
         + (f", resized by {result.resize}" if result.resize else "")
         + (

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ldm.evaluation.bootstrap import RESAMPLES, Estimate, around, draws, mean_of
+from ldm.evaluation.compare import PAIRED, pair_values
 from ldm.evaluation.distances import Frechet, Gaussian, gaussian_of, inside, kernel_distance, thinned
 from ldm.evaluation.features import FeatureCache, Features, compute
 from ldm.evaluation.images import ImageSet, jobs_of, read_set
@@ -25,9 +26,8 @@ from ldm.util import InputError, need, printable
 logger = logging.getLogger("ldm")
 
 DISTANCES = ("fid", "kid", "precision", "recall", "fd_dinov2")
-OF_PROMPTS = ("clip", "answers", "skills")
-PAIRED = ("psnr", "ssim", "lpips")
-METRICS = (*DISTANCES, *OF_PROMPTS, "aesthetic", *PAIRED)
+OF_IMAGES = ("clip", "answers", "aesthetic")
+METRICS = (*DISTANCES, *OF_IMAGES, "skills", *PAIRED)
 FEWEST = 2  # images for each feature of a Fréchet distance
 
 
@@ -67,7 +67,6 @@ class Scorer:
     """Measures sets of images by one request; networks and the features of references are kept."""
 
     def __init__(self, request: Request, cache: FeatureCache | None = None) -> None:
-        request.check()
         self.request, self._cache = request, cache
         self._references: dict[str, tuple[Features | None, Gaussian, str, int]] = {}
         self._networks: dict[str, Any] = {}
@@ -78,6 +77,7 @@ class Scorer:
 
         Raises InputError for too few images, prompts that are missing, references of another size, and damaged files.
         """
+        self.request.check()
         need(questions is None or len(questions) == len(images),
              f"{printable(images.name)} has {len(images)} images for {len(questions or ())} prompts; "
              "make the rest with the same `run` command, or give the prompts of these images")  # fmt: skip
@@ -171,7 +171,7 @@ class Scorer:
             estimate, note = self._of_both(
                 metric, features.values, reference.values if reference else features.values
             )
-        result = self._result(images, metric, estimate, name, note)
+        result = self.result(images, metric, estimate, name, note)
         return [
             replace(
                 result, references=str(self.request.against), reference_images=count, reference_sha256=sha256
@@ -203,19 +203,29 @@ class Scorer:
         note = "" if len(few) == len(features) else f"{len(few)} of the images"
         return around(float(kernel_distance(few, others)[0]), replicates), note
 
-    def text_image(self, images: ImageSet, metric: str, questions: Sequence[Question] | None) -> list[Result]:
-        """Measures CLIP's text-image score, or the reader's of scenes."""
-        from ldm.evaluation.scores import answer_scores, clip_scores
+    def per_image(self, images: ImageSet, metric: str, questions: Sequence[Question] | None) -> list[Result]:
+        """Measures the mean of a score of each image."""
+        scores, name = self.image_scores(images, metric, questions)
+        return [self.result(images, metric, mean_of(scores), name)]
+
+    def image_scores(
+        self, images: ImageSet, metric: str, questions: Sequence[Question] | None
+    ) -> tuple[np.ndarray, str]:
+        """Returns the score of each image (clip, answers or aesthetic) [N], and the network's name."""
+        from ldm.evaluation.scores import Aesthetic, answer_scores, clip_scores
 
         if metric == "answers":
             need(
                 questions is not None, "answers needs the questions of an evaluation's folder, or --questions"
             )
-            scores = answer_scores(self.features(images, "shapes-answers").values, questions or ())
-            return [self._result(images, metric, mean_of(scores), "shapes-answers")]
+            return answer_scores(
+                self.features(images, "shapes-answers").values, questions or ()
+            ), "shapes-answers"
+        if metric == "aesthetic":
+            predictor = Aesthetic(self.request.paths.get("aesthetic"))
+            return predictor(self.features(images, "clip").values), "clip"
         prompts = [question.prompt for question in questions] if questions else self._prompts(images)
-        scores = clip_scores(self.features(images, "clip").values, prompts, self.network("clip"))
-        return [self._result(images, metric, mean_of(scores), "clip")]
+        return clip_scores(self.features(images, "clip").values, prompts, self.network("clip")), "clip"
 
     def _prompts(self, images: ImageSet) -> list[str]:
         try:
@@ -224,14 +234,6 @@ class Scorer:
             raise InputError(
                 f"{error}; --questions FILE gives the prompts of images that do not record them"
             ) from None
-
-    def aesthetic(self, images: ImageSet, metric: str, questions: Sequence[Question] | None) -> list[Result]:
-        """Measures LAION's aesthetic score."""
-        from ldm.evaluation.scores import Aesthetic
-
-        predictor = Aesthetic(self.request.paths.get("aesthetic"))
-        scores = predictor(self.features(images, "clip").values)
-        return [self._result(images, metric, mean_of(scores), "clip")]
 
     def skills(self, images: ImageSet, metric: str, questions: Sequence[Question] | None) -> list[Result]:
         """Measures the share of images that answer their questions, for each skill and in all."""
@@ -247,7 +249,7 @@ class Scorer:
         groups["all skills"] = right
         return [
             replace(
-                self._result(images, tag, mean_of([100.0 * ok for ok in group]), reader, "percent right"),
+                self.result(images, tag, mean_of([100.0 * ok for ok in group]), reader, "percent right"),
                 images=len(group),
             )
             for tag, group in groups.items()
@@ -255,13 +257,12 @@ class Scorer:
 
     def paired(self, images: ImageSet, metric: str, questions: Sequence[Question] | None) -> list[Result]:
         """Measures the mean difference of each image from the reference of the same place."""
-        from ldm.evaluation.compare import pair_values
-
         values = pair_values(images, self.reference_set, metric, self.request.paths.get("lpips"))
-        result = self._result(images, metric, mean_of(values), "")
+        result = self.result(images, metric, mean_of(values), "")
         return [replace(result, references=self.reference_set.name, reference_images=len(self.reference_set))]
 
-    def _result(self, images: ImageSet, metric: str, estimate: Estimate, name: str, note: str = "") -> Result:
+    def result(self, images: ImageSet, metric: str, estimate: Estimate, name: str, note: str = "") -> Result:
+        """Returns a figure with the network of this name, if it has one."""
         net = self._networks.get(name)
         cut = f"cut to {self.request.size}, " if self.request.size else ""
         return Result(
@@ -281,8 +282,7 @@ def _size(features: Features | None) -> str:
 Measure = Callable[[Scorer, ImageSet, str, "Sequence[Question] | None"], list[Result]]
 _MEASURES: Mapping[str, Measure] = {
     **dict.fromkeys(DISTANCES, Scorer.distance),
-    **dict.fromkeys(("clip", "answers"), Scorer.text_image),
+    **dict.fromkeys(OF_IMAGES, Scorer.per_image),
     **dict.fromkeys(PAIRED, Scorer.paired),
     "skills": Scorer.skills,
-    "aesthetic": Scorer.aesthetic,
 }

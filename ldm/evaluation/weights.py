@@ -35,6 +35,10 @@ class Published:
         found = [path.parent for path in hub_files([self.repository], ["config.json"])]
         return own + (found or [hub_folder(self.repository) / "snapshots/*"])
 
+    def exists(self) -> bool:
+        """Returns whether the weights are in one of the places."""
+        return any(map(os.path.lexists, self.places()))
+
     def find(self, given: str | None = None) -> Path:
         """Returns the file or folder; raises InputError, with the places, if there is none."""
         places = [Path(given)] if given else self.places()

@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 
 from ldm.data.scenes import image_at, scene_at
 from ldm.evaluation import features as features_module
-from ldm.evaluation.compare import pair_values, paired_difference
+from ldm.evaluation.compare import compare_sets, pair_values, write_sheet
 from ldm.evaluation.features import FeatureCache, compute
 from ldm.evaluation.images import array_set, folder_set, read_set, scene_set
 from ldm.evaluation.networks import SceneFeatures
@@ -272,8 +272,27 @@ def test_pairs_have_differences_with_intervals(scenes):
     assert pair_values(first, first, "psnr") == [100.0] * COUNT
     with pytest.raises(InputError, match="a has 24 images and b 3"):
         pair_values(first, array_set("b", scenes[:3]), "psnr")
-    found = paired_difference("a and b", "answers", np.arange(30.0), np.arange(30.0) + 2)
-    assert (found.value, found.low, found.high) == pytest.approx((2, 2, 2))
+    scorer = Scorer(Request(("psnr", "ssim", "answers"), "shapes"))
+    questions = [Question("", scene=("fresh", i)) for i in range(COUNT)]
+    found, psnrs = compare_sets(first, second, scorer, questions)
+    by_name = {(one.images_of, one.metric): one for one in found}
+    assert psnrs == values and by_name["a and b", "psnr"].value == pytest.approx(20 * np.log10(255))
+    one, other, apart = (
+        by_name[key] for key in (("a", "answers"), ("b", "answers"), ("a and b", "answers difference"))
+    )
+    assert apart.value == pytest.approx(other.value - one.value)
+    assert apart.high - apart.low < (one.high - one.low) / 5  # the pairs share their prompts
+
+
+def test_the_sheet_begins_with_the_pair_that_differs_most(tmp_path, scenes):
+    first, second = array_set("a", scenes[:8]), array_set("b", [scenes[0], *noise(1), *scenes[2:8]])
+    write_sheet(tmp_path / "pairs.png", first, second, pair_values(first, second, "psnr"), None)
+    page = np.asarray(Image.open(tmp_path / "pairs.png").convert("RGB"))
+    corner = noise(1)[0][0]  # the first row of the odd image
+    places = [
+        y for y in range(200) for x in range(len(page[0]) - 32) if np.array_equal(page[y, x : x + 32], corner)
+    ]
+    assert len(places) == 1 and places[0] < 100
 
 
 def test_results_are_kept_replaced_and_read_again(tmp_path):

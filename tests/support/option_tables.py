@@ -14,6 +14,7 @@ from ldm.cli.commands import (
     benchmark,
     convert,
     evaluate,
+    evaluate_compare,
     evaluate_plot,
     evaluate_run,
     evaluate_score,
@@ -47,6 +48,7 @@ def _groups() -> Mapping[str, Mapping[str, argparse.ArgumentParser]]:
         "evaluate.py run": {"run": evaluate_run.parser()},
         "evaluate.py score": {"score": evaluate_score.parser()},
         "evaluate.py plot": {"plot": evaluate_plot.parser()},
+        "evaluate.py compare": {"compare": evaluate_compare.parser()},
         "train.py": {"train": train.parser()},
         "ldm where": {"where": where.parser()},
     }

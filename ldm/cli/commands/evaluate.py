@@ -18,8 +18,16 @@ from ldm.prompts.lines import MAX_COUNT
 from ldm.util import InputError, need, printable
 
 # the tasks of the command, each in its module; without one the bundled model is measured
-TASKS = {"run": "evaluate_run", "score": "evaluate_score", "plot": "evaluate_plot"}
-_DESCRIPTION = "Measures the bundled model: generates captioned scenes, which a separate network reads."
+TASKS = {
+    "run": "evaluate_run",
+    "score": "evaluate_score",
+    "plot": "evaluate_plot",
+    "compare": "evaluate_compare",
+}
+_DESCRIPTION = (
+    "Measures the bundled model: generates captioned scenes, which a separate network reads.\n\n"
+    f"Other tasks: {', '.join(TASKS)}; evaluate.py run --help lists the options of one."
+)
 _EXAMPLES = (
     "python scripts/evaluate.py --count 40",
     "python scripts/evaluate.py --sampler dpm_solver --steps 10 --sheet sheet.png",
