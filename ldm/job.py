@@ -190,8 +190,9 @@ V1_DEFAULTS = Job("", width=512, height=512)  # of settings that the text of a f
 
 
 def batch_key(job: Job) -> Job:
-    """Returns all values that the jobs of one batch share: everything but prompts, guidance scale and seeds."""
-    return replace(job, prompt="", negative_prompt="", scale=0.0, seed=0, variation_seed=0, batch_index=0)
+    """Returns all values that the jobs of one batch share: everything but seeds, prompts, and how these are used."""
+    own = {"prompt": "", "negative_prompt": "", "scale": 0.0, "clip_skip": 1, "guidance_rescale": 0.0}
+    return replace(job, seed=0, variation_seed=0, batch_index=0, **own)
 
 
 def batches_of(jobs: Sequence[Job], size: int) -> list[list[int]]:

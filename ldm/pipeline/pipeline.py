@@ -216,10 +216,12 @@ class Pipeline:
     ) -> list[Pending]:
         """The first part of `make`, for one batch: leaves its work to the device, and waits for none of the images.
 
-        The jobs differ at most in prompts, guidance scales and seeds, and are not checked.
+        The jobs differ at most in seeds, prompts and how those are used, and are not checked.
         """
         if len(set(map(batch_key, jobs))) != 1:
-            raise ValueError("the jobs of one batch may differ in prompts, guidance scales and seeds only")
+            raise ValueError(
+                "the jobs of one batch may differ in seeds, prompts, guidance scales, rescaling and CLIP skips only"
+            )
         if self.loras.apply(jobs[0].loras):
             self.maker.conditioning.clear()
         self.maker.join_edges(jobs[0])

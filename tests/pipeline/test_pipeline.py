@@ -191,7 +191,7 @@ def test_prompts_of_different_lengths_share_a_call(pipeline):
 
 
 def test_a_batch_has_one_size_and_step_count(pipeline):
-    with pytest.raises(ValueError, match="scales and seeds only"):
+    with pytest.raises(ValueError, match="rescaling and CLIP skips only"):
         pipeline.begin([JOB, dataclasses.replace(JOB, steps=4)])
 
 
