@@ -82,6 +82,8 @@ setup(
             "peft>=0.18,<0.22",
             "safetensors>=0.5,<0.9",
             "sd-parsers>=0.5,<0.7",
+            "DeepCache>=0.1.1,<0.2",
+            "tomesd>=0.1.3,<0.2",
             "ruff>=0.15,<0.18",
             "pyright>=1.1.400,<1.2",
             "setuptools>=71,<90",  # a test builds the wheel

@@ -84,8 +84,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "timesteps", {"low": 0, "high": 1000}, "timesteps", "sampling", "T1,T2,...",
-        "the levels as timesteps, falling",
-        label="Timesteps",
+        "the levels as timesteps, falling", label="Timesteps",
     ),
     Field(
         "eta", {"low": 0, "high": 10}, JOB_SETTINGS["eta"].option, "sampling", "X",
@@ -94,8 +93,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "s_noise", {"low": 0, "high": 10}, JOB_SETTINGS["s_noise"].option, "sampling", "X",
-        "factor of the fresh noise",
-        label="Sigma noise",
+        "factor of the fresh noise", label="Sigma noise",
     ),
     Field(
         "s_churn", {"low": 0, "high": 1000}, JOB_SETTINGS["s_churn"].option, "sampling", "X",
@@ -162,13 +160,11 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "init.background", {}, "background", START, "COLOUR",
-        "what shows through transparency and pads: a name or #rrggbb",
-        label="Background",
+        "what shows through transparency and pads: a name or #rrggbb", label="Background",
     ),
     Field(
         "init.outpaint", {"low": 0, "high": _MAX_SIDE}, "outpaint", MASK, "L,T,R,B",
-        "add this many pixels at the left, top, right and bottom",
-        label="Outpaint",
+        "add this many pixels at the left, top, right and bottom", label="Outpaint",
     ),
     Field(
         "init.mask", {}, "mask", MASK, "FILE", "white is repainted (default: where the image is transparent)",
@@ -186,8 +182,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "init.mask_blur", {"low": 0, "high": 256}, "mask_blur", MASK, "PX",
-        "how softly the new part fades in at its edges",
-        label="Mask blur",
+        "how softly the new part fades in at its edges", label="Mask blur",
     ),
     Field(
         "paste", group=MASK,
@@ -206,8 +201,7 @@ FIELDS: tuple[Field, ...] = (
     Field("upscale_in", {}, "upscale_in", "upscaling", help="what is enlarged", label="Hires upscaler"),
     Field(
         "upscale_strength", {"low": 0, "high": 1}, "upscale_strength", "upscaling", "X",
-        "the second pass's share of the steps, 0 to 1",
-        label="Upscale strength",
+        "the second pass's share of the steps, 0 to 1", label="Upscale strength",
     ),
     Field(
         "guidance_interval", {"low": 0}, "guidance_interval", "sampling", "LO,HI",
@@ -217,20 +211,17 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "guidance_interval_in", {}, "guidance_interval_in", "sampling",
         help="what --guidance_interval counts: shares of the steps, or sigma, the noise over the signal, which falls "
-        "from 14.6 to 0",
-        label="Guidance interval in",
+        "from 14.6 to 0", label="Guidance interval in",
     ),
     Field(
         "guidance_schedule", {}, "guidance_schedule", "sampling",
         help="how the guidance changes over the steps, with --scale as its mean: linear and cosine rise, those with "
-        "_down fall, peak is high in the middle, valley at both ends",
-        label="Guidance schedule",
+        "_down fall, peak is high in the middle, valley at both ends", label="Guidance schedule",
     ),
     Field(
         "prompt_syntax", {}, "prompt_syntax", "prompt",
         help="a1111: (x:1.3), [x], BREAK, [from:to:when], [a|b] and AND in prompts mean what they mean in "
-        "AUTOMATIC1111's web UI",
-        label="Prompt syntax",
+        "AUTOMATIC1111's web UI", label="Prompt syntax",
     ),
     Field(
         "clip_skip", {"low": 1, "high": 12}, "clip_skip", "prompt", "N",
@@ -256,6 +247,15 @@ FIELDS: tuple[Field, ...] = (
         "seamless", {}, "seamless", "sampling",
         help="images that can be laid side by side: x joins left and right, y top and bottom, both all edges",
         label="Seamless",
+    ),
+    Field(
+        "cache_steps", {"high": 3}, "cache_steps", "sampling", "N[,BRANCH[,CENTRE]]",
+        "run the whole U-Net in each Nth step only, else its outermost blocks, 0 to BRANCH (DeepCache: approximate)",
+        label="Cache steps",
+    ),
+    Field(
+        "merge_tokens", {"low": 0, "high": 0.75}, "merge_tokens", "sampling", "RATIO",
+        "merge this share of tokens in the largest self-attention (ToMe: approximate)", label="Token merging ratio",
     ),
     Field("loras", {"high": MAX_LORAS}),
     Field(
@@ -290,7 +290,7 @@ def _setting(name: str, hint: Any, limits: Mapping[str, Any]) -> Setting:
     extra: dict[str, Any] = {"optional": len(options) > 1, **limits}
     if get_origin(kind) is tuple:
         many = get_args(kind)[-1] is ...
-        row = (get_args(get_args(kind)[0]) or (float,)) if many else get_args(kind)
+        row = (get_args(get_args(kind)[0]) or (get_args(kind)[0],)) if many else get_args(kind)
         parts = tuple(_setting("" if many else name, part, {} if many else limits) for part in row)
         return Setting(name, tuple, row=parts, many=many, **extra)
     if get_origin(kind) is Literal:

@@ -132,6 +132,9 @@ class Job:
 
     `seamless` joins the left and the right edge ("x"), the upper and the lower ("y"), or both.
 
+    `cache_steps` (interval, branch, centre) and `merge_tokens`, a ratio, are approximations that save time, see
+    `ldm.runtime.shortcuts`.
+
     With `upscale` above 1 the finished image is enlarged by that factor, as pixels or as latents (`upscale_in`), and
     denoised in a second pass at `upscale_strength`.
     """
@@ -179,6 +182,13 @@ class Job:
     hint: Literal["none", "canny", "grey", "scribble", "tile", "inpaint"] = "none"
     control_mode: Literal["balanced", "prompt", "control", "guess"] = "balanced"
     control_resize: Literal["none", "fill", "stretch", "pad"] = "none"
+    cache_steps: tuple[int, ...] = ()
+    merge_tokens: float = 0.0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all of the U-Net is computed in each step: no `cache_steps` and no `merge_tokens`."""
+        return not self.merge_tokens and self.cache_steps[:1] in ((), (1,))
 
     @property
     def upscaled_size(self) -> tuple[int, int]:

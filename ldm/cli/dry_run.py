@@ -102,9 +102,12 @@ def _batch(plan: Plan, batch: Sequence[int], first: int) -> str:
     scales = ", ".join(f"{scale:g}" for scale in dict.fromkeys(j.scale for j in jobs))
     prompts = [printable(prompt)[:60] for prompt in dict.fromkeys(j.prompt for j in jobs)]
     more = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
+    left_out = [f"cache_steps {','.join(map(str, job.cache_steps))}"] if job.cache_steps else []
+    left_out += [f"merge_tokens {job.merge_tokens:g}"] if job.merge_tokens else []
+    approximate = f"approximate by {' and '.join(left_out)}, " if left_out and not job.is_exact else ""
     return (
         f"{_numbers([first + i for i in batch])}: {job.width}x{job.height}, {count_steps(job)} steps, {job.sampler}, "
-        f"scale {scales}, seed {_ranges([j.seed for j in jobs])}: {prompts[0]}{more}"
+        f"{approximate}scale {scales}, seed {_ranges([j.seed for j in jobs])}: {prompts[0]}{more}"
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ldm import __version__
+from ldm.cli.fast import FAST
 from ldm.cli.parser import Group, Options, Parser
 from ldm.fields import CONTROL, DEFAULTS, FIELDS, MASK, SETTINGS, SIZE, START, Field
 from ldm.prompts.dialects import FORMATS
@@ -108,6 +109,7 @@ _KINDS: Mapping[str, Callable[[str], Any]] = {
     "sigmas": _numbers("sigmas", "a list of numbers such as 14.6,3.2,0"),
     "timesteps": _numbers("timesteps", "a list of numbers such as 999,759,499,259"),
     "init.outpaint": _numbers("init.outpaint", "four whole numbers such as 0,0,64,0"),
+    "cache_steps": _numbers("cache_steps", "a number of steps such as 3, or with a branch, such as 3,1"),
     "guidance_interval": _numbers("guidance_interval", "two numbers such as 0.1,0.7"),
 }
 
@@ -145,6 +147,12 @@ def add_prompt_options(parser: argparse.ArgumentParser, prompt: str) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser, scale: float) -> None:
     """Adds the options of sampling."""
     group = _group(parser, "sampling", scale={"default": scale})
+    group.add_argument(
+        "--fast",
+        choices=tuple(FAST),
+        default="exact",
+        help="settings that take less time: exact changes nothing, balanced loses details, draft more of them",
+    )
     group.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise")
 
 

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ldm.cli.effects import warn_of_options_without_effect
+from ldm.cli.fast import with_fast
 from ldm.fields import DEFAULTS, FIELDS, SETTINGS, SIZE, override, values_of_options
 from ldm.job import Init, Job
 from ldm.prompts.files import MAX_LINE, too_long
@@ -33,7 +34,7 @@ def request_of(opt: argparse.Namespace) -> Request:
     for name in ("W", "H"):
         side = getattr(opt, name)
         need(side is None or side > 0, f"--{name} is {side}; give a multiple of {opt.f}, at least {opt.f}")
-    values = values_of_options(vars(opt))
+    values = with_fast(opt.fast, values_of_options(vars(opt)), DEFAULTS)
     values |= {name: _text(f"--{name}", values[name]) for name in ("prompt", "negative_prompt")}
     values |= {"sampler": chosen_sampler(opt)} | ({} if opt.from_file is None else {"prompt": ""})
     given = sum(side is not None for side in (opt.W, opt.H))

@@ -24,6 +24,7 @@ from ldm.pipeline.noise import posterior_noise
 from ldm.pipeline.picture import OnStep, StepInfo
 from ldm.pipeline.placement import Placement
 from ldm.pipeline.starts import StartLatents, Starts
+from ldm.runtime.shortcuts import shortcuts
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class LatentSampler:
                 plan = self._conditioning.plan(jobs, inpainting, one.start == "upscaled")
                 with self._control.running(job):
                     plan = replace(plan, units=self._control.units(job, one.size))
-                    latents = self._denoise(one, sampler, plan, start, code, noise, on_step)
+                    latents = self._denoise(job, one, sampler, plan, start, code, noise, on_step)
         return latents
 
     def _warn_of_late_start(self, sampler: Sampler) -> None:
@@ -110,6 +111,7 @@ class LatentSampler:
 
     def _denoise(
         self,
+        job: Job,
         one: Pass,
         sampler: Sampler,
         plan: GuidancePlan,
@@ -122,7 +124,11 @@ class LatentSampler:
         guidance = plan.first
         # only where needed: a replaced method may accept the original's keywords only
         extra: dict[str, Any] = {"plan": plan} if plan.changes else {}
-        with self._placement.running(self._model.model):
+        network = self._model.model.diffusion_model
+        with (
+            self._placement.running(self._model.model),
+            shortcuts(network, job.cache_steps, job.merge_tokens, one.steps) as stepped,
+        ):
             return sampler.decode(
                 sampler.starting(code)
                 if start is None
@@ -132,6 +138,7 @@ class LatentSampler:
                 unconditional_guidance_scale=guidance.scale,
                 guidance_rescale=guidance.rescale,
                 unconditional_conditioning=guidance.uncond,
+                callback=lambda _: stepped(),
                 img_callback=None if on_step is None else partial(_report_step, on_step, one.steps),
                 noise=noise,
                 mask=None if start is None else start.keep,

@@ -50,6 +50,15 @@ class Batch:
         found = [(one, one.model_calls(self.job.sampler)) for one in passes_of(self.job)]
         return [(one.size, calls, calls * self._guided_share(one.steps)) for one, calls in found]
 
+    def full_shares(self) -> list[float]:
+        """Returns the share of the steps of each pass that run the whole U-Net, see `Job.cache_steps`."""
+        from ldm.models.diffusion.passes import passes_of
+        from ldm.runtime.shortcuts import full_steps
+
+        interval, _, *centre = (*self.job.cache_steps, *(1, 0)[len(self.job.cache_steps) :])
+        counts = [one.steps for one in passes_of(self.job)]
+        return [len(full_steps(steps, interval, *centre)) / max(steps, 1) for steps in counts]
+
     def _guided_share(self, steps: int) -> float:
         """Returns the share of the last steps that can be guided: all, or the ones in an interval of steps."""
         from ldm.models.diffusion.passes import schedule_length
@@ -120,10 +129,20 @@ def _batch_seconds(
     batch: Batch, work: NetworkWork, pace: Callable[[torch.dtype], Pace], dtype: torch.dtype
 ) -> float:
     own, last = pace(dtype), batch.job.upscaled_size
+    branch = (*batch.job.cache_steps, 0, 0)[1]
+
+    def call(size: tuple[int, int], samples: int, full: float) -> float:
+        whole = own.seconds(work.predict(*size), samples)
+        return (
+            whole
+            if full == 1
+            else full * whole + (1 - full) * own.seconds(work.reuse(branch, *size), samples)
+        )
+
     denoising = sum(
-        guided * own.seconds(work.predict(*size), batch.samples)
-        + (calls - guided) * own.seconds(work.predict(*size), batch.images * batch.parts)
-        for size, calls, guided in batch.passes()
+        guided * call(size, batch.samples, full)
+        + (calls - guided) * call(size, batch.images * batch.parts, full)
+        for (size, calls, guided), full in zip(batch.passes(), batch.full_shares(), strict=True)
     )
     if batch.job.controls:
         denoising += len(batch.job.controls) * sum(

@@ -26,6 +26,7 @@ def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Pat
         need(side % factor == 0, f"{name} is {side}, not a multiple of {factor}")
     check_memory(job, model)
     check_seamless(job, model)
+    check_shortcuts(job, model)
     for name, _, _ in job.loras:
         check_there(find_lora(name), "give another LoRA")
     if job.controls:
@@ -77,6 +78,19 @@ def suit_to(model: Mapping[str, Any]) -> Callable[[Job], Job]:
     from ldm.models.diffusion.passes import begun_without_signal
 
     return begun_without_signal
+
+
+def check_shortcuts(job: Job, model: Mapping[str, Any]) -> None:
+    """Checks that a config's U-Net can do without the products that a job leaves out, else raises InputError."""
+    if job.is_exact:
+        return
+    from ldm.config import section
+    from ldm.runtime.shortcuts import check_branch
+
+    ours = section(model)["unet_config"].get("target", "").startswith("ldm.")
+    unet = section(model, "unet_config")
+    each, levels = unet.get("num_res_blocks", 0) + 1, len(unet.get("channel_mult", (1, 2, 4, 8)))
+    check_branch((*job.cache_steps, 0, 0)[1], each * levels if ours else 0)
 
 
 def count_steps(job: Job) -> int:

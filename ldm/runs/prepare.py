@@ -18,6 +18,7 @@ from ldm.runs.plan import Plan, read_wishes
 from ldm.runs.processes import ProcessInfo, check
 from ldm.runs.source import Source
 from ldm.runs.starts import Canvases, read_starts
+from ldm.util import need
 
 if TYPE_CHECKING:
     import torch
@@ -97,15 +98,15 @@ def plan_request(
     """Makes the plan of a request for a config's model."""
     wishes, canvases = read_wishes(options, request), Canvases(mask_needed=options.inpaint)
     starts = read_starts(request, options.inpaint, config, canvases)
-    plan = Plan(
-        options,
-        request,
-        wishes,
-        starts,
-        canvases,
-        lambda job: check_job(job, config, find_lora),
-        suit_to(config),
-    )
+
+    def check(job: Job) -> None:
+        check_job(job, config, find_lora)
+        need(
+            job.is_exact or not options.compile,
+            "--compile needs the whole U-Net, of which cache_steps and merge_tokens leave parts out; leave one out",
+        )
+
+    plan = Plan(options, request, wishes, starts, canvases, check, suit_to(config))
     ckpt = None if options.ckpt is None else Path(options.ckpt)
     note_jobs(plan.kinds(), config, ckpt, find_lora)
     check_controls(plan.controls(), config)

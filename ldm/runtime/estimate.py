@@ -26,6 +26,7 @@ from ldm.models.keys import FIRST_STAGE_PREFIX
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.runtime import kernels
 from ldm.runtime.fast import Packer, accelerate, halved
+from ldm.runtime.shortcuts import CachedBlocks
 from ldm.util import is_list
 
 TRIAL, MOST_TRIALS = 0.1, 50  # seconds of trials of an operation, and their greatest number
@@ -155,11 +156,22 @@ class NetworkWork:
     def read(self) -> Work:
         return count_work(lambda: self._model.get_learned_conditioning([""]))
 
+    def reuse(self, branch: int, height: int, width: int) -> Work:
+        """Returns the work of a call of the U-Net that runs its outermost blocks only, see `CachedBlocks`."""
+        call, network = self._call(height, width), self._model.model.diffusion_model
+        with torch.inference_mode(), CachedBlocks(network, {0}, branch) as cached:
+            call()
+            cached.next_step()
+            return count_work(call)
+
     def _predict(self, height: int, width: int) -> Work:
+        return count_work(self._call(height, width))
+
+    def _call(self, height: int, width: int) -> Callable[[], Tensor]:
         x, cond = self._latents(height, width), self._context
         if isinstance(self._model, LatentInpaintDiffusion):
             cond = self._model.hybrid_conditioning(cond, x[:, :1], x)
-        return count_work(lambda: self._model.apply_model(x, torch.zeros(1, device="meta"), cond))
+        return lambda: self._model.apply_model(x, torch.zeros(1, device="meta"), cond)
 
     def _control(self, height: int, width: int) -> Work:
         x, network = self._latents(height, width), self._control_network

@@ -25,6 +25,7 @@ from ldm.runs.plan import Plan, read_wishes
 from ldm.runs.starts import Start
 from ldm.runtime.device import BF16
 from ldm.runtime.estimate import NetworkWork, Pace, Work, count_work, measure_pace, weight_bytes
+from ldm.runtime.shortcuts import shortcuts
 from tests.support.precision import needs_bf16_kernels
 
 CPU = torch.device("cpu")
@@ -156,6 +157,24 @@ def test_steps_without_guidance_cost_one_prediction_and_joined_prompts_one_each(
     cost = of(work.predict(*SIDE))
     assert seconds(work, {Batch(job, 2, True): 1}) == (12 * 4 + 8 * 2) * cost + rest
     assert seconds(work, {Batch(job, 2, True, parts=3): 1}) == (12 * 8 + 8 * 6) * cost + rest
+
+
+def test_steps_that_run_few_blocks_cost_what_these_do(model, work):
+    """Of 6 steps two are whole; torch counts what a call runs in the others."""
+    job, context = Job("", width=128, height=128, steps=6), on_meta(1, 48, 192)
+    calls = on_meta(1, 4, 16, 16), on_meta(1), context
+    with torch.no_grad(), shortcuts(model.model.diffusion_model, (3, 1), 0.0, 6) as stepped:
+        model.apply_model(*calls)
+        stepped()
+        with FlopCounterMode(display=False) as counter:
+            model.apply_model(*calls)
+    few = counter.get_total_flops()
+    assert 0 < few < of(work.predict(*SIDE)) / 2
+    saved = 2 * 2 * 4 * (of(work.predict(*SIDE)) - few)  # two halves of two images
+    exact, cached = (
+        seconds(work, {Batch(one, 2, True): 1}) for one in (job, replace(job, cache_steps=(3, 1)))
+    )
+    assert exact - cached == pytest.approx(saved)
 
 
 def test_the_second_pass_and_the_encoder_are_counted(work):

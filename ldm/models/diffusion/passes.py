@@ -114,6 +114,11 @@ def check_sampling(job: Job) -> None:
             f"--timestep_spacing {job.timestep_spacing} goes with ddim and plms on their own schedule, not with "
             f"{job.sampler} on {schedule.name}; leave it out"
         )
+    if job.cache_steps and (min(job.cache_steps) < 0 or job.cache_steps[0] == 0):
+        given = ",".join(map(str, job.cache_steps))
+        raise InputError(
+            f"--cache_steps is {given}; give the interval, 1 or more, then the branch and the centre, 0 or more"
+        )
     schedule_length(job)
     for one in passes_of(job):
         schedule_of(job, one.share).length(job.steps)

@@ -386,7 +386,7 @@ class UNetModel(UNetEncoder):
         if control is not None:
             skips = [self.with_control(h, added) for h, added in zip(skips, control, strict=True)]
         h = skips.pop()
-        for block in self.output_blocks:
+        for block in list(self.output_blocks)[-len(skips) :]:
             h = self.with_skip(h, skips.pop())
             h = block(h, emb, context, output_size=skips[-1].shape[2:] if skips else None)
         return self.out(h).to(x.dtype)
