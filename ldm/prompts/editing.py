@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ldm.job import Job
+from ldm.models.diffusion.passes import schedule_length
 from ldm.util import InputError
 
 MAX_DEPTH = 100  # of open brackets
@@ -101,9 +102,10 @@ class Script:
     @classmethod
     def of(cls, job: Job, upscaled: bool = False) -> Script:
         """The script of a job's first pass, or of its upscaled one. `InputError` as in `parts_of`."""
+        steps = schedule_length(job) if job.sigmas or job.timesteps else job.steps
         if job.prompt_syntax == "plain":
-            return cls((Part(((job.steps, job.prompt),)),), Part(((job.steps, job.negative_prompt),)))
-        timeline = Timeline(job.steps, job.steps if upscaled else 0)
+            return cls((Part(((steps, job.prompt),)),), Part(((steps, job.negative_prompt),)))
+        timeline = Timeline(steps, steps if upscaled else 0)
         parts = parts_of(job.prompt, timeline)
         return cls(tuple(parts), Part(tuple(changes_of(job.negative_prompt, timeline))))
 

@@ -157,3 +157,11 @@ def test_long_prompts_are_read_in_no_time(unit: str) -> None:
 def test_a_weight_without_an_end_is_refused() -> None:
     with pytest.raises(InputError, match="not a finite number"):
         parts_of("a:" + "9" * 400, TEN)
+
+
+def test_shares_of_given_levels_are_those_of_their_steps() -> None:
+    """A list of levels has its own number of steps, whatever is asked for."""
+    asked = {"prompt_syntax": "a1111", "negative_prompt": "[c|d]"}
+    expected = Script.of(Job("[a:b:0.5]", steps=4, **asked))  # type: ignore[arg-type]
+    for levels in ({"sigmas": (8.0, 4.0, 2.0, 1.0, 0.0)}, {"timesteps": (900.0, 600.0, 300.0, 100.0)}):
+        assert Script.of(Job("[a:b:0.5]", steps=50, **asked, **levels)) == expected  # type: ignore[arg-type]
