@@ -6,13 +6,14 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ldm.checkpoints.adapters.lora import LoraStack
 from ldm.checkpoints.diffusers_folder import write_folder
 from ldm.checkpoints.formats.read import Checkpoint
 from ldm.checkpoints.formats.safetensors_file import HASH_ENTRY
@@ -68,13 +69,15 @@ def convert(
     to: Layout,
     dtype: torch.dtype | None = None,
     ema: Ema | Literal["both"] = "auto",
+    loras: Sequence[tuple[str, float, float]] = (),
 ) -> None:
     """Writes the model of a checked config with the weights of `checkpoint` (from `read_model`) to `out`.
 
     "compvis" is one safetensors file under CompVis's names, "ckpt" the same as torch saves it, "diffusers" a
     folder for `StableDiffusionPipeline.from_pretrained`. The weights are checked as if they were to run; the
     noise schedule is computed and never cast. `dtype` None keeps each weight's type. With `ema` "auto" the
-    averaged weights are written as the weights if there are any, "both" keeps both sets. Only "ckpt" has all
+    averaged weights are written as the weights if there are any, "both" keeps both sets. `loras` (file, weight of the
+    U-Net, weight of the text encoder) are merged into the weights. Only "ckpt" has all
     cast weights in memory at once. Raises `InputError`, and `OSError`, which names `out`, if
     writing fails.
     """
@@ -86,6 +89,8 @@ def convert(
     if ema == "both":
         load_into(model, checkpoint, ema="off")
         averages = {k: v for k, v in checkpoint.state_dict.items() if k.startswith(EMA_PREFIX)}
+    if loras:
+        LoraStack(model).apply(loras)
     own = {key: value for key, value in model.state_dict().items() if not key.startswith(EMA_PREFIX)}
     tensors = {**own, **averages}
     if to != "diffusers":

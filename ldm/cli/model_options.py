@@ -131,7 +131,7 @@ def _add_addition_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lora",
         metavar="FILE[:WEIGHT[:TEXT]]",
-        type=_lora,
+        type=parse_lora,
         action="append",
         default=[],
         help="put a LoRA onto the model with WEIGHT (1), and onto its text encoder with TEXT (the same); "
@@ -154,7 +154,7 @@ def _add_addition_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--embedding_dir", metavar="DIR", help="use every textual inversion below this folder")
 
 
-def _lora(text: str) -> tuple[str, float, float]:
+def parse_lora(text: str) -> tuple[str, float, float]:
     """Parses a file with its weights on U-Net and text encoder; only numbers are split off, from the right."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; is a variable of the shell not set?")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ldm import cli
+from ldm.cli.commands.mixing import add_mixing_options, added, check_mixing
 from ldm.cli.model_options import add_parts_options
 from ldm.util import printable
 
@@ -21,6 +22,8 @@ _EXAMPLES = (
     "python scripts/convert.py sd-v1-4.ckpt sd-v1-4.safetensors --dtype fp16",
     "python scripts/convert.py sd-v1-4.ckpt sd-v1-4-diffusers",
     "python scripts/convert.py stable-diffusion-v1-5/ v1-5.ckpt",
+    "python scripts/convert.py sd-v1-4.ckpt inked.safetensors --lora ink.safetensors:0.8",
+    "python scripts/convert.py tuned.ckpt tuned-lora.safetensors --extract_lora sd-v1-4.ckpt --rank 32",
     "python scripts/convert.py control_v11p_sd15_canny.pth canny.safetensors --dtype fp16",
 )
 
@@ -48,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="which of two sets of weights is written; auto: the averaged ones if there are any",
     )
+    add_mixing_options(options)
     add_parts_options(options)
     cli.add_report_options(options)
     return options
@@ -61,6 +65,12 @@ def run(opt: argparse.Namespace) -> int:
     from ldm.runs.options import RunOptions
 
     check_there(find(opt.ckpt), "give another model as IN")
+    check_mixing(opt)
+    if opt.extract_lora or opt.resize_lora:
+        from ldm.cli.commands.convert_lora import write_computed_lora
+
+        write_computed_lora(opt)
+        return _written(opt.out)
     to = opt.to or layout_for(opt.out)
     check_output(opt.out, to, opt.ema)
     if _converted_control(opt, to):
@@ -83,7 +93,10 @@ def run(opt: argparse.Namespace) -> int:
 
     dtype = getattr(torch, DTYPES[opt.dtype]) if opt.dtype in DTYPES else None
     checkpoint = read_model(ckpt, vae=opt.vae, text_encoder=opt.text_encoder, prediction=opt.prediction)
-    convert(checkpoint, read_config(config_path, opt.allow_targets), opt.out, to, dtype, opt.ema)
+    if opt.add is not None:
+        checkpoint = added(checkpoint, opt)
+    loras = [(str(find(path)), weight, on_text) for path, weight, on_text in opt.lora]
+    convert(checkpoint, read_config(config_path, opt.allow_targets), opt.out, to, dtype, opt.ema, loras)
     return _written(opt.out)
 
 
