@@ -54,13 +54,13 @@ class Epochs:
     def _divided(self, epoch: int) -> list[list[int]]:
         rng = np.random.default_rng([self.seed, epoch])
         size = self.batch_size
-        batches = [
+        batches: list[list[int]] = [
             [indices[i] for i in order[start : start + size]]
             for indices in self._by_size.values()
-            for order in [rng.permutation(len(indices))]
+            for order in [rng.permutation(len(indices)).tolist()]
             for start in range(0, len(order), size)
         ]
-        return [batches[i] for i in rng.permutation(len(batches))]
+        return [batches[i] for i in rng.permutation(len(batches)).tolist()]
 
 
 def batch_maker(

@@ -20,4 +20,5 @@ def caption_for(example: Example, rng: np.random.Generator) -> str:
         return example.caption
     parts = [part.strip() for part in example.caption.split(",")]
     kept, rest = parts[: example.keep_tokens], parts[example.keep_tokens :]
-    return ", ".join([*kept, *(rest[i] for i in rng.permutation(len(rest)))])
+    order: list[int] = rng.permutation(len(rest)).tolist()
+    return ", ".join([*kept, *(rest[i] for i in order)])

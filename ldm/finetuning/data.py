@@ -19,7 +19,7 @@ from typing import Any
 
 from ldm.files import read_side_file
 from ldm.images.source import EXTENSIONS
-from ldm.util import InputError, printable
+from ldm.util import InputError, is_list, is_mapping, printable
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def _of_subset(stated: Mapping[str, Any], path: Path, defaults: Example) -> Iter
 
 
 def _tables(value: Any, path: Path) -> Sequence[Mapping[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+    if not is_list(value) or not all(map(is_mapping, value)):
         raise InputError(
             f"{printable(path)} has no [[datasets]] with [[datasets.subsets]]; see kohya's scripts"
         )

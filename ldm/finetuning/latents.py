@@ -86,7 +86,7 @@ def place_all(
         except (InputError, OSError) as error:
             logger.warning("left out: %s", printable(error))
             continue
-        files = []
+        files: list[Path] = []
         for mirrored in (False, True) if example.flip else (False,):
             file = folder / f"{_key(source.digest, placement, mirrored)}.npy"
             if not file.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -86,14 +87,14 @@ class LoraLayer(nn.Module):
 
 
 def _row_norms(weight: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    return cast("Tensor", torch.linalg.vector_norm(weight.flatten(1), dim=1))
 
 
 def trained_layers(
     model: LatentDiffusion, unet: bool, text: bool, convolutions: bool
 ) -> Iterator[tuple[str, nn.Linear | nn.Conv2d, bool]]:
     """Yields path, layer and whether it is a 3x3 convolution, of all layers that a LoRA is trained for."""
-    for path, layer in model.named_modules():
+    for path, layer in cast("Iterator[tuple[str, nn.Module]]", model.named_modules()):
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             continue
         chosen = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from importlib import import_module
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -116,12 +117,12 @@ def make_optimizer(groups: Groups, settings: Settings) -> Optimizer:
         return torch.optim.Adafactor(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     if settings.optimizer == "adamw8bit":
         try:
-            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+            eight_bit: Any = import_module("bitsandbytes.optim")
         except ImportError:
             raise InputError(
                 "--optimizer adamw8bit needs the package bitsandbytes; run: pip install bitsandbytes"
             ) from None
-        return AdamW8bit(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        return eight_bit.AdamW8bit(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(
         groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )

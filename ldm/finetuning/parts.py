@@ -99,6 +99,10 @@ class LoraPart:
         write_lora(path, lora_tensors(self.module, self.model, self.layout, self.dtype), notes)
 
 
+def _lengths(vectors: Tensor) -> Tensor:
+    return vectors.square().sum(dim=1).sqrt()
+
+
 class _Vectors(nn.Module):
     def __init__(self, values: Tensor) -> None:
         super().__init__()
@@ -134,7 +138,7 @@ class EmbeddingPart:
         if not 1 <= count <= encoder.max_length - 2:
             raise InputError(f"--vectors {count} is not from 1 to {encoder.max_length - 2}")
         start = table[torch.tensor([own[i % len(own)] for i in range(count)])].clone()
-        self.length = float(table.norm(dim=1).mean())
+        self.length = float(_lengths(table).mean())
         self.module = _Vectors(start)
         encoder.use_embeddings({self.word: start})
 
@@ -152,7 +156,7 @@ class EmbeddingPart:
     @torch.no_grad()
     def after_step(self) -> None:
         values = self.module.values
-        norms = values.norm(dim=1, keepdim=True)
+        norms = _lengths(values)[:, None]
         values.mul_(1 + self.decay * (self.length / norms - 1))
 
     def write(self, path: Path, notes: Mapping[str, str]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 
 from ldm.finetuning.batches import Epochs, batch_maker
@@ -210,7 +211,7 @@ def _train(
         device=str(device),
     )
     with Interrupts() as interrupts:
-        callbacks = [LossTable(training.folder / "loss.csv", step), StopAsked(interrupts)]
+        callbacks: list[pl.Callback] = [LossTable(training.folder / "loss.csv", step), StopAsked(interrupts)]
         if settings.sample_steps and settings.sample_prompt:
             size = max(image.placement.size for image in epochs.examples)
             callbacks.append(Samples(model, settings, training.folder / "samples", size))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_type_hints
 
-from ldm.util import InputError, printable
+from ldm.util import InputError, is_list, printable
 
 
 def setting(
@@ -197,22 +197,16 @@ def _check(row: Field[Any], hint: Any, value: Any) -> None:
         if value not in about["choices"]:
             raise InputError(f"--{row.name} {shown}: choose from {', '.join(about['choices'])}")
         return
-    kind = next(
-        kind
-        for kind in (bool, int, float, str, tuple)
-        if kind in (hint, *getattr(hint, "__args__", ()))
-        or (kind is tuple and getattr(hint, "__origin__", None) is tuple)
-    )
-    accepted = {float: (int, float), tuple: (list, tuple)}.get(kind, (kind,))
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        words = {
-            bool: "true or false",
-            int: "a whole number",
-            float: "a number",
-            str: "a text",
-            tuple: "a list",
-        }
-        raise InputError(f"{row.name} is {shown!r}; give {words[kind]}")
+    hints = (hint, *getattr(hint, "__args__", ()))
+    kind = next((kind for kind in (bool, int, float, str) if kind in hints), str)
+    if row.default == ():
+        fits, what = is_list(value) and all(isinstance(part, str) for part in value), "a list of texts"
+    else:
+        accepted = (int, float) if kind is float else (kind,)
+        fits = isinstance(value, accepted) and (not isinstance(value, bool) or kind is bool)
+        what = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+    if not fits:
+        raise InputError(f"{row.name} is {shown!r}; give {what}")
     least = about["least"]
     if least is not None and not least <= value <= about["most"]:
         most = f" to {about['most']:g}" if about["most"] < math.inf else " or more"

@@ -5,7 +5,8 @@ The best approximation of a matrix by one of rank r keeps its r largest singular
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ def factors_of(change: Tensor, rank: int) -> Factors:
     They are of `rank`, or less for a smaller weight. A convolution's first factor has its kernel.
     """
     matrix = change.float().flatten(1)
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    decompose = cast("Callable[..., tuple[Tensor, Tensor, Tensor]]", torch.linalg.svd)
+    left, values, right = decompose(matrix, full_matrices=False)
     rank = min(rank, len(values))
     root = values[:rank].sqrt()
     kernel = [1] * (change.dim() - 2)
@@ -41,7 +43,7 @@ def extracted(
     be in a LoRA. Models of other shapes, or without any difference, are an `InputError`.
     """
     names, found = written_names(base, "kohya"), False
-    for path, layer in base.named_modules():
+    for path, layer in cast("Iterator[tuple[str, nn.Module]]", base.named_modules()):
         if not path.startswith((UNET, TEXT)) or not isinstance(layer, nn.Linear | nn.Conv2d):
             continue
         own, other = layer.weight.detach(), tuned[f"{path}.weight"]
