@@ -1,4 +1,4 @@
-"""The settings behind `--fast`, chosen by measurement: see `ldm/runtime/README.md`."""
+"""The settings of `--fast`, chosen by measurement: see `ldm/runtime/README.md`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""T2I-Adapter: maps that are added to those of the U-Net, made of a hint once a picture (Mou et al. 2023)."""
+"""T2I-Adapter: maps that are added to those of the U-Net, made of a hint once an image (Mou et al. 2023)."""
 
 from __future__ import annotations
 
