@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from ldm.benchmark.subjects import PROMPT, Diffusers, Enough, Ours, Setting, Subject, Work
 
@@ -139,8 +139,8 @@ class Worker:
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:
-    difference = value.double().cpu() - expected.double()
-    return float(difference.norm() / expected.double().norm())
+    difference, of = (value.double().cpu() - expected.double()).norm(), expected.double().norm()
+    return float(cast("Tensor", difference)) / float(cast("Tensor", of))
 
 
 def _peak_resident() -> int:

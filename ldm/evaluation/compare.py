@@ -34,7 +34,9 @@ def pair_values(first: ImageSet, second: ImageSet, metric: str, lpips: str | Non
         f"{printable(first.name)} has {len(first)} images and {printable(second.name)} {len(second)}; give as many",
     )
     measure = {"psnr": psnr, "ssim": ssim}.get(metric) or Lpips(lpips)
-    values = [measure(a.pixels(), b.pixels()) for a, b in zip(first.items, second.items, strict=True)]
+    values: list[float] = [
+        measure(a.pixels(), b.pixels()) for a, b in zip(first.items, second.items, strict=True)
+    ]
     return [min(value, SAME_PSNR) for value in values] if metric == "psnr" else values
 
 
@@ -53,7 +55,8 @@ def compare_sets(
             metric in (*PAIRED, *OF_IMAGES),
             f"--metrics {metric}: pairs have {', '.join((*PAIRED, *OF_IMAGES))}",
         )
-    name, found = f"{first.name} and {second.name}", []
+    name = f"{first.name} and {second.name}"
+    found: list[Result] = []
     psnrs = pair_values(first, second, "psnr")
     for metric in scorer.request.metrics:
         if metric in PAIRED:
@@ -64,7 +67,7 @@ def compare_sets(
             )
             found.append(_result(name, metric, mean_of(values), len(values), "mean over pairs"))
             continue
-        scores = []
+        scores: list[np.ndarray] = []
         for images in (first, second):
             own, network = scorer.image_scores(images, metric, questions)
             found.append(scorer.result(images, metric, mean_of(own), network))
@@ -87,7 +90,7 @@ def write_sheet(
     """Writes a sheet of the pairs with the lowest values (PSNR): a row a pair, with its prompt and value."""
     from ldm.images.sheet import sheet
 
-    order = np.argsort(values, kind="stable")[:SHOWN]
+    order = [int(i) for i in np.argsort(values, kind="stable")[:SHOWN]]
     images = [part.items[i].pixels() for i in order for part in (first, second)]
     prompts = [questions[i].prompt if questions else first.items[i].name for i in order]
     rows = [f"{values[i]:.1f} dB: {prompt}" for i, prompt in zip(order, prompts, strict=True)]

@@ -76,9 +76,9 @@ class Detector:
         scores, names, boxes = self._detected(pixels)
         threshold = COUNTED if question.tag == "counting" else CERTAIN
         kept: list[int] = []
-        for i in np.argsort(-scores, kind="stable"):
+        for i in map(int, np.argsort(-scores, kind="stable")):
             if scores[i] > threshold and sum(names[j] == names[i] for j in kept) < MOST:
-                kept.append(int(i))
+                kept.append(i)
         coloured = {entry["class"] for entry in question.include if "color" in entry}
         return [
             Found(

@@ -72,7 +72,7 @@ class Evaluation:
     prompts: int
     prompts_sha256: str
     command: str
-    scoring: Mapping[str, Any] = field(default_factory=dict)
+    scoring: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def folder_name(text: str) -> str:
@@ -82,7 +82,7 @@ def folder_name(text: str) -> str:
 
 def plan_points(variants: Sequence[Variant], sweep: Sequence[str]) -> list[Point]:
     """Returns every variant with every combination of the sweep's values. Raises InputError for unknown settings."""
-    combinations = list(parse_sweep(sweep).overrides()) if sweep else [{}]
+    combinations: list[dict[str, Any]] = list(parse_sweep(sweep).overrides()) if sweep else [{}]
     names = [variant.name for variant in variants]
     need(len(set(names)) == len(names), 'two variants have the same name; write --variant "NAME: OPTIONS"')
     option = {row.name: row.option for row in FIELDS}
@@ -144,9 +144,10 @@ def read_evaluation(folder: Path) -> Evaluation:
     """Reads an evaluation's description; InputError, of one line, if it is damaged."""
     path = folder / DESCRIPTION
     try:
-        tree = json.loads(read_side_file(path))
-        points = tuple(Point(**{**point, "options": tuple(point["options"])}) for point in tree.pop("points"))
-        return Evaluation(points, **tree)
+        tree: dict[str, Any] = json.loads(read_side_file(path))
+        listed: list[dict[str, Any]] = tree.pop("points")
+        points = [Point(**(point | {"options": tuple(point["options"])})) for point in listed]
+        return Evaluation(tuple(points), **tree)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         if isinstance(error, InputError):
             raise

@@ -111,7 +111,7 @@ def compute(
         for start in range(0, len(images), BATCH):
             items = images.items[start : start + BATCH]
             keys = [f"{identity} {key}" for key in pool.map(lambda item: item.key(), items)]
-            known = {} if cache is None else cache.get(keys)
+            known: dict[str, Kept] = {} if cache is None else cache.get(keys)
             missing = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
             if missing:
                 found = _read(missing, network, side, pool)

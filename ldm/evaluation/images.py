@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ldm.util import InputError, need, printable
 
@@ -128,7 +128,8 @@ def jobs_of(images: ImageSet, mixed: bool = False) -> list[Job]:
     from ldm.job import batch_key
     from ldm.metadata.read import read_job
 
-    jobs, first = [], None
+    jobs: list[Job] = []
+    first: _Made | None = None
     for item in images.items:
         if item.path is None:
             raise InputError(f"{images.name}: rendered images have no prompts; give --questions")
@@ -144,7 +145,10 @@ def jobs_of(images: ImageSet, mixed: bool = False) -> list[Job]:
     return jobs
 
 
-def _difference(first: tuple, other: tuple) -> str:
+_Made: TypeAlias = "tuple[Job, float, str]"  # the settings, the scale and the model of an image
+
+
+def _difference(first: _Made, other: _Made) -> str:
     from dataclasses import asdict
 
     if first[2] != other[2]:

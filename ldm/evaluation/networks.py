@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ldm.util import InputError, need, printable
 if TYPE_CHECKING:
     from ldm.training.quality import SceneReader
 
+_Network = TypeVar("_Network", bound=nn.Module)
 FEATURES = ("inception", "dinov2", "clip", "shapes")  # the networks of distances
 JUDGE = "models/ldm/shapes/judge.pt"
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -185,7 +186,7 @@ def network(name: str, path: str | None, resize: str | None, device: torch.devic
 # --- weights ------------------------------------------------------------------------------------------------
 
 
-def load_strictly(net: nn.Module, file: Path, prefix: str = "") -> nn.Module:
+def load_strictly(net: _Network, file: Path, prefix: str = "") -> _Network:
     """Gives a network the weights of a file, in float32 and evaluation mode; nothing in the file is run.
 
     With `prefix` only the weights whose names begin with it. Raises InputError for missing ones and other shapes.
@@ -208,7 +209,7 @@ def load_strictly(net: nn.Module, file: Path, prefix: str = "") -> nn.Module:
 
 
 @contextlib.contextmanager
-def of_transformers(folder: Path) -> Iterator[None]:
+def of_transformers(folder: Path) -> Generator[None]:
     """Turns the faults of a folder of transformers into an InputError of one line."""
     need(folder.is_dir(), f"{printable(folder)} is not a folder with config.json and model.safetensors")
     try:
@@ -243,4 +244,4 @@ def _normalised(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> T
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / x.norm(dim=-1, keepdim=True)
+    return x / cast("Tensor", x.norm(dim=-1, keepdim=True))

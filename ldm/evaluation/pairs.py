@@ -58,7 +58,7 @@ class Lpips(nn.Module):
     def _layers(self, image: np.ndarray) -> list[Tensor]:
         shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
         x = (_batch(image) / 127.5 - 1 - shift.view(1, 3, 1, 1)) / scale.view(1, 3, 1, 1)
-        found = []
+        found: list[Tensor] = []
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.TAPS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def curves(results: Sequence[Result], x: str = "", y: str = "") -> tuple[str, st
     found: dict[str, dict[str, dict[str, Result]]] = {}
     for result in results:
         found.setdefault(result.variant, {}).setdefault(result.images_of, {})[result.metric] = result
-    made = []
+    made: list[Curve] = []
     for variant, sets in found.items():
         points = sorted(
             (own for own in sets.values() if x in own and y in own), key=lambda own: _order(own[y].settings)
@@ -64,7 +65,7 @@ def curves(results: Sequence[Result], x: str = "", y: str = "") -> tuple[str, st
 
 
 def _order(settings: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple((str(type(value)), value) for value in settings.values())
+    return tuple((str(value.__class__), value) for value in settings.values())
 
 
 def _label(settings: Mapping[str, Any]) -> str:
@@ -79,7 +80,7 @@ def plot(results: Sequence[Result], path: Path, x: str = "", y: str = "") -> lis
     """
     horizontal, vertical, drawn = curves(results, x, y)
     try:
-        from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: F401 - both are needed
+        importlib.import_module("matplotlib.backends.backend_svg")  # both are needed
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("plots need matplotlib: pip install 'latent-diffusion-v1[evaluate]'") from None

@@ -23,7 +23,7 @@ class Preset:
     count: int | None
     sweep: tuple[str, ...]
     options: tuple[str, ...]
-    scoring: Mapping[str, Any] = field(default_factory=dict)
+    scoring: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 PRESETS: Mapping[str, Preset] = {

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files import read_side_file
-from ldm.util import InputError, need, printable
+from ldm.json_value import load_json
+from ldm.util import InputError, is_list, is_mapping, need, printable
 
 MAX_BYTES = 256 * 2**20  # COCO's captions of 2017 have 92 MB
 _ENTRY = {"class": str, "count": int, "color": str, "position": list}
@@ -70,13 +71,11 @@ def _read_coco(text: str, shown: str) -> list[Question]:
 
 def _question(line: str, where: str) -> Question:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = load_json(line)
+    except ValueError as error:
         raise InputError(f"{where} is not JSON: {printable(error)[:100]}") from None
-    need(
-        isinstance(row, dict) and isinstance(row.get("prompt"), str),
-        f'{where} holds no prompt; write {{"prompt": ...}}',
-    )
+    if not isinstance(row, dict) or not isinstance(prompt := row.get("prompt"), str):
+        raise InputError(f'{where} holds no prompt; write {{"prompt": ...}}')
     include, exclude = (_entries(row.get(name, []), name, where) for name in ("include", "exclude"))
     for entry in include:
         relative = entry.get("position", ["", 0])
@@ -84,14 +83,15 @@ def _question(line: str, where: str) -> Question:
             len(relative) == 2 and type(relative[1]) is int and 0 <= relative[1] < len(include),
             f"{where}: position is {printable(relative)[:60]}; write [\"left of\", 0], with the number of an entry",
         )  # fmt: skip
-    scene = row.get("scene")
-    return Question(row["prompt"], str(row.get("tag", "")), include, exclude, tuple(scene) if scene else None)
+    scene: Any = row.get("scene")
+    return Question(prompt, str(row.get("tag", "")), include, exclude, tuple(scene) if scene else None)
 
 
 def _entries(value: Any, name: str, where: str) -> tuple[Mapping[str, Any], ...]:
-    need(isinstance(value, list), f"{where}: {name} is not a list")
+    if not is_list(value):
+        raise InputError(f"{where}: {name} is not a list")
     for entry in value:
-        fits = isinstance(entry, dict) and isinstance(entry.get("class"), str)
+        fits = is_mapping(entry) and isinstance(entry.get("class"), str)
         wrong = [
             key for key, kind in _ENTRY.items() if fits and key in entry and type(entry[key]) is not kind
         ]

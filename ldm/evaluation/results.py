@@ -13,7 +13,7 @@ from typing import Any
 
 from ldm.evaluation.bootstrap import Estimate
 from ldm.files import read_side_file, written_whole
-from ldm.util import InputError, printable
+from ldm.util import InputError, is_mapping, printable
 
 LINES, TABLE, MARKDOWN = "results.jsonl", "results.csv", "results.md"
 _MAX_BYTES = 256 * 2**20
@@ -34,7 +34,7 @@ class Result:
     high: float | None
     images: int
     variant: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     network: str = ""
     weights: str = ""
     resize: str = ""
@@ -43,7 +43,7 @@ class Result:
     reference_sha256: str = ""
     note: str = ""
     command: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -74,11 +74,12 @@ def versions() -> dict[str, str]:
 
 def read_results(path: Path) -> list[Result]:
     """Reads JSON lines of results; InputError names a damaged line."""
-    found, names = [], {item.name for item in fields(Result)}
+    found: list[Result] = []
+    names = {item.name for item in fields(Result)}
     text = read_side_file(path, _MAX_BYTES).decode("utf-8", "replace")
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            row = json.loads(line)
+            row: dict[str, Any] = json.loads(line)
             found.append(Result(**{name: value for name, value in row.items() if name in names}))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             reason = printable(error)[:80]
@@ -108,7 +109,7 @@ def as_csv(results: Sequence[Result]) -> str:
     table.writerow(names)
     for result in results:
         values = [getattr(result, name) for name in names]
-        table.writerow([_joined(value) if isinstance(value, Mapping) else value for value in values])
+        table.writerow([_joined(value) if is_mapping(value) else value for value in values])
     return file.getvalue()
 
 

@@ -45,7 +45,7 @@ class Request:
     against: str | None = None
     resize: str | None = None
     size: int | None = None
-    paths: Mapping[str, str] = field(default_factory=dict)
+    paths: Mapping[str, str] = field(default_factory=dict[str, str])
     device: str = "cpu"
     few: bool = False
     mixed: bool = False
@@ -199,7 +199,7 @@ class Scorer:
             return mean_of(inside(*pair).astype(np.float64)), "3 nearest neighbours"
         few, others = thinned(features), thinned(references)
         weights = draws(len(few), self.request.resamples)
-        replicates = kernel_distance(few, others, weights) if len(weights) else []
+        replicates = kernel_distance(few, others, weights) if len(weights) else list[float]()
         note = "" if len(few) == len(features) else f"{len(few)} of the images"
         return around(float(kernel_distance(few, others)[0]), replicates), note
 

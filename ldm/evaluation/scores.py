@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from ldm.evaluation.networks import ClipFeatures, load_strictly
 from ldm.evaluation.prompts import Question
 from ldm.evaluation.weights import NETWORKS
 from ldm.util import need, printable
+
+if TYPE_CHECKING:
+    from ldm.data.scenes import Scene, Solid
 
 _TEXTS = 64  # at a time
 
@@ -32,9 +35,9 @@ def answer_scores(scores: np.ndarray, questions: Sequence[Question]) -> np.ndarr
     from ldm.data.scenes import scene_at
     from ldm.training.questions import QUESTIONS
 
-    parts = torch.from_numpy(np.array(scores)).split(list(QUESTIONS.values()), 1)
+    parts = torch.split(torch.from_numpy(np.array(scores)), list(QUESTIONS.values()), 1)
     shares = {name: part.softmax(1) for name, part in zip(QUESTIONS, parts, strict=True)}
-    found = []
+    found: list[float] = []
     for i, question in enumerate(questions):
         need(
             question.scene is not None,
@@ -52,17 +55,17 @@ def answer_scores(scores: np.ndarray, questions: Sequence[Question]) -> np.ndarr
 _ASKED = ("relation", "shape 1", "colour 1", "shape 2", "colour 2")
 
 
-def _mean_probability(shares: dict[str, Tensor], image: int, scene: object) -> float:
+def _mean_probability(shares: dict[str, Tensor], image: int, scene: Scene) -> float:
     from ldm.training.questions import ANSWERS, describe
 
-    truth = describe(scene)  # type: ignore[arg-type]
+    truth = describe(scene)
     return 100 * float(np.mean([shares[name][image, ANSWERS[name].index(truth[name])] for name in _ASKED]))
 
 
-def _replaced(scene: object, solids: tuple) -> object:
+def _replaced(scene: Scene, solids: tuple[Solid, ...]) -> Scene:
     from dataclasses import replace
 
-    return replace(scene, solids=solids)  # type: ignore[type-var]
+    return replace(scene, solids=solids)
 
 
 class Aesthetic(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,8 @@ def scene_questions(count: int, seed: int) -> list[Question]:
 def _asked(index: int, rng: np.random.Generator) -> Question:
     scene = scene_at(index, SPLIT)
     prompt = caption(scene, rng)
-    entries = [{"class": solid.shape, "count": 1, "color": solid.colour} for solid in scene.solids[::-1]]
+    solids = scene.solids[::-1]
+    entries: list[dict[str, Any]] = [{"class": s.shape, "count": 1, "color": s.colour} for s in solids]
     if scene.relation and not any(f" {word} " in f" {prompt} " for word in UNORDERED):
         entries[1]["position"] = [scene.relation, 0]
     return Question(prompt, "scene", tuple(entries), scene=(SPLIT, index))

@@ -121,7 +121,7 @@ def control_network(file: ControlFile, unet: UNetModel, dtype: torch.dtype | Non
             f"{printable(file.source.path)}: is {file.source.kind.name} of {theirs} channels, and the model has "
             f"{ours}; give one that was trained for this model"
         )
-    own = {
+    own: dict[str, Any] = {
         "in_channels": file.weights[_FIRST].shape[1],
         "hint_channels": file.weights[_HINT].shape[1],
         "time_cond_proj_dim": None,

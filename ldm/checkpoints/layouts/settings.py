@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ def component_configs(
     Two models whose configs agree in all of this compute the same from the same weights. A component that
     diffusers has no words for is a `CheckpointError`.
     """
-    settings = {
+    settings: dict[str, Callable[[LatentDiffusion], dict[str, Any]]] = {
         "unet": lambda model: unet_config(model.model.diffusion_model),
         "vae": _vae_config,
         "text_encoder": _text_config,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +101,7 @@ def score(opt: argparse.Namespace, paths: Sequence[Path], outdir: str | None) ->
     from ldm.evaluation.score import Scorer
 
     of_evaluation = (paths[0] / DESCRIPTION).exists()
-    usual = read_evaluation(paths[0]).scoring if of_evaluation else {}
+    usual: Mapping[str, Any] = read_evaluation(paths[0]).scoring if of_evaluation else {}
     scorer = Scorer(request_of(opt, usual), None if opt.no_cache else FeatureCache())
     found = [result for path in paths for result in _measured(scorer, path, opt.questions)]
     command, used = typed_command(opt), versions()
