@@ -32,6 +32,7 @@ SUCCESSORS: dict[str, tuple[str, ...]] = {
     "ldm.checkpoints.sniff": ("ldm.checkpoints.formats.detect",),
     "ldm.metadata.foreign.comfyui_graph": ("ldm.metadata.foreign.comfyui.graph",),
     "ldm.metadata.foreign.comfyui_prompt": ("ldm.metadata.foreign.comfyui.prompt",),
+    "ldm.pipeline.picture": ("ldm.pipeline.image", "ldm.pipeline"),
     "ldm.modules.encoders.safety": ("ldm.safety.network",),
 }
 

@@ -26,6 +26,8 @@ def test_the_functions_that_were_there_are_there():
         "from ldm.checkpoints.lora import LoraStack\n"
         "from ldm.checkpoints.reader import model_files, read_checkpoint, read_model\n"
         "from ldm.checkpoints.recognise import kind_of\n"
+        "from ldm.pipeline.picture import Paste, Picture\n"
+        "from ldm.pipeline import GeneratedImage; assert Picture is GeneratedImage\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

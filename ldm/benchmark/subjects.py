@@ -150,7 +150,7 @@ class Subject(Protocol):
         """Generates the images of a batch from its start noise."""
         ...
 
-    def save(self, pictures: list[Any], outdir: Path) -> None: ...
+    def save(self, images: list[Any], outdir: Path) -> None: ...
 
     def arrange(self, channels_last: bool) -> None:
         """Sets the memory layout of its weights."""
@@ -213,12 +213,12 @@ class Ours:
         ]
         return self.pipeline.make(jobs, start_code=noise, on_step=lambda _: self.watch.step())
 
-    def save(self, pictures: list[Any], outdir: Path) -> None:
+    def save(self, images: list[Any], outdir: Path) -> None:
         from ldm.images.writer import RunFolder
 
         with RunFolder(outdir) as folder:
-            for picture in pictures:
-                folder.save_sample(picture.pixels)
+            for image in images:
+                folder.save_sample(image.pixels)
 
     def arrange(self, channels_last: bool) -> None:
         raise ValueError("this toolkit lays its weights out by itself")
@@ -306,16 +306,16 @@ class Diffusers:
         from PIL import Image
 
         with Image.open(self.setting.picture) as file:
-            picture = file.convert("RGB").resize((work.size, work.size), Image.Resampling.LANCZOS)
+            start = file.convert("RGB").resize((work.size, work.size), Image.Resampling.LANCZOS)
         generator = torch.Generator().manual_seed(self.setting.seed)
         return self.pipe(
-            prompts, image=picture, strength=self.setting.strength, generator=generator, **common
+            prompts, image=start, strength=self.setting.strength, generator=generator, **common
         ).images
 
-    def save(self, pictures: list[Any], outdir: Path) -> None:
+    def save(self, images: list[Any], outdir: Path) -> None:
         outdir.mkdir(parents=True, exist_ok=True)
-        for i, picture in enumerate(pictures):
-            picture.save(outdir / f"{i:05d}.png")
+        for i, image in enumerate(images):
+            image.save(outdir / f"{i:05d}.png")
 
     def arrange(self, channels_last: bool) -> None:
         import torch

@@ -21,7 +21,7 @@ from ldm.images.writer import encode_png, publish
 from ldm.models.keys import COND_STAGE_PREFIX, FIRST_STAGE_PREFIX, UNET_PREFIX
 
 NETWORKS = (UNET_PREFIX, FIRST_STAGE_PREFIX, COND_STAGE_PREFIX)
-PICTURE_SIDE = 512
+IMAGE_SIDE = 512
 
 
 def random_weight(key: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -49,9 +49,9 @@ def write_random_checkpoint(
         torch.save({"state_dict": weights, "global_step": 470_000}, part)  # the step of the published weights
 
 
-def write_picture(path: Path) -> None:
+def write_image(path: Path) -> None:
     """Writes a starting image: colour ramps with a little noise."""
-    down, across = np.mgrid[0:PICTURE_SIDE, 0:PICTURE_SIDE] / PICTURE_SIDE
+    down, across = np.mgrid[0:IMAGE_SIDE, 0:IMAGE_SIDE] / IMAGE_SIDE
     ramps = np.stack([down, across, 1 - down], axis=-1)
     noise = np.random.default_rng(0).normal(0, 0.05, ramps.shape)
     publish(path, encode_png((255 * (ramps + noise)).clip(0, 255).astype(np.uint8)))
@@ -70,7 +70,7 @@ def prepare(
         write_random_checkpoint(used, config)
     start = cache / "start.png"
     if picture and not start.exists():
-        write_picture(start)
+        write_image(start)
     folders = {name: _peer_folder(config, used, cache, name) for name in peer_dtypes}
     return {"ckpt": str(used), "picture": str(start), "folders": folders}
 

@@ -64,11 +64,11 @@ class Worker:
     def run(self, **fields: Any) -> dict[str, Any]:
         """Runs one batch; returns the seconds of its phases, and those since the process was started."""
         work, watch = Work(**fields), self.subject.watch
-        pictures = self._make(work)
+        images = self._make(work)
         seconds = watch.seconds()
         if work.outdir:
             before = time.perf_counter()
-            self.subject.save(pictures, Path(work.outdir))
+            self.subject.save(images, Path(work.outdir))
             seconds["png"] = [time.perf_counter() - before]
             seconds["start to first step"] = [watch.first_step_at - self.setting.spawned]
             seconds["whole run"] = [time.time() - self.setting.spawned]

@@ -87,18 +87,18 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     makes_images = parser.get_default("dry_run") is False
     if not makes_images or "--json" not in (sys.argv[1:] if argv is None else argv):
         return parser.parse_args(argv)
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             return parser.parse_args(argv)
     except SystemExit as left:
         if left.code == 2:
             events = Events(True)
-            events.emit("error", text=said.getvalue().strip().removeprefix("error: "))
+            events.emit("error", text=printed.getvalue().strip().removeprefix("error: "))
             events.emit("done", saved=0, failed=0, seconds=0.0, code=2)
         raise
     finally:
-        sys.stderr.write(said.getvalue())
+        sys.stderr.write(printed.getvalue())
 
 
 def _reader_left() -> bool:

@@ -8,10 +8,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.runs.checks import count_steps
 from ldm.runs.claim import Claim
 from ldm.runs.estimate import batch_kinds, count_texts, parallel, run_seconds
 from ldm.runs.existing import Present
-from ldm.runs.jobs import count_steps
 from ldm.runs.memory import Memory, beyond_memory, needed_memory, program_bytes
 from ldm.runs.options import RunOptions
 from ldm.runs.plan import Plan
@@ -72,7 +72,7 @@ def preview(
     yield f"files in {folder}: {'no files of their own (--skip_save)' if options.skip_save else _numbers(new)}"
     if options.preview or options.animate:
         yield f"previews in {printable(Path(options.outdir) / 'previews')}, where no safety check runs"
-    if plan.wishes.sweep is not None:
+    if plan.prompts.sweep is not None:
         yield f"labelled sheets: {len(list(plan.sheets()))}"
     yield from _starting_images(plan)
     model = build_model(source.config)

@@ -112,6 +112,6 @@ def describe_watermark(evidence: Evidence, text: str) -> str:
 def pixels_of(file: Path) -> np.ndarray:
     import numpy as np
 
-    from ldm.images.source import read_picture
+    from ldm.images.source import read_image
 
-    return np.asarray(read_picture(str(file)).color)
+    return np.asarray(read_image(str(file)).color)

@@ -47,7 +47,7 @@ def locate(recipe: Recipe, folder: Path, given: Mapping[str, object]) -> Located
     _locate_loras(recipe, given, located)
     _locate_embeddings(recipe, given, located)
     _locate_controls(recipe, folder, given, located)
-    _locate_pictures(recipe, folder, given, located)
+    _locate_images(recipe, folder, given, located)
     return located
 
 
@@ -259,18 +259,18 @@ def _plain(name: str) -> str:
 # --- the image that it started from ------------------------------------------------------------------------------
 
 
-def _locate_pictures(recipe: Recipe, folder: Path, given: Mapping[str, object], located: Located) -> None:
+def _locate_images(recipe: Recipe, folder: Path, given: Mapping[str, object], located: Located) -> None:
     init, extras = recipe.job.init, recipe.extras
     if init is None and recipe.job.strength == 1:
         return
     name = "" if init is None else init.image
-    _locate_picture("init_img", name, extras.get("Init image hash", ""), folder, given, located)
+    _locate_image("init_img", name, extras.get("Init image hash", ""), folder, given, located)
     if (init is not None and init.mask) or "mask" in given:
         mask = "" if init is None else init.mask
-        _locate_picture("mask", mask, extras.get("Mask hash", ""), folder, given, located)
+        _locate_image("mask", mask, extras.get("Mask hash", ""), folder, given, located)
 
 
-def _locate_picture(
+def _locate_image(
     option: str, name: str, digest: str, folder: Path, given: Mapping[str, object], located: Located
 ) -> None:
     """Finds an image that the user gave, as a file or by its folder, or the recorded one near the recipe's file."""

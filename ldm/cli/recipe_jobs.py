@@ -12,8 +12,8 @@ from ldm.cli.changes import changed
 from ldm.fields import check_fields
 from ldm.job import Job, lora_name, split_loras
 from ldm.metadata.command import MAX_PLACE, count, place
+from ldm.runs.checks import check_job, check_syntax
 from ldm.runs.given_jobs import GivenJobs
-from ldm.runs.jobs import check_job, check_syntax
 from ldm.runs.options import RunOptions
 from ldm.runs.starts import Canvases
 from ldm.seeds import counted

@@ -74,20 +74,20 @@ class _Inline:
 
 def _draw_chunk(path: Path, split: str, start: int) -> int:
     """Renders up to `_CHUNK` scenes from `start` into the file; returns their number."""
-    pictures = np.lib.format.open_memmap(path, "r+")
-    chunk = pictures[start : start + _CHUNK]
+    images = np.lib.format.open_memmap(path, "r+")
+    chunk = images[start : start + _CHUNK]
     for offset in range(len(chunk)):
         chunk[offset] = image_at(start + offset, split, chunk.shape[1])
-    pictures.flush()
+    images.flush()
     return len(chunk)
 
 
 def _is_current(path: Path, count: int, split: str, size: int) -> bool:
     """Returns whether the file is complete and its first and last images are as they would be rendered now."""
     try:
-        pictures = np.lib.format.open_memmap(path, "r")
+        images = np.lib.format.open_memmap(path, "r")
     except (OSError, ValueError):  # missing, truncated or not an array
         return False
-    return pictures.shape == (count, size, size, 3) and all(
-        np.array_equal(pictures[index], image_at(index, split, size)) for index in (0, count - 1)
+    return images.shape == (count, size, size, 3) and all(
+        np.array_equal(images[index], image_at(index, split, size)) for index in (0, count - 1)
     )

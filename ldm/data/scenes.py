@@ -300,8 +300,8 @@ def render(
     placed = _arrange(scene, rng, colours)
     light = np.array(_LIGHT, np.float32) + rng.uniform(-0.06, 0.06, size=3).astype(np.float32)
     light /= np.linalg.norm(light)
-    picture = _draw(placed, BACKGROUNDS[scene.background], light, size)
-    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+    image = _draw(placed, BACKGROUNDS[scene.background], light, size)
+    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 # --- scenes of a split --------------------------------------------------------------------------------------

@@ -73,9 +73,9 @@ def _of_file(path: Path) -> Item:
     def pixels() -> np.ndarray:
         import numpy as np
 
-        from ldm.images.source import read_picture
+        from ldm.images.source import read_image
 
-        return np.asarray(read_picture(str(path)).color)
+        return np.asarray(read_image(str(path)).color)
 
     return Item(path.name, key, pixels, path)
 

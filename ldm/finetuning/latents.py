@@ -21,7 +21,7 @@ from ldm.files import written_whole
 from ldm.finetuning.buckets import Placement, Size, place
 from ldm.finetuning.data import Example
 from ldm.images.pixels import from_uint8
-from ldm.images.source import Source, read_picture
+from ldm.images.source import Source, read_image
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.util import InputError, printable
 
@@ -48,7 +48,7 @@ class Placer:
 
     def read(self, path: Path) -> tuple[Source, Placement]:
         """Reads an image and places it; `InputError` if it cannot be read."""
-        source = read_picture(str(path))
+        source = read_image(str(path))
         where = (0.5, 0.5)
         if self.random_crop:
             rng = np.random.default_rng([self.seed, int(source.digest[:15], 16)])

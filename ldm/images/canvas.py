@@ -13,7 +13,7 @@ from typing import NoReturn
 import numpy as np
 from PIL import Image, ImageChops, ImageColor
 
-from ldm.images.source import EXTENSIONS, MAX_PIXELS, Source, read_picture
+from ldm.images.source import EXTENSIONS, MAX_PIXELS, Source, read_image
 from ldm.job import RESIZES, Init
 from ldm.util import InputError, printable
 
@@ -59,7 +59,7 @@ def open_canvas(init: Init, multiple: int = 32, mask_needed: bool = False) -> Ca
     """
     background = _background(init.background)
     borders = _borders(init.outpaint)
-    source = read_picture(init.image)
+    source = read_image(init.image)
     layout = _layout(source.color.size, init, multiple)
     mask, mask_digest, mask_notes = _mask(init, source)
     repaint = _repainted(mask, layout, init.mask_levels)
@@ -74,9 +74,9 @@ def open_canvas(init: Init, multiple: int = 32, mask_needed: bool = False) -> Ca
         for side, a, b in zip(_SIDES, init.outpaint, borders, strict=True)
         if a != b
     ]
-    picture = layout.place(_opaque(source, background), Image.Resampling.LANCZOS, background)
+    placed = layout.place(_opaque(source, background), Image.Resampling.LANCZOS, background)
     return Canvas(
-        _grown(np.asarray(picture), borders),
+        _grown(np.asarray(placed), borders),
         _with_borders(repaint, layout.canvas, borders),
         source.digest,
         mask_digest,
@@ -217,7 +217,7 @@ def _mask(init: Init, source: Source) -> tuple[Image.Image | None, str, list[str
     notes: list[str] = []
     digest = ""
     if init.mask:
-        given = read_picture(init.mask)
+        given = read_image(init.mask)
         notes += [f"mask: {note}" for note in given.notes]
         digest = given.digest
         mask = _grey(given)
@@ -294,7 +294,7 @@ def find_images(paths: Sequence[str]) -> list[str]:
 
 
 def _images_in(folder: str) -> list[str]:
-    names = [name for name in _picture_names(folder) if not _stem(name).endswith(_MASK_ENDING)]
+    names = [name for name in _image_names(folder) if not _stem(name).endswith(_MASK_ENDING)]
     if not names:
         raise InputError(f"{printable(folder)}: has no images ({', '.join(EXTENSIONS)})")
     return [os.path.join(folder, name) for name in names]
@@ -306,7 +306,7 @@ def _existing(path: str) -> str:
     return path
 
 
-def _picture_names(folder: str) -> list[str]:
+def _image_names(folder: str) -> list[str]:
     """Returns the names of the images that are not hidden; img2 comes before img10."""
     try:
         with os.scandir(folder) as entries:
@@ -342,19 +342,19 @@ def find_pairs(folder: str) -> list[tuple[str, str]]:
     Images without a mask are skipped with one warning. Raises InputError for a folder without pairs and for a
     mask that does not belong to exactly one image.
     """
-    names = _picture_names(folder)
+    names = _image_names(folder)
     masks = [name for name in names if _stem(name).endswith(_MASK_ENDING)]
-    pictures = [name for name in names if name not in set(masks)]
-    pairs = [(_picture_of(mask, pictures, folder), mask) for mask in masks]
+    images = [name for name in names if name not in set(masks)]
+    pairs = [(_image_of(mask, images, folder), mask) for mask in masks]
     if not pairs:
         raise InputError(f"{printable(folder)}: has no pairs of NAME.png and NAME{_MASK_ENDING}.png")
-    _warn_of_single({picture for picture, _ in pairs}, pictures)
-    return [(os.path.join(folder, picture), os.path.join(folder, mask)) for picture, mask in pairs]
+    _warn_of_single({image for image, _ in pairs}, images)
+    return [(os.path.join(folder, image), os.path.join(folder, mask)) for image, mask in pairs]
 
 
-def _picture_of(mask: str, pictures: Sequence[str], folder: str) -> str:
+def _image_of(mask: str, images: Sequence[str], folder: str) -> str:
     stem = _stem(mask).removesuffix(_MASK_ENDING)
-    found = [name for name in pictures if _stem(name) == stem]
+    found = [name for name in images if _stem(name) == stem]
     if len(found) != 1:
         what = (
             f"belongs to several images: {', '.join(found)}" if found else f"has no image {stem}.* next to it"
@@ -363,8 +363,8 @@ def _picture_of(mask: str, pictures: Sequence[str], folder: str) -> str:
     return found[0]
 
 
-def _warn_of_single(paired: set[str], pictures: Sequence[str]) -> None:
-    single = [printable(name) for name in pictures if name not in paired]
+def _warn_of_single(paired: set[str], images: Sequence[str]) -> None:
+    single = [printable(name) for name in images if name not in paired]
     if single:
         more = ", ..." if len(single) > _MOST_NAMED else ""
         named = ", ".join(single[:_MOST_NAMED])

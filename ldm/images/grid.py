@@ -52,13 +52,13 @@ class GridWriter:
     ) -> None:
         self.close()
 
-    def add(self, picture: np.ndarray) -> None:
+    def add(self, image: np.ndarray) -> None:
         """Adds one uint8 image [H, W, 3]. Raises OSError when the disk is full."""
-        if self._page is not None and not self._page.has_room_for(picture):
+        if self._page is not None and not self._page.has_room_for(image):
             self.finish()
         if self._page is None:
-            self._page = _Page(self._folder, self._columns, picture.shape)
-        self._page.add(picture)
+            self._page = _Page(self._folder, self._columns, image.shape)
+        self._page.add(image)
 
     def finish(self) -> None:
         """Delivers the unfinished page, if there is one; the next image starts another."""
@@ -84,14 +84,14 @@ class _Page:
         self._width = 0  # known with the first row
         self._spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the page
 
-    def has_room_for(self, picture: np.ndarray) -> bool:
-        if picture.shape != self._shape:
+    def has_room_for(self, image: np.ndarray) -> bool:
+        if image.shape != self._shape:
             return False
         next_height = (self._rows_written + 1) * (self._shape[0] + PADDING) + PADDING
         return self._rows_written == 0 or next_height * self._width <= MAX_PAGE_PIXELS
 
-    def add(self, picture: np.ndarray) -> None:
-        self._row.append(picture)
+    def add(self, image: np.ndarray) -> None:
+        self._row.append(image)
         if len(self._row) == self._columns:
             self._write_row()
 
@@ -113,9 +113,9 @@ class _Page:
         height, width, _ = self._shape
         self._width = self._width or len(self._row) * (width + PADDING) + PADDING
         band = np.zeros((PADDING + height, self._width, 3), np.uint8)
-        for column, picture in enumerate(self._row):
+        for column, image in enumerate(self._row):
             left = PADDING + column * (width + PADDING)
-            band[PADDING:, left : left + width] = picture
+            band[PADDING:, left : left + width] = image
         self._spool.write(band.data)
         self._rows_written += 1
         self._row.clear()

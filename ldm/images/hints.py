@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ldm.images.canvas import Canvas, open_canvas
-from ldm.images.source import read_picture
+from ldm.images.source import read_image
 from ldm.job import Init, Job
 from ldm.util import InputError, printable
 
@@ -86,10 +86,10 @@ def read_hint(job: Job, image: str, size: tuple[int, int], canvases: OpenCanvas)
     to fit it.
     """
     repaint = canvases(job.init).repaint if job.hint == "inpaint" and job.init is not None else None
-    return make_hint(job.hint, _picture(image, size, job.control_resize), _fitted(repaint, size))
+    return make_hint(job.hint, _image(image, size, job.control_resize), _fitted(repaint, size))
 
 
-def _picture(image: str, size: tuple[int, int], resize: Any) -> np.ndarray:
+def _image(image: str, size: tuple[int, int], resize: Any) -> np.ndarray:
     height, width = size
     if resize == "none":
         _check_aspect(image, size)
@@ -98,7 +98,7 @@ def _picture(image: str, size: tuple[int, int], resize: Any) -> np.ndarray:
 
 
 def _check_aspect(image: str, size: tuple[int, int]) -> None:
-    (height, width), (own_width, own_height) = size, read_picture(image).color.size
+    (height, width), (own_width, own_height) = size, read_image(image).color.size
     if abs(own_width * height / (own_height * width) - 1) > _MOST_OFF:
         raise InputError(
             f"the hint {printable(image)} is {own_width}x{own_height}, and the image {width}x{height}, of another "

@@ -59,6 +59,6 @@ def paste(new: Tensor, original: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight == 0, original, torch.where(weight == 1, new, mixed))
 
 
-def hide(picture: Tensor, repaint: Tensor) -> Tensor:
+def hide(image: Tensor, repaint: Tensor) -> Tensor:
     """Returns an image [B, 3, H, W] in [-1, 1] with mid-grey repainted pixels, the input of inpainting models."""
-    return picture * (repaint < 0.5)
+    return image * (repaint < 0.5)

@@ -21,8 +21,8 @@ def enlarge_pixels(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def _lanczos(channel: np.ndarray, height: int, width: int) -> np.ndarray:
-    picture = Image.fromarray(np.ascontiguousarray(channel))  # float32 becomes Pillow's mode F
-    return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
+    image = Image.fromarray(np.ascontiguousarray(channel))  # float32 becomes Pillow's mode F
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
 
 
 def enlarge_latents(z: Tensor, height: int, width: int) -> Tensor:

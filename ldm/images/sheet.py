@@ -55,9 +55,9 @@ def sheet(
     )
     for text, box in labels:
         _write(page, text, box)
-    for picture, box in zip(images, placed.images, strict=True):
-        if picture is not None:
-            page.paste(Image.fromarray(picture), box[:2])
+    for image, box in zip(images, placed.images, strict=True):
+        if image is not None:
+            page.paste(Image.fromarray(image), box[:2])
     return page
 
 

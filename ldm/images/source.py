@@ -70,7 +70,7 @@ class Source:
     notes: tuple[str, ...]
 
 
-def read_picture(path: str) -> Source:
+def read_image(path: str) -> Source:
     """Reads a PNG, JPEG, WEBP, BMP or TIFF file, identified by its content, into upright 8-bit pixels.
 
     Of several frames the first is used. EXIF's orientation is applied (also where only the file's XMP has it).

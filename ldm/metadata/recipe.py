@@ -169,7 +169,7 @@ class Draft:
             self.note(f"it needs the LoRA {name}")
         for name, image, *_ in self.controls:
             self.note(
-                f"it needs the ControlNet {name} and its hint {image or 'picture'}, which are not in the file"
+                f"it needs the ControlNet {name} and its hint {image or 'image'}, which are not in the file"
             )
         self.values |= {"loras": tuple(self.loras), "controls": tuple(self.controls)}
         self._check()

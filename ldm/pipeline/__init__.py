@@ -6,11 +6,11 @@ import warnings
 from typing import TYPE_CHECKING
 
 from ldm.models.diffusion.solvers import SOLVERS as SOLVERS
+from ldm.pipeline.image import GeneratedImage as GeneratedImage
+from ldm.pipeline.image import OnStep as OnStep
+from ldm.pipeline.image import Pending as Pending
+from ldm.pipeline.image import StepInfo as StepInfo
 from ldm.pipeline.load import load_model as load_model
-from ldm.pipeline.picture import OnStep as OnStep
-from ldm.pipeline.picture import Pending as Pending
-from ldm.pipeline.picture import Picture as Picture
-from ldm.pipeline.picture import StepInfo as StepInfo
 from ldm.pipeline.pipeline import Pipeline as Pipeline
 from ldm.pipeline.placement import LOW_MEMORY as LOW_MEMORY
 
@@ -26,3 +26,6 @@ def __getattr__(name: str) -> dict[str, type[Sampler]]:
         "ldm.pipeline.SAMPLERS is now SOLVERS, whose rows load the classes", DeprecationWarning, stacklevel=2
     )
     return {sampler: row.load() for sampler, row in SOLVERS.items()}
+
+
+Picture = GeneratedImage  # its former name

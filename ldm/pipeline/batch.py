@@ -13,11 +13,11 @@ from ldm.models.diffusion.noise import NoiseSource
 from ldm.pipeline.conditioning import TextConditioning
 from ldm.pipeline.control import ControlNetworks
 from ldm.pipeline.first_stage import FirstStage
+from ldm.pipeline.image import OnStep, Pending
 from ldm.pipeline.noise import place_notes, sampling_noise, skip_start_noise, start_noise, varied
-from ldm.pipeline.picture import OnStep, Pending
 from ldm.pipeline.placement import Placement
 from ldm.pipeline.sampling import LatentSampler
-from ldm.pipeline.starts import OpenCanvas, StartLatents, Starts
+from ldm.pipeline.start_latents import OpenCanvas, StartLatents, Starts
 from ldm.runtime.seamless import Seamless
 from ldm.runtime.tiling import Tiling
 

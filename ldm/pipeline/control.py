@@ -21,7 +21,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.adapter import T2IAdapter
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.pipeline.placement import Placement
-from ldm.pipeline.starts import OpenCanvas
+from ldm.pipeline.start_latents import OpenCanvas
 from ldm.util import InputError, printable
 
 _MOST_HINTS = 8

@@ -20,12 +20,12 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.noise import NoiseSource, RunNoise, StreamPlace
 from ldm.models.diffusion.passes import begun_without_signal
 from ldm.pipeline.batch import BatchMaker
+from ldm.pipeline.image import GeneratedImage, OnStep, Pending
 from ldm.pipeline.jobs import check_job, numbered
 from ldm.pipeline.load import load_pretrained, load_screen
 from ldm.pipeline.noise import sampling_noise, start_noise
-from ldm.pipeline.picture import OnStep, Pending, Picture
 from ldm.pipeline.placement import Placement
-from ldm.pipeline.starts import OpenCanvas
+from ldm.pipeline.start_latents import OpenCanvas
 from ldm.runtime.device import FULL, Precision, resolve_device
 from ldm.runtime.tiling import Tiling
 from ldm.safety.screen import Screen
@@ -54,7 +54,7 @@ class Pipeline:
     ):
         self.model = model
         self.precision = precision
-        self.entries: Mapping[str, str] = {}  # metadata of `Picture.save` besides the job
+        self.entries: Mapping[str, str] = {}  # metadata of `GeneratedImage.save` besides the job
         self.screen = Screen(None)
         self.loras = LoraStack(model, find_lora)
         self.maker = BatchMaker(model, Placement(model, precision, lowmem, compiled), tiles, canvases)
@@ -153,7 +153,7 @@ class Pipeline:
         on_step: OnStep | None = None,
         batch_size: int = BATCH_SIZE,
         **fields: Any,
-    ) -> list[Picture]:
+    ) -> list[GeneratedImage]:
         """Images of prompts, with the other fields of `Job`; image i has seed `seed` + i, see `count_up`.
 
         Their size is by default the model's own, or that of the image to start from.
@@ -171,7 +171,7 @@ class Pipeline:
         on_step: OnStep | None = None,
         latents: Tensor | None = None,
         batch_size: int = BATCH_SIZE,
-    ) -> list[Picture]:
+    ) -> list[GeneratedImage]:
         """The images of jobs, or of prompts, in their order: jobs that can share a batch do, up to `batch_size`.
 
         Each job is checked as the command line checks it, all before the first is made; `InputError` names what
@@ -184,7 +184,7 @@ class Pipeline:
         checked = [self._checked(Job(job) if isinstance(job, str) else job) for job in jobs]
         if any(given is not None for given in (noise, start_code, latents)):
             return self._screened(self.begin(checked, noise, start_code, on_step, latents))
-        made: dict[int, Picture] = {}
+        made: dict[int, GeneratedImage] = {}
         for places in batches_of(checked, batch_size):
             batch = [checked[i] for i in places]
             if batch[0].seed_mode == "batch":
@@ -192,11 +192,11 @@ class Pipeline:
             made |= zip(places, self._screened(self.begin(batch, noise, on_step=on_step)), strict=True)
         return [made[i] for i in range(len(checked))]
 
-    def _screened(self, pending: Sequence[Pending]) -> list[Picture]:
+    def _screened(self, pending: Sequence[Pending]) -> list[GeneratedImage]:
         """Finished images, blank where the safety check flags them, with the metadata of the model."""
-        pictures = self.finish(pending)
-        verdicts = self.screen.screen([picture.pixels for picture in pictures])
-        return [p.screened(verdict, self.entries) for p, verdict in zip(pictures, verdicts, strict=True)]
+        images = self.finish(pending)
+        verdicts = self.screen.screen([image.pixels for image in images])
+        return [p.screened(verdict, self.entries) for p, verdict in zip(images, verdicts, strict=True)]
 
     def _checked(self, job: Job) -> Job:
         """The job as it is made: every field in range, and the size known."""
@@ -229,7 +229,7 @@ class Pipeline:
         return self.maker.begin(sized, noise, start_code, on_step, latents)
 
     @torch.inference_mode()
-    def finish(self, pending: Iterable[Pending]) -> list[Picture]:
+    def finish(self, pending: Iterable[Pending]) -> list[GeneratedImage]:
         """The second part of `make`: waits for the images. Another thread may do it while this one is in `begin`."""
         return [image.finish(self.first_stage.repaired) for image in pending]
 

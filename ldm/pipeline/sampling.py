@@ -20,10 +20,10 @@ from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.solvers import SOLVERS
 from ldm.pipeline.conditioning import TextConditioning
 from ldm.pipeline.control import ControlNetworks
+from ldm.pipeline.image import OnStep, StepInfo
 from ldm.pipeline.noise import posterior_noise
-from ldm.pipeline.picture import OnStep, StepInfo
 from ldm.pipeline.placement import Placement
-from ldm.pipeline.starts import StartLatents, Starts
+from ldm.pipeline.start_latents import StartLatents, Starts
 from ldm.runtime.shortcuts import shortcuts
 
 logger = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ def _in_capitals(pattern: str, message: str) -> Notation:
 
 # --- lines of a list -------------------------------------------------------------------------------------------
 
-_PICTURE = r"\S+\.(?:png|jpe?g|webp|bmp|tiff?|gif)"
+_IMAGE = r"\S+\.(?:png|jpe?g|webp|bmp|tiff?|gif)"
 LINES = (
     _sign(r"^\s*(?:\#|//)", "is drawn as a prompt, not a comment; delete it"),
     _sign(
@@ -59,7 +59,7 @@ LINES = (
         r"^\s*Steps:\ \d+,\ .*\bSampler:\ ",
         "is drawn as a prompt, but is the settings of an image; replay.py repeats that image",
     ),
-    _sign(rf"^\s*(?i:{_PICTURE})(?:\s|[,;:|\#])", "is drawn with the name of a file; write only its caption"),
+    _sign(rf"^\s*(?i:{_IMAGE})(?:\s|[,;:|\#])", "is drawn with the name of a file; write only its caption"),
 )
 
 

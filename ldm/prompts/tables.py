@@ -105,8 +105,8 @@ _LISTS = ("prompts", "prompt", "subset", "subsets")
 
 def _but(common: Sequence[tuple[str, Any]], own: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """Returns the common values of several entries, without the names that one of them sets itself."""
-    said = {column(name) for name, _ in own}
-    return [(name, value) for name, value in common if column(name) not in said]
+    set_here = {column(name) for name, _ in own}
+    return [(name, value) for name, value in common if column(name) not in set_here]
 
 
 def _flat(name: str, value: Any) -> list[tuple[str, Any]]:

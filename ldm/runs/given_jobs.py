@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, overload
 
 from ldm.job import Init, Job
 from ldm.prompts.files import Faults
-from ldm.runs.plan import Plan, Wishes
+from ldm.runs.plan import Plan, RequestedPrompts
 
 if TYPE_CHECKING:
     from ldm.images.canvas import Canvas
@@ -28,7 +28,7 @@ class GivenJobs(Plan):
         stream: StreamPlace | None = None,
     ) -> None:
         self._jobs, self._size, self.canvases, self.stream = jobs, size, canvases, stream
-        self.wishes, self.combinations = Wishes(Faults(), [], None), [{}]
+        self.prompts, self.combinations = RequestedPrompts(Faults(), [], None), [{}]
 
     def __len__(self) -> int:
         return len(self._jobs)

@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ldm.runs.batches import Halves, generate
+from ldm.runs.checks import count_steps
 from ldm.runs.claim import Claim
 from ldm.runs.existing import Present
 from ldm.runs.extras import extras_of
 from ldm.runs.filters import make_mark
 from ldm.runs.hints import write_hints
-from ldm.runs.jobs import count_steps
 from ldm.runs.load import load, load_nothing
 from ldm.runs.messages import REST
 from ldm.runs.options import RunOptions
@@ -22,7 +23,6 @@ from ldm.runs.output import Output
 from ldm.runs.plan import Plan
 from ldm.runs.previews import Previews, wanted
 from ldm.runs.progress import Interrupts, Progress, Report
-from ldm.runs.sampling import Halves, generate
 from ldm.runs.sheets import write_sheets
 from ldm.runs.source import Source
 from ldm.util import InputError, printable

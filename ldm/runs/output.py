@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ldm.images.writer import RunFolder
-    from ldm.pipeline import Picture
+    from ldm.pipeline import GeneratedImage
     from ldm.runs.progress import Events
     from ldm.runs.run_file import RunFile
     from ldm.safety.screen import Screen, Verdict
@@ -74,7 +74,7 @@ class Output:
         repaired = all(is_whole(self._run.sample_path(i)) for i in self._present.damaged)
         return repaired and len(self._run.existing()) == self._run.jobs
 
-    def add(self, indices: Sequence[int], finish: Callable[[], Sequence[Picture]]) -> None:
+    def add(self, indices: Sequence[int], finish: Callable[[], Sequence[GeneratedImage]]) -> None:
         """Queues the images of a batch, the run's images `indices`, to be finished, checked and written.
 
         Raises errors of earlier batches: OSError, InputError.
@@ -149,26 +149,26 @@ class Output:
             self._sheet.close()
 
     def _check(
-        self, indices: Sequence[int], pictures: Sequence[Picture]
-    ) -> list[tuple[int, Picture, Verdict]]:
+        self, indices: Sequence[int], images: Sequence[GeneratedImage]
+    ) -> list[tuple[int, GeneratedImage, Verdict]]:
         """Returns the result of the safety check for images; if the check fails, none of them is kept."""
         from ldm.safety.screen import SafetyError
 
         try:
-            verdicts = self._screen.screen([picture.pixels for picture in pictures])
+            verdicts = self._screen.screen([image.pixels for image in images])
         except SafetyError as error:
-            self.failed += len(pictures)
+            self.failed += len(images)
             logger.error("error: %s", error)
             return []
-        return list(zip(indices, pictures, verdicts, strict=True))
+        return list(zip(indices, images, verdicts, strict=True))
 
-    def _take(self, pictures: Sequence[tuple[int, Picture, Verdict]]) -> None:
-        for entry, (index, picture, verdict) in enumerate(pictures):
+    def _take(self, images: Sequence[tuple[int, GeneratedImage, Verdict]]) -> None:
+        for entry, (index, image, verdict) in enumerate(images):
             if verdict.pixels is None:
-                self._report_not_finite(picture.job)
+                self._report_not_finite(image.job)
             else:
-                notes = {**_batch_notes(picture.job, entry, len(pictures)), **picture.notes}
-                self._write(index, picture, verdict.pixels, {**notes, "Safety": verdict.word})
+                notes = {**_batch_notes(image.job, entry, len(images)), **image.notes}
+                self._write(index, image, verdict.pixels, {**notes, "Safety": verdict.word})
 
     def _report_not_finite(self, job: Job) -> None:
         self.fail(
@@ -177,15 +177,15 @@ class Output:
             printable(job.prompt),
         )
 
-    def _write(self, index: int, picture: Picture, pixels: np.ndarray, notes: Mapping[str, str]) -> None:
+    def _write(self, index: int, image: GeneratedImage, pixels: np.ndarray, notes: Mapping[str, str]) -> None:
         """Writes an image that passed the check, watermarked except in the user's original pixels."""
         if notes["Safety"] == "flagged":
-            logger.warning("the safety check flagged seed %d, so its image is blank", picture.job.seed)
+            logger.warning("the safety check flagged seed %d, so its image is blank", image.job.seed)
         marked = self._mark(pixels)
-        if picture.kept is not None:
-            marked[picture.kept] = pixels[picture.kept]
+        if image.kept is not None:
+            marked[image.kept] = pixels[image.kept]
         in_file = not self._options.skip_save
-        if in_file and not self._files.write(index, picture.job, marked, notes):
+        if in_file and not self._files.write(index, image.job, marked, notes):
             path = printable(self._run.sample_path(index))
             self.fail("error: %s appeared during the run and is left alone", path)
             return

@@ -18,7 +18,7 @@ from ldm.prompts.expand import Sweep, expand_lines, parse_sweep
 from ldm.prompts.files import Faults, source_name
 from ldm.prompts.lines import Line
 from ldm.prompts.notations import warn_of_notations
-from ldm.runs.jobs import check_syntax
+from ldm.runs.checks import check_syntax
 from ldm.runs.options import Request, RunOptions
 from ldm.runs.starts import Start
 from ldm.seeds import check_seed, counted
@@ -37,7 +37,7 @@ _MOST_FAULTS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class RequestedPrompts:
     """The requested prompts, as lines of the list or of --prompt, and the sweep; `faults` are of the lines."""
 
     faults: Faults
@@ -50,7 +50,7 @@ class Wishes:
         return list(self.sweep.overrides()) if self.sweep else [{}]
 
 
-def read_wishes(options: RunOptions, request: Request) -> Wishes:
+def read_prompts(options: RunOptions, request: Request) -> RequestedPrompts:
     """Reads the prompt of the request, or those of its file, expanded. The plan reports all their faults at once."""
     sweep = parse_sweep(request.sweep) if request.sweep else None
     if request.from_file is None:
@@ -62,7 +62,7 @@ def read_wishes(options: RunOptions, request: Request) -> Wishes:
         lines = read_prompt_list(source, request.prompt_format, faults)
         if options.images_per_prompt is not None:
             lines = [replace(line, count=line.count * options.images_per_prompt) for line in lines]
-    return Wishes(faults, expand_lines(lines, faults) if request.expand else lines, sweep)
+    return RequestedPrompts(faults, expand_lines(lines, faults) if request.expand else lines, sweep)
 
 
 class Plan(Sequence[Job]):
@@ -80,24 +80,24 @@ class Plan(Sequence[Job]):
         self,
         options: RunOptions,
         request: Request,
-        wishes: Wishes,
+        prompts: RequestedPrompts,
         starts: Sequence[Start],
         canvases: Callable[[Init], Canvas],
         check: Callable[[Job], None] = lambda job: None,
         suit: Callable[[Job], Job] = lambda job: job,
     ) -> None:
-        self.wishes, self.combinations = wishes, wishes.combinations
+        self.prompts, self.combinations = prompts, prompts.combinations
         self._options, self._request = options, request
         self._starts, self.canvases, self._suit = starts, canvases, suit
         self._given = tuple(
             (lora_name(Path(path).name), weight, on_text) for path, weight, on_text in options.lora
         )
-        per_round = sum(line.count * max(len(line.seeds), 1) for line in wishes.lines) * len(
+        per_round = sum(line.count * max(len(line.seeds), 1) for line in prompts.lines) * len(
             self.combinations
         )
         count = per_round * options.n_iter * len(starts)
         need(count <= MAX_IMAGES, f"this would be {count} images; ask for at most {MAX_IMAGES} in a run")
-        self._seeds = [own for line in wishes.lines for own in _own_seeds(line)]
+        self._seeds = [own for line in prompts.lines for own in _own_seeds(line)]
         self._round_size, self._rounds = per_round, options.n_iter * len(starts)
         self._round = lru_cache(maxsize=1)(self._make_round)
         self._check(check)
@@ -168,7 +168,7 @@ class Plan(Sequence[Job]):
 
     def sheets(self) -> Iterator[tuple[str, list[int]]]:
         """Returns the title and the images, row by row, of each sheet of a sweep."""
-        sweep = self.wishes.sweep
+        sweep = self.prompts.sweep
         if sweep is None:
             return
         size = len(sweep.rows) * len(sweep.columns)
@@ -185,7 +185,7 @@ class Plan(Sequence[Job]):
         """Returns the jobs of a round by their positions; those of one line and combination are the same object."""
         base = self._base(self._starts[start])
         jobs: list[Job] = []
-        for line in self.wishes.lines:
+        for line in self.prompts.lines:
             of_line = [self._suit(self._job(line, combination, base)) for combination in self.combinations]
             jobs += of_line * (line.count * max(len(line.seeds), 1))
         return jobs
@@ -204,9 +204,9 @@ class Plan(Sequence[Job]):
                 values["loras"] = (*values.get("loras", base.loras), *loras)
         if len(values) == 1:
             return replace(base, prompt=values["prompt"])
-        return self._with_picture(override(base, values), values, base)
+        return self._with_image(override(base, values), values, base)
 
-    def _with_picture(self, job: Job, values: Mapping[str, Any], base: Job) -> Job:
+    def _with_image(self, job: Job, values: Mapping[str, Any], base: Job) -> Job:
         """Returns the job in the size of its starting image, if it has one, fitted to --W and --H."""
         need(
             job.init is not None or "strength" not in values,
@@ -232,15 +232,15 @@ class Plan(Sequence[Job]):
         faults: dict[tuple[int, str], None] = {}
         bases = {(start.width, start.height): self._base(start) for start in self._starts}.values()
         refusal = lru_cache(maxsize=1024)(partial(_refusal, check))
-        for line, base in itertools.product(self.wishes.lines, bases):
+        for line, base in itertools.product(self.prompts.lines, bases):
             for combination in self.combinations:
                 for fault in self._faults(line, combination, base, refusal):
                     faults[line.number, fault] = None
             if len(faults) >= _MOST_FAULTS:
                 break
         for number, fault in faults:
-            self.wishes.faults.add(number, fault)
-        self.wishes.faults.raise_any()
+            self.prompts.faults.add(number, fault)
+        self.prompts.faults.raise_any()
         eta = max(job.eta or 0.0 for job in self._round(0))
         if eta > 1:
             logger.warning("an eta of %g is above 1: more noise than the method allows for", eta)
@@ -248,22 +248,22 @@ class Plan(Sequence[Job]):
 
     def _warn_of_notations(self) -> None:
         """Warns of notations in the prompts that are plain text here but have a meaning in other programs."""
-        request, wishes = self._request, self.wishes
+        request, prompts = self._request, self.prompts
         swept = {name: {c[name] for c in self.combinations if name in c} for name in _OF_PROMPTS}
         tagged = self._options.lora_dir is not None
         for weighted in (False, True):
             lines = [
                 line
-                for line in wishes.lines
+                for line in prompts.lines
                 if weighted == (line.overrides.get("prompt_syntax", request.job.prompt_syntax) == "a1111")
                 and not swept["prompt_syntax"]
             ]
             places = [
-                f"{wishes.faults.name}, line {line.number}" if wishes.faults.name else "--prompt"
+                f"{prompts.faults.name}, line {line.number}" if prompts.faults.name else "--prompt"
                 for line in lines
             ]
-            prompts = [(place, line.prompt) for place, line in zip(places, lines, strict=True)]
-            prompts += [("--sweep prompt", text) for text in sorted(swept["prompt"]) if lines]
+            texts = [(place, line.prompt) for place, line in zip(places, lines, strict=True)]
+            texts += [("--sweep prompt", text) for text in sorted(swept["prompt"]) if lines]
             negatives = [("--negative_prompt", request.job.negative_prompt)] if lines else []
             negatives += [
                 (place, line.overrides["negative_prompt"])
@@ -274,7 +274,7 @@ class Plan(Sequence[Job]):
                 ("--sweep negative_prompt", text) for text in sorted(swept["negative_prompt"]) if lines
             ]
             warn_of_notations(
-                prompts,
+                texts,
                 negatives,
                 expanded=request.expand,
                 weighted=weighted,

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.job import Job
-from ldm.runs.jobs import check_controls, check_job, suit_to
+from ldm.runs.checks import check_controls, check_job, suit_to
 from ldm.runs.model_cache import ModelCache
 from ldm.runs.models import check_latents, choose_model, find_loras
 from ldm.runs.notes import note_jobs
 from ldm.runs.options import Request, RunOptions
-from ldm.runs.plan import Plan, read_wishes
+from ldm.runs.plan import Plan, read_prompts
 from ldm.runs.processes import ProcessInfo, check
 from ldm.runs.source import Source
 from ldm.runs.starts import Canvases, read_starts
@@ -96,7 +96,7 @@ def plan_request(
     options: RunOptions, request: Request, config: Mapping[str, Any], find_lora: LoraFiles
 ) -> Plan:
     """Makes the plan of a request for a config's model."""
-    wishes, canvases = read_wishes(options, request), Canvases(mask_needed=options.inpaint)
+    prompts, canvases = read_prompts(options, request), Canvases(mask_needed=options.inpaint)
     starts = read_starts(request, options.inpaint, config, canvases)
 
     def check(job: Job) -> None:
@@ -106,7 +106,7 @@ def plan_request(
             "--compile needs the whole U-Net, of which cache_steps and merge_tokens leave parts out; leave one out",
         )
 
-    plan = Plan(options, request, wishes, starts, canvases, check, suit_to(config))
+    plan = Plan(options, request, prompts, starts, canvases, check, suit_to(config))
     ckpt = None if options.ckpt is None else Path(options.ckpt)
     note_jobs(plan.kinds(), config, ckpt, find_lora)
     check_controls(plan.controls(), config)

@@ -28,8 +28,8 @@ def settings(options: RunOptions, plan: Plan, source: Source) -> dict[str, Any]:
     from ldm.checkpoints.hashing import files_sha256
 
     inits = dict.fromkeys(job.init for job in plan.kinds() if job.init is not None)
-    pictures = dict.fromkeys(path for init in inits for path in (init.image, init.mask) if path)
-    pictures |= dict.fromkeys(image for job in plan.kinds() for _, image, *_ in job.controls)
+    images = dict.fromkeys(path for init in inits for path in (init.image, init.mask) if path)
+    images |= dict.fromkeys(image for job in plan.kinds() for _, image, *_ in job.controls)
     below = (
         files_below(options.embedding_dir, "the embedding folder")
         if options.embedding_dir is not None
@@ -48,9 +48,7 @@ def settings(options: RunOptions, plan: Plan, source: Source) -> dict[str, Any]:
         "classes": foreign_classes(source.config),
         "vocabulary": file_digests(vocabulary_files(source.ckpt, options.text_encoder)),
         "safety_model": file_digests(_safety_files(options)),
-        "pictures": {
-            printable(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in pictures
-        },
+        "pictures": {printable(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in images},
         **({"control_files": controls} if controls else {}),  # runs from before there were any lack them
         "lora_files": {name: file_digest(path) for name, path in loras.items()},
         "lora_settings": {name: file_digest(path) for name, path in lora_settings.items()},

@@ -23,7 +23,7 @@ def write_sheets(plan: Plan, run: RunFile, mark: Mark, fail: Callable[[str, obje
 
     `fail` is called for each image whose file is damaged; its cell stays empty.
     """
-    sweep = plan.wishes.sweep
+    sweep = plan.prompts.sweep
     if sweep is None:
         return
     existing = run.existing()
@@ -38,20 +38,20 @@ def write_sheets(plan: Plan, run: RunFile, mark: Mark, fail: Callable[[str, obje
             return None
 
     for page, (title, images) in enumerate(plan.sheets()):
-        pictures = [pixels(i) for i in images]
-        if all(picture is None for picture in pictures):
+        drawn = [pixels(i) for i in images]
+        if all(image is None for image in drawn):
             continue
         try:
-            sheet = _drawn(pictures, sweep.rows, sweep.columns, title)
+            sheet = _drawn(drawn, sweep.rows, sweep.columns, title)
         except InputError as error:
             logger.warning("no sheet for %s: %s", printable(title)[:80], error)
             continue
-        run.publish_page("sheet", page, mark(sheet), whole=all(picture is not None for picture in pictures))
+        run.publish_page("sheet", page, mark(sheet), whole=all(image is not None for image in drawn))
 
 
-def _drawn(pictures: list[np.ndarray | None], rows: list[str], columns: list[str], title: str) -> np.ndarray:
+def _drawn(images: list[np.ndarray | None], rows: list[str], columns: list[str], title: str) -> np.ndarray:
     import numpy as np
 
     from ldm.images.sheet import sheet
 
-    return np.asarray(sheet(pictures, rows, columns, title))
+    return np.asarray(sheet(images, rows, columns, title))

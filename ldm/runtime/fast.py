@@ -251,7 +251,7 @@ class FastAttnBlock(autoencoder.AttnBlock):
         return self.proj_out(out, x)
 
 
-class FastPictureUpsample(autoencoder.Upsample):
+class FastImageUpsample(autoencoder.Upsample):
     """Doubles the size within the convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
     ControlNet: FastControlNet,
     autoencoder.ResnetBlock: FastResnetBlock,
     autoencoder.AttnBlock: FastAttnBlock,
-    autoencoder.Upsample: FastPictureUpsample,
+    autoencoder.Upsample: FastImageUpsample,
 }
 
 

@@ -88,15 +88,15 @@ class ProgressLines(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.first_step, self.started = trainer.global_step, time.monotonic()
-        self.said = self.started
+        self.reported = self.started
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now, done = time.monotonic(), trainer.global_step - self.first_step
-        if now - self.said < self.seconds or not done:
+        if now - self.reported < self.seconds or not done:
             return
-        self.said = now
+        self.reported = now
         seconds = (now - self.started) / done
         left = (trainer.max_steps - trainer.global_step) * seconds / 60
         values = "  ".join(f"{name} {float(value):.4g}" for name, value in trainer.callback_metrics.items())

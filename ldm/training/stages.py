@@ -131,9 +131,9 @@ def train_judge(stage: Stage) -> None:
     images = np.concatenate([stage.rendered("train", data.train), held_out[unseen:]])
     save_reader(train_reader(images, scenes, stage.optimisation, stage.config.training.batch_size), path)
     reader = load_reader(path)
-    for split, pictures in (("fresh", fresh), ("heldout", held_out[:unseen])):
+    for split, shown in (("fresh", fresh), ("heldout", held_out[:unseen])):
         truth = [scene_at(i, split) for i in range(unseen)]
-        logger.info("right on %s scenes: %s", split, accuracies(judge(reader, pictures), truth))
+        logger.info("right on %s scenes: %s", split, accuracies(judge(reader, shown), truth))
 
 
 STAGES: dict[str, Callable[[Stage], None]] = {

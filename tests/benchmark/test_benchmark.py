@@ -14,7 +14,7 @@ import scripts.benchmark as script
 from ldm.benchmark import harness as benchmark
 from ldm.benchmark.report import Sample, ratios
 from ldm.benchmark.subjects import Enough, Stopwatch, Work
-from ldm.benchmark.weights import random_weight, write_picture, write_random_checkpoint
+from ldm.benchmark.weights import random_weight, write_image, write_random_checkpoint
 from ldm.benchmark.worker import Worker
 from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.checkpoints.load import load_into
@@ -166,7 +166,7 @@ def test_a_random_checkpoint_fills_a_model(tmp_path):
 def test_a_picture_to_start_from(tmp_path):
     from PIL import Image
 
-    write_picture(tmp_path / "start.png")
+    write_image(tmp_path / "start.png")
     pixels = np.asarray(Image.open(tmp_path / "start.png"))
     assert pixels.shape == (512, 512, 3)
     assert pixels[-50:, :, 0].mean() > 200 > 50 > pixels[:50, :, 0].mean()

@@ -39,7 +39,7 @@ from ldm.metadata.command import command, command_alone, count, options, place, 
 from ldm.metadata.read import Recipe, read_job
 from ldm.metadata.record import record
 from ldm.places import ROOT
-from ldm.runs.plan import Plan, read_wishes
+from ldm.runs.plan import Plan, read_prompts
 from ldm.runs.starts import Start, inits_of
 from ldm.util import InputError
 from tests.support.metadata import HOSTILE
@@ -69,7 +69,7 @@ def remade(recipe: Recipe) -> Job:
         Start(init, recipe.job.width, recipe.job.height)
         for init in (inits_of(request, run.inpaint) if request.images else [None])
     ]
-    return Plan(run, request, read_wishes(run, request), starts, open_canvas)[-1]
+    return Plan(run, request, read_prompts(run, request), starts, open_canvas)[-1]
 
 
 TEXT_JOBS = [

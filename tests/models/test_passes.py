@@ -17,7 +17,7 @@ from ldm.models.diffusion.passes import (
     settings_of,
 )
 from ldm.models.diffusion.schedule import diffusion_buffers, make_beta_schedule, zero_terminal_snr
-from ldm.runs.jobs import suit_to
+from ldm.runs.checks import suit_to
 from ldm.util import InputError
 
 ALPHAS = diffusion_buffers(make_beta_schedule("linear", 1000, 0.00085, 0.012))["alphas_cumprod"]

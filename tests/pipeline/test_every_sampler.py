@@ -10,7 +10,7 @@ import pytest
 from ldm.job import Init, Job
 from ldm.models.diffusion.passes import passes_of
 from ldm.models.diffusion.solvers import SOLVERS
-from ldm.pipeline import Picture, Pipeline
+from ldm.pipeline import GeneratedImage, Pipeline
 from tests.support.golden_data import inpainting_config, small_config, tiny_model
 
 STEPS = 3
@@ -35,7 +35,7 @@ def job_of(name: str, **values: object) -> Job:
     return Job("a red cube", sampler=name, steps=STEPS, width=64, height=64, seed=11, **values)  # type: ignore[arg-type]
 
 
-def both(pipeline: Pipeline, job: Job) -> list[Picture]:
+def both(pipeline: Pipeline, job: Job) -> list[GeneratedImage]:
     """The images of a job and of the one with the next seed, in one batch; the steps are counted."""
     seen = list[int]()
     jobs = [job, dataclasses.replace(job, seed=job.seed + 1)]
@@ -44,7 +44,7 @@ def both(pipeline: Pipeline, job: Job) -> list[Picture]:
     return pictures
 
 
-def apart(one: Picture, two: Picture) -> float:
+def apart(one: GeneratedImage, two: GeneratedImage) -> float:
     return float(np.abs(one.pixels.astype(float) - two.pixels).mean())
 
 

@@ -21,7 +21,7 @@ from ldm.pipeline import LOW_MEMORY, Pipeline, load_model
 from ldm.runs.estimate import Batch, batch_kinds, count_texts, parallel, run_seconds
 from ldm.runs.memory import MOST_MAPS, Memory, beyond_memory, needed_memory
 from ldm.runs.options import RunOptions
-from ldm.runs.plan import Plan, read_wishes
+from ldm.runs.plan import Plan, read_prompts
 from ldm.runs.starts import Start
 from ldm.runtime.device import BF16
 from ldm.runtime.estimate import NetworkWork, Pace, Work, count_work, measure_pace, weight_bytes
@@ -202,7 +202,7 @@ def test_a_plan_has_kinds_of_batches(tmp_path):
     options = ["--from-file", str(tmp_path / "list.txt"), "--n_samples", "3", "--n_iter", "2"]
     opt = txt2img.parser().parse_args([*options, "--H", "64", "--W", "64"])
     run, request = options_of(opt), request_of(opt)
-    plan = Plan(run, request, read_wishes(run, request), [Start(None, 64, 64)], open_canvas)
+    plan = Plan(run, request, read_prompts(run, request), [Start(None, 64, 64)], open_canvas)
     found = Counter({(kind.job.steps, kind.images, kind.guided): n for kind, n in batch_kinds(plan).items()})
     assert found == {(50, 3, True): 2, (50, 1, False): 2, (9, 1, False): 2}
     assert not any(kind.guided for kind in batch_kinds(plan, embedded=True)), "with the scale as an input"

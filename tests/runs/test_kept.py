@@ -17,7 +17,7 @@ import scripts.img2img
 import scripts.replay
 import scripts.txt2img
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
-from ldm.cli.generate import run
+from ldm.cli.run import run
 from ldm.data.scenes import image_at
 from ldm.places import ROOT
 from ldm.runs.model_cache import ModelCache

@@ -22,7 +22,7 @@ from ldm.images.writer import RunFolder
 from ldm.job import Job
 from ldm.metadata.read import read_job
 from ldm.metadata.record import read_record
-from ldm.pipeline import Picture
+from ldm.pipeline import GeneratedImage
 from ldm.runs import run_folder
 from ldm.runs.background import Background
 from ldm.runs.description import describe, differences
@@ -154,7 +154,7 @@ def test_an_error_of_the_run_keeps_what_is_finished(tmp_path):
                 events,
             ) as output,
         ):
-            output.add([0, 1, 2], lambda: [Picture(job, pixels_of(job), {}) for job in jobs])
+            output.add([0, 1, 2], lambda: [GeneratedImage(job, pixels_of(job), {}) for job in jobs])
             raise RuntimeError("the device failed")
         run.close()
     assert len(list(tmp_path.glob("samples/*.png"))) == 3
@@ -167,7 +167,7 @@ def test_torch_computes_on_one_thread_of_a_cpu(tmp_path, on_cpu):
 
     def finish():
         threads.append(threading.current_thread())
-        return [Picture(job, pixels_of(job), {}) for job in jobs]
+        return [GeneratedImage(job, pixels_of(job), {}) for job in jobs]
 
     def flag(pictures):
         threads.append(threading.current_thread())

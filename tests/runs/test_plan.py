@@ -15,7 +15,7 @@ from ldm.cli.values import options_of, request_of
 from ldm.images.sheet import layout
 from ldm.job import batch_key
 from ldm.metadata.infotext import job_from_infotext
-from ldm.runs.plan import Plan, read_wishes
+from ldm.runs.plan import Plan, read_prompts
 from ldm.runs.starts import Start
 from ldm.util import InputError
 
@@ -29,7 +29,7 @@ def plan_of(*options, starts=1):
     return Plan(
         run,
         request,
-        read_wishes(run, request),
+        read_prompts(run, request),
         [Start(None, 64, 64 + 8 * i) for i in range(starts)],
         lambda init: init,
     )

@@ -9,7 +9,7 @@ import numpy as np
 from ldm.images.grid import count_pages
 from ldm.images.writer import RunFolder
 from ldm.job import Job
-from ldm.pipeline import Picture
+from ldm.pipeline import GeneratedImage
 from ldm.runs.description import describe
 from ldm.runs.existing import Present
 from ldm.runs.options import RunOptions
@@ -64,7 +64,7 @@ def run_without_model(
                 for indices in batches:
                     if not (options.skip_save or present.lacks(indices)):
                         continue
-                    pictures = [Picture(jobs[i], pixels_of(jobs[i]), {}) for i in indices]
+                    pictures = [GeneratedImage(jobs[i], pixels_of(jobs[i]), {}) for i in indices]
                     output.add(indices, partial(list, pictures))
                     made += 1
                     if made == stop_after:

@@ -109,7 +109,7 @@ def chosen_questions(opt: argparse.Namespace, source: str, usual: int | None) ->
 def maker(base: Sequence[str]) -> Callable[[list[str]], int]:
     """Returns a function that makes images with txt2img.py's options, `base` first; models stay in memory."""
     from ldm.cli.commands.generate import txt2img_parser
-    from ldm.cli.generate import run as generate
+    from ldm.cli.run import run as generate
     from ldm.places import ROOT, is_checkout
     from ldm.runs.model_cache import ModelCache
 

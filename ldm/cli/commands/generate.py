@@ -78,7 +78,7 @@ def _add_run_options(options: argparse.ArgumentParser, outdir: str, laion: bool 
 
 
 def _run(opt: argparse.Namespace) -> int:
-    from ldm.cli.generate import run  # late: --help needs nothing of it
+    from ldm.cli.run import run  # late: --help needs nothing of it
 
     return run(opt)
 

@@ -139,7 +139,7 @@ def _one(
 
 def _readable(recipe: Recipe) -> Recipe:
     """Returns `recipe` with prompts as plain text where another program parsed notations not supported here."""
-    from ldm.runs.jobs import check_syntax
+    from ldm.runs.checks import check_syntax
 
     job = recipe.job
     if recipe.source == "ldm" or job.prompt_syntax == "plain":

@@ -92,18 +92,18 @@ def _old_first_pass(width: int, height: int) -> tuple[int, int]:
 
 def choose_start(entries: Mapping[str, str], strength: float, draft: Draft) -> None:
     """Adds a start image if the text names one, or has a denoising strength and nothing that contradicts it."""
-    said = "Denoising strength" in entries
+    is_stated = "Denoising strength" in entries
     operations = _operations(entries)
     marks = [key for key in entries if key in _OF_A_START or key.startswith(_SCRIPTS_OF_A_START)]
     if operations:
         if "txt2img" in operations or not operations & _FROM_AN_IMAGE:
             return
-    elif not marks and not said:
+    elif not marks and not is_stated:
         return
     elif not marks and strength in (0, 1):  # programs that use the web UI write 0
         draft.note(f"a denoising strength of {strength:g} alone is read as text to image")
         return
-    if not said:
+    if not is_stated:
         draft.note(f"its denoising strength is not given; using {_USUAL_STRENGTH}")
         strength = _USUAL_STRENGTH
     draft.start_from("", strength)

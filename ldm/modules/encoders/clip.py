@@ -72,8 +72,8 @@ class CLIPVisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(positions, width)
         self.register_buffer("position_ids", _position_ids(positions))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        patches = rearrange(self.patch_embedding(pictures), "n c h w -> n (h w) c")
+    def forward(self, images: Tensor) -> Tensor:
+        patches = rearrange(self.patch_embedding(images), "n c h w -> n (h w) c")
         start = self.class_embedding.expand(len(patches), 1, -1)
         return torch.cat([start, patches], dim=1) + self.position_embedding.weight
 
@@ -285,8 +285,8 @@ class CLIPVisionTransformer(nn.Module):
         self.encoder = CLIPEncoder(width, layers, heads, inner, causal=False)
         self.post_layernorm = nn.LayerNorm(width)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        tokens = self.encoder(self.pre_layrnorm(self.embeddings(pictures)))
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.encoder(self.pre_layrnorm(self.embeddings(images)))
         return self.post_layernorm(tokens[:, 0])
 
 
@@ -297,6 +297,6 @@ class CLIPVisionModel(nn.Module):
         super().__init__()
         self.vision_model = CLIPVisionTransformer(side, patch, width, layers, heads, inner)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Encodes normalised images [N, 3, side, side] as pooled states [N, width]."""
-        return self.vision_model(pictures)
+        return self.vision_model(images)

@@ -20,7 +20,7 @@ from ldm.models.diffusion.sampling_run import MaskLevels
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.pipeline.conditioning import InpaintingCondition
 from ldm.pipeline.first_stage import FirstStage
-from ldm.pipeline.picture import Paste
+from ldm.pipeline.image import Paste
 
 OpenCanvas = Callable[[Init], Canvas]
 

@@ -37,7 +37,7 @@ OnStep = Callable[[StepInfo], object]  # one that returns False stops there
 
 
 @dataclass(frozen=True)
-class Picture:
+class GeneratedImage:
     """The result of a job: uint8 pixels [H, W, 3], or None if they were not finite, and notes for the metadata.
 
     `kept`, bool [H, W], is True where the pixels are those of the image that the job started from; `latent`
@@ -59,7 +59,7 @@ class Picture:
             raise ValueError(f"the model gave no finite image for seed {self.job.seed}; try float32")
         return Image.fromarray(self.pixels)
 
-    def screened(self, verdict: Verdict, entries: Mapping[str, str]) -> Picture:
+    def screened(self, verdict: Verdict, entries: Mapping[str, str]) -> GeneratedImage:
         """The result of the safety check, with `entries` of the model in the notes."""
         notes = {**entries, **self.notes, "Safety": verdict.word}
         return replace(self, pixels=verdict.pixels, notes=notes)
@@ -109,16 +109,16 @@ class Pending:
     notes: Mapping[str, str]
     paste: Paste | None
 
-    def finish(self, repaired: Callable[[Tensor, Tensor], tuple[Tensor, bool]]) -> Picture:
+    def finish(self, repaired: Callable[[Tensor, Tensor], tuple[Tensor, bool]]) -> GeneratedImage:
         """Waits for the image, which is `FirstStage.repaired` first, and puts back what `paste` keeps."""
         decoded, overflowed = repaired(self.latent, self.decoded)
         notes = {**self.notes, "Decoded in": "float32"} if overflowed else self.notes
         latent = self.latent[0]
         if not finite(decoded)[0]:
-            return Picture(self.job, None, notes, latent=latent)
+            return GeneratedImage(self.job, None, notes, latent=latent)
         if self.paste is None:
-            return Picture(self.job, to_uint8(decoded)[0], notes, latent=latent)
+            return GeneratedImage(self.job, to_uint8(decoded)[0], notes, latent=latent)
         pixels = to_uint8(paste(decoded.float(), self.paste.original, self.paste.weight))[0]
         kept = (self.paste.weight == 0)[0, 0].cpu().numpy()
         pixels[kept] = self.paste.pixels[kept]
-        return Picture(self.job, pixels, notes, kept, latent)
+        return GeneratedImage(self.job, pixels, notes, kept, latent)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ldm.job import Job
-from ldm.runs.jobs import count_steps
+from ldm.runs.checks import count_steps
 from ldm.runs.options import RunOptions
 from ldm.runs.plan import Plan
 from ldm.runs.progress import Progress
