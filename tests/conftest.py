@@ -36,10 +36,11 @@ def _own_messages() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _shared_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in this process load the model of an earlier run once; the script would load it each time."""
-    from tests.support.models import SHARED_MODELS
+    """Runs in this process read and load a model of an earlier run once; the script would do it each time."""
+    from tests.support.models import SHARED_MODELS, shared_reading
 
     monkeypatch.setattr("ldm.runs.model_cache.ModelCache.get", SHARED_MODELS.get)
+    monkeypatch.setattr("ldm.checkpoints.model_files.read_model", shared_reading)
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ def test_a_former_name_gives_what_its_successors_hold(name):
     assert public and all(getattr(former, key) is value for key, value in public.items())
 
 
+@pytest.mark.long
 def test_the_functions_that_were_there_are_there():
     code = (
         "from ldm.images.foreign import Recipe, read_job\n"

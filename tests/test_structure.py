@@ -7,6 +7,8 @@ import sys
 from collections import Counter
 from functools import cache
 
+import pytest
+
 from tests.support.paths import ROOT
 
 FILES = sorted((ROOT / "ldm").rglob("*.py"))
@@ -185,6 +187,7 @@ RUN_NEEDS = {"PIL", "einops", "ldm", "numpy", "omegaconf", "regex", "scripts", "
 THEY_NEED = {"antlr4", "attr", "clip", "cython_runtime", "packaging", "torchgen", "typing_extensions", "yaml"}
 
 
+@pytest.mark.long
 def test_a_run_imports_no_more_than_it_uses_and_no_module_what_few_runs_use(tmp_path):
     """With the bundled model: no training framework, no OpenCV, no second model library.
 

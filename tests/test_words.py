@@ -61,7 +61,9 @@ def undescribed(source):
 def faults(path):
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
-        return retired_words(texts_of_code(text)) + undescribed(text)
+        joined = re.sub(r"""["']\s*\n\s*\w?["']""", "", text)
+        suspect = retired_words([joined]) or '"What ' in text  # so that few files are parsed
+        return retired_words(texts_of_code(text)) + undescribed(text) if suspect else []
     return retired_words([re.sub(r"`[^`\n]*`|<!--.*?-->", "", text)])
 
 

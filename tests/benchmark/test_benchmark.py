@@ -58,6 +58,7 @@ def of_kind(lines, kind):
     return [line for line in lines if line["kind"] == kind]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_phase_of_our_own(measure, capfd, monkeypatch, own):
     """Measured in processes of their own, and in this one."""
@@ -197,6 +198,7 @@ def test_a_missing_peer_is_named(measure, capsys, monkeypatch):
     assert "pip install diffusers" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_fault_of_the_measured_process_is_passed_on(measure, capsys, tmp_path):
     assert measure("--ckpt", str(tmp_path / "none.ckpt"))[0] == 2
     assert "none.ckpt" in capsys.readouterr().err

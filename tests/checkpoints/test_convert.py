@@ -353,6 +353,7 @@ def their_latents(pipe: Any, steps: int) -> Tensor:
     ).images  # fmt: skip
 
 
+@pytest.mark.long
 def test_names_and_shapes_are_those_of_diffusers_own_v1_networks() -> None:
     diffusers = pytest.importorskip("diffusers")
     four = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
@@ -365,6 +366,7 @@ def test_names_and_shapes_are_those_of_diffusers_own_v1_networks() -> None:
     assert shapes_of(parts["vae"]) == shapes_of(vae.state_dict())
 
 
+@pytest.mark.long
 def test_diffusers_computes_the_same_latents(small: Any, theirs: Any) -> None:
     assert relative_error(their_latents(theirs, 10), our_latents(small, 10)) < 2e-5
 
@@ -396,7 +398,7 @@ SAVED: list[dict[str, Any]] = [
     {},
     {"safe_serialization": False},
     {"variant": "fp16"},
-    {"max_shard_size": "2MB"},
+    {"max_shard_size": "100KB"},
 ]
 
 

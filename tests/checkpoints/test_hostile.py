@@ -566,6 +566,7 @@ def test_indices_of_the_memo_that_share_their_low_bits_cost_no_more_than_others(
     assert seconds(range(0, 40_000 * step, step)) < 3 * seconds(range(40_000)) + 0.1
 
 
+@pytest.mark.long
 def test_bombs_are_refused_quickly_and_in_little_memory(tmp_path: Path) -> None:
     bombs = list(_bombs(tmp_path))
     child = subprocess.run(

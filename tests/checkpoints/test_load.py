@@ -328,6 +328,7 @@ def refusal(path: Path, text_encoder: Path | None = None) -> str:
 POSITION_ROWS = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
 
 
+@pytest.mark.long
 def test_a_text_encoder_for_longer_prompts_is_told(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """LongCLIP has 248 positions, and the transformers library writes it under the names of any CLIP."""
     model, long, folder = tmp_path / "m.ckpt", tmp_path / "long.ckpt", tmp_path / "text_encoder"

@@ -337,6 +337,7 @@ def v1():
         return instantiate_from_config(read_config("configs/stable-diffusion/v1-inference.yaml"))
 
 
+@pytest.mark.long
 def test_every_layer_of_v1_has_its_kohya_name(v1):
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"), skip_init():

@@ -86,7 +86,10 @@ def run(path: Path, wanted: dict[str, Any]) -> None:
     assert found.sound and found.fits, found.problem
 
 
-@pytest.mark.parametrize("name", ["m.ckpt", "legacy.ckpt", "m.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(name, marks=pytest.mark.long) for name in ("m.ckpt", "legacy.ckpt")), "m.safetensors"],
+)
 def test_a_marking_key(tmp_path: Path, state: dict[str, Tensor], name: str) -> None:
     for key, wanted in KEYS.items():
         run(save(tmp_path / name, {**without_schedule(state), key: EMPTY}), wanted)
@@ -98,7 +101,7 @@ def without_schedule(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if key.startswith(WEIGHT_PREFIXES)}
 
 
-@pytest.mark.parametrize("name", ["m.ckpt", "m.safetensors"])
+@pytest.mark.parametrize("name", [pytest.param("m.ckpt", marks=pytest.mark.long), "m.safetensors"])
 def test_an_entry_beside_the_weights(tmp_path: Path, state: dict[str, Tensor], name: str) -> None:
     for key, (value, wanted) in SAID.items():
         run(save(tmp_path / name, without_schedule(state), **{key: value}), wanted)
@@ -168,7 +171,9 @@ def test_zero_snr_of_a_model_of_the_noise_is_refused(tmp_path: Path, state: dict
     refuse(save(tmp_path / "m.safetensors", without_schedule(state), **said), "though it predicts the noise")
 
 
-@pytest.mark.parametrize("to", ["compvis", "ckpt", "diffusers"])
+@pytest.mark.parametrize(
+    "to", [*(pytest.param(to, marks=pytest.mark.long) for to in ("compvis", "ckpt")), "diffusers"]
+)
 def test_a_conversion_keeps_the_prediction(tmp_path: Path, state: dict[str, Tensor], to: Any) -> None:
     out = tmp_path / {"compvis": "out.safetensors", "ckpt": "out.ckpt", "diffusers": "out"}[to]
     weights = [key for key in without_schedule(state) if not key.endswith("position_ids")]

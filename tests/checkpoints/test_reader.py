@@ -367,6 +367,7 @@ def test_tensors_that_were_read_are_kept_when_the_file_shrinks(shrinking: list[P
         assert int(tensor.sum()) == 100_000
 
 
+@pytest.mark.long
 def test_a_mapped_file_that_shrinks_ends_the_process_with_a_stack_trace(shrinking: list[Path]) -> None:
     """As with any map: the tensors are lost."""
     command = [sys.executable, "-c", SHRINK, *map(str, shrinking)]

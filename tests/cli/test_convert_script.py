@@ -60,6 +60,7 @@ def test_a_folder_draws_the_same_picture(tmp_path: Path, folder: Path) -> None:
     assert "VAE" not in entries and "Text encoder" not in entries
 
 
+@pytest.mark.long
 def test_every_output_draws_the_same_picture(tmp_path: Path, folder: Path) -> None:
     expected, _ = generate(tmp_path, CKPT)
     for name in ("a.safetensors", "a.ckpt"):

@@ -561,6 +561,7 @@ def test_an_image_that_changes_during_a_run_is_refused(tmp_path):
         canvases(Init(str(paths[0])))
 
 
+@pytest.mark.long
 def test_an_image_beyond_memory_is_refused_before_it_is_sampled(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ldm.runtime.memory.total_memory", lambda device: 2**30)
     Image.new("RGB", (3999, 3999)).save(tmp_path / "large.png", compress_level=1)

@@ -128,7 +128,10 @@ def test_strength_0_is_the_autoencoders_round_trip(draw):
     assert 10 * np.log10(255**2 / np.mean(error**2)) > 28
 
 
-@pytest.mark.parametrize("sampler", ["--quiet", "--plms", "--dpm_solver"])
+@pytest.mark.parametrize(
+    "sampler",
+    ["--quiet", *(pytest.param(name, marks=pytest.mark.long) for name in ("--plms", "--dpm_solver"))],
+)
 def test_more_strength_changes_more(draw, sampler):
     changes = []
     for strength in ("0", "0.5", "1"):
@@ -156,6 +159,7 @@ def test_the_steps_that_run_are_said(draw, capsys, monkeypatch, strength, said):
 # --- options without effect in the original -----------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_samplers_eta_and_fixed_code_have_an_effect(draw):
     options = ("--n_iter", "2", *PLAIN)
     _, ddim = draw(*options)

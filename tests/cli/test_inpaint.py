@@ -130,6 +130,7 @@ def test_an_inpainting_model_draws_from_text_alone(nine_channels, tmp_path, monk
     assert np.asarray(Image.open("out/samples/00000.png")).std() > 0
 
 
+@pytest.mark.long
 def test_the_watermark_of_the_inpainting_app_marks_what_is_new(draw):
     size = ("--W", "256", "--H", "256", "--ddim_steps", "1")
     for name, options in (("plain", ["--no_watermark"]), ("marked", []), ("all", ["--no_paste"])):

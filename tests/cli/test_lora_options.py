@@ -307,6 +307,7 @@ def their_latents(diffusers, unet, x, context, uncond, scale):
     return x
 
 
+@pytest.mark.long
 def test_five_steps_agree_with_diffusers_on_merged_weights(tiny, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     unet = their_unet(diffusers, tiny)

@@ -401,10 +401,18 @@ LINES = {
     ("lines", "options"),
     [
         ("lists", ["--n_samples", "2", "--n_iter", "2"]),
-        ("lists", ["--n_samples", "2", "--rng", "cpu", "--ddim_eta", "0.5", "--upscale", "1.5"]),
+        pytest.param(
+            "lists",
+            ["--n_samples", "2", "--rng", "cpu", "--ddim_eta", "0.5", "--upscale", "1.5"],
+            marks=pytest.mark.long,
+        ),
         pytest.param("sizes", ["--n_samples", "2", "--n_iter", "2", "--fixed_code"], marks=pytest.mark.slow),
         ("steps", ["--n_samples", "3", "--rng", "cpu"]),
-        ("lengths", ["--n_samples", "4", "--prompt_syntax", "a1111", "--rng", "cpu", "--ddim_eta", "1"]),
+        pytest.param(
+            "lengths",
+            ["--n_samples", "4", "--prompt_syntax", "a1111", "--rng", "cpu", "--ddim_eta", "1"],
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_every_image_of_a_stream_comes_back(
@@ -420,6 +428,7 @@ def test_every_image_of_a_stream_comes_back(
     assert again == list(map(read_job, samples))
 
 
+@pytest.mark.long
 def test_images_of_a_stream_that_start_from_images_come_back(made: Callable[..., list[Path]], capsys) -> None:
     for i in range(2):
         Image.fromarray(image_at(i, "fresh")[:64, : 64 + 32 * i]).save(f"scene{i}.png")
@@ -731,6 +740,7 @@ def web_ui_picture(path: Path, prompt: str, seed: int = 42) -> str:
     return str(path)
 
 
+@pytest.mark.long
 def test_prompts_of_the_web_ui_are_read_by_its_rules(made: Callable[..., list[Path]]) -> None:
     long = ", ".join(["a red cube on a blue sphere"] * 12)
     prompts = ["a red cube", "a (red:1.4) cube", "a red BREAK cube", long]

@@ -365,7 +365,11 @@ OOM = ["--n_samples", "5", "--n_iter", "2", "--precision", "full", "--ddim_steps
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("x"), RuntimeError("can't allocate memory: you tried")]
+    "error",
+    [
+        torch.OutOfMemoryError("x"),
+        pytest.param(RuntimeError("can't allocate memory: you tried"), marks=pytest.mark.long),
+    ],
 )
 def test_a_batch_is_halved_where_memory_runs_out(draw, small_memory, capsys, tmp_path, error):
     memory, sizes = small_memory
@@ -386,6 +390,7 @@ def test_a_batch_is_halved_where_memory_runs_out(draw, small_memory, capsys, tmp
     assert run["parts"] == {"0": [2, 2, 1], "5": [2, 2, 1]}
 
 
+@pytest.mark.long
 def test_a_run_that_was_halved_continues_in_the_same_parts(draw, small_memory):
     memory, sizes = small_memory
     _, files = draw(*OOM, "--on_oom", "halve")
@@ -529,6 +534,7 @@ def script(*options, cwd, **settings):
     )
 
 
+@pytest.mark.long
 def test_works_from_anywhere_offline_and_with_foreign_files_about(tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('planted')")
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "LC_ALL": "C", "PYTHONUTF8": "0"}

@@ -64,7 +64,7 @@ def test_size_and_type(size: int):
 
 
 def test_training_never_sees_a_held_out_pair_and_heldout_sees_nothing_else():
-    train = [scene_at(i, "train") for i in range(2000)]
+    train = [scene_at(i, "train") for i in range(1000)]
     assert not any(map(held_out, train))
     assert not any(map(held_out, (scene_at(i, "fresh") for i in range(500))))
     heldout = [scene_at(i, "heldout") for i in range(500)]
@@ -109,9 +109,11 @@ def test_an_unknown_split_is_refused():
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "torus"])
 def test_the_colour_in_the_middle_of_a_solid_is_nearest_to_its_own(shape: str):
-    for colour, background in product(COLOURS, ("grey", "pink", "mint")):
+    backgrounds = ("grey", "pink", "mint")
+    white = {b: render(Scene((Solid(shape, "white", "large"),), None, b), 3, 64) / 255 for b in backgrounds}
+    for colour, background in product(COLOURS, backgrounds):
         image = render(Scene((Solid(shape, colour, "large"),), None, background), 3, 64) / 255
-        empty = render(Scene((Solid(shape, "white", "large"),), None, background), 3, 64) / 255
+        empty = white[background]
         changed = np.abs(image - empty).max(axis=2) > 0.1
         if colour == "white":
             changed = image.min(axis=2) > 0.85
@@ -142,10 +144,11 @@ def test_relations_are_where_the_words_say(first: str, second: str):
 
 
 def test_most_of_the_solid_behind_stays_visible():
-    for first, second in product(SHAPES, SHAPES):
-        image = render(pair(f"red {first}", f"green {second}", "behind"), 1, 64)
-        alone = render(Scene((Solid(first, "red", "large"),), None, "grey"), 1, 64)
-        assert mask(image, "red").sum() > 0.5 * mask(alone, "red").sum()
+    for first in SHAPES:
+        alone = mask(render(Scene((Solid(first, "red", "large"),), None, "grey"), 1, 64), "red").sum()
+        for second in SHAPES:
+            image = render(pair(f"red {first}", f"green {second}", "behind"), 1, 64)
+            assert mask(image, "red").sum() > 0.5 * alone
 
 
 def test_nothing_leaves_the_frame():

@@ -543,7 +543,7 @@ LINKS = st.tuples(st.sampled_from(list(graph())), st.integers(0, 2)).map(list)
 
 
 @given(data=st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_hostile_graphs_are_read_or_refused(data: st.DataObject) -> None:
     nodes = graph()
     for _ in range(data.draw(st.integers(1, 6))):
@@ -637,7 +637,7 @@ def test_commands_of_invokeai(text: str) -> None:
 
 
 @given(content=st.dictionaries(st.sampled_from(sorted(INVOKE)), VALUES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_hostile_json_of_invokeai_is_read_or_refused(content: dict[str, Any]) -> None:
     for read, text in (
         (invokeai.read_metadata, json.dumps(INVOKE | content)),

@@ -44,6 +44,11 @@ def work(model):
     return NetworkWork(model)
 
 
+@pytest.fixture(scope="module")
+def v1():
+    return build_model(read_config(V1_CONFIG))
+
+
 def on_meta(*shape):
     return torch.zeros(shape, device="meta")
 
@@ -79,18 +84,17 @@ def test_all_products_are_those_that_torch_counts(model, work):
     assert sum(work.predict(16 * factor, 16 * factor).products.values()) == counter.get_total_flops()
 
 
-def test_v1_does_what_is_known_of_it():
+def test_v1_does_what_is_known_of_it(v1):
     """804.4 GFLOP a sample at 512x512, 2518 for decoding, 13.3 for a prompt, by adding up its layers on paper."""
-    v1 = NetworkWork(build_model(read_config(V1_CONFIG)))
-    for found, known in ((v1.predict(512, 512), 804.4), (v1.decode(512, 512), 2518), (v1.read, 13.3)):
+    work = NetworkWork(v1)
+    for found, known in ((work.predict(512, 512), 804.4), (work.decode(512, 512), 2518), (work.read, 13.3)):
         assert sum(found.products.values()) == pytest.approx(known * 1e9, rel=5e-3)
 
 
-def test_a_model_for_inpainting_sees_more_channels():
-    v1, inpainting = (
-        NetworkWork(build_model(read_config(path))).predict(64, 64) for path in (V1_CONFIG, INPAINTING_CONFIG)
-    )
-    assert inpainting.products["convolution"] - v1.products["convolution"] == 2 * 9 * 5 * 320 * 8 * 8
+def test_a_model_for_inpainting_sees_more_channels(v1):
+    models = v1, build_model(read_config(INPAINTING_CONFIG))
+    usual, inpainting = (NetworkWork(each).predict(64, 64).products["convolution"] for each in models)
+    assert inpainting - usual == 2 * 9 * 5 * 320 * 8 * 8
 
 
 def test_other_sizes_follow_from_the_first(model):
@@ -298,13 +302,12 @@ def test_the_peak_is_the_largest_of_three(model, work):
     assert from_picture.weights > bytes_needed(model, work, batch, dtype=torch.bfloat16).weights
 
 
-def test_tiles_and_lowmem_take_less(model, work):
+def test_tiles_and_lowmem_take_less(model, work, v1):
     large = Batch(Job("", width=2048, height=1024, steps=2), 1, False)
     side = 64 * model.first_stage_model.downsampling
     tiled, whole = (bytes_needed(model, work, large, tiles=tiles) for tiles in ("on", "off"))
     assert tiled.peak == whole.peak == "decoding 2048x1024"
     assert tiled.computed == pytest.approx(whole.computed * side**2 / (2048 * 1024))
-    v1 = build_model(read_config(V1_CONFIG))
     batch = Batch(Job("", width=64, height=64), 1, True)
     assert bytes_needed(v1, NetworkWork(v1), batch, lowmem=True).weights == LOW_MEMORY
 

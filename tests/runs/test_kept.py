@@ -21,22 +21,27 @@ from ldm.cli.run import run
 from ldm.data.scenes import image_at
 from ldm.places import ROOT
 from ldm.runs.model_cache import ModelCache
+from tests.support.models import SHARED_MODELS
 
 FAST = ["--ddim_steps", "2", "--device", "cpu", "--quiet", "--skip_grid", "--n_samples", "1", "--n_iter", "1"]
 
+LOAD_MODEL = ldm.pipeline.load_model
 Made = Callable[..., Path]
 Loads = list[weakref.ref[torch.nn.Module]]
 
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
-    """Runs a script with the bundled model; returns its only sample."""
+    """Runs a script with a model that all tests share; returns its only sample."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def make(name: str, *options: str, script: ModuleType = scripts.txt2img) -> Path:
         size = [] if script is scripts.img2img else ["--W", "64", "--H", "64"]
-        assert script.main([*FAST, *size, "--outdir", f"out-{name}", *options]) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(ModelCache, "get", SHARED_MODELS.get)
+            patch.setattr(ldm.pipeline, "load_model", LOAD_MODEL)
+            assert script.main([*FAST, *size, "--outdir", f"out-{name}", *options]) == 0
         [sample] = Path(f"out-{name}/samples").iterdir()
         return sample.rename(f"{name}.png")
 
@@ -69,6 +74,7 @@ def verified(*files: Path, options: tuple[str, ...] = ()) -> bool:
     return scripts.replay.main([*map(str, files), "--verify", "--quiet", *options]) == 0
 
 
+@pytest.mark.long
 def test_files_of_one_model_share_it(made: Made, loads: Loads) -> None:
     copy = Path("models/ldm/copy/model.ckpt")
     copy.parent.mkdir(parents=True)
@@ -121,7 +127,9 @@ def a_textual_inversion(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("options", [(), ("--lowmem", "--precision", "full")])
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(("--lowmem", "--precision", "full"), marks=pytest.mark.long)]
+)
 def test_nothing_of_a_file_stays_for_the_next(made: Made, loads: Loads, options: tuple[str, ...]) -> None:
     """Not a LoRA, a textual inversion or an image to start from: each file's bytes are those of a separate run."""
     Path("loras").mkdir()

@@ -411,6 +411,7 @@ def test_a_dry_run_for_programs_is_one_event(draw, capsys):
     assert (done["event"], done["saved"], done["code"]) == ("done", 0, 0)
 
 
+@pytest.mark.long
 def test_a_batch_beyond_memory_is_refused_before_the_model_is_read(draw, capsys, monkeypatch):
     monkeypatch.setattr("ldm.runtime.memory.total_memory", lambda device: 2**30)
     monkeypatch.setattr("ldm.pipeline.load_model", lambda *args, **more: pytest.fail("the model was loaded"))

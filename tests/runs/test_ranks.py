@@ -77,6 +77,7 @@ def whole(fork_server, tmp_path_factory):
 # --- the same files ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_make_the_files_of_one(group, whole, tmp_path, world):
     assert group(tmp_path / "out", world).wait() == [0] * world
@@ -84,6 +85,7 @@ def test_several_processes_make_the_files_of_one(group, whole, tmp_path, world):
     assert len(whole) == 14 + 2
 
 
+@pytest.mark.long
 def test_one_stream_of_noise_is_the_same_for_all(group, fork_server, tmp_path):
     one = ["--seed_mode", "batch", "--ddim_eta", "0.5", "--sweep", "scale=1,4"]
     assert (
@@ -94,6 +96,7 @@ def test_one_stream_of_noise_is_the_same_for_all(group, fork_server, tmp_path):
     assert "sheet-0000.png" in images(tmp_path / "two")
 
 
+@pytest.mark.long
 def test_a_lost_process_leaves_its_share_to_any_other_number_of_them(group, whole, tmp_path):
     folder = tmp_path / "out"
     lost = group(folder, 3)
@@ -145,6 +148,7 @@ def test_many_processes_killed_at_any_moment_harm_nothing(group, whole, tmp_path
     print(f"60 processes killed, {ended} runs ended in between")
 
 
+@pytest.mark.long
 def test_damaged_files_are_made_again_by_several(group, whole, tmp_path):
     folder = tmp_path / "out"
     assert group(folder, 2).wait() == [0, 0]
@@ -229,6 +233,7 @@ def test_torchrun_says_how_many(whole, tmp_path):
     assert images(tmp_path / "out") == whole
 
 
+@pytest.mark.long
 def test_slurm_says_who_is_who(fork_server, whole, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -351,8 +351,11 @@ def script(folder, *options):
     [
         ["--ddim_eta", "0.5"],
         ["--seed_mode", "batch"],
-        ["--seed_mode", "batch", "--plms", "--fixed_code"],
-        ["--seed_mode", "batch", "--rng", "cpu", "--ddim_eta", "1", "--upscale", "2"],
+        pytest.param(["--seed_mode", "batch", "--plms", "--fixed_code"], marks=pytest.mark.long),
+        pytest.param(
+            ["--seed_mode", "batch", "--rng", "cpu", "--ddim_eta", "1", "--upscale", "2"],
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_the_script_goes_on_to_the_same_bytes(tmp_path, options):

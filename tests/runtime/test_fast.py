@@ -64,7 +64,9 @@ def test_pictures_are_encoded_in_float32(fast):
 @pytest.mark.parametrize(
     ("method", "steps", "scale"),
     [
-        pytest.param(*key, marks=pytest.mark.slow if key[1] == 50 else ())
+        pytest.param(
+            *key, marks=pytest.mark.slow if key[1] == 50 else pytest.mark.long if key[2] == 1 else ()
+        )
         for key in BF16_BUDGET
         if isinstance(key, tuple)
     ],

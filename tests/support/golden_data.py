@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -58,22 +59,28 @@ def rebuilt_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def tiny_config() -> dict[str, Any]:
     """The tiny model's config, with the shape of its text encoder."""
+    config = deepcopy(_tiny_yaml())
+    config["params"]["cond_stage_config"]["params"] = {"width": 64, "layers": 2, "heads": 4}
+    return config
+
+
+@cache
+def _tiny_yaml() -> dict[str, Any]:
     config = OmegaConf.to_container(OmegaConf.load(GOLDEN / "tiny.yaml"))
     assert isinstance(config, dict)
-    text = config["model"]["params"]["cond_stage_config"]
-    text["params"] = {"width": 64, "layers": 2, "heads": 4}
     return config["model"]
 
 
 def small_config(own_words: bool = True) -> dict[str, Any]:
-    """The tiny model with a quarter of its widths and half of its blocks, for tests of files; it has no figures.
+    """The tiny model with fewer levels, blocks and channels, for tests of files; it has no figures.
 
     With `own_words` its vocabulary is the bundled model's 1000 tokens, else OpenAI's.
     """
     config = tiny_config()
     parts = config["params"]
     fewer = {"num_res_blocks": 1, "num_groups": 8}
-    parts["unet_config"]["params"] |= {"model_channels": 8, "context_dim": 16, **fewer}
+    levels = {"channel_mult": [1, 2], "attention_resolutions": [1]}  # the last without attention, as in v1
+    parts["unet_config"]["params"] |= {"model_channels": 8, "context_dim": 16, **levels, **fewer}
     parts["first_stage_config"]["params"]["ddconfig"] |= {"ch": 8, **fewer}
     words = {"version": str(ROOT / "models/ldm/shapes"), "tokens": 1000} if own_words else {}
     parts["cond_stage_config"]["params"] = {"width": 16, "layers": 2, "heads": 4, **words}

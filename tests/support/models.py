@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import ldm.pipeline
+from ldm.checkpoints.configs import BUNDLED_CKPT
+from ldm.checkpoints.formats.read import Checkpoint
+from ldm.checkpoints.model_files import read_model
 from ldm.modules.encoders import bert
 from ldm.pipeline import Pipeline
 from ldm.runtime.estimate import measure_pace
+from tests.support.paths import ROOT
 
 
 class SharedModels:
@@ -35,3 +41,15 @@ class SharedModels:
 
 SHARED_MODELS = SharedModels()
 shared_pace = cache(measure_pace)
+
+
+def shared_reading(path: Any, *args: Any, **options: Any) -> Checkpoint:
+    """Replaces the `read_model` of a command: reads the bundled checkpoint once, if nothing else is asked for."""
+    if args or {*options.values()} - {None, "auto"} or Path(path) != ROOT / BUNDLED_CKPT:
+        return read_model(path, *args, **options)
+    return _bundled()
+
+
+@cache
+def _bundled() -> Checkpoint:
+    return read_model(ROOT / BUNDLED_CKPT)

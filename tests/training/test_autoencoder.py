@@ -26,6 +26,7 @@ def gradients(count=4, side=24):
     )
 
 
+@pytest.mark.long
 def test_training_makes_the_reconstruction_better(tmp_path):
     images, model = gradients(), tiny_autoencoder()
     pixels = to_pixels(images)

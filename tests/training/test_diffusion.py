@@ -129,6 +129,7 @@ def test_the_state_saved_on_the_way_holds_the_average_of_its_step(tmp_path, voca
     assert state["global_step"] == int(state["state_dict"]["ema.num_updates"]) == 2
 
 
+@pytest.mark.long
 def test_training_lowers_the_error(vocabulary, monkeypatch):
     module = DiffusionTraining(tiny_model(vocabulary), Optimisation(1e-3, steps=1), min_snr_gamma=None)
     monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)

@@ -35,6 +35,7 @@ def test_side_by_side_counts_either_way_round_only_where_the_order_is_free():
     assert score(describe(before), behind, ordered=False)["all"] is False
 
 
+@pytest.mark.long
 def test_a_reader_learns_pictures_and_survives_the_file(tmp_path):
     scenes = [PAIR, SWAPPED, SINGLE, Scene((BALL,), None, "mint"), Scene((BALL, CUBE), "on top of", "pink")]
     images = np.stack([render(scene, seed, 64) for seed, scene in enumerate(scenes)])
