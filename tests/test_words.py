@@ -26,7 +26,7 @@ RETIRED = {
 # what the bundled model was trained with, and what can be read of it
 DATA = ("ldm/data/captions.py", "ldm/data/scenes.py", "ldm/data/vocabulary.py", "models/ldm/shapes/README.md")
 # of phases of the benchmark, and of an entry of run files, and a former module
-NAMES = {"picture", "pictures", "ldm.pipeline.image"}
+NAMES = {"picture", "pictures", "ldm.pipeline.picture"}
 
 CODE = sorted([*(ROOT / "ldm").rglob("*.py"), *(ROOT / "scripts").glob("*.py")])
 PAGES = [ROOT / "README.md", *sorted((ROOT / "ldm").rglob("*.md")), *sorted((ROOT / ".github").rglob("*.md"))]
