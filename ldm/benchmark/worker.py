@@ -139,8 +139,8 @@ class Worker:
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:
-    difference, of = (value.double().cpu() - expected.double()).norm(), expected.double().norm()
-    return float(cast("Tensor", difference)) / float(cast("Tensor", of))
+    difference = value.double().cpu() - expected.double()
+    return float(cast("Tensor", difference.norm() / expected.double().norm()))
 
 
 def _peak_resident() -> int:

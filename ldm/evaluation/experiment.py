@@ -146,7 +146,9 @@ def read_evaluation(folder: Path) -> Evaluation:
     try:
         tree: dict[str, Any] = json.loads(read_side_file(path))
         listed: list[dict[str, Any]] = tree.pop("points")
-        points = [Point(**(point | {"options": tuple(point["options"])})) for point in listed]
+        for point in listed:
+            point["options"] = tuple(point["options"])
+        points = [Point(**point) for point in listed]
         return Evaluation(tuple(points), **tree)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         if isinstance(error, InputError):

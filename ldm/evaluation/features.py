@@ -110,7 +110,7 @@ def compute(
     with ThreadPoolExecutor(_READERS) as pool:
         for start in range(0, len(images), BATCH):
             items = images.items[start : start + BATCH]
-            keys = [f"{identity} {key}" for key in pool.map(lambda item: item.key(), items)]
+            keys = [f"{identity} {key}" for key in pool.map(Item.key, items)]
             known: dict[str, Kept] = {} if cache is None else cache.get(keys)
             missing = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
             if missing:

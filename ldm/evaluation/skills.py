@@ -45,7 +45,7 @@ def is_right(question: Question, objects: Sequence[Found]) -> bool:
         if "color" in entry and sum(objects[i].colour == entry["color"] for i in chosen) < count:
             return False
         groups.append(chosen)
-    placed = [
+    placed: list[tuple[tuple[str, int], list[int]]] = [
         (entry["position"], chosen)
         for entry, chosen in zip(question.include, groups, strict=True)
         if "position" in entry

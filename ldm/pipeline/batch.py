@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from ldm.models.diffusion.noise import NoiseSource
 from ldm.pipeline.conditioning import TextConditioning
 from ldm.pipeline.control import ControlNetworks
 from ldm.pipeline.first_stage import FirstStage
-from ldm.pipeline.image import OnStep, Pending
+from ldm.pipeline.image import OnStep, Pending, StepInfo
 from ldm.pipeline.noise import place_notes, sampling_noise, skip_start_noise, start_noise, varied
 from ldm.pipeline.placement import Placement
 from ldm.pipeline.sampling import LatentSampler
@@ -88,7 +89,7 @@ class BatchMaker:
     ) -> list[Pending]:
         """`begin` for prompts of one length, which have these rows in the start noise of their batch."""
         places = place_notes(rows, noise)
-        told = None if on_step is None else lambda step: on_step(replace(step, rows=rows))
+        told = None if on_step is None else partial(_with_rows, on_step, rows)
         latents, stop = self.sampler.sample(jobs, start, code, noise, told)
         stopped = {} if stop is None else {"Stopped": f"after step {stop.index + 1} of {stop.total}"}
         pasted = [self.starts.paste(job) for job in jobs]
@@ -115,3 +116,7 @@ class BatchMaker:
         tiled = any(self.first_stage.tile_side(*size) for size in sizes)
         found = (("Prompt cut", self.conditioning.cut_words(job)), ("Tiles", "approximate" if tiled else ""))
         return {name: note for name, note in found if note}
+
+
+def _with_rows(on_step: OnStep, rows: Sequence[int], step: StepInfo) -> object:
+    return on_step(replace(step, rows=rows))

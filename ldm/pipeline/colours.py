@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ def fit_colours(decode: Callable[[Tensor], Tensor], channels: int, device: torch
     latents = F.interpolate(patches, size=(_SIDE, _SIDE))
     image = decode(latents.to(device)).float().cpu().clamp(-1, 1)
     colours = F.adaptive_avg_pool2d(image, _SIDE)
-    return torch.linalg.lstsq(_with_one(latents), colours.movedim(1, -1).flatten(0, -2)).solution
+    return cast(
+        "Tensor", torch.linalg.lstsq(_with_one(latents), colours.movedim(1, -1).flatten(0, -2)).solution
+    )
 
 
 def colours_of(latents: Tensor, matrix: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,7 +75,7 @@ class ControlNetworks:
         return [self.read(name, job.loras) for name, *_ in job.controls]
 
     @contextmanager
-    def running(self, job: Job) -> Iterator[None]:
+    def running(self, job: Job) -> Generator[None]:
         """Has the networks of a job on the device."""
         with ExitStack() as stack:
             for network in self.networks(job):

@@ -25,7 +25,8 @@ class ArrivingLines:
     @property
     def first(self) -> bytes:
         """The first of the lines that have arrived and are not blank; empty if there is none."""
-        return next(filter(None, map(bytes.strip, self._data.split(b"\n")[:-1])), b"")
+        whole = (line.strip() for line in self._data.split(b"\n")[:-1])
+        return next(filter(None, whole), b"")
 
     def whole(self, patience: float | None = PATIENCE) -> bytes | None:
         """Waits for a first line; returns everything if the input ends then, or while more of it arrives, else None.

@@ -89,7 +89,8 @@ class Values:
         except ValueError as error:
             self.fault(f"{printable(name)} {error}")
             return
-        target, key = (self._counts, name) if field == COUNT else (self._values, field)
+        target: dict[str, Any] = self._counts if field == COUNT else self._values
+        key = name if field == COUNT else field
         if key in target and key in SETTINGS and SETTINGS[key].entry is not None:
             value = (*target[key], *value)
         elif key in target:

@@ -182,7 +182,7 @@ class NetworkWork:
     def _control_network(self) -> ControlNet:
         """A control network for the model's U-Net, on the meta device."""
         settings = self._model.model.diffusion_model.settings
-        own = {"in_channels": self._model.channels, "time_cond_proj_dim": None}
+        own: dict[str, Any] = {"in_channels": self._model.channels, "time_cond_proj_dim": None}
         with torch.device("meta"):
             return ControlNet(**{**settings, **own}).eval()
 

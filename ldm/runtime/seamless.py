@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from ldm.modules.diffusionmodules import model as autoencoder
 from ldm.modules.diffusionmodules import openaimodel as unet
+from ldm.util import is_list
 
 Axes = Literal["none", "x", "y", "both"]
 
@@ -90,6 +90,6 @@ def _grown(value: Any, margins: Any) -> Any:
     """An argument of a layer in the size of its extended output: a map that is added to it, or its size."""
     if isinstance(value, Tensor):
         return _extended(value, margins) if value.dim() == 4 else value
-    if isinstance(value, list | tuple | torch.Size):
+    if is_list(value):
         return [side + 2 * margin for side, margin in zip(value, margins, strict=True)]
     return value

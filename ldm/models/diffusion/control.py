@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def shares_of(mode: str, maps: int, pooled: bool = False) -> list[float]:
     if mode in ("prompt", "control"):
         return [SOFT**i for i in reversed(range(maps))]
     if mode == "guess" and not pooled:
-        return torch.logspace(-1, 0, maps).tolist()
+        return cast("list[float]", torch.logspace(-1, 0, maps).tolist())
     return [1.0] * maps
 
 

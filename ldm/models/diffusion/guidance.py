@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.control import Control, FeatureUnit, Unit
 from ldm.models.diffusion.course import CONSTANT, Course, Moment
+from ldm.util import is_list, is_mapping
 
 # a tensor, a list of conditionings, or a dict of them, as accepted by LatentDiffusion.apply_model
 Conditioning = Any
@@ -134,13 +135,13 @@ class Guidance:
 
 
 def _with_control(cond: Conditioning, control: Control) -> dict[str, Any]:
-    parts = cond if isinstance(cond, dict) else {"c_crossattn": cond if isinstance(cond, list) else [cond]}
+    parts: Any = cond if is_mapping(cond) else {"c_crossattn": cond if is_list(cond) else [cond]}
     return {**parts, "control": control}
 
 
 def _rows(cond: Conditioning) -> int:
-    parts = cond["c_crossattn"] if isinstance(cond, dict) else cond
-    return len(parts[0]) if isinstance(parts, list) else len(parts)
+    parts = cond["c_crossattn"] if is_mapping(cond) else cond
+    return len(parts[0]) if is_list(parts) else len(parts)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ With fewer than 20 steps it is Heun's method on the schedule as it is. Setting: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -63,4 +64,5 @@ def _with_repeats(levels: Sequence[float], repeated: int, times: int) -> list[tu
 
 
 def _karras(high: float, low: float, count: int) -> list[float]:
-    return (np.linspace(high ** (1 / RHO), low ** (1 / RHO), count) ** RHO).tolist()
+    begin, end = math.pow(high, 1 / RHO), math.pow(low, 1 / RHO)
+    return (np.linspace(begin, end, count) ** RHO).tolist()
