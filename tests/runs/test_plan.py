@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from ldm.cli.values import options_of, request_of
 from ldm.images.sheet import layout
 from ldm.job import batch_key
 from ldm.metadata.infotext import job_from_infotext
+from ldm.runs.options import COMPARED, RunOptions
 from ldm.runs.plan import Plan, read_prompts
 from ldm.runs.starts import Start
 from ldm.util import InputError
@@ -465,3 +467,20 @@ def test_images_of_each_prompt_of_a_list(write):
         ("a cube", 42), ("a cube", 43), ("a cone", 44), ("a cone", 45),
     ]  # fmt: skip
     assert len(plan_of("--images_per_prompt", "5", "--n_samples", "2", "--n_iter", "1")) == 5
+
+
+def test_run_files_have_options_in_the_order_of_earlier_versions():
+    """As the run files of the first versions have them; newer ones follow."""
+    first = [
+        "n_samples",
+        "fixed_code",
+        "ema",
+        "tiles",
+        "no_watermark",
+        "safety",
+        "skip_grid",
+        "inpaint",
+        "compile",
+    ]
+    compared = [field.name for field in fields(RunOptions) if field.metadata == COMPARED]
+    assert compared[: len(first)] == first
