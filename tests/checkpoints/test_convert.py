@@ -371,6 +371,7 @@ def test_diffusers_computes_the_same_latents(small: Any, theirs: Any) -> None:
     assert relative_error(their_latents(theirs, 10), our_latents(small, 10)) < 2e-5
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_diffusers_encodes_and_decodes_the_same(small: Any, theirs: Any) -> None:
     picture = figure("sample/x_T")[:1, :3].repeat(1, 1, 8, 8).clamp(-1, 1)

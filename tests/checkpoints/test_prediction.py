@@ -204,6 +204,7 @@ def test_a_rounded_schedule_is_the_same(tmp_path: Path, state: dict[str, Tensor]
     check_fit(build_model(small_config()), read_model(save(tmp_path / "m.ckpt", rounded)))
 
 
+@pytest.mark.long
 def test_the_schedule_of_a_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
     """One that ends without signal is used; LDM's for other models is refused."""
     betas = torch.tensor(zero_terminal_snr(make_beta_schedule("linear", 1000, 0.00085, 0.012)))

@@ -65,6 +65,7 @@ def test_a_text_encoder_with_built_in_clip_skip(tmp_path: Path, weights: State, 
         assert ["CLIP skip 2 is built in" in variant for variant in found.variants] == [True]
 
 
+@pytest.mark.long
 def test_a_folder_that_states_fewer_layers_than_it_has(tmp_path: Path, weights: State, tiny: Any) -> None:
     convert(read_model(saved(tmp_path / "m.ckpt", weights)), tiny_config(), tmp_path / "m", "diffusers")
     config = tmp_path / "m/text_encoder/config.json"
@@ -200,6 +201,7 @@ def test_a_small_unet_runs_as_packed_layers() -> None:
     assert relative_error(fast.apply_model(x, t, context), plain.apply_model(x, t, context)) < 2e-5
 
 
+@pytest.mark.long
 def test_a_run_is_planned_and_estimated_for_the_small_unet(tmp_path: Path, small: tuple[Any, State]) -> None:
     config, weights = small
     (tmp_path / "tiny.yaml").write_text(json.dumps({"model": tiny_config()}))  # JSON is YAML

@@ -252,6 +252,7 @@ def test_the_command_is_in_the_picture(draw):
     assert parse_infotext(text)["Safety"] == "unchecked"
 
 
+@pytest.mark.long
 def test_upscaling_is_another_pass_at_a_larger_size(draw):
     half = ("--W", "64", "--H", "64")
     for space in ("pixels", "latents"):

@@ -72,6 +72,7 @@ def test_the_published_config_draws_256_by_256():
     assert own_size(request_of(options), read_config(known.LAION_CONFIG)) == (256, 256)
 
 
+@pytest.mark.long
 def test_prompts_are_read_word_by_word_in_lower_case(draw):
     def picture(prompt):
         return pixels(draw("--laion400m", "--plms", "--no_watermark", "--prompt", prompt)[1][0])

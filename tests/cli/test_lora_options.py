@@ -122,6 +122,7 @@ def test_without_a_folder_a_tag_is_text(draw, capsys):
     assert not same(literal, draw("--prompt", "a cube")[0])
 
 
+@pytest.mark.long
 def test_prompts_with_different_loras_share_no_batch(draw, ink, tmp_path):
     prompts = ["a red cube", "a red cube <lora:ink:1>", "a blue cube <lora:ink:1>", "a red cube"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
@@ -184,6 +185,7 @@ def test_only_numbers_are_split_off_a_file(tmp_path):
     assert parsed("--embedding", "a=b", "--embedding", "c").embedding == [("a", "b"), ("c", None)]
 
 
+@pytest.mark.long
 def test_an_embedding_changes_the_picture(draw, tmp_path):
     path = tmp_path / "ti/foil.pt"
     path.parent.mkdir()

@@ -450,6 +450,7 @@ def test_what_a_newer_version_wrote_is_said(tmp_path: Path, monkeypatch, capsys)
     assert "warning: a.png: a newer version wrote job.novelty" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_seeds_of_64_bits_come_back(made: Callable[..., list[Path]], capsys) -> None:
     lines = [{"seed": 2**63}, {"seed": 0}, {"seed": 2**64 - 1, "count": 2}]
     Path("list.jsonl").write_text("\n".join(json.dumps({"prompt": "a red cube", **line}) for line in lines))

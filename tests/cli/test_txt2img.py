@@ -133,6 +133,7 @@ def test_image_i_can_be_made_alone(draw):
     assert np.abs(third - again).max() <= 2
 
 
+@pytest.mark.long
 def test_how_weights_are_held_changes_no_pixel(draw, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     small = ("--precision", "bf16", "--W", "16", "--H", "16")  # slow where the CPU has no bf16 instructions

@@ -41,6 +41,7 @@ def tensors(path):
     return read_checkpoint(path).state_dict
 
 
+@pytest.mark.long
 def test_a_resumed_run_ends_as_an_unbroken_one(data, monkeypatch):
     options = ["--batch_size", "2", "--accumulate", "2", "--noise_offset", "0.05", "--flip"]
     assert train("lora", "whole.safetensors", *options) == 0
@@ -92,6 +93,7 @@ def test_a_whole_model_is_trained_and_read_back(data):
     assert changed and all(key.startswith("model.diffusion_model.") for key in changed)
 
 
+@pytest.mark.long
 def test_an_inpainting_model_begins_as_the_model_for_text(data):
     options = ["--learning_rate", "0", "--weight_decay", "0", "--dtype", "fp32"]
     assert train("inpainting", "repaint.safetensors", *options, steps=1) == 0
@@ -107,6 +109,7 @@ def test_an_inpainting_model_begins_as_the_model_for_text(data):
     )
 
 
+@pytest.mark.long
 def test_the_loss_of_one_batch_falls(tiny_batch):
     model, batch = tiny_batch
     part = KINDS["lora"].part(model, make_settings("lora", {"rank": 8}))

@@ -125,6 +125,7 @@ def test_half_of_it_leaves_the_other_half_to_the_model(files: Files, image: torc
         assert relative_error(model.scale_factor * encoded, files.tiny.encode(image).latents) < 1e-6
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_a_whole_model_with_it_is_converted(files: Files, image: torch.Tensor, tmp_path: Path) -> None:
     from diffusers import AutoencoderTiny
@@ -162,6 +163,7 @@ def test_it_is_recognised(files: Files) -> None:
         assert set(found.parameters) == {"autoencoder"}
 
 
+@pytest.mark.long
 def test_what_does_not_fit_is_named(files: Files, tmp_path: Path) -> None:
     decoder = files.halves["decoder"]
     for name, state, fault in (

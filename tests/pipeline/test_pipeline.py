@@ -112,6 +112,7 @@ def test_without_guidance_in_any_step_it_is_the_image_of_scale_one(pipeline):
     assert not torch.equal(drawn(guidance_schedule="linear"), drawn())
 
 
+@pytest.mark.long
 def test_many_prompts_leave_the_negative_one_encoded(tiny, monkeypatch):
     encoded, encode = [], tiny.get_learned_conditioning
     monkeypatch.setattr(tiny, "get_learned_conditioning", lambda c: (encoded.append(c[0]), encode(c))[1])

@@ -77,6 +77,7 @@ def test_images_in_memory_are_equal_by_content():
         Init([1, 2])
 
 
+@pytest.mark.long
 def test_jobs_of_several_kinds_are_several_batches(pipeline):
     jobs = [JOB, dataclasses.replace(JOB, steps=2), dataclasses.replace(JOB, seed=12)]
     together = pipeline.make(jobs)

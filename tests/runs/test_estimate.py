@@ -91,6 +91,7 @@ def test_v1_does_what_is_known_of_it(v1):
         assert sum(found.products.values()) == pytest.approx(known * 1e9, rel=5e-3)
 
 
+@pytest.mark.long
 def test_a_model_for_inpainting_sees_more_channels(v1):
     models = v1, build_model(read_config(INPAINTING_CONFIG))
     usual, inpainting = (NetworkWork(each).predict(64, 64).products["convolution"] for each in models)

@@ -323,6 +323,7 @@ def test_a_prompt_has_a_longest():
 # --- whole runs -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_mixed_list_makes_each_picture_as_if_alone(draw, write, monkeypatch):
     lines = [
         "a red cube",
