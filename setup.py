@@ -10,7 +10,15 @@ VERSION = next(
 )
 
 # what a run needs of the folders beside the package: `ldm.places` finds it in the installed one
-MODEL_FILES = ("model.ckpt", "judge.pt", "vocab.json", "merges.txt", "words.txt", "README.md")
+MODEL_FILES = (
+    "model.ckpt",
+    "judge.pt",
+    "lcm.safetensors",
+    "vocab.json",
+    "merges.txt",
+    "words.txt",
+    "README.md",
+)
 ASSETS = {
     "ldm.assets.configs": ("configs", ["*/*.yaml"]),
     "ldm.assets.models": ("models", [f"ldm/shapes/{name}" for name in MODEL_FILES]),

@@ -18,6 +18,7 @@ V1_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
 INPAINTING_CKPT = "models/ldm/stable-diffusion-v1-inpainting/model.ckpt"
 LAION_CKPT = "models/ldm/text2img-large/model.ckpt"
 BUNDLED_CKPT = "models/ldm/shapes/model.ckpt"
+BUNDLED_LORA = "models/ldm/shapes/lcm.safetensors"  # with which that one draws in few steps
 
 # weights of the bundled model that no published model has in these shapes
 BUNDLED_WIDTH = 64  # of its U-Net's first level

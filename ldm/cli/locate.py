@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.files import files_below
 from ldm.job import EMBEDDING_ENDINGS, MODEL_ENDINGS, lora_name
 from ldm.metadata.infotext import model_name
-from ldm.places import candidates
+from ldm.places import candidates, find
 from ldm.util import InputError, is_list, printable
 
 if TYPE_CHECKING:
@@ -154,14 +154,17 @@ def _locate_loras(recipe: Recipe, given: Mapping[str, object], located: Located)
     if not recipe.job.loras or "lora" in given:
         return
     from ldm.checkpoints.adapters.lora_files import lora_hash
+    from ldm.checkpoints.configs import BUNDLED_LORA
     from ldm.checkpoints.hashing import file_sha256
 
-    files = _files_below(given.get("lora_dir"))
+    files, bundled = _files_below(given.get("lora_dir")), find(BUNDLED_LORA)
     hashes = {_plain(name): digest for name, digest in _hashes(recipe.extras.get("Lora hashes", "")).items()}
     values: list[tuple[str, float, float]] = []
     for name, weight, on_text in recipe.job.loras:
         digest = hashes.get(_plain(name), "")
         path, same = choose(name, digest, files, lora_hash, file_sha256)
+        if not same and digest and _agrees(bundled, digest, lora_hash):
+            path, same = bundled, True
         _say(located, "LoRA", name, path, same, "--lora_dir")
         values.append((name if path is None else str(path), weight, on_text))
     located.changes["lora"] = values

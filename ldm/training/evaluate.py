@@ -14,13 +14,13 @@ from PIL import Image
 
 from ldm.config import read_config
 from ldm.data.captions import UNORDERED, caption, plain_caption
-from ldm.data.scenes import scene_at
+from ldm.data.scenes import Scene, scene_at
 from ldm.job import Job
 from ldm.pipeline import Pipeline, load_model
 from ldm.places import find
 from ldm.runtime.device import resolve_device, resolve_precision
 from ldm.seeds import count_up
-from ldm.training.quality import judge, load_reader, score
+from ldm.training.quality import SceneReader, judge, load_reader, score
 
 logger = logging.getLogger("ldm")
 _Item = TypeVar("_Item")
@@ -50,6 +50,35 @@ class Measurement:
     plain: bool
 
 
+@dataclass(frozen=True)
+class Captioned:
+    """Scenes with the split of each, and the captions that describe them."""
+
+    splits: list[str]
+    scenes: list[Scene]
+    prompts: list[str]
+
+    @classmethod
+    def draw(cls, count: int, seed: int, plain: bool = False) -> Captioned:
+        """Returns `count` scenes, the second half of pairs of solids that training held out; `seed` is the captions'.
+
+        With `plain` the captions are canonical instead of varied.
+        """
+        half = count // 2
+        splits = ["fresh"] * (count - half) + ["heldout"] * half
+        scenes = [scene_at(i, split) for i, split in enumerate(splits)]
+        rng = np.random.default_rng(seed)
+        return cls(splits, scenes, [plain_caption(s) if plain else caption(s, rng) for s in scenes])
+
+    def marks(self, reader: SceneReader, images: np.ndarray) -> list[dict[str, bool]]:
+        """Returns what is right in each image, uint8 [N, H, W, 3]; a caption may leave the order open."""
+        free = [re.search(rf"\b({'|'.join(UNORDERED)})\b", prompt) is not None for prompt in self.prompts]
+        return [
+            score(verdict, scene, ordered=not any_order)
+            for verdict, scene, any_order in zip(judge(reader, images), self.scenes, free, strict=True)
+        ]
+
+
 def evaluate(chosen: Measurement) -> tuple[np.ndarray, dict[str, tuple[int, Shares]]]:
     """Returns the images, uint8 [count, size, size, 3], and for each kind of scene its number and fractions correct.
 
@@ -57,20 +86,12 @@ def evaluate(chosen: Measurement) -> tuple[np.ndarray, dict[str, tuple[int, Shar
     """
     device, reader = resolve_device(chosen.device), load_reader(find(chosen.judge))
     model = load_model(read_config(chosen.config), find(chosen.ckpt), device)
-    half = chosen.count // 2
-    splits = ["fresh"] * (chosen.count - half) + ["heldout"] * half
-    scenes = [scene_at(i, split) for i, split in enumerate(splits)]
-    rng = np.random.default_rng(chosen.seed)
-    prompts = [plain_caption(scene) if chosen.plain else caption(scene, rng) for scene in scenes]
+    captioned = Captioned.draw(chosen.count, chosen.seed, chosen.plain)
     pipeline = Pipeline(model, resolve_precision("autocast", device))
-    images = _generate(pipeline, chosen, prompts)
-    free = [re.search(rf"\b({'|'.join(UNORDERED)})\b", prompt) is not None for prompt in prompts]
-    marks = [
-        score(verdict, scene, ordered=not any_order)
-        for verdict, scene, any_order in zip(judge(reader, images), scenes, free, strict=True)
-    ]
+    images = _generate(pipeline, chosen, captioned.prompts)
+    marks = captioned.marks(reader, images)
     return images, {
-        split: _shares([mark for mark, of in zip(marks, splits, strict=True) if of == split])
+        split: _shares([mark for mark, of in zip(marks, captioned.splits, strict=True) if of == split])
         for split in ("fresh", "heldout")
     }
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, Timer
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -106,9 +106,16 @@ class ProgressLines(pl.Callback):
         )  # fmt: skip
 
 
+class TimeLimit(Timer):
+    """Ends training after a time; that of the run before, which is resumed, does not count."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
 @dataclass(frozen=True)
 class RunSettings:
-    """Where and how long a run trains. `max_time` is "DD:HH:MM:SS"; `precision` is as in Lightning.
+    """Where and how long a run trains. `max_time` is "DD:HH:MM:SS" from its start; `precision` is as in Lightning.
 
     `device` is "auto", or one as torch names it.
     """
@@ -135,13 +142,13 @@ def make_trainer(settings: RunSettings, callbacks: Iterable[pl.Callback] = ()) -
         enable_version_counter=False,
     )
     progress = [] if settings.bar else [ProgressLines()]
+    limit = [] if settings.max_time is None else [TimeLimit(settings.max_time)]
     accelerator, _, index = settings.device.partition(":")
     return pl.Trainer(
         accelerator=accelerator,
         devices=[int(index)] if index else "auto" if accelerator == "auto" else 1,
         default_root_dir=settings.logdir,
         max_steps=settings.steps,
-        max_time=settings.max_time,
         precision=settings.precision,  # pyright: ignore[reportArgumentType]
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=settings.clip,
@@ -149,7 +156,7 @@ def make_trainer(settings: RunSettings, callbacks: Iterable[pl.Callback] = ()) -
         limit_val_batches=None if settings.validate_steps else 0,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        callbacks=[keep, *progress, *callbacks],
+        callbacks=[keep, *progress, *limit, *callbacks],
         enable_progress_bar=settings.bar,
         enable_model_summary=False,
         logger=False,

@@ -20,6 +20,7 @@ from ldm.models.keys import COND_STAGE_PREFIX, FIRST_STAGE_PREFIX
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.training.autoencoder import AutoencoderTraining, crop_batches, latent_scale, start_sharp, to_pixels
 from ldm.training.diffusion import DiffusionTraining, encode_latents, noise_batches
+from ldm.training.distillation import distil
 from ldm.training.export import export, save_atomically
 from ldm.training.quality import accuracies, judge, load_reader, save_reader, train_reader
 from ldm.training.runs import Batches, last_state, load_state
@@ -142,6 +143,7 @@ STAGES: dict[str, Callable[[Stage], None]] = {
     "latents": write_latents,
     "diffusion": train_diffusion,
     "export": export_model,
+    "distil": distil,
     "judge": train_judge,
     "taesd": train_taesd,
 }

@@ -15,12 +15,14 @@ from PIL.PngImagePlugin import PngInfo
 import ldm.places
 import scripts.inpaint
 import scripts.replay
+from ldm.checkpoints.adapters.lora_files import lora_hash
 from ldm.cli.locate import Located, locate, model_name
 from ldm.data.scenes import image_at
 from ldm.images.writer import encode_png
 from ldm.job import Init, Job
 from ldm.metadata.read import Recipe, read_job
 from ldm.metadata.record import record
+from tests.support.paths import ROOT
 
 HERE = Path()
 
@@ -84,6 +86,13 @@ def test_a_lora_is_known_by_its_hash_under_any_name() -> None:
     digest = tensors("loras/deep/drawn with a pen.pt", 2)
     located = locate(with_lora(digest), HERE, {"lora_dir": "loras"})
     assert found(located, "lora") == [("loras/deep/drawn with a pen.pt", 0.8, 0.5)]
+
+
+def test_the_bundled_lora_is_found_by_its_hash_without_a_folder() -> None:
+    bundled = ROOT / "models/ldm/shapes/lcm.safetensors"
+    located = locate(with_lora(lora_hash(bundled)), HERE, {})
+    assert found(located, "lora") == [(str(bundled), 0.8, 0.5)]
+    assert locate(with_lora("0" * 12), HERE, {}).changes["lora"] == [("ink", 0.8, 0.5)]
 
 
 def test_the_hash_of_a_loras_whole_file_counts_as_well() -> None:

@@ -18,6 +18,7 @@ from ldm.cli.commands import (
     evaluate_plot,
     evaluate_run,
     evaluate_score,
+    evaluate_solvers,
     generate,
     inspect,
     replay,
@@ -49,6 +50,7 @@ def _groups() -> Mapping[str, Mapping[str, argparse.ArgumentParser]]:
         "evaluate.py score": {"score": evaluate_score.parser()},
         "evaluate.py plot": {"plot": evaluate_plot.parser()},
         "evaluate.py compare": {"compare": evaluate_compare.parser()},
+        "evaluate.py solvers": {"solvers": evaluate_solvers.parser()},
         "train.py": {"train": train.parser()},
         "ldm where": {"where": where.parser()},
     }

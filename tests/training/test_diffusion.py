@@ -5,52 +5,18 @@ import pytest
 import torch
 
 from ldm.data.scenes import scene_at
-from ldm.data.vocabulary import train_vocabulary
-from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.ema import LitEma
 from ldm.training.diffusion import DiffusionTraining, encode_latents, min_snr_weights, noise_batches
 from ldm.training.export import export
 from ldm.training.runs import Batches, Optimisation, RunSettings, fit, last_state, make_trainer
 from ldm.util import InputError
+from tests.support.training import moments, tiny_model, tiny_vocabulary
 
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vocabulary")
-    return folder, train_vocabulary(["a red cube on top of a blue sphere"], 540, folder)
-
-
-def tiny_model(vocabulary, seed=0):
-    folder, tokens = vocabulary
-    torch.manual_seed(seed)
-    dd = {
-        "double_z": True, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32,
-        "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
-    }  # fmt: skip
-    unet = {
-        "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 1,
-        "attention_resolutions": [1], "channel_mult": [1], "num_heads": 2, "use_spatial_transformer": True,
-        "context_dim": 16, "legacy": False,
-    }  # fmt: skip
-    text = {"version": str(folder), "tokens": tokens, "max_length": 77, "width": 16, "layers": 1, "heads": 2}
-    return LatentDiffusion(
-        unet_config={"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
-        first_stage_config={
-            "target": "ldm.models.autoencoder.AutoencoderKL",
-            "params": {"ddconfig": dd, "lossconfig": {"target": "torch.nn.Identity"}, "embed_dim": 4},
-        },
-        cond_stage_config={
-            "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "params": text
-        },
-        linear_start=0.00085, linear_end=0.012, channels=4, image_size=8, use_ema=False,
-    )  # fmt: skip
-
-
-def moments(count=4):
-    rng = np.random.default_rng(0)
-    values = rng.standard_normal((count, 2, 4, 8, 8)).astype(np.float16)
-    values[:, 1] = np.abs(values[:, 1]) / 10
-    return values
+    return tiny_vocabulary(folder)
 
 
 def train(module, folder, steps, resume=None, first=0):

@@ -1,10 +1,13 @@
 """Numbered batches and progress of a training run."""
 
+import time
 from itertools import islice
 
 import pytest
+import pytorch_lightning as pl
+import torch
 
-from ldm.training.runs import Batches, Optimisation, last_state
+from ldm.training.runs import Batches, Optimisation, RunSettings, fit, last_state, make_trainer
 from ldm.util import InputError
 
 
@@ -36,3 +39,26 @@ def test_the_rate_rises_and_falls():
 def test_resuming_nothing_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match=r"last\.ckpt does not exist"):
         last_state(tmp_path)
+
+
+class OneWeight(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch):
+        time.sleep(0.2)
+        return self.layer(torch.ones(1, 1)).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_resumed_run_has_the_whole_time_again(tmp_path):
+    settings = RunSettings(tmp_path, 50, precision="32-true", max_time="00:00:00:01")
+    steps = [0]
+    for _ in range(2):
+        resume, first = last_state(tmp_path) if steps[-1] else (None, 0)
+        fit(make_trainer(settings), OneWeight(), Batches(numbered_batch, first=first).loader(), resume=resume)
+        steps.append(last_state(tmp_path)[1])
+    assert 1 <= steps[1] < 50 and 1 < steps[2] - steps[1] < 50

@@ -14,6 +14,7 @@ from ldm.checkpoints.hashing import file_sha256
 from ldm.files import files_below
 from ldm.job import MODEL_ENDINGS, lora_name
 from ldm.json_value import as_object
+from ldm.places import find
 from ldm.util import InputError, printable
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -24,7 +25,7 @@ _NAMED = 5
 
 def lora_file(path: str | Path) -> Path:
     """The file that `path` is, or that the folder which PEFT saved holds; an `InputError` where there is none."""
-    path = Path(path)
+    path = find(path)
     found = next((file for name in PEFT_FILES if (file := path / name).is_file()), path)
     if not found.is_file():
         raise InputError(
@@ -53,7 +54,7 @@ class LoraFiles:
         below = files_below(self._folder, "the LoRA folder") if self._folder is not None else []
         self._files = [file for file in below if file.name.endswith(MODEL_ENDINGS)]
         self._given: dict[str, Path] = {}
-        for path in map(Path, files):
+        for path in map(find, files):
             name = lora_name(path.name)
             if self._given.setdefault(name, path) != path:
                 raise InputError(f"two LoRA files are named {printable(name)}; rename one of them")

@@ -23,6 +23,7 @@ TASKS = {
     "score": "evaluate_score",
     "plot": "evaluate_plot",
     "compare": "evaluate_compare",
+    "solvers": "evaluate_solvers",
 }
 _DESCRIPTION = (
     "Measures the bundled model: generates captioned scenes, which a separate network reads.\n\n"
@@ -32,6 +33,7 @@ _EXAMPLES = (
     "python scripts/evaluate.py --count 40",
     "python scripts/evaluate.py --sampler dpm_solver --steps 10 --sheet sheet.png",
     "python scripts/evaluate.py --ckpt logs/mine/model.ckpt --seed 1000",
+    "python scripts/evaluate.py solvers --help",
 )
 
 

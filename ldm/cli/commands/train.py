@@ -16,12 +16,13 @@ CONFIGS = {
     "latents": "diffusion.yaml",
     "diffusion": "diffusion.yaml",
     "export": "diffusion.yaml",
+    "distil": "distil.yaml",
     "judge": "judge.yaml",
     "taesd": "taesd.yaml",
 }
 _DESCRIPTION = (
-    "Trains the bundled model in stages: autoencoder, text, latents, diffusion, export; its judge, and a "
-    "small autoencoder.\n"
+    "Trains the bundled model in stages: autoencoder, text, latents, diffusion, export; its judge, a small "
+    "autoencoder, and by distil a LoRA that makes it draw in few steps.\n"
     f"For training on your own images see: train KIND --help, where KIND is {', '.join(DEFAULTS)}."
 )
 _EXAMPLES = (

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -28,6 +29,14 @@ from ldm.models.diffusion.solvers.base import Solver
 
 TIME_SCALE, VARIANCE = 10.0, 0.25  # of the boundary condition: D is x at timestep 0
 
+T = TypeVar("T", float, Tensor)
+
+
+def boundary(t: T) -> tuple[T, T]:
+    """Returns c_skip and c_out at timestep t, or at several."""
+    square = (TIME_SCALE * t) ** 2
+    return VARIANCE / (square + VARIANCE), (square / (square + VARIANCE)) ** 0.5
+
 
 class LCM(Solver):
     """All noise at the end of a step is fresh."""
@@ -37,8 +46,7 @@ class LCM(Solver):
     def _solve(self, run: SamplingRun) -> TakeStep:
         def take(x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
             clean = clean_latent(x, run.predict(x, step.t, step.alpha), step)
-            square = (TIME_SCALE * step.t) ** 2
-            skip, out = VARIANCE / (square + VARIANCE), (square / (square + VARIANCE)) ** 0.5
+            skip, out = boundary(step.t)
             eps = implied_noise(x, skip * x + out * clean, step)
             return run.advance(x, eps, replace(step, sigma=(1 - step.alpha_prev) ** 0.5))
 
