@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+import scripts.txt2img as txt2img
 from ldm.checkpoints.convert import convert
 from ldm.checkpoints.formats.detect import CheckpointError
+from ldm.checkpoints.hashing import file_sha256
 from ldm.checkpoints.inspect import inspect_path
 from ldm.checkpoints.model_files import read_model
+from ldm.metadata.infotext import parse_infotext
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.taesd import TAESDDecoder, TAESDEncoder
 from ldm.pipeline import load_model
@@ -26,6 +30,7 @@ from tests.support.golden_data import (
     tiny_model,
     weight_of,
 )
+from tests.support.scripts import FAST
 
 NETWORKS = {"encoder": TAESDEncoder, "decoder": TAESDDecoder}
 FIGURES = {"encoder": ("image", "latent_of_image"), "decoder": ("latent", "image_of_latent")}
@@ -184,3 +189,13 @@ def test_a_model_without_the_other_half_is_refused(files: Files, tmp_path: Path)
     shutil.copy(files.of_author / "taesd_decoder.pth", tmp_path / "taesd_decoder.pth")
     with pytest.raises(CheckpointError, match=r"first_stage_model\.encoder"):
         load_model(small_config(), tmp_path / "parts.ckpt", vae=tmp_path)
+
+
+def test_images_record_it(files: Files, tmp_path: Path) -> None:
+    decoder, out = files.of_author / "taesd_decoder.pth", tmp_path / "out"
+    how = ["--vae", str(decoder), "--outdir", str(out), "--safety", "off"]
+    assert txt2img.main([*FAST, *how]) == 0
+    with Image.open(out / "samples/00000.png") as image:
+        entries = parse_infotext(image.text["parameters"])  # type: ignore[attr-defined]
+    assert (entries["VAE"], entries["VAE hash"]) == ("taesd_decoder.pth", file_sha256(decoder)[:10])
+    assert entries["VAE Decoder"] == "TAESD" and "VAE Encoder" not in entries
