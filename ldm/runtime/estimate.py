@@ -174,9 +174,9 @@ class NetworkWork:
         return lambda: self._model.apply_model(x, torch.zeros(1, device="meta"), cond)
 
     def _control(self, height: int, width: int) -> Work:
-        x, network = self._latents(height, width), self._control_network
+        x, network, context = self._latents(height, width), self._control_network, self._context
         features = x.new_empty(1, network.model_channels, *x.shape[2:])
-        return count_work(lambda: network.add(x, features, torch.zeros(1, device="meta"), self._context))
+        return count_work(lambda: network.add(x, features, torch.zeros(1, device="meta"), context))
 
     @cached_property
     def _control_network(self) -> ControlNet:

@@ -17,6 +17,7 @@ from ldm.config import read_config
 from ldm.images.canvas import open_canvas
 from ldm.job import Init, Job
 from ldm.modules.attention import CrossAttention
+from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.pipeline import LOW_MEMORY, Pipeline, load_model
 from ldm.runs.estimate import Batch, batch_kinds, count_texts, parallel, run_seconds
 from ldm.runs.memory import MOST_MAPS, Memory, beyond_memory, needed_memory
@@ -338,3 +339,35 @@ def test_a_network_that_needs_its_weights_is_no_fault(capsys, tmp_path, monkeypa
 
     monkeypatch.setattr("ldm.models.diffusion.ddpm.LatentDiffusion.apply_model", asks)
     assert "unknown" in dry_run(capsys, tmp_path, "--n_iter", "1", "--n_samples", "1")[-1]
+
+
+# --- control networks -------------------------------------------------------------------------------------------
+
+
+def controlled(*files):
+    return Job(
+        "", width=128, height=128, steps=4, controls=tuple((file, "h", 1.0, 0.0, 1.0) for file in files)
+    )
+
+
+def test_control_networks_take_time_and_memory(model, work):
+    """Twice the file is once its weights; a call is of the size of the U-Net's way down."""
+    batches = [Batch(controlled(*files), 1, True) for files in ((), ("a",), ("a", "a"), ("a", "b"))]
+    weights = [
+        needed_memory(RunOptions(outdir=""), [b], model, work, CPU, torch.float32).weights for b in batches
+    ]
+    own = sum(p.numel() for p in ControlNet(**model.model.diffusion_model.settings).parameters())
+    assert [w - weights[0] for w in weights] == [0, 4 * own, 4 * own, 8 * own]
+    seconds = [run_seconds({b: 1}, 1, work, lambda dtype: COUNTING, torch.float32) for b in batches]
+    call = 2 * 4 * sum(work.control(*SIDE).products.values())
+    assert [round(s - seconds[0]) for s in seconds] == [0, call, 2 * call, 2 * call]
+    assert 0.25 < call / (2 * 4 * sum(work.predict(*SIDE).products.values())) < 0.35
+
+
+def test_more_controls_than_memory():
+    """v1's, in float32: 1.35 GiB each."""
+    memory = Memory(weights=0, computed=1.0, peak="denoising 512x512")
+    v1 = NetworkWork(build_model(read_config(V1_CONFIG)))
+    assert round(4 * v1.control_weights / 2**30, 2) == 1.35
+    too_much = beyond_memory(replace(memory, weights=10**6 * v1.control_weights), CPU, 1)
+    assert too_much is not None and "denoising 512x512 in batches of 1 needs about" in too_much
