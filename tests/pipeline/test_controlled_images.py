@@ -90,6 +90,7 @@ def test_modes_differ(pipeline, files, mode):
     assert not np.array_equal(plain, other)
 
 
+@pytest.mark.slow
 def test_averaged_maps_do_not_move_with_the_hint(pipeline, files):
     """Of a network whose maps are averaged a mirrored hint differs less than of another."""
     flipped = files / "flipped.png"
@@ -105,6 +106,7 @@ def test_averaged_maps_do_not_move_with_the_hint(pipeline, files):
     assert change("shuffle") < change("some")
 
 
+@pytest.mark.slow
 def test_batches_starts_and_second_passes(pipeline, files):
     jobs = [controlled(files, "some", replace(JOB, seed=seed)) for seed in (11, 12)]
     together = pixels(pipeline, *jobs)
@@ -132,6 +134,7 @@ def test_an_inpainting_model_and_its_hint(files):
     )
 
 
+@pytest.mark.slow
 def test_bf16_stays_close(files):
     from ldm.runtime import kernels
     from ldm.runtime.device import resolve_precision

@@ -32,7 +32,7 @@ def inputs():
     return x, torch.tensor([500, 500]), torch.randn(2, 77, 16, generator=generator)
 
 
-@pytest.mark.parametrize("axes", SHIFTS)
+@pytest.mark.parametrize("axes", [pytest.param("x", marks=pytest.mark.slow), "y", "both"])
 @torch.inference_mode()
 def test_what_is_rolled_comes_out_rolled(networks, axes):
     model, allowed = networks
@@ -68,6 +68,7 @@ def test_the_interior_is_a_convolution_with_circular_padding():
     assert torch.allclose(layer(x), circular(x), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_job_with_its_noise_rolled():
     pipeline = Pipeline(tiny_model(small_config()))
     code = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(6))

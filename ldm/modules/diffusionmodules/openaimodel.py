@@ -392,8 +392,8 @@ class UNetModel(UNetEncoder):
         return self.out(h).to(x.dtype)
 
     def with_control(self, h: Tensor, added: Tensor) -> Tensor:
-        """Returns the sum of a map of the way down and what a control network adds to it."""
-        return h + added.to(h.dtype)
+        """Returns the sum of a map of the way down and what a control network adds to it, in the map's own layout."""
+        return h.clone().add_(added.to(h.dtype))
 
     def with_skip(self, h: Tensor, skip: Tensor) -> Tensor:
         """Returns the input of an output block: the channels of the map from below and of the skip connection."""
