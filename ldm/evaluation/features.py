@@ -110,7 +110,7 @@ def compute(
     with ThreadPoolExecutor(_READERS) as pool:
         for start in range(0, len(images), BATCH):
             items = images.items[start : start + BATCH]
-            keys = [f"{identity} {key}" for key in pool.map(Item.key, items)]
+            keys = [f"{identity} {key}" for key in pool.map(_key_of, items)]
             known: dict[str, Kept] = {} if cache is None else cache.get(keys)
             missing = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
             if missing:
@@ -133,6 +133,10 @@ def compute(
         printable(images.name), len(images), network.name, time.monotonic() - started, len(images) - fresh,
     )  # fmt: skip
     return Features(made, first[1] if first else (0, 0))
+
+
+def _key_of(item: Item) -> str:
+    return item.key()
 
 
 def _read(

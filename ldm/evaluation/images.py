@@ -145,6 +145,18 @@ def jobs_of(images: ImageSet, mixed: bool = False) -> list[Job]:
     return jobs
 
 
+def model_of(images: ImageSet) -> str:
+    """Returns the name and hash of the model that made the first image; empty if its file does not hold them."""
+    from ldm.metadata.read import read_job
+
+    path = images.items[0].path
+    try:
+        recipe = None if path is None else read_job(str(path))
+    except InputError:
+        recipe = None
+    return f"{recipe.model} [{recipe.model_hash}]" if recipe and recipe.model else ""
+
+
 _Made: TypeAlias = "tuple[Job, float, str]"  # the settings, the scale and the model of an image
 
 

@@ -41,7 +41,7 @@ class _Base:
 
     @property
     def identity(self) -> str:
-        return f"{self.name} {self.weights} {self.resize}"
+        return f"{self.name} {self.width} {self.weights} {self.resize}"
 
     def prepare(self, pixels: np.ndarray) -> Tensor:
         return MODES[self.resize](pixels, self.side)
@@ -146,7 +146,7 @@ class SceneFeatures:
 
     @property
     def identity(self) -> str:
-        return f"{self.name} {self.weights} {self.resize}"
+        return f"{self.name} {self.width} {self.weights} {self.resize}"
 
     def prepare(self, pixels: np.ndarray) -> Tensor:
         x = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 255)[None]

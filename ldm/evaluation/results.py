@@ -24,7 +24,7 @@ class Result:
     """One figure: `value` with the ends of its interval, of `images` images of the set `images_of`.
 
     `network`, `weights` (SHA-256) and `resize` are those of its features; `references` are named with their number
-    and SHA-256. `settings` are those of the point.
+    and SHA-256. `settings` are those of the point, `model` is the checkpoint's name and hash, if images record it.
     """
 
     images_of: str
@@ -41,6 +41,7 @@ class Result:
     references: str = ""
     reference_images: int = 0
     reference_sha256: str = ""
+    model: str = ""
     note: str = ""
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -128,6 +129,7 @@ def as_markdown(results: Sequence[Result]) -> str:
 def _sources(results: Sequence[Result]) -> str:
     lines = {
         f"- {result.metric}: {result.images} images"
+        + (f" of {printable(result.model)}" if result.model else "")
         + (f"; network {result.network}" if result.network else "")
         + (f" [{result.weights[:10]}]" if result.weights else "")
         + (f", resized by {result.resize}" if result.resize else "")

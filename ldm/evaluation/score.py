@@ -16,7 +16,7 @@ from ldm.evaluation.bootstrap import RESAMPLES, Estimate, around, draws, mean_of
 from ldm.evaluation.compare import PAIRED, pair_values
 from ldm.evaluation.distances import Frechet, Gaussian, gaussian_of, inside, kernel_distance, thinned
 from ldm.evaluation.features import FeatureCache, Features, compute
-from ldm.evaluation.images import ImageSet, jobs_of, read_set
+from ldm.evaluation.images import ImageSet, jobs_of, model_of, read_set
 from ldm.evaluation.networks import SceneAnswers, file_sha256, network
 from ldm.evaluation.prompts import Question
 from ldm.evaluation.results import Result
@@ -92,7 +92,8 @@ class Scorer:
                 found[-1].estimate,
                 time.monotonic() - started,
             )
-        return found
+        model = model_of(images)
+        return [replace(result, model=model) for result in found]
 
     # --- features -------------------------------------------------------------------------------------------
 

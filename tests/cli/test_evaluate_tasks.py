@@ -1,6 +1,7 @@
 """The tasks of `evaluate.py`: run, score, plot and compare, and how they refuse."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -64,6 +65,7 @@ def test_a_run_is_made_scored_continued_and_extended(here, capsys):
     assert [(one.metric, one.settings) for one in results] == [
         (metric, {"scale": scale}) for scale in (1.0, 5.0) for metric in ("fid", "answers")
     ]
+    assert re.fullmatch(r"shapes \[[0-9a-f]{10,64}\]", results[0].model)
     assert results[0].command and results[0].versions["torch"] and results[0].resize == "cut to 64, area"
     # image i is of prompt i with the seed 42 + i, the same at each point
     prompts = [question.prompt for question in read_questions(here / "e/questions.jsonl")]
