@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import scripts.txt2img as txt2img
 from ldm.images import writer
 from ldm.pipeline.colours import colours_of, fit_colours
 from ldm.runs import model_cache
+from ldm.runs.previews import encode_animation
 from ldm.safety.screen import Screen
 from tests.support.scripts import SMALL
 
@@ -75,6 +77,16 @@ def test_the_map_of_a_linear_decoder_is_found() -> None:
         return torch.nn.functional.interpolate(colours_of(z, matrix), scale_factor=8)
 
     assert torch.allclose(fit_colours(decode, 4, torch.device("cpu")), matrix, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["webp", "gif"])
+def test_an_animation_has_every_frame_in_the_last_one_s_size(kind: str) -> None:
+    """Frames of one colour each, and a pass at a smaller size before."""
+    frames = [np.full((4 + 2 * (i > 1), 6, 3), 60 * i, np.uint8) for i in range(4)]
+    with Image.open(io.BytesIO(encode_animation(frames, kind))) as file:
+        assert (file.n_frames, file.size) == (4, (24, 24))  # type: ignore[attr-defined]
+        for i, frame in enumerate(ImageSequence.Iterator(file)):
+            assert np.abs(np.asarray(frame.convert("RGB")).astype(int) - 60 * i).max() < 16
 
 
 def test_beside_a_safety_check_there_are_none(
