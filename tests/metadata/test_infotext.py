@@ -31,7 +31,9 @@ def test_layout() -> None:
 
 def test_numbers_and_defaults_are_written_plainly() -> None:
     text = infotext(
-        dataclasses.replace(FULL, prompt="x", negative_prompt="", scale=7.0, eta=1.0, upscale=2.0, loras=()),
+        dataclasses.replace(
+            FULL, prompt="x", negative_prompt="", scale=7.0, eta=1.0, upscale=2.0, loras=(), controls=()
+        ),
         {},
     )
     assert text == (
@@ -41,10 +43,13 @@ def test_numbers_and_defaults_are_written_plainly() -> None:
         "Timestep spacing: compvis, Seed mode: batch, Batch index: 5, "
         "Denoising strength: 0.3, "
         'Posterior: mean, Init image: "photo, of: me.png", Init width: 768, Init height: 8, Resize: pad, '
-        "Background: #102030, Outpaint: 8 0 16 24, Mask: mask.png, Alpha mask: on, Invert mask: on, Mask blur: 0.5, "
+        "Background: #102030, Outpaint: 8 0 16 24, Mask: mask.png, Alpha mask: on, Invert mask: on, "
+        "Mask levels: on, Mask blur: 0.5, "
         "Paste: off, Hires upscale: 2, Hires upscaler: Latent, Upscale strength: 0.3333333333333333, "
         "Guidance interval: 0.1 0.3333333333333333, Guidance interval in: sigma, Guidance schedule: linear_down, "
-        "Prompt syntax: a1111, Clip skip: 2, Guidance rescale: 0.7"
+        "Prompt syntax: a1111, Clip skip: 2, Guidance rescale: 0.7, Variation seed: 9223372036854775808, "
+        "Variation seed strength: 0.25, Seamless: x, Cache steps: 3 1 10, Token merging ratio: 0.5, Hint: inpaint, "
+        "Control mode: guess, Control resize: pad"
     )
     assert "RNG: CPU" in infotext(Job(prompt="x", rng="cpu", width=512, height=512), {})
 

@@ -92,6 +92,8 @@ FULL = Job(
     hint="inpaint",
     control_mode="guess",
     control_resize="pad",
+    cache_steps=(3, 1, 10),
+    merge_tokens=0.5,
 )
 PIXELS = np.zeros((8, 8, 3), np.uint8)
 VALUES = st.recursive(
