@@ -79,6 +79,13 @@ setup(
     ],
     extras_require={
         "evaluate": ["matplotlib>=3.8,<3.12"],  # the plots of evaluations
+        # peers of the benchmark
+        "benchmark": [
+            "diffusers>=0.36,<0.43",
+            "safetensors>=0.5,<0.9",
+            "openvino>=2026.4,<2027",
+            "nncf>=3.4,<4",
+        ],
         # the package itself has what these once added
         "train": [],
         "devices": [],
@@ -89,6 +96,7 @@ setup(
             "diffusers>=0.36,<0.43",
             "peft>=0.18,<0.22",
             "safetensors>=0.5,<0.9",
+            "gguf>=0.17,<0.20",  # writes the files that its reader here is tested with
             "sd-parsers>=0.5,<0.7",
             "DeepCache>=0.1.1,<0.2",
             "tomesd>=0.1.3,<0.2",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin")
+MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin", ".gguf")
 EMBEDDING_ENDINGS = (*MODEL_ENDINGS, ".png")
 DEFAULT_STRENGTH = 0.75  # of a starting image without a given strength
 RESIZES = ("fit", "fill", "stretch", "pad", "none")

@@ -12,7 +12,7 @@ from ldm.job import Job
 from ldm.models.diffusion.noise import PhiloxNoise
 from ldm.pipeline import Pipeline, load_model
 from ldm.runtime.device import resolve_precision
-from ldm.runtime.fast import prepare
+from ldm.runtime.prepare import prepare
 from tests.support.golden_data import TOLERANCE, figure, figures, relative_error, sampled, tiny_model
 
 pytestmark = pytest.mark.gpu

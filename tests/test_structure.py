@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 FILES = sorted((ROOT / "ldm").rglob("*.py"))
 RANKS = [
     {"util", "job", "lr_scheduler"},
-    {"files", "json_value", "seeds", "setting"},
+    {"files", "json_value", "scaled", "seeds", "setting"},
     {"field", "places"},
     {"config"},
     {"modules"},

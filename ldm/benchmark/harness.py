@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm import __version__
-from ldm.benchmark.options import PARTS
+from ldm.benchmark.options import PARTS, PEERS
 from ldm.benchmark.process import Process
 from ldm.benchmark.report import Report, Sample, facts_line, print_errors, print_report
 from ldm.benchmark.subjects import Setting
@@ -37,13 +37,14 @@ def benchmark(opt: argparse.Namespace) -> int:
     precisions = opt.precision.split(",")
     _check(opt, sizes, parts)
     report = Report(opt.json)
-    pairs = [_pair(opt, precision) for precision in precisions]
-    prepared = _prepare(opt, [s.precision for pair in pairs for s in pair if s.subject != "ours"])
+    peers = _peers(opt, report)
+    rows = [_row(opt, precision, peers) for precision in precisions]
+    prepared = _prepare(opt, [_held_in(s) for row in rows for s in row if s.subject != "ours"])
     machine = {"version": __version__, "platform": platform.platform(), "python": sys.version}
     report.line("run", {"options": vars(opt), **machine})
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
-        for pair in pairs:
-            settings = [_with_files(setting, prepared) for setting in pair]
+        for row in rows:
+            settings = [_with_files(setting, prepared) for setting in row]
             _measure(opt, report, settings, sizes, parts, Path(scratch))
     return 0
 
@@ -60,11 +61,28 @@ def _check(opt: argparse.Namespace, sizes: Sequence[int], parts: Sequence[str]) 
         need(size > 0 and size % 8 == 0, f"--sizes: {size} is not a multiple of 8")
     need(_steps_run(opt) >= 2, f"--strength {opt.strength} leaves {_steps_run(opt)} steps; give more")
     need(not opt.check or opt.mode == "txt2img", "--check goes with --mode txt2img only")
-    missing = [name for name in ("diffusers", "transformers", "safetensors") if not _installed(name)]
-    need(
-        opt.peers is None or not missing,
-        f"--peers {opt.peers} needs {', '.join(missing)}: pip install {' '.join(missing)}",
-    )
+
+
+def _peers(opt: argparse.Namespace, report: Report) -> list[str]:
+    """Returns the peers that were asked for and are installed; those that are not are named."""
+    names = [name for name in opt.peers.split(",") if name]
+    unknown = [name for name in names if name not in PEERS]
+    need(not unknown, f"--peers: unknown peer {printable(unknown[:1])[1:-1]}; choose from {', '.join(PEERS)}")
+    found: list[str] = []
+    lacking: dict[str, str] = {}
+    for name in names:
+        always, rounded = PEERS[name]
+        packages = (*always, *(rounded if "int8" in opt.precision.split(",") else ()))
+        missing = [package for package in packages if not _installed(package)]
+        if missing:
+            lacking[name] = f"{name} needs {', '.join(missing)}: pip install {' '.join(missing)}"
+        else:
+            found.append(name)
+    need(bool(found) or not names, f"--peers {'; '.join(lacking.values())}")
+    for name, reason in lacking.items():
+        report.line("left out", {"peer": name, "reason": reason})
+        report.text(f"left out: {reason}")
+    return found
 
 
 def _installed(name: str) -> bool:
@@ -76,17 +94,14 @@ def _number(option: str, text: str) -> int:
     return int(text)
 
 
-def _pair(opt: argparse.Namespace, precision: str) -> list[Setting]:
-    """Returns our subject in one precision, and the peer, if there is one, in the corresponding one."""
+def _row(opt: argparse.Namespace, precision: str, peers: Sequence[str]) -> list[Setting]:
+    """Returns our subject in one precision, and the peers in the corresponding one."""
     peer_dtype = _peer_dtype(opt, precision)
     ours = _ours(opt, precision)
+    own = {peer: "int8" if precision == "int8" and PEERS[peer][1] else peer_dtype for peer in peers}
     return [
         ours,
-        *(
-            replace(ours, subject=peer, precision=peer_dtype, malloc=opt.peer_malloc)
-            for peer in [opt.peers]
-            if peer
-        ),
+        *(replace(ours, subject=peer, precision=own[peer], malloc=opt.peer_malloc) for peer in peers),
     ]
 
 
@@ -136,8 +151,13 @@ def _prepare(opt: argparse.Namespace, peer_dtypes: Sequence[str]) -> dict[str, A
 
 
 def _with_files(setting: Setting, prepared: Mapping[str, Any]) -> Setting:
-    folder = "" if setting.subject == "ours" else prepared["folders"][setting.precision]
+    folder = "" if setting.subject == "ours" else prepared["folders"][_held_in(setting)]
     return replace(setting, ckpt=prepared["ckpt"], picture=prepared["picture"], folder=folder)
+
+
+def _held_in(setting: Setting) -> str:
+    """Returns the type of the weights in a peer's folder."""
+    return "bfloat16" if setting.precision == "int8" else setting.precision
 
 
 def _name(setting: Setting) -> str:
@@ -152,14 +172,18 @@ def _measure(
     parts: Sequence[str],
     scratch: Path,
 ) -> None:
-    """Measures and reports all figures of one pair of subjects."""
+    """Measures and reports all figures of subjects that take turns."""
     recipe = opt.peer_recipe
-    if set(parts) & {"step", "decode"} or opt.check or (opt.peers and recipe == "auto"):
+    if (
+        set(parts) & {"step", "decode"}
+        or opt.check
+        or (recipe == "auto" and any(s.subject == "diffusers" for s in settings))
+    ):
         with contextlib.ExitStack() as stack:
             processes = {_name(s): stack.enter_context(Process(s)) for s in settings}
             for setting in settings:
                 loaded = processes[_name(setting)].ask("load", {})
-                if setting.subject != "ours":
+                if setting.subject == "diffusers":
                     recipe = _arrange(opt, recipe, processes[_name(setting)], sizes[0])
                 report.line("facts", {"subject": _name(setting), **loaded["facts"], "recipe": recipe})
                 report.text(facts_line(_name(setting), loaded["facts"], setting.subject, recipe))
@@ -205,11 +229,14 @@ def _turns(
     few = min(opt.steps, 3 if opt.mode == "txt2img" else math.ceil(2 / opt.strength))
     steps = opt.steps if "step" in parts else few
     limit = 0 if "decode" in parts else _steps_run(opt)
-    for process in processes.values():
-        process.ask("run", _work(size, few, 0 if "decode" in parts else 1, number=-1))
+    compiled = {}
+    for name, process in processes.items():
+        warm = process.ask("run", _work(size, few, 0 if "decode" in parts else 1, number=-1))
+        compiled[name] = {key: warm["seconds"][key] for key in ("compile",) if key in warm["seconds"]}
     for number, (name, process) in itertools.product(range(1, opt.rounds + 1), processes.items()):
         answer = process.ask("run", _work(size, steps, limit, number))
-        yield Sample(name, size, number, False, answer["seconds"], answer["memory"], answer["load average"])
+        seconds = {**(compiled[name] if number == 1 else {}), **answer["seconds"]}
+        yield Sample(name, size, number, False, seconds, answer["memory"], answer["load average"])
 
 
 def _fresh_turns(
@@ -220,7 +247,7 @@ def _fresh_turns(
         name = _name(setting)
         with Process(setting) as process:
             loaded = process.ask("load", {})
-            if setting.subject != "ours" and recipe == "channels-last":
+            if setting.subject == "diffusers" and recipe == "channels-last":
                 process.ask("arrange", {"channels_last": True})
             outdir = str(scratch / f"{name}-{size}-{number}")
             answer = process.ask("run", _work(size, opt.steps, 0, number, outdir))

@@ -7,7 +7,11 @@ import argparse
 from ldm.checkpoints.configs import V1_CONFIG
 
 PARTS = ("step", "decode", "whole")
-PEERS = ("diffusers",)
+# the packages that each peer needs, and those that it also needs for 8-bit products
+PEERS = {
+    "diffusers": (("diffusers", "transformers", "safetensors"), ()),
+    "openvino": (("openvino", "diffusers", "transformers", "safetensors"), ("nncf",)),
+}
 
 
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
@@ -38,14 +42,20 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
         "--precision",
         metavar="LIST",
         default="autocast",
-        help="full, autocast, bf16 or fp16, or several in turn",
+        help="full, autocast, bf16, fp16 or int8, or several in turn",
     )
     group.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     group.add_argument("--threads", metavar="N", type=int, default=0, help="CPU threads (0: torch's choice)")
     group.add_argument("--compile", action="store_true", help="torch.compile the U-Nets, the peer's too")
 
     group = parser.add_argument_group("comparison")
-    group.add_argument("--peers", choices=PEERS, help="another package that does the same work in turns")
+    group.add_argument(
+        "--peers",
+        metavar="LIST",
+        default="",
+        help=f"other packages that do the same work in turns: {', '.join(PEERS)}; those that are not installed are "
+        "left out",
+    )
     group.add_argument(
         "--peer_recipe",
         choices=("auto", "plain", "channels-last"),
@@ -56,7 +66,8 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
         "--peer_dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="auto: float32 for full, else float16 on a GPU and bfloat16 on a CPU",
+        help="auto: float32 for full, else float16 on a GPU and bfloat16 on a CPU; "
+        "for int8, int8 in those that have it",
     )
 
     group.add_argument(

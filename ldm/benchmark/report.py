@@ -17,7 +17,7 @@ from ldm.util import printable
 
 # in the order of the table
 PHASES = (
-    "import", "load", "text", "encode", "first step", "step", "unet", "decode", "png",
+    "import", "load", "compile", "text", "encode", "first step", "step", "unet", "decode", "png",
     "start to first step", "whole run",
 )  # fmt: skip
 

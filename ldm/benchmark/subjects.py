@@ -22,7 +22,7 @@ GUIDANCE = 7.5
 class Setting:
     """The settings of one process. `spawned` is the time at which it was started, in seconds since 1970."""
 
-    subject: str  # ours, diffusers
+    subject: str  # ours, diffusers, openvino
     config: str
     ckpt: str
     folder: str
@@ -136,6 +136,9 @@ class Subject(Protocol):
     """A toolkit that generates images, with a stopwatch in its phases."""
 
     watch: Stopwatch
+    compiling: (
+        float  # the seconds that compiling the U-Net took in the last batch, 0 if it was compiled before
+    )
 
     @property
     def latents(self) -> tuple[int, int]:
@@ -173,7 +176,7 @@ class Ours:
         from ldm.pipeline import Pipeline, load_model
         from ldm.runtime.device import resolve_device, resolve_precision
 
-        self.setting = setting
+        self.setting, self.compiling = setting, 0.0
         device = resolve_device(setting.device)
         precision = resolve_precision(setting.precision, device)
         model = load_model(read_config(setting.config), setting.ckpt, device, dtype=None)
@@ -267,12 +270,17 @@ class Diffusers:
         self.low, self.layout = low, "plain"
         self.watch = watch = Stopwatch(device)
         pipe, unet = self.pipe, self.pipe.unet
-        if setting.compiled:
-            unet.forward = torch.compile(unet.forward)
+        self.compiling = 0.0
         pipe.encode_prompt = watch.timed("text", pipe.encode_prompt)
         pipe.vae.encode = watch.timed("encode", pipe.vae.encode)
-        unet.forward = watch.timed("unet", unet.forward)
+        unet.forward = watch.timed("unet", self.network(unet))
         pipe.vae.decode = watch.decoding(pipe.vae.decode)
+
+    def network(self, unet: torch.nn.Module) -> Callable[..., Any]:
+        """Returns the function that is called in place of the U-Net's `forward`."""
+        import torch
+
+        return torch.compile(unet.forward) if self.setting.compiled else unet.forward
 
     @property
     def latents(self) -> tuple[int, int]:

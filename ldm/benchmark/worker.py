@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-SUBJECTS: dict[str, Callable[[Setting], Subject]] = {"ours": Ours, "diffusers": Diffusers}
+def _openvino(setting: Setting) -> Subject:
+    from ldm.benchmark.peers import OpenVino
+
+    return OpenVino(setting)
+
+
+SUBJECTS: dict[str, Callable[[Setting], Subject]] = {
+    "ours": Ours,
+    "diffusers": Diffusers,
+    "openvino": _openvino,
+}
 
 
 class Worker:
@@ -64,8 +74,11 @@ class Worker:
     def run(self, **fields: Any) -> dict[str, Any]:
         """Runs one batch; returns the seconds of its phases, and those since the process was started."""
         work, watch = Work(**fields), self.subject.watch
+        self.subject.compiling = 0.0
         images = self._make(work)
         seconds = watch.seconds()
+        if self.subject.compiling:
+            seconds["compile"] = [self.subject.compiling]
         if work.outdir:
             before = time.perf_counter()
             self.subject.save(images, Path(work.outdir))

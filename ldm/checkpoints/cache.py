@@ -57,21 +57,22 @@ def through_cache(
     checkpoint: Checkpoint,
     ema: Ema,
     mmap: bool,
-    rounded: Callable[[LatentDiffusion], Collection[str]],
+    halved: Callable[[LatentDiffusion], Collection[str]],
+    rounded: Collection[str] = (),
 ) -> tuple[Checkpoint, Ema]:
     """The checkpoint and the choice of weights to load into `model`: the cached weights, made if they are missing.
 
-    The cache holds the weights whose keys `rounded` gives in bf16. Where it can be neither read nor made, this is
-    `checkpoint` and `ema`.
+    The cache holds the weights whose keys `halved` gives in bf16, and those of the keys `rounded` as int8. Where
+    it can be neither read nor made, this is `checkpoint` and `ema`.
     """
     own = {key: value.shape for key, value in model.state_dict().items() if not key.startswith(EMA_PREFIX)}
     cached = read_cached(path, checkpoint, own, mmap)
     if cached is None:
         load_into(model, checkpoint, None, ema)
         weights = {key: value for key, value in model.state_dict().items() if key in own}
-        halves = rounded(model)
+        halves = halved(model)
         types = {key: torch.bfloat16 if key in halves else value.dtype for key, value in weights.items()}
-        write_cached(path, weights, types)
+        write_cached(path, weights, types, rounded)
         cached = read_cached(path, checkpoint, own, mmap)
     return (checkpoint, ema) if cached is None else (cached, "off")
 
@@ -96,12 +97,17 @@ def read_cached(
         return None
 
 
-def write_cached(path: Path, weights: Mapping[str, torch.Tensor], types: Mapping[str, torch.dtype]) -> None:
+def write_cached(
+    path: Path,
+    weights: Mapping[str, torch.Tensor],
+    types: Mapping[str, torch.dtype],
+    rounded: Collection[str] = (),
+) -> None:
     """Keeps weights in their types for the next start, whole or not at all; a full disk is only logged."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with without_leftovers(path, _NAMES), written_whole(path, overwrite=True) as part:
-            write_safetensors(part, weights, types, {"format": "pt"})
+            write_safetensors(part, weights, types, {"format": "pt"}, rounded)
     except OSError as error:
         logger.warning("the weights could not be cached in %s: %s", printable(path.parent), error.strerror)
         return

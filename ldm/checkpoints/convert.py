@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,16 +70,17 @@ def convert(
     dtype: torch.dtype | None = None,
     ema: Ema | Literal["both"] = "auto",
     loras: Sequence[tuple[str, float, float]] = (),
+    rounded: Callable[[LatentDiffusion], Collection[str]] | None = None,
 ) -> None:
     """Writes the model of a checked config with the weights of `checkpoint` (from `read_model`) to `out`.
 
     "compvis" is one safetensors file under CompVis's names, "ckpt" the same as torch saves it, "diffusers" a
     folder for `StableDiffusionPipeline.from_pretrained`. The weights are checked as if they were to run; the
-    noise schedule is computed and never cast. `dtype` None keeps each weight's type. With `ema` "auto" the
-    averaged weights are written as the weights if there are any, "both" keeps both sets. `loras` (file, weight of the
-    U-Net, weight of the text encoder) are merged into the weights. Only "ckpt" has all
-    cast weights in memory at once. Raises `InputError`, and `OSError`, which names `out`, if
-    writing fails.
+    noise schedule is computed and never cast. `dtype` None keeps each weight's type; the weights whose keys
+    `rounded` gives are written as int8 with scales, which only "compvis" can. With `ema` "auto" the averaged weights
+    are written as the weights if there are any, "both" keeps both sets. `loras` (file, weight of the U-Net, weight
+    of the text encoder) are merged into the weights. Only "ckpt" has all cast weights in memory at once. Raises
+    `InputError`, and `OSError`, which names `out`, if writing fails.
     """
     check_output(out, to, ema)
     model = build_model(suited(config, checkpoint))
@@ -109,7 +110,8 @@ def convert(
             state_dict = {key: value.to(types[key]).contiguous() for key, value in tensors.items()}
             write_torch(part, {**steps, "state_dict": state_dict})
         else:
-            write_safetensors(part, tensors, types, _model_spec(model, checkpoint, Path(out).stem, types))
+            spec = _model_spec(model, checkpoint, Path(out).stem, types)
+            write_safetensors(part, tensors, types, spec, rounded(model) if rounded else ())
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from ldm.checkpoints.load import build_model, check_fit, has_averages, load_into
 from ldm.checkpoints.model_files import model_files, read_model
 from ldm.checkpoints.variants import adapted
 from ldm.models.keys import EMA_PREFIX
+from ldm.scaled import stored_type
 from ldm.util import printable
 
 ConfigFor = Callable[[ModelKind], Mapping[str, Any] | None]
@@ -189,7 +190,7 @@ def _describe(found: Inspection, content: _Content) -> Inspection:
     precisions: Counter[str] = Counter()
     for key, tensor in content.tensors.items():
         parameters[_part(key, kind)] += tensor.numel()
-        precisions[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+        precisions[str(stored_type(tensor)).removeprefix("torch.")] += tensor.numel()
     step = content.values.get("global_step", content.values.get("step"))
     return replace(
         found,

@@ -168,9 +168,9 @@ def _costs(
     batches, work = batch_kinds(plan, missing, model.embeds_guidance), NetworkWork(model)
     steps = sum(times * count_steps(batch.job) for batch, times in batches.items())
     try:
-        memory = needed_memory(options, batches, model, work, device, precision.dtype)
+        memory = needed_memory(options, batches, model, work, device, precision)
         pace = lru_cache(maxsize=None)(partial(measure_pace, device))
-        seconds = run_seconds(batches, count_texts(plan), work, pace, precision.dtype)
+        seconds = run_seconds(batches, count_texts(plan), work, pace, precision)
     except RuntimeError as error:  # a network of another package may need its weights
         yield f"time and memory: unknown, the model does not run without its weights ({printable(error)[:80]})"
         return

@@ -38,6 +38,9 @@ class _Laion(argparse.Action):
             namespace.outdir = LAION_OUTDIR
 
 
+PRECISIONS = ("full", "autocast", "bf16", "fp16", "int8")
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of weights, device and precision."""
     group = parser.add_argument_group("model")
@@ -55,9 +58,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--precision",
-        choices=("full", "autocast", "bf16", "fp16"),
+        choices=PRECISIONS,
         default="autocast",
-        help="full: float32; autocast: fp16 on a GPU, bf16 on a CPU that can",
+        help="full: float32; autocast: fp16 on a GPU, bf16 on a CPU that can; int8: for CPUs, approximate",
     )
     group.add_argument(
         "--no_mmap",
@@ -69,7 +72,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         nargs="?",
         const="",
-        help="keep the weights as bf16 needs them, for a faster start next time (default DIR: the user's cache)",
+        help="keep the weights as bf16 or int8 needs them, for a faster next start (default DIR: the user's cache)",
     )
     group.add_argument(
         "--compile",

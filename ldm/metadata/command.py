@@ -235,7 +235,7 @@ def of_the_run(recipe: Recipe) -> dict[str, Any]:
     extras = recipe.extras
     chosen: dict[str, Any] = {}
     if extras.get("Precision"):
-        chosen["precision"] = "full" if extras["Precision"] == "full" else "autocast"
+        chosen["precision"] = extras["Precision"] if extras["Precision"] in ("full", "int8") else "autocast"
     if extras.get("EMA") in ("on", "off"):
         chosen["ema"] = extras["EMA"]
     if extras.get("Prediction") in ("eps", "v"):

@@ -20,7 +20,7 @@ from ldm.config import read_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.places import find
 from ldm.runtime.device import Precision, resolve_precision
-from ldm.runtime.fast import halved
+from ldm.runtime.prepare import halved, rounded_keys
 from ldm.safety.load import find_safety_model, load_safety_model
 from ldm.safety.screen import Screen
 from ldm.util import need
@@ -37,13 +37,14 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
     cache: Path | None = None,
     prediction: Choice = "auto",
+    int8: bool = False,
 ) -> LatentDiffusion:
     """The model of a checked config with the weights of a checkpoint in `dtype` (None: the file's), ready to sample.
 
     `ckpt` is a file or a folder of diffusers, `vae` and `text_encoder` files or folders with another part. The
     model is built without memory of its own and takes the checkpoint's tensors; see `ldm.checkpoints` for what
     is refused. The checkpoint states what it predicts, unless `prediction` does. In the folder `cache` the weights
-    are kept as a CPU runs them in bf16, for the next time.
+    are kept as a CPU runs them in bf16, or with `int8` in 8 bits, for the next time.
     """
     model = build_model(config)  # a fault of the config is named before anything is read
     checkpoint = read_model(ckpt, mmap, vae, text_encoder, prediction)
@@ -56,8 +57,9 @@ def load_model(
     )
     if cache is not None:
         files = [file for path in (ckpt, vae, text_encoder) if path is not None for file in model_files(path)]
-        path = cached_file(cache, files, ema)
-        checkpoint, ema = through_cache(path, model, checkpoint, ema, mmap, halved)
+        path = cached_file(cache, files, f"{ema} int8" if int8 else ema)
+        keys = rounded_keys(model) if int8 else set()
+        checkpoint, ema = through_cache(path, model, checkpoint, ema, mmap, halved, keys)
     load_into(model, checkpoint, dtype, ema)
     use_vocabulary(model, checkpoint.vocabulary)
     if model.use_ema:  # sampling needs one set of weights, and `load_into` has chosen it

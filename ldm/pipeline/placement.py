@@ -13,7 +13,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.adapter import T2IAdapter
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.runtime.device import Precision
-from ldm.runtime.fast import prepare, prepare_control
+from ldm.runtime.prepare import prepare, prepare_control
 
 LOW_MEMORY = 300_000_000  # bytes of weights that stay in memory with `lowmem`
 
@@ -28,7 +28,9 @@ class Placement:
     def __init__(self, model: LatentDiffusion, precision: Precision, lowmem: bool, compiled: bool) -> None:
         self.precision = precision
         self._model, self._lowmem = model, lowmem
-        self.packer = prepare(model, precision.dtype, forget, LOW_MEMORY if lowmem else None, compiled)
+        self.packer = prepare(
+            model, precision.dtype, forget, LOW_MEMORY if lowmem else None, compiled, precision.int8
+        )
 
     @property
     def device(self) -> torch.device:

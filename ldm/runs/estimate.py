@@ -16,6 +16,7 @@ from ldm.runs.processes import asked_for
 if TYPE_CHECKING:
     import torch
 
+    from ldm.runtime.device import Precision
     from ldm.runtime.estimate import NetworkWork, Pace
 
 
@@ -110,25 +111,25 @@ def run_seconds(
     batches: Mapping[Batch, int],
     texts: int,
     work: NetworkWork,
-    pace: Callable[[torch.dtype], Pace],
-    dtype: torch.dtype,
+    pace: Callable[[Precision], Pace],
+    precision: Precision,
 ) -> float:
-    """Returns the seconds that one device takes for all batches in `dtype`, without loading and writing.
+    """Returns the seconds that one device takes for all batches in `precision`, without loading and writing.
 
     `pace` returns that of a precision: images are encoded in float32.
     """
     inits = {(batch.job.init, batch.size) for batch in batches if batch.job.init is not None}
     return (
-        texts * pace(dtype).seconds(work.read)
+        texts * pace(precision.beside).seconds(work.read)
         + sum(_encode_seconds(size, work, pace) for _, size in inits)
-        + sum(times * _batch_seconds(batch, work, pace, dtype) for batch, times in batches.items())
+        + sum(times * _batch_seconds(batch, work, pace, precision) for batch, times in batches.items())
     )
 
 
 def _batch_seconds(
-    batch: Batch, work: NetworkWork, pace: Callable[[torch.dtype], Pace], dtype: torch.dtype
+    batch: Batch, work: NetworkWork, pace: Callable[[Precision], Pace], precision: Precision
 ) -> float:
-    own, last = pace(dtype), batch.job.upscaled_size
+    own, beside, last = pace(precision), pace(precision.beside), batch.job.upscaled_size
     branch = (*batch.job.cache_steps, 0, 0)[1]
 
     def call(size: tuple[int, int], samples: int, full: float) -> float:
@@ -146,18 +147,18 @@ def _batch_seconds(
     )
     if batch.job.controls:
         denoising += len(batch.job.controls) * sum(
-            calls * own.seconds(work.control(*size), batch.samples) for size, calls, _ in batch.passes()
+            calls * beside.seconds(work.control(*size), batch.samples) for size, calls, _ in batch.passes()
         )
-    each = own.seconds(work.decode(*last))
+    each = beside.seconds(work.decode(*last))
     if batch.encodes_again:
-        each += own.seconds(work.decode(*batch.size)) + _encode_seconds(last, work, pace)
+        each += beside.seconds(work.decode(*batch.size)) + _encode_seconds(last, work, pace)
     return denoising + batch.images * each
 
 
-def _encode_seconds(size: tuple[int, int], work: NetworkWork, pace: Callable[[torch.dtype], Pace]) -> float:
-    import torch
+def _encode_seconds(size: tuple[int, int], work: NetworkWork, pace: Callable[[Precision], Pace]) -> float:
+    from ldm.runtime.device import FULL
 
-    return pace(torch.float32).seconds(work.encode(*size))
+    return pace(FULL).seconds(work.encode(*size))
 
 
 def parallel(options: RunOptions, device: torch.device, batches: int) -> int:

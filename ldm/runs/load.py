@@ -76,6 +76,7 @@ def _load_pipeline(options: RunOptions, plan: Plan, source: Source) -> Pipeline:
         prediction=options.prediction,
         dtype=None,
         cache=_weights_cache(options, source.here.device, source.precision),
+        int8=source.precision.int8,
     )
     shape = partial(
         Pipeline,
@@ -95,9 +96,11 @@ def _weights_cache(options: RunOptions, device: torch.device, precision: Precisi
     """Returns the folder of cached weights, if they are enabled and of use."""
     if options.cache_weights is None:
         return None
-    if device.type != "cpu" or precision.name != "bf16":
+    if device.type != "cpu" or precision.name not in ("bf16", "int8"):
         logger.info(
-            "--cache_weights is for bf16 on a CPU; %s on %s reads the checkpoint", precision.name, device
+            "--cache_weights is for bf16 and int8 on a CPU; %s on %s reads the checkpoint",
+            precision.name,
+            device,
         )
         return None
     return Path(options.cache_weights) if options.cache_weights else cache_path("weights")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.runtime.device import Precision
     from ldm.runtime.estimate import NetworkWork
 
 MOST_MAPS = 30  # of the finest level that a U-Net has at a time; v1's has 25
@@ -37,7 +38,7 @@ def needed_memory(
     model: LatentDiffusion,
     work: NetworkWork,
     device: torch.device,
-    dtype: torch.dtype,
+    precision: Precision,
 ) -> Memory:
     """Returns the peak memory of one device."""
     from ldm.models.diffusion.ddpm import LatentInpaintDiffusion
@@ -66,16 +67,16 @@ def needed_memory(
         return work.predict(*size).alive + (work.control(*size).alive if controlled else 0)
 
     peaks = [
-        (passing[largest] * dtype.itemsize / 4, f"decoding {_words(largest)}"),
+        (passing[largest] * precision.dtype.itemsize / 4, f"decoding {_words(largest)}"),
         *((passing[size] * to_encode, f"encoding {_words(size)}") for size in encoded),
         *(
-            (dtype.itemsize * maps(size, controlled) * samples, f"denoising {_words(size)}")
+            (precision.dtype.itemsize * maps(size, controlled) * samples, f"denoising {_words(size)}")
             for size, samples, controlled in denoised
         ),
     ]
-    networks = [*weight_bytes(model, dtype, encodes=bool(encoded)).values()]
+    networks = [*weight_bytes(model, precision, encodes=bool(encoded)).values()]
     if files := {file for batch in batches for file, *_ in batch.job.controls}:
-        networks += [work.control_weights * dtype.itemsize] * len(files)
+        networks += [work.control_weights * precision.dtype.itemsize] * len(files)
     weights = max(networks) if options.lowmem else sum(networks)
     if options.lowmem and device.type == "cpu":
         weights = min(weights, LOW_MEMORY)
@@ -83,7 +84,7 @@ def needed_memory(
 
 
 def check_batches(
-    options: RunOptions, plan: Plan, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+    options: RunOptions, plan: Plan, config: Mapping[str, Any], device: torch.device, precision: Precision
 ) -> None:
     """Refuses a run with a batch that exceeds this machine's memory; the `InputError` names what would fit.
 
@@ -103,7 +104,7 @@ def check_batches(
         return
     try:
         model = build_model(config)
-        memory = needed_memory(options, batches, model, NetworkWork(model), device, dtype)
+        memory = needed_memory(options, batches, model, NetworkWork(model), device, precision)
     except RuntimeError:  # a network of another package may need its weights
         return
     too_much = beyond_memory(memory, device, max(batch.images for batch in batches))

@@ -64,7 +64,7 @@ class RunOptions:
     embedding_dir: str | None = None
 
     device: str = "auto"
-    precision: Literal["full", "autocast", "bf16", "fp16"] = "autocast"
+    precision: Literal["full", "autocast", "bf16", "fp16", "int8"] = "autocast"
     lowmem: bool = False
     no_mmap: bool = False
     cache_weights: str | None = None

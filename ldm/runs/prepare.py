@@ -78,6 +78,10 @@ def settle(
     from ldm.runtime.device import resolve_device  # torch, which takes seconds
 
     device = resolve_device(options.device)
+    need(
+        not options.compile or options.precision != "int8",
+        "--compile and --precision int8 exclude each other: torch's compiler has no 8-bit products; leave one out",
+    )
     stdin_copy = check(options, device, reads_input)
     find_lora = find_loras(options)
     config = read_config(config_path, options.allow_targets)

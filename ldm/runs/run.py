@@ -37,7 +37,7 @@ def run(
         report.events.about["process"] = here.rank
     source = prepared.source(here)
     log_steps(plan[0])
-    check_batches(options, plan, prepared.config, here.device, source.precision.dtype)
+    check_batches(options, plan, prepared.config, here.device, source.precision)
     try:
         return make(options, plan, source, report, name_files)
     except OSError as error:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ldm.runtime import int8
 from ldm.runtime.kernels import fast_bf16
-from ldm.util import InputError, printable
+from ldm.util import InputError, need, printable
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +48,18 @@ def resolve_device(name: str) -> torch.device:
 class Precision:
     """The dtype of the networks' weights and activations, and its name for reports.
 
-    The schedule, the sampler's arithmetic, guidance and the statistics of norms are float32 in any case.
+    With `int8` the layers that `ldm.runtime.prepare.rounded_layers` names multiply 8-bit numbers. The schedule, the
+    sampler's arithmetic, guidance and the statistics of norms are float32 in any case.
     """
 
     name: str
     dtype: torch.dtype
+    int8: bool = False
+
+    @property
+    def beside(self) -> Precision:
+        """The precision of the networks that `int8` leaves as they are."""
+        return next(each for each in (FULL, BF16, FP16) if each.dtype == self.dtype)
 
     def context(self, device: torch.device) -> AbstractContextManager[object]:
         """Returns the context for model calls: on a CPU, it casts in layers of other packages."""
@@ -67,8 +75,13 @@ FP16 = Precision("fp16", torch.float16)
 def resolve_precision(requested: str, device: torch.device) -> Precision:
     """Resolves a name: `full` is float32; `autocast` is fp16 on a GPU, and bf16 on a CPU with instructions for it.
 
-    `bf16` and `fp16` are themselves; fp16 on a CPU is an `InputError`, as it would take hours.
+    `bf16` and `fp16` are themselves; fp16 on a CPU is an `InputError`, as it would take hours. `int8` is for
+    CPUs with instructions for it; the other layers run as with `autocast`.
     """
+    if requested == "int8":
+        reason = f"it is for CPUs, not {device.type}" if device.type != "cpu" else int8.unsupported()
+        need(not reason, f"--precision int8 cannot run here: {reason}; use autocast")
+        return Precision("int8", (BF16 if fast_bf16() else FULL).dtype, int8=True)
     if requested == "full":
         # convolutions on a GPU would round their inputs to 10 bits otherwise
         torch.backends.cudnn.allow_tf32 = False
@@ -78,7 +91,9 @@ def resolve_precision(requested: str, device: torch.device) -> Precision:
             logger.warning("this CPU has no bf16 instructions, so bf16 is slow; --precision full is faster")
         return BF16
     if requested not in ("autocast", "fp16"):
-        raise InputError(f"unknown precision {printable(requested)!r}; choose full, autocast, bf16 or fp16")
+        raise InputError(
+            f"unknown precision {printable(requested)!r}; choose full, autocast, bf16, fp16 or int8"
+        )
     if device.type != "cpu":
         return FP16
     if requested == "fp16":

@@ -25,7 +25,10 @@ from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
 from ldm.models.keys import FIRST_STAGE_PREFIX
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.runtime import kernels
-from ldm.runtime.fast import Packer, accelerate, halved
+from ldm.runtime.device import Precision
+from ldm.runtime.fast import accelerate
+from ldm.runtime.packing import Packer
+from ldm.runtime.prepare import halved, rounded_layers, use_int8
 from ldm.runtime.shortcuts import CachedBlocks
 from ldm.util import is_list
 
@@ -240,12 +243,12 @@ class Pace:
         return samples * (products + self.number * work.written) + self.operation * work.operations
 
 
-def measure_pace(device: torch.device, dtype: torch.dtype) -> Pace:
+def measure_pace(device: torch.device, precision: Precision) -> Pace:
     """Measures the pace of a device in a precision with a few of the runtime's operations, in half a second.
 
     On a GPU they are larger, and the time to launch one is the time that the CPU takes to queue it.
     """
-    side = 32 if device.type == "cpu" else 128
+    side, dtype = 32 if device.type == "cpu" else 128, precision.dtype
     with torch.random.fork_rng(devices=[]):
         layers = nn.ModuleDict(
             {
@@ -256,7 +259,7 @@ def measure_pace(device: torch.device, dtype: torch.dtype) -> Pace:
             }
         )
         x = torch.randn(2, CHANNELS, side, side).to(device, dtype).to(memory_format=torch.channels_last)
-    attend = _prepare(layers, device, dtype)
+    attend = _prepare(layers, device, precision)
     tokens, tiny = x.flatten(2).transpose(1, 2).contiguous(), x[0, :1, :1, :8]
     multiplied = 2 * x.numel() * CHANNELS
 
@@ -276,11 +279,14 @@ def measure_pace(device: torch.device, dtype: torch.dtype) -> Pace:
 
 
 def _prepare(
-    layers: nn.Module, device: torch.device, dtype: torch.dtype
+    layers: nn.ModuleDict, device: torch.device, precision: Precision
 ) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
     """Sets up layers as `prepare` does for those of a model, with its attention."""
+    dtype = precision.dtype
     if device.type == "cpu" and kernels.can_pack(dtype):
         accelerate(layers, Packer(dtype, lambda weight: None))
+        if precision.int8:
+            use_int8([layers["convolution"], layers["matrix"]])
         return kernels.attend
     layers.to(device, dtype)
     return _attend
@@ -309,14 +315,17 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 # --- weights ----------------------------------------------------------------------------------------------------
 
 
-def weight_bytes(model: LatentDiffusion, dtype: torch.dtype, encodes: bool = True) -> Mapping[str, int]:
-    """Returns the bytes of each network's weights as run in `dtype` on a CPU, including those kept in float32.
+def weight_bytes(model: LatentDiffusion, precision: Precision, encodes: bool = True) -> Mapping[str, int]:
+    """Returns the bytes of each network's weights as run in `precision` on a CPU, including those kept in float32.
 
     Those of the autoencoder's encoder count only if it `encodes`: unused weights stay in their file.
     """
-    narrow = halved(model)
+    narrow = dict.fromkeys(halved(model), precision.dtype.itemsize)
+    if precision.int8:
+        rounded = {id(layer.weight) for layer in rounded_layers(model.model.diffusion_model)}
+        narrow |= {key: 1 for key, weight in model.named_parameters() if id(weight) in rounded}
     sizes: Counter[str] = Counter()
     for key, weight in model.named_parameters():
         if encodes or not key.startswith(_ENCODER):
-            sizes[key.partition(".")[0]] += weight.numel() * (dtype.itemsize if key in narrow else 4)
+            sizes[key.partition(".")[0]] += weight.numel() * narrow.get(key, 4)
     return sizes

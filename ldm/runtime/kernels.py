@@ -6,7 +6,8 @@ once. The operations are oneDNN's, under the names by which torch's compiler cal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,16 @@ def has_bf16() -> bool:
 def fast_bf16() -> bool:
     """Returns whether this CPU multiplies bf16 numbers faster than float32."""
     return (has_matrix_units() or has_bf16()) and can_pack(torch.bfloat16)
+
+
+def as_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns x as `convolve` and `multiply` compute with it."""
+    return x.to(dtype)
+
+
+def silu(x: Tensor) -> Tensor:
+    """Replaces x by its SiLU."""
+    return F.silu(x, inplace=True)
 
 
 def pack_convolution(
@@ -109,7 +120,9 @@ def parity_weights(weight: Tensor) -> list[Tensor]:
     return [kernel for rows in pairs(weight.detach().float(), 2) for kernel in pairs(rows, 3)]
 
 
-def convolve_doubled(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+def convolve_doubled(
+    x: Any, packed: Sequence[Any], bias: Tensor | None, convolve: Callable[..., Tensor] = convolve
+) -> Tensor:
     """Convolves x [N, C, h, w] at twice its size (nearest neighbour) with a 3x3 kernel as packed `parity_weights`."""
     n, _, h, w = x.shape
     out: Tensor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ldm.modules.diffusionmodules import model as autoencoder
 from ldm.modules.diffusionmodules import openaimodel as unet
+from ldm.runtime.int8 import Rounded
 from ldm.util import is_list
 
 Axes = Literal["none", "x", "y", "both"]
@@ -81,8 +83,10 @@ def _hooked(network: nn.Module, axes: Axes) -> Iterable[RemovableHandle]:
         yield layer.register_forward_hook(cut)
 
 
-def _extended(x: Tensor, margins: Any) -> Tensor:
+def _extended(x: Any, margins: Any) -> Any:
     rows, columns = margins
+    if isinstance(x, Rounded):
+        return replace(x, bytes=_extended(x.bytes, margins))
     return F.pad(x, (columns, columns, rows, rows), mode="circular")
 
 

@@ -40,6 +40,7 @@ class Measurement:
     ckpt: str
     judge: str
     device: str
+    precision: str
     sampler: str
     steps: int
     scale: float
@@ -87,7 +88,7 @@ def evaluate(chosen: Measurement) -> tuple[np.ndarray, dict[str, tuple[int, Shar
     device, reader = resolve_device(chosen.device), load_reader(find(chosen.judge))
     model = load_model(read_config(chosen.config), find(chosen.ckpt), device)
     captioned = Captioned.draw(chosen.count, chosen.seed, chosen.plain)
-    pipeline = Pipeline(model, resolve_precision("autocast", device))
+    pipeline = Pipeline(model, resolve_precision(chosen.precision, device))
     images = _generate(pipeline, chosen, captioned.prompts)
     marks = captioned.marks(reader, images)
     return images, {

@@ -12,12 +12,14 @@ from omegaconf import OmegaConf
 
 import scripts.benchmark as script
 from ldm.benchmark import harness as benchmark
+from ldm.benchmark.options import PEERS
 from ldm.benchmark.report import Sample, ratios
-from ldm.benchmark.subjects import Enough, Stopwatch, Work
+from ldm.benchmark.subjects import Enough, Ours, Stopwatch, Work
 from ldm.benchmark.weights import random_weight, write_image, write_random_checkpoint
-from ldm.benchmark.worker import Worker
+from ldm.benchmark.worker import SUBJECTS, Worker
 from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.checkpoints.load import load_into
+from ldm.runtime.int8 import unsupported
 from tests.support.golden_data import small_config, tiny_model
 
 STEPS = 3
@@ -107,6 +109,66 @@ def test_in_turns_with_diffusers(measure):
     # the same weights, noise and timesteps, so the same results
     errors = {line["subject"]: line for line in of_kind(lines, "error")}
     assert max(errors[peer][name] for name in ("latents", "unet", "picture")) < 1e-4
+
+
+class Compiled(Ours):
+    """A peer that is this toolkit, in float32, and that compiles its U-Net for each size once."""
+
+    def __init__(self, setting):
+        super().__init__(replace(setting, precision="full"))
+        self.sizes = set()
+
+    def make(self, work, noise):
+        if work.size not in self.sizes:
+            self.sizes.add(work.size)
+            self.compiling = 12.5
+        return super().make(work, noise)
+
+
+def test_a_peer_that_compiles_and_one_that_is_missing(measure, capfd, monkeypatch):
+    monkeypatch.setattr(benchmark, "Process", InThisProcess)
+    monkeypatch.setitem(SUBJECTS, "compiled", Compiled)
+    monkeypatch.setitem(PEERS, "compiled", (("torch",), ()))
+    monkeypatch.setitem(PEERS, "missing", (("torch", "not_installed_here"), ()))
+    options = ["--parts", "step", "--rounds", "2", "--precision", "full", "--check"]
+    code, lines = measure(*options, "--peers", "missing,compiled")
+    assert code == 0
+    out, _ = capfd.readouterr()
+    assert "left out: missing needs not_installed_here: pip install not_installed_here" in out
+    ours, peer = "ours full", "compiled float32"
+    samples = of_kind(lines, "sample")
+    assert [s["subject"] for s in samples] == [ours, peer] * 2
+    assert [s["seconds"].get("compile") for s in samples] == [None, [12.5], None, None]
+    (row,) = [line for line in out.splitlines() if line.startswith("compile ")]
+    assert "12.5000" in row
+    assert {line["phase"] for line in of_kind(lines, "ratio")} == {"text", "first step", "step", "unet"}
+    errors = {line["subject"]: line for line in of_kind(lines, "error")}
+    assert errors[peer]["unet"] == errors[ours]["unet"] == 0
+
+
+def test_peers_are_checked_before_anything_is_made(measure, capsys):
+    assert measure("--peers", "nobody") == (2, [])
+    assert "unknown peer 'nobody'; choose from diffusers, openvino" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["full", "int8"])
+def test_in_turns_with_openvino(measure, precision):
+    pytest.importorskip("openvino")
+    pytest.importorskip("diffusers")
+    if precision == "int8":
+        pytest.importorskip("nncf")
+        if reason := unsupported():
+            pytest.skip(reason)
+    options = ["--parts", "step", "--rounds", "1", "--precision", precision, "--check"]
+    code, lines = measure(*options, "--peers", "openvino")
+    assert code == 0
+    ours, peer = of_kind(lines, "sample")
+    assert ours["subject"] == f"ours {precision}"
+    assert peer["seconds"]["compile"][0] > 0
+    errors = {line["subject"]: line["unet"] for line in of_kind(lines, "error")}
+    low, high = (0, 1e-4) if precision == "full" else (1e-3, 0.5)
+    assert low <= errors[peer["subject"]] < high
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ import torch
 from ldm.checkpoints import cache
 from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.pipeline import load_model
-from ldm.runtime.fast import halved, prepare
+from ldm.runtime.prepare import halved, prepare
 from tests.support.golden_data import small_config, tiny_model
+from tests.support.precision import needs_int8_kernels
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +22,16 @@ def checkpoint(tmp_path_factory) -> Path:
     return path
 
 
-def load(checkpoint: Path, folder: Path | None):
-    return load_model(small_config(), checkpoint, dtype=None, cache=folder)
+def load(checkpoint: Path, folder: Path | None, int8: bool = False):
+    return load_model(small_config(), checkpoint, dtype=None, cache=folder, int8=int8)
 
 
 def drawn(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def outputs(model):
-    prepare(model, torch.bfloat16, lambda weight: None)
+def outputs(model, int8=False):
+    prepare(model, torch.bfloat16, lambda weight: None, int8=int8)
     with torch.inference_mode():
         yield model.apply_model(drawn(1, 4, 8, 8), torch.tensor([500]), drawn(1, 77, 16))
         yield model.decode_first_stage(drawn(1, 4, 2, 2))  # more is slow in bf16 on many CPUs
@@ -47,12 +48,13 @@ def cached(tmp_path_factory, checkpoint):
     return file
 
 
-def test_the_same_numbers_from_fewer_bytes(checkpoint, tmp_path):
-    first = list(outputs(load(checkpoint, tmp_path)))
+@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=needs_int8_kernels)])
+def test_the_same_numbers_from_fewer_bytes(checkpoint, tmp_path, int8):
+    first = list(outputs(load(checkpoint, tmp_path, int8), int8))
     (file,) = tmp_path.iterdir()
     assert file.stat().st_size < 0.75 * checkpoint.stat().st_size
-    for model in (load(checkpoint, file.parent), load(checkpoint, None)):
-        for a, b in zip(outputs(model), first, strict=True):
+    for model in (load(checkpoint, file.parent, int8), load(checkpoint, None, int8)):
+        for a, b in zip(outputs(model, int8), first, strict=True):
             assert torch.equal(a, b)
 
 

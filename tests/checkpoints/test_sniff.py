@@ -32,7 +32,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:fe4e\nsize 42
         (bytes(257 - 3).replace(b"\0", b"n") + b"abcustar\x0000" + bytes(300), "tar archive"),
         (b"Rar!\x1a\x07\x00" + bytes(50), "rar"),
         (b"7z\xbc\xaf\x27\x1c" + bytes(50), "7z"),
-        (b"GGUF\x03\x00\x00\x00" + bytes(50), "gguf"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(50), "holds no tensors"),
         (b"\x08\x07\x12\x07pytorch" + bytes(50), "onnx"),
         (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
         (b"\x89PNG\r\n\x1a\n" + bytes(50), "PNG image"),

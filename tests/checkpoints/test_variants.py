@@ -27,7 +27,7 @@ from ldm.pipeline import Pipeline, load_model
 from ldm.runs.options import RunOptions
 from ldm.runs.prepare import prepare as prepare_run
 from ldm.runtime.estimate import NetworkWork
-from ldm.runtime.fast import prepare
+from ldm.runtime.prepare import prepare
 from ldm.util import InputError
 from tests.support.golden_data import rebuilt_state_dict, relative_error, tiny_config, tiny_model
 

@@ -6,7 +6,8 @@ import torch
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.util import timestep_embedding
-from ldm.runtime.fast import Packer, accelerate
+from ldm.runtime.fast import accelerate
+from ldm.runtime.packing import Packer
 from tests.support.control import FIGURES, PARAMETERS, control_network, given
 from tests.support.golden_data import (
     TOLERANCE,

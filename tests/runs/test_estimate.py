@@ -24,10 +24,10 @@ from ldm.runs.memory import MOST_MAPS, Memory, beyond_memory, needed_memory
 from ldm.runs.options import RunOptions
 from ldm.runs.plan import Plan, read_prompts
 from ldm.runs.starts import Start
-from ldm.runtime.device import BF16
+from ldm.runtime.device import BF16, FULL, resolve_precision
 from ldm.runtime.estimate import NetworkWork, Pace, Work, count_work, measure_pace, weight_bytes
 from ldm.runtime.shortcuts import shortcuts
-from tests.support.precision import needs_bf16_kernels
+from tests.support.precision import needs_bf16_kernels, needs_int8_kernels
 
 CPU = torch.device("cpu")
 SIDE = (128, 128)
@@ -119,12 +119,12 @@ def test_seconds_are_work_times_pace():
     assert pace.seconds(work, 3) == 3 * (2 + 30 + 500 + 7000) + 110_000
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_trial_of_a_machine_leaves_no_trace(dtype, monkeypatch):
+@pytest.mark.parametrize("name", ["full", "bf16", pytest.param("int8", marks=needs_int8_kernels)])
+def test_the_trial_of_a_machine_leaves_no_trace(name, monkeypatch):
     monkeypatch.setattr("ldm.runtime.estimate.TRIAL", 0.0)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    pace = measure_pace(CPU, dtype)
+    pace = measure_pace(CPU, resolve_precision(name, CPU))
     assert torch.equal(torch.get_rng_state(), before)
     assert set(pace.product) == {"convolution", "matrix", "attention"}
     assert min(*pace.product.values(), pace.number, pace.operation) > 0
@@ -133,8 +133,8 @@ def test_the_trial_of_a_machine_leaves_no_trace(dtype, monkeypatch):
 # --- time -------------------------------------------------------------------------------------------------------
 
 
-def seconds(work, batches, texts=0, pace=lambda dtype: COUNTING):
-    return run_seconds(batches, texts, work, pace, torch.bfloat16)
+def seconds(work, batches, texts=0, pace=lambda precision: COUNTING):
+    return run_seconds(batches, texts, work, pace, BF16)
 
 
 def of(call):
@@ -185,8 +185,8 @@ def test_steps_that_run_few_blocks_cost_what_these_do(model, work):
 
 def test_the_second_pass_and_the_encoder_are_counted(work):
     paces = {
-        torch.bfloat16: COUNTING,
-        torch.float32: replace(COUNTING, product=dict.fromkeys(COUNTING.product, 1000.0)),
+        BF16: COUNTING,
+        FULL: replace(COUNTING, product=dict.fromkeys(COUNTING.product, 1000.0)),
     }
     job = Job("", width=128, height=128, steps=20, upscale=2.0, upscale_strength=0.5)
     latents = seconds(work, {Batch(replace(job, upscale_in="latents"), 1, False): 1}, pace=paces.get)
@@ -268,40 +268,46 @@ def test_memory_in_words():
 def test_weights_in_float32_are_all_parameters(model):
     networks = (model.model, model.first_stage_model, model.cond_stage_model)
     numbers = sum(weight.numel() for network in networks for weight in network.parameters())
-    assert sum(weight_bytes(model, torch.float32).values()) == 4 * numbers
+    assert sum(weight_bytes(model, FULL).values()) == 4 * numbers
     encoder = (model.first_stage_model.encoder, model.first_stage_model.quant_conv)
     unused = sum(weight.numel() for network in encoder for weight in network.parameters())
-    assert sum(weight_bytes(model, torch.float32, encodes=False).values()) == 4 * (numbers - unused)
+    assert sum(weight_bytes(model, FULL, encodes=False).values()) == 4 * (numbers - unused)
 
 
-@needs_bf16_kernels
-def test_weights_in_bf16_are_what_a_run_packs(model):
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("bf16", marks=needs_bf16_kernels), pytest.param("int8", marks=needs_int8_kernels)],
+)
+def test_weights_are_what_a_run_packs(model, name):
+    precision = resolve_precision(name, CPU)
     loaded = load_model(read_config(BUNDLED_CONFIG), BUNDLED_CKPT)
-    pipeline = Pipeline(loaded, BF16)
+    pipeline = Pipeline(loaded, precision)
     pipeline.make([Job("a cube", width=64, height=64, steps=1)])
     packer = pipeline.maker.placement.packer
     assert packer is not None
-    told = sum(weight_bytes(model, torch.bfloat16, encodes=False).values())
+    told = sum(weight_bytes(model, precision, encodes=False).values())
     assert packer.size == pytest.approx(told, rel=0.15)  # without embeddings, norms, biases
 
 
-def bytes_needed(model, work, *batches, dtype=torch.float32, tiles="off", lowmem=False):
-    return needed_memory(RunOptions(outdir="", tiles=tiles, lowmem=lowmem), batches, model, work, CPU, dtype)
+def bytes_needed(model, work, *batches, precision=FULL, tiles="off", lowmem=False):
+    return needed_memory(
+        RunOptions(outdir="", tiles=tiles, lowmem=lowmem), batches, model, work, CPU, precision
+    )
 
 
 def test_the_peak_is_the_largest_of_three(model, work):
     batch = Batch(Job("", width=128, height=128, steps=2), 1, True)
     alone = bytes_needed(model, work, batch)
     assert alone.peak == "decoding 128x128"
-    assert bytes_needed(model, work, batch, dtype=torch.bfloat16).computed == alone.computed / 2
+    assert bytes_needed(model, work, batch, precision=BF16).computed == alone.computed / 2
     twice = bytes_needed(model, work, batch, replace(batch, job=replace(batch.job, height=256)))
     assert (twice.peak, twice.computed) == ("decoding 128x256", 2 * alone.computed)
     many = bytes_needed(model, work, replace(batch, images=500))
     assert (many.peak, many.computed) == ("denoising 128x128", 4 * 1000 * work.predict(*SIDE).alive)
     start = replace(batch, job=replace(batch.job, init=Init("a.png")))
-    from_picture = bytes_needed(model, work, start, dtype=torch.bfloat16)
+    from_picture = bytes_needed(model, work, start, precision=BF16)
     assert from_picture.peak == "encoding 128x128"
-    assert from_picture.weights > bytes_needed(model, work, batch, dtype=torch.bfloat16).weights
+    assert from_picture.weights > bytes_needed(model, work, batch, precision=BF16).weights
 
 
 def test_tiles_and_lowmem_take_less(model, work, v1):
@@ -325,7 +331,7 @@ def dry_run(capsys, tmp_path, *options):
 
 def test_a_dry_run_estimates(capsys, tmp_path, monkeypatch):
     pace = Pace(dict.fromkeys(COUNTING.product, 1e-9), 0.0, 0.0)
-    monkeypatch.setattr("ldm.runtime.estimate.measure_pace", lambda device, dtype: pace)
+    monkeypatch.setattr("ldm.runtime.estimate.measure_pace", lambda device, precision: pace)
     *_, memory, time = dry_run(capsys, tmp_path, "--n_iter", "2", "--n_samples", "1", "--ddim_steps", "40")
     assert memory.startswith("memory: about ")
     assert "for decoding 128x128" in memory

@@ -5,7 +5,9 @@ from torch import nn
 from ldm.modules.diffusionmodules import openaimodel
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.runtime import kernels
-from ldm.runtime.fast import FastUNet, PackedConv2d, PackedLinear, Packer, prepare
+from ldm.runtime.fast import FastUNet
+from ldm.runtime.packing import PackedConv2d, PackedLinear, Packer
+from ldm.runtime.prepare import prepare
 from tests.support.golden_data import TOLERANCE, figure, figures, relative_error, sampled, tiny_model
 from tests.support.precision import EACH_PACKED, needs_bf16_kernels
 

@@ -8,22 +8,31 @@ import torch
 
 from ldm.job import Job
 from ldm.pipeline import Pipeline
-from ldm.runtime.fast import Packer, accelerate
+from ldm.runtime.fast import accelerate
+from ldm.runtime.packing import Packer
+from ldm.runtime.prepare import rounded_layers, use_int8
 from ldm.runtime.seamless import Seamless
 from tests.support.golden_data import relative_error, small_config, tiny_model
-from tests.support.precision import EACH_PACKED
+from tests.support.precision import EACH_PACKED, needs_int8_kernels
 
 # what is rolled must stay on the same rows of all four levels: 8 latent cells, 64 pixels
 SHIFTS = {"x": (0, 8), "y": (8, 0), "both": (8, 16)}
 
 
-@pytest.fixture(scope="module", params=[None, *EACH_PACKED], ids=["plain", "float32", "bf16"])
+@pytest.fixture(
+    scope="module",
+    params=[None, *EACH_PACKED, pytest.param("int8", marks=needs_int8_kernels)],
+    ids=["plain", "float32", "bf16", "int8"],
+)
 def networks(request):
     model = tiny_model(small_config())
-    if request.param is not None:
+    dtype = torch.float32 if request.param == "int8" else request.param
+    if dtype is not None:
         for part in (model.model.diffusion_model, model.first_stage_model):
-            accelerate(part, Packer(request.param, lambda weight: None))
-    return model, 5e-6 if request.param is not torch.bfloat16 else 2e-2
+            accelerate(part, Packer(dtype, lambda weight: None))
+    if request.param == "int8":
+        use_int8(rounded_layers(model.model.diffusion_model))
+    return model, 5e-6 if request.param in (None, torch.float32) else 2e-2
 
 
 def inputs():

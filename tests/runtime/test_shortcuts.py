@@ -16,7 +16,8 @@ from ldm.job import Job
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.passes import check_sampling
 from ldm.pipeline import Pipeline
-from ldm.runtime.fast import Packer, accelerate
+from ldm.runtime.fast import accelerate
+from ldm.runtime.packing import Packer
 from ldm.runtime.shortcuts import Matching, full_steps, shortcuts
 from ldm.util import InputError
 from tests.support.golden_data import relative_error, tiny_model

@@ -10,10 +10,11 @@ from typing import BinaryIO, Literal
 from ldm import files
 from ldm.util import InputError
 
-Format = Literal["torch zip", "torch legacy", "safetensors"]
+Format = Literal["torch zip", "torch legacy", "safetensors", "gguf"]
 
 ZIP_START = b"PK\x03\x04"
 # The number 0x1950a86a20f9469cfc6c, pickled: the first of the five pickles of the format before torch 1.6.
+GGUF_START = b"GGUF"
 LEGACY_START = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
 MAX_SAFETENSORS_HEADER = 100_000_000
 
@@ -30,8 +31,7 @@ _FOREIGN = (
     (0, b"Rar!", "a rar archive; unpack it first"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
     (257, b"ustar", "a tar archive; unpack it first (torch.save of before 2017 wrote tar: save it again)"),
-    (0, b"GGUF", "a gguf file; this toolkit reads .ckpt and .safetensors"),
-    (0, b"\x89HDF", "an HDF5 file; this toolkit reads .ckpt and .safetensors"),
+    (0, b"\x89HDF", "an HDF5 file; this toolkit reads .ckpt, .safetensors and .gguf"),
     (0, b"\x89PNG", "a PNG image"),
     (0, b"\xff\xd8\xff", "a JPEG image"),
 )
@@ -76,6 +76,8 @@ def sniff(file: BinaryIO) -> Format:
         return "torch zip"
     if head.startswith(LEGACY_START):
         return "torch legacy"
+    if head.startswith(GGUF_START):
+        return "gguf"
     length = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and 2 <= length <= MAX_SAFETENSORS_HEADER:  # a length may look like another format
         return "safetensors"
@@ -84,7 +86,7 @@ def sniff(file: BinaryIO) -> Format:
         return "safetensors"
     raise CheckpointError(
         f"is not a checkpoint: unknown format (starts with {head[:8].hex(' ')}); "
-        "this toolkit reads .ckpt and .safetensors"
+        "this toolkit reads .ckpt, .safetensors and .gguf"
     )
 
 
@@ -104,4 +106,4 @@ def _refuse_known_content(head: bytes) -> None:
     if head[0] == 0x80 and 2 <= head[1] <= 5:
         raise CheckpointError("is a pickle, but not one that torch.save wrote; it was not read")
     if head[0] == 0x08 and head[2] == 0x12:  # protobuf: ir_version, then producer_name
-        raise CheckpointError("is an onnx file; this toolkit reads .ckpt and .safetensors")
+        raise CheckpointError("is an onnx file; this toolkit reads .ckpt, .safetensors and .gguf")

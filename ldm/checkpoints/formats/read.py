@@ -13,6 +13,7 @@ import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError, Format, open_regular, reading, sniff
 from ldm.checkpoints.formats.embedding_image import is_png, read_png_embedding
+from ldm.checkpoints.formats.gguf_file import read_gguf
 from ldm.checkpoints.formats.pickle_reader import DTYPES
 from ldm.checkpoints.formats.safetensors_file import read_safetensors
 from ldm.checkpoints.formats.tensor_bytes import FLOAT8, Tree
@@ -21,6 +22,7 @@ from ldm.checkpoints.formats.torch_zip import damaged_records, read_torch_zip
 from ldm.checkpoints.layouts.prediction import Prediction
 from ldm.checkpoints.layouts.recognise import ModelKind, kind_of, looks_like
 from ldm.json_value import JsonObject
+from ldm.scaled import ScaledWeight, joined
 
 _WRAPPERS = ("state_dict", "model")
 _WRAPPING_MODULES = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
@@ -55,7 +57,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Checkpoint:
-    """Reads a `.ckpt` or `.safetensors` file, distinguished by content, without running anything in it.
+    """Reads a `.ckpt`, `.safetensors` or `.gguf` file, distinguished by content, without running anything in it.
 
     With `mmap` the tensors are views on a private map of the file: nothing is read before it is used, and the
     file must stay as it is meanwhile. Without it the tensors are in memory (for network drives). Every fault
@@ -65,7 +67,10 @@ def read_checkpoint(path: str | os.PathLike[str], mmap: bool = True) -> Checkpoi
         tree, found, metadata = _read_tree(path, mmap)
         state_dict = _unwrapped(_find_state_dict(tree))
         _check_tensors(state_dict)
-        return Checkpoint(Path(path), found, state_dict, metadata)
+        try:
+            return Checkpoint(Path(path), found, joined(state_dict), metadata)
+        except ValueError as error:
+            raise CheckpointError(f"cannot be used: {error}") from None
 
 
 def read_tree(path: str | os.PathLike[str], mmap: bool = True) -> Tree:
@@ -109,6 +114,9 @@ def _read_tree(path: str | os.PathLike[str], mmap: bool) -> tuple[Tree, Format, 
         if found == "safetensors":
             tensors, metadata = read_safetensors(file, mmap)
             return {**tensors}, found, {**metadata}
+        if found == "gguf":
+            weights, entries = read_gguf(file, mmap)
+            return {**weights}, found, entries
         tree = read_torch_zip(file, mmap) if found == "torch zip" else read_torch_legacy(file, mmap)
         return tree, found, _scalars(tree)
 
@@ -140,11 +148,14 @@ def _find_state_dict(tree: Tree) -> dict[str, torch.Tensor]:
         tree = tree[wrapper]
     if not isinstance(tree, dict) or not tree:
         raise CheckpointError(f"holds no tensors: found {_type_name(tree)} in place of a state dict")
+    kinds = torch.Tensor, ScaledWeight
     tensors = {
-        key: value for key, value in tree.items() if isinstance(key, str) and type(value) is torch.Tensor
+        key: value
+        for key, value in tree.items()
+        if isinstance(key, str) and isinstance(value, torch.Tensor) and type(value) in kinds
     }
     if len(tensors) < len(tree):
-        stray = next((key for key, value in tree.items() if type(value) is not torch.Tensor), None)
+        stray = next((key for key, value in tree.items() if type(value) not in kinds), None)
         found = ", ".join(repr(str(key)[:60]) for key in list(tree)[:5])
         raise CheckpointError(
             f"holds no state dict: {str(stray)[:60]!r} is not a tensor; it has {found}{looks_like(kind_of(tree))}"

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, TypeAlias
 import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError, file_size
+from ldm.scaled import ScaledWeight
 
 # what a file can hold
 Tree: TypeAlias = (
@@ -40,6 +41,8 @@ def forget(tensor: torch.Tensor) -> None:
 
     A tensor that was changed in place, or that is not such a view, keeps its memory.
     """
+    if isinstance(tensor, ScaledWeight):
+        tensor = tensor.whole
     if tensor.is_inference() or tensor._version or not tensor.is_contiguous() or os.name != "posix":
         return
     start = tensor.data_ptr()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.formats.safetensors_file import DTYPES, HASH_ENTRY
+from ldm.scaled import SCALE, round_weight
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE = 2**20  # numbers that are cast and written at a time
@@ -22,13 +23,18 @@ def write_safetensors(
     tensors: Mapping[str, Tensor],
     types: Mapping[str, torch.dtype] | None,
     metadata: Mapping[str, str],
+    rounded: Collection[str] = (),
 ) -> None:
     """Writes tensors in their `types` (None: their own), large types first as other writers do, and text metadata.
 
-    If `metadata` has `HASH_ENTRY`, its value becomes the SHA-256 of the tensors' bytes. Tensors are cast piece by
-    piece, so there is no second copy of one in memory. Raises `OSError`.
+    Weights of the keys `rounded` become int8, each with its scales, see `ldm.scaled`. If `metadata` has
+    `HASH_ENTRY`, its value becomes the SHA-256 of the tensors' bytes. Tensors are cast piece by piece, without
+    a second copy of one in memory. Raises `OSError`.
     """
     types = types_for(tensors) if types is None else types
+    scales = {key + SCALE: round_weight(tensors[key])[1] for key in rounded}
+    tensors = {**tensors, **scales}
+    types = {**types, **types_for(scales), **dict.fromkeys(rounded, torch.int8)}
     order = data_order(tensors, types)
     entries: dict[str, Any] = {}
     end = 0
@@ -43,7 +49,8 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(_header(entries, metadata))
         for key in order:
-            for piece in torch.split(tensors[key].detach().contiguous().reshape(-1), _PIECE):
+            value = round_weight(tensors[key])[0] if key in rounded else tensors[key].detach()
+            for piece in torch.split(value.contiguous().reshape(-1), _PIECE):
                 data = piece.to(types[key]).contiguous().view(torch.uint8).numpy().data
                 sha.update(data)
                 file.write(data)

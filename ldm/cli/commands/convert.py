@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from ldm import cli
 from ldm.cli.commands.mixing import add_mixing_options, added, check_mixing
 from ldm.cli.model_options import add_parts_options
-from ldm.util import printable
+from ldm.places import find
+from ldm.util import need, printable
 
 if TYPE_CHECKING:
     from ldm.checkpoints.convert import Layout
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float16"}
 
 _DESCRIPTION = "Converts a model between layouts and precisions; nothing is ever overwritten."
 _EXAMPLES = (
@@ -43,7 +44,11 @@ def parser() -> argparse.ArgumentParser:
         "(default: by the ending of OUT)",
     )
     group.add_argument(
-        "--dtype", choices=("keep", *DTYPES), default="keep", help="the type of the weights that are written"
+        "--dtype",
+        choices=("keep", *DTYPES),
+        default="keep",
+        help="the type of the weights that are written; int8: those that --precision int8 rounds, the "
+        "others in fp16",
     )
     group.add_argument(
         "--ema",
@@ -60,7 +65,6 @@ def parser() -> argparse.ArgumentParser:
 def run(opt: argparse.Namespace) -> int:
     from ldm.checkpoints.convert import check_output, convert, layout_for
     from ldm.files import check_there
-    from ldm.places import find
     from ldm.runs.models import choose_model
     from ldm.runs.options import RunOptions
 
@@ -73,6 +77,10 @@ def run(opt: argparse.Namespace) -> int:
         return _written(opt.out)
     to = opt.to or layout_for(opt.out)
     check_output(opt.out, to, opt.ema)
+    need(opt.dtype != "int8" or to == "compvis", "--dtype int8 writes a safetensors file; name OUT so")
+    need(
+        opt.dtype != "int8" or opt.ema != "both", "--dtype int8 writes one set of weights; use another --ema"
+    )
     if _converted_control(opt, to):
         return _written(opt.out)
     config_path, ckpt = choose_model(
@@ -90,13 +98,17 @@ def run(opt: argparse.Namespace) -> int:
 
     from ldm.checkpoints.model_files import read_model
     from ldm.config import read_config
+    from ldm.runtime.prepare import rounded_keys
 
     dtype = getattr(torch, DTYPES[opt.dtype]) if opt.dtype in DTYPES else None
     checkpoint = read_model(ckpt, vae=opt.vae, text_encoder=opt.text_encoder, prediction=opt.prediction)
     if opt.add is not None:
         checkpoint = added(checkpoint, opt)
     loras = [(str(find(path)), weight, on_text) for path, weight, on_text in opt.lora]
-    convert(checkpoint, read_config(config_path, opt.allow_targets), opt.out, to, dtype, opt.ema, loras)
+    rounded = rounded_keys if opt.dtype == "int8" else None
+    convert(
+        checkpoint, read_config(config_path, opt.allow_targets), opt.out, to, dtype, opt.ema, loras, rounded
+    )
     return _written(opt.out)
 
 
@@ -109,7 +121,6 @@ def _converted_control(opt: argparse.Namespace, to: Layout) -> bool:
     from ldm.checkpoints.load import build_model
     from ldm.checkpoints.model_files import read_model
     from ldm.config import read_config
-    from ldm.places import find
 
     path = find(opt.ckpt)
     if path.is_dir() and not (path / "config.json").is_file():  # a whole model
@@ -117,6 +128,7 @@ def _converted_control(opt: argparse.Namespace, to: Layout) -> bool:
     checkpoint = read_model(path)
     if checkpoint.kind.part != "ControlNet":
         return False
+    need(opt.dtype != "int8", "--dtype int8 is for models; give a ControlNet another type")
     config = opt.config or find(config_for_control(checkpoint.state_dict))
     file, model = read_control(path), build_model(read_config(config, opt.allow_targets))
     dtype = getattr(torch, DTYPES[opt.dtype]) if opt.dtype in DTYPES else None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ldm import cli
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
+from ldm.cli.model_options import PRECISIONS
 from ldm.fields import SETTINGS
 from ldm.files import check_there
 from ldm.places import find
@@ -47,6 +48,12 @@ def parser() -> argparse.ArgumentParser:
         "--judge", metavar="FILE", default="models/ldm/shapes/judge.pt", help="the network that reads images"
     )
     group.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="autocast",
+        help="as for txt2img.py",
+    )
     group = options.add_argument_group("sampling")
     group.add_argument("--sampler", choices=SETTINGS["sampler"].choices, default="plms", help="the sampler")
     group.add_argument("--steps", metavar="N", type=int, default=50, help="denoising steps, 1 to 999")
