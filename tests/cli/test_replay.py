@@ -107,6 +107,19 @@ TEXT_JOBS = [
     Job("a cat", scale=-1.5, width=512, height=512),
     Job("a cat", seed=2**64 - 1, width=512, height=512),
     Job("a (cat:1.2)", prompt_syntax="a1111", width=512, height=512),
+    Job("a cat", eta=1.0, step_noise="brownian", width=512, height=512),
+    Job("a cat", eta=1.0, step_rng="cpu", step_seed_delta=3, width=512, height=512),
+    Job("a cat", variation_seed=7, variation_strength=0.25, seamless="x", width=512, height=512),
+    Job("a cat", merge_tokens=0.5, cache_steps=(1, 3), width=512, height=512),
+    Job(
+        "a cat",
+        controls=(("c.safetensors", "a.png", 0.5, 0.1, 0.75),),
+        hint="canny",
+        control_mode="prompt",
+        control_resize="fill",
+        width=512,
+        height=512,
+    ),
 ]
 
 
@@ -129,7 +142,7 @@ PICTURE_JOBS = [
     for init in (
         Init("-a b.png"),
         Init("-a b.png", width=64, height=None, resize="fit", background="#102030"),
-        Init("-a b.png", mask="mask.png", invert_mask=True, mask_blur=0.5),
+        Init("-a b.png", mask="mask.png", invert_mask=True, mask_blur=0.5, mask_levels=True),
         Init("-a b.png", alpha_mask=True, width=64, height=96, resize="pad", outpaint=(8, 0, 16, 24)),
     )
 ]
@@ -570,7 +583,7 @@ def test_the_seed_of_the_picture_is_changed_not_of_its_batch() -> None:
         Job("x", seed=1, width=512, height=512), "ldm", extras={"Batch size": "3", "Batch pos": "2"}
     )
     assert (place(recipe), typed(command(recipe)).seed) == (2, 2**64 - 1)  # seeds wrap around
-    assert typed(command(recipe, {"rng": "cpu"})).seed == 2**32 - 1
+    assert typed(command(recipe, {"rng": "device"})).seed == 2**32 - 1
     short = dataclasses.replace(recipe, job=Job("x", seed=1, rng="numpy", width=512, height=512))
     assert typed(command(short)).seed == 2**32 - 1
     assert typed(command(short, {"rng": "philox", "seed": str(2**63)})).seed == 2**63 - 2

@@ -21,11 +21,8 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "flo
 _DESCRIPTION = "Converts a model between layouts and precisions; nothing is ever overwritten."
 _EXAMPLES = (
     "python scripts/convert.py sd-v1-4.ckpt sd-v1-4.safetensors --dtype fp16",
-    "python scripts/convert.py sd-v1-4.ckpt sd-v1-4-diffusers",
-    "python scripts/convert.py stable-diffusion-v1-5/ v1-5.ckpt",
     "python scripts/convert.py sd-v1-4.ckpt inked.safetensors --lora ink.safetensors:0.8",
     "python scripts/convert.py tuned.ckpt tuned-lora.safetensors --extract_lora sd-v1-4.ckpt --rank 32",
-    "python scripts/convert.py control_v11p_sd15_canny.pth canny.safetensors --dtype fp16",
 )
 
 

@@ -34,7 +34,6 @@ _EXAMPLES = (
     "python scripts/evaluate.py --count 40",
     "python scripts/evaluate.py --sampler dpm_solver --steps 10 --sheet sheet.png",
     "python scripts/evaluate.py --ckpt logs/mine/model.ckpt --seed 1000",
-    "python scripts/evaluate.py solvers --help",
 )
 
 
