@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class UNetLora:
         return [parameter for part in self.parts.values() for parameter in part.parameters()]
 
     @contextmanager
-    def off(self) -> Iterator[None]:
+    def off(self) -> Generator[None, None, None]:
         """The U-Net is what it was before, as long as this lasts."""
         for part in self.parts.values():
             part.on = False

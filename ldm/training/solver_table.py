@@ -47,7 +47,7 @@ _MORE = (
     "align_your_steps",
 )  # of dpmpp_2m
 _REFERENCE = Job("", sampler="dpmpp_2m", schedule="uniform", steps=250)
-_COLUMNS = ("solver", "schedule", "calls", "steps", "right", "distance")
+_COLUMNS: tuple[str, ...] = ("solver", "schedule", "calls", "steps", "right", "distance")
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ def grid() -> list[Cell]:
     own = {name: row.schedule for name, row in SOLVERS.items() if name not in _LEFT_OUT}
     others = [(name, schedule) for name in _MAIN for schedule in _SCHEDULES]
     others += [("dpmpp_2m", schedule) for schedule in _MORE]
-    cells = []
+    cells: list[Cell] = []
     for calls in CALLS:
         both = calls in (10, 20)
         cells += [Cell(name, own[name], calls) for name in (own if both else _MAIN)]
-        cells += [Cell(*pair, calls) for pair in others if both]
+        cells += [Cell(name, schedule, calls) for name, schedule in others if both]
     return cells
 
 
@@ -222,7 +222,7 @@ def read_cells(path: Path) -> list[Cell]:
 def _append(path: Path, cell: Cell) -> None:
     new = not path.is_file()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+        writer: csv.DictWriter[str] = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(cell.row())

@@ -73,11 +73,10 @@ def run(opt: argparse.Namespace) -> int:
     from ldm.training.solver_report import as_markdown, best, plot
     from ldm.training.solver_table import CALLS, Cell, Comparison, compare, grid, pairs
 
-    cells = (
-        grid()
-        if opt.only is opt.calls is None
-        else [Cell(*pair, calls) for calls in opt.calls or CALLS for pair in opt.only or pairs(grid())]
-    )
+    cells = grid()
+    if opt.only is not None or opt.calls is not None:
+        wanted: list[tuple[str, str]] = opt.only or pairs(cells)
+        cells = [Cell(solver, schedule, calls) for calls in opt.calls or CALLS for solver, schedule in wanted]
     chosen = Comparison(**{name: getattr(opt, name) for name in Comparison.__dataclass_fields__})
     measured = compare(chosen, opt.outdir, cells)
     (opt.outdir / "solvers.md").write_text(as_markdown(measured), encoding="utf-8")

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -29,10 +29,12 @@ from ldm.models.diffusion.solvers.base import Solver
 
 TIME_SCALE, VARIANCE = 10.0, 0.25  # of the boundary condition: D is x at timestep 0
 
-T = TypeVar("T", float, Tensor)
 
-
-def boundary(t: T) -> tuple[T, T]:
+@overload
+def boundary(t: float) -> tuple[float, float]: ...
+@overload
+def boundary(t: Tensor) -> tuple[Tensor, Tensor]: ...
+def boundary(t: Any) -> tuple[Any, Any]:
     """Returns c_skip and c_out at timestep t, or at several."""
     square = (TIME_SCALE * t) ** 2
     return VARIANCE / (square + VARIANCE), (square / (square + VARIANCE)) ** 0.5
