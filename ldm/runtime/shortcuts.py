@@ -6,7 +6,7 @@ Without a setting the network is not touched, so that its results are the same b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ _WINDOW = 2  # tokens along each side, of which one stays
 @contextmanager
 def shortcuts(
     network: UNetModel, cache_steps: Sequence[int], merge_tokens: float, steps: int
-) -> Iterator[Callable[[], None]]:
+) -> Generator[Callable[[], None]]:
     """Wraps a network for a pass of `steps` steps; yields a function to be called after each of them.
 
     `cache_steps` are the arguments of `full_steps` and between them the branch, see `CachedBlocks`: (interval,),
@@ -188,7 +188,7 @@ def _wide(index: Tensor, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def merged_tokens(network: UNetModel, ratio: float) -> Iterator[None]:
+def merged_tokens(network: UNetModel, ratio: float) -> Generator[None]:
     """Merges tokens around self-attention where the map is largest among those with attention."""
     transformers = [layer for layer in network.modules() if isinstance(layer, SpatialTransformer)]
     largest = 0  # tokens of the first transformer, before any other halves the map again
