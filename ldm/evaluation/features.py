@@ -93,10 +93,6 @@ class Features(NamedTuple):
     size: tuple[int, int]
 
 
-def _key_of(item: Item) -> str:
-    return item.key()
-
-
 def compute(
     images: ImageSet, network: Network, cache: FeatureCache | None = None, side: int | None = None
 ) -> Features:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,13 +50,14 @@ class FastUNet(_Sharing, UNetModel):
         y: None = None,
         guidance: Tensor | None = None,
         control: Sequence[Tensor] | None = None,
+        features: Mapping[int, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         if guidance is None:
             x, timesteps = self._shared(x, timesteps, context)
         else:
             x, timesteps, guidance = self._shared(x, timesteps, context, guidance)
-        return super().forward(x, timesteps, context, y, guidance, control, **kwargs)
+        return super().forward(x, timesteps, context, y, guidance, control, features, **kwargs)
 
     def with_control(self, h: Tensor, added: Tensor) -> Tensor:
         rows = max(len(h), len(added))
