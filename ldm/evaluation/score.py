@@ -78,9 +78,7 @@ class Scorer:
         Raises InputError for too few images, prompts that are missing, references of another size, and damaged files.
         """
         self.request.check()
-        need(questions is None or len(questions) == len(images),
-             f"{printable(images.name)} has {len(images)} images for {len(questions or ())} prompts; "
-             "make the rest with the same `run` command, or give the prompts of these images")  # fmt: skip
+        check_whole(images, questions)
         found: list[Result] = []
         for metric in self.request.metrics:
             started = time.monotonic()
@@ -270,6 +268,15 @@ class Scorer:
             images.name, metric, estimate.value, _number(estimate.low), _number(estimate.high), len(images),
             network=name, weights=net.weights if net else "", resize=f"{cut}{net.resize}" if net else "", note=note,
         )  # fmt: skip
+
+
+def check_whole(images: ImageSet, questions: Sequence[Question] | None) -> None:
+    """Raises InputError unless there is an image for each of the questions."""
+    need(
+        questions is None or len(questions) == len(images),
+        f"{printable(images.name)} has {len(images)} images for {len(questions or ())} prompts; "
+        "make the rest with the same `run` command, or give the prompts of these images",
+    )
 
 
 def _number(value: float) -> float | None:

@@ -120,14 +120,19 @@ def _measured(scorer: Scorer, path: Path, questions: str | None) -> list[Result]
     from ldm.evaluation.experiment import DESCRIPTION, questions_of, read_evaluation
     from ldm.evaluation.images import folder_set
     from ldm.evaluation.prompts import read_questions
+    from ldm.evaluation.score import check_whole
 
     given = read_questions(Path(questions)) if questions else None
     if not (path / DESCRIPTION).exists():
         return scorer(folder_set(path), given)
+    asked = given or questions_of(path)
+    sets = [(point, folder_set(path / point.folder)) for point in read_evaluation(path).points]
+    for _, images in sets:  # before anything is measured
+        check_whole(images, asked)
     return [
         replace(result, variant=point.variant, settings=dict(point.settings))
-        for point in read_evaluation(path).points
-        for result in scorer(folder_set(path / point.folder), given or questions_of(path))
+        for point, images in sets
+        for result in scorer(images, asked)
     ]
 
 
