@@ -55,8 +55,12 @@ class ScaledWeight(Tensor):
                 weight, how = args
                 parts = func(weight.whole, how), func(weight.scale, how)
                 return [cls(whole, scale) for whole, scale in zip(*parts, strict=True)]
-            values = tree_map(lambda x: x.values() if isinstance(x, cls) else x, (args, kwargs or {}))
+            values = tree_map(_valued, (args, kwargs or {}))
             return func(*values[0], **values[1])
+
+
+def _valued(x: Any) -> Any:
+    return x.values() if isinstance(x, ScaledWeight) else x
 
 
 def round_weight(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,7 @@ def rounded_layers(network: nn.Module) -> list[nn.Conv2d | nn.Linear]:
     of the text are computed once for a prompt; all of them cost nothing.
     """
     blocks = [*network.input_blocks[1:], network.middle_block, *network.output_blocks]  # type: ignore
-    layers = [layer for block in blocks for layer in block.modules()]
+    layers: list[nn.Module] = [layer for block in cast(list[nn.Module], blocks) for layer in block.modules()]
     kept: set[nn.Module] = set()
     for layer in layers:
         if isinstance(layer, unet.ResBlock):

@@ -7,7 +7,7 @@ type, value), tensor descriptions (name, sides from the innermost on, type, offs
 from __future__ import annotations
 
 import struct
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -104,11 +104,12 @@ def _original(noted: Any, name: str, shape: list[int]) -> list[int]:
     """The shape of a tensor before it was stored as a matrix, if the file notes one."""
     if noted is None:
         return shape
-    if not (isinstance(noted, list) and all(type(side) is int and side >= 0 for side in noted)):
+    sides = cast(list[Any], noted) if isinstance(noted, list) else [None]
+    if not all(type(side) is int and side >= 0 for side in sides):
         raise CheckpointError(f"notes no valid shape for {name[:200]!r}")
-    if bounded_product(noted) != bounded_product(shape):
+    if bounded_product(sides) != bounded_product(shape):
         raise CheckpointError(f"notes the shape {noted} for {name[:200]!r}, which has {shape}")
-    return noted
+    return [int(side) for side in sides]
 
 
 def _tensor(content: FileBytes, start: int, name: str, shape: list[int], kind: int) -> torch.Tensor:
