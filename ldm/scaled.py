@@ -24,9 +24,12 @@ class ScaledWeight(Tensor):
     scale: Tensor
 
     @staticmethod
-    def __new__(cls, whole: Tensor, scale: Tensor, shape: torch.Size | None = None) -> ScaledWeight:
+    def __new__(
+        cls: type[ScaledWeight], whole: Tensor, scale: Tensor, shape: torch.Size | None = None
+    ) -> ScaledWeight:
         # `_make_wrapper_subclass` is how torch makes a tensor without memory of its own
-        made = Tensor._make_wrapper_subclass(cls, shape or whole.shape, dtype=torch.float32)  # type: ignore
+        make: Any = Tensor._make_wrapper_subclass  # type: ignore
+        made: ScaledWeight = make(cls, shape or whole.shape, dtype=torch.float32)
         made.whole, made.scale = whole, scale
         return made
 

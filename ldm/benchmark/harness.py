@@ -229,7 +229,7 @@ def _turns(
     few = min(opt.steps, 3 if opt.mode == "txt2img" else math.ceil(2 / opt.strength))
     steps = opt.steps if "step" in parts else few
     limit = 0 if "decode" in parts else _steps_run(opt)
-    compiled = {}
+    compiled: dict[str, Mapping[str, Sequence[float]]] = {}
     for name, process in processes.items():
         warm = process.ask("run", _work(size, few, 0 if "decode" in parts else 1, number=-1))
         compiled[name] = {key: warm["seconds"][key] for key in ("compile",) if key in warm["seconds"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ldm.benchmark.subjects import Diffusers, Setting
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
 SAMPLES = 2  # of noise, for the ranges of 8-bit activations
 OPENVINO_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "int8": "bf16"}
+
+
+def _package(name: str) -> Any:
+    """Imports a package that has no types, and need not be there."""
+    return import_module(name)
 
 
 class OpenVino(Diffusers):
@@ -31,13 +37,9 @@ class OpenVino(Diffusers):
         super().__init__(replace(setting, precision=held, compiled=False))
 
     def facts(self) -> dict[str, Any]:
-        import openvino
-
-        versions: dict[str, Any] = {"openvino": openvino.__version__}
+        versions: dict[str, Any] = {"openvino": _package("openvino").__version__}
         if self._chosen == "int8":
-            import nncf
-
-            versions["nncf"] = nncf.__version__
+            versions["nncf"] = _package("nncf").__version__
         return super().facts() | {"runs in": self._chosen} | versions
 
     def network(self, unet: torch.nn.Module) -> Callable[..., Any]:
@@ -68,8 +70,9 @@ class OpenVino(Diffusers):
 
     def _compile(self, original: Callable[..., Any], inputs: list[Tensor]) -> Any:
         """Converts the U-Net in memory, for inputs of these shapes alone, and compiles it for the CPU."""
-        import openvino
         import torch
+
+        openvino = _package("openvino")
 
         class Bare(torch.nn.Module):
             def __init__(self, unet: torch.nn.Module) -> None:
@@ -98,8 +101,9 @@ class OpenVino(Diffusers):
         return openvino.Core().compile_model(model, "CPU", hints)
 
     def _rounded(self, model: Any, inputs: list[Tensor]) -> Any:
-        import nncf
         import torch
+
+        nncf = _package("nncf")
 
         def samples() -> Iterator[list[Any]]:
             generator = torch.Generator().manual_seed(0)

@@ -58,7 +58,7 @@ def load_model(
     if cache is not None:
         files = [file for path in (ckpt, vae, text_encoder) if path is not None for file in model_files(path)]
         path = cached_file(cache, files, f"{ema} int8" if int8 else ema)
-        keys = rounded_keys(model) if int8 else set()
+        keys: set[str] = set(rounded_keys(model)) if int8 else set()
         checkpoint, ema = through_cache(path, model, checkpoint, ema, mmap, halved, keys)
     load_into(model, checkpoint, dtype, ema)
     use_vocabulary(model, checkpoint.vocabulary)

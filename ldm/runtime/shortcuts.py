@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ _WINDOW = 2  # tokens along each side, of which one stays
 
 @contextmanager
 def shortcuts(
-    network: UNetModel, cache_steps: Sequence[int], merge_tokens: float, steps: int
+    network: nn.Module, cache_steps: Sequence[int], merge_tokens: float, steps: int
 ) -> Generator[Callable[[], None]]:
     """Wraps a network for a pass of `steps` steps; yields a function to be called after each of them.
 
@@ -34,8 +34,11 @@ def shortcuts(
     the share of tokens that self-attention at the largest map does without, see `merged_tokens`.
     """
     interval, branch, *centre = (*cache_steps, 0)[: max(len(cache_steps), 2)] if cache_steps else (1, 0)
-    if merge_tokens > 0 or interval > 1:
-        check_branch(branch, len(network.output_blocks) if isinstance(network, UNetModel) else 0)
+    if merge_tokens == 0 and interval == 1:
+        yield lambda: None
+        return
+    check_branch(branch, len(network.output_blocks) if isinstance(network, UNetModel) else 0)
+    network = cast("UNetModel", network)
     with ExitStack() as wrapped:
         if merge_tokens > 0:
             wrapped.enter_context(merged_tokens(network, merge_tokens))

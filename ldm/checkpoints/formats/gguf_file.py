@@ -7,13 +7,14 @@ type, value), tensor descriptions (name, sides from the innermost on, type, offs
 from __future__ import annotations
 
 import struct
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.formats.tensor_bytes import MAX_DIMENSIONS, MAX_TENSORS, FileBytes, bounded_product
 from ldm.scaled import ScaledWeight
+from ldm.util import is_list
 
 _MAX_HEADER = 64 * 2**20  # bytes; that of a v1 model has 100 thousand, one with a tokenizer a few million
 _LONGEST_TEXT = 2**20
@@ -104,12 +105,12 @@ def _original(noted: Any, name: str, shape: list[int]) -> list[int]:
     """The shape of a tensor before it was stored as a matrix, if the file notes one."""
     if noted is None:
         return shape
-    sides = cast(list[Any], noted) if isinstance(noted, list) else [None]
-    if not all(type(side) is int and side >= 0 for side in sides):
+    sides = [side for side in noted if type(side) is int and side >= 0] if is_list(noted) else []
+    if not is_list(noted) or len(sides) != len(noted):
         raise CheckpointError(f"notes no valid shape for {name[:200]!r}")
     if bounded_product(sides) != bounded_product(shape):
         raise CheckpointError(f"notes the shape {noted} for {name[:200]!r}, which has {shape}")
-    return [int(side) for side in sides]
+    return sides
 
 
 def _tensor(content: FileBytes, start: int, name: str, shape: list[int], kind: int) -> torch.Tensor:

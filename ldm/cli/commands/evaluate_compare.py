@@ -64,7 +64,7 @@ def run(opt: argparse.Namespace) -> int:
     found, psnrs = compare_sets(first, second, scorer, questions)
     found = [replace(result, command=typed_command(opt), versions=versions()) for result in found]
     write_results(folder, found)
-    write_sheet(folder / "pairs.png", first, second, psnrs, questions)
+    write_sheet(folder / "pairs.png", first, second, psnrs, questions or [])
     print(as_markdown(found), end="")
     print(f"\n{printable(folder / MARKDOWN)}, {printable(folder / 'pairs.png')}")
     return 0
