@@ -7,6 +7,7 @@ import pytest
 
 from ldm.checkpoints.configs import V1_CKPT
 from ldm.cli.commands.where import main
+from ldm.evaluation.weights import NETWORKS
 from ldm.modules.encoders.bert import find_vocabulary
 from ldm.places import find
 from ldm.safety.load import find_safety_model
@@ -39,7 +40,8 @@ def test_every_kind_of_file_is_listed_with_its_places(where, tmp_path):
     listed = where()
     assert [*listed] == [
         "configs", "Stable Diffusion v1", "inpainting model", "LAION-400M model", "bundled model", "VAE",
-        "safety checker", "BERT vocabulary", "CLIP vocabulary", "caches",
+        "safety checker", "BERT vocabulary", "CLIP vocabulary",
+        *(network.title for network in NETWORKS.values()), "caches",
     ]  # fmt: skip
     v1 = listed["Stable Diffusion v1"]
     assert v1["places"] == [V1_CKPT, str(ROOT / V1_CKPT), str(tmp_path / "data/ldm-v1" / V1_CKPT)]

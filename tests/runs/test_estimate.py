@@ -359,12 +359,10 @@ def controlled(*files):
 def test_control_networks_take_time_and_memory(model, work):
     """Twice the file is once its weights; a call is of the size of the U-Net's way down."""
     batches = [Batch(controlled(*files), 1, True) for files in ((), ("a",), ("a", "a"), ("a", "b"))]
-    weights = [
-        needed_memory(RunOptions(outdir=""), [b], model, work, CPU, torch.float32).weights for b in batches
-    ]
+    weights = [needed_memory(RunOptions(outdir=""), [b], model, work, CPU, FULL).weights for b in batches]
     own = sum(p.numel() for p in ControlNet(**model.model.diffusion_model.settings).parameters())
     assert [w - weights[0] for w in weights] == [0, 4 * own, 4 * own, 8 * own]
-    seconds = [run_seconds({b: 1}, 1, work, lambda dtype: COUNTING, torch.float32) for b in batches]
+    seconds = [run_seconds({b: 1}, 1, work, lambda dtype: COUNTING, FULL) for b in batches]
     call = 2 * 4 * sum(work.control(*SIDE).products.values())
     assert [round(s - seconds[0]) for s in seconds] == [0, call, 2 * call, 2 * call]
     assert 0.25 < call / (2 * 4 * sum(work.predict(*SIDE).products.values())) < 0.35
