@@ -125,6 +125,7 @@ class Compiled(Ours):
         return super().make(work, noise)
 
 
+@pytest.mark.long
 def test_a_peer_that_compiles_and_one_that_is_missing(measure, capfd, monkeypatch):
     monkeypatch.setattr(benchmark, "Process", InThisProcess)
     monkeypatch.setitem(SUBJECTS, "compiled", Compiled)

@@ -147,6 +147,7 @@ def test_infotext_comes_back(fields):
     assert job_from_infotext(infotext(job, {"Version": "ldm x"})) == job
 
 
+@pytest.mark.long
 def test_hints_are_saved_and_shown(draw, control, tmp_path):
     cv2 = pytest.importorskip("cv2")
     typed = ("--control", f"{control / 'net.safetensors'}:{control / 'hint.png'}", "--hint", "canny")

@@ -111,6 +111,7 @@ def test_a_config_that_names_its_vocabulary(draw, files, tmp_path, monkeypatch):
     assert draw("--config", "own.yaml", "--ckpt", str(files / "model.ckpt"))[0] == 0
 
 
+@pytest.mark.long
 def test_a_picture_as_a_start(draw, files, tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     code, _ = draw("--ckpt", str(files / "model.ckpt"), "--init-img", "red.png", script=img2img)

@@ -83,6 +83,7 @@ def test_the_file_states_how_it_was_trained(data):
     assert {k.split(".")[0][:10] for k in tensors("ink.safetensors")} == {"lora_unet_"}
 
 
+@pytest.mark.long
 def test_a_whole_model_is_trained_and_read_back(data):
     assert train("finetune", "mine.ckpt", "--dtype", "fp32", "--ema_decay", "0.5", steps=2) == 0
     after = tensors("mine.ckpt")

@@ -127,9 +127,8 @@ def a_textual_inversion(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "options", [(), pytest.param(("--lowmem", "--precision", "full"), marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("options", [(), ("--lowmem", "--precision", "full")])
 def test_nothing_of_a_file_stays_for_the_next(made: Made, loads: Loads, options: tuple[str, ...]) -> None:
     """Not a LoRA, a textual inversion or an image to start from: each file's bytes are those of a separate run."""
     Path("loras").mkdir()
@@ -150,6 +149,7 @@ def test_nothing_of_a_file_stays_for_the_next(made: Made, loads: Loads, options:
     assert {path.read_bytes() for path in remade} == {plain.read_bytes()}
 
 
+@pytest.mark.long
 def test_a_fault_leaves_nothing_behind(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     plain = made("plain", "--prompt", "a red cube")
     inked = made("inked", "--prompt", "a red cube", "--lora", str(a_lora(Path("ink.pt"))))

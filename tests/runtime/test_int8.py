@@ -147,6 +147,7 @@ def test_layers_that_matter_are_not_rounded():
 
 
 @needs_int8_kernels
+@pytest.mark.long
 def test_pictures_of_the_bundled_model_and_a_change_of_weights():
     loaded = load_model(read_config(BUNDLED_CONFIG), BUNDLED_CKPT)
     job = Job("a red cube", width=64, height=64, steps=4, sampler="dpm_solver")

@@ -47,7 +47,13 @@ CONTEXT = torch.randn(2, 77, 64, generator=torch.Generator().manual_seed(99))
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("interval", "branch"), [(3, 0), (2, 1), (3, 2), (2, 3), (3, 7), (5, 10)])
+@pytest.mark.parametrize(
+    ("interval", "branch"),
+    [
+        (3, 0),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in [(2, 1), (3, 2), (2, 3), (3, 7), (5, 10)]),
+    ],
+)
 def test_deepcache(model: LatentDiffusion, theirs: Any, interval: int, branch: int) -> None:
     """The authors' package, with each step's own latents."""
     deepcache = pytest.importorskip("DeepCache")
@@ -115,6 +121,7 @@ def test_nothing_to_leave_out_changes_nothing(model: LatentDiffusion, settings: 
 
 
 @torch.inference_mode()
+@pytest.mark.long
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("branch", [0, 4])
 def test_a_step_with_the_same_input_gives_the_same(branch: int, fast: bool) -> None:
@@ -166,6 +173,7 @@ def latent(pipeline: Pipeline, **fields: Any) -> Tensor:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "fields",
     [

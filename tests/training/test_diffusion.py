@@ -74,6 +74,7 @@ def test_a_share_of_the_prompts_tells_of_another_scene(share):
     assert sum(own) / 300 == pytest.approx(1 - share * (1 - by_chance), abs=0.07)
 
 
+@pytest.mark.long
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, vocabulary):
     settings = Optimisation(1e-3, steps=6, warm_up_steps=2)
     whole = train(DiffusionTraining(tiny_model(vocabulary), settings), tmp_path / "whole", 6)

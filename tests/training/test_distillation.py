@@ -104,6 +104,7 @@ def test_the_file_changes_a_model_as_the_training_did(vocabulary, tmp_path, capl
             )
 
 
+@pytest.mark.long
 def test_with_the_bundled_lora_4_steps_draw_more_right_images():
     assert SHIPPED.stat().st_size < 2**20
     pipeline = Pipeline.from_pretrained(safety=False)

@@ -75,6 +75,7 @@ def measure(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.long
 def test_an_interrupted_table_goes_on_and_more_steps_come_nearer(measure, tmp_path):
     assert measure("--only", "Euler", "--calls", "3")[0] == 0
     solution = np.load(tmp_path / "solution.npy")
