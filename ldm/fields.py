@@ -17,6 +17,7 @@ from ldm.models.diffusion.solvers.names import (
     SCHEDULE_LABELS,
     SOLVER_LABELS,
     WITH_SCHEDULE,
+    advice,
     spell_schedule,
     spell_solver,
 )
@@ -44,7 +45,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "sampler", {}, "sampler", "sampling",
-        help="how noise is removed step by step (default: ddim, or that of a switch)",
+        help=f"how noise is removed step by step (default: ddim, or that of a switch; {advice()})",
         switches=(
             Switch("plms", "plms", "the same as --sampler plms"),
             Switch("dpm_solver", "dpm_solver", "the same as --sampler dpm_solver"),

@@ -11,6 +11,7 @@ import torch
 from ldm import __version__
 from ldm.checkpoints.cache import cached_file, through_cache
 from ldm.checkpoints.configs import config_for
+from ldm.checkpoints.formats.read import Checkpoint
 from ldm.checkpoints.hashing import file_sha256, files_sha256
 from ldm.checkpoints.layouts.prediction import Choice
 from ldm.checkpoints.load import Ema, build_model, check_fit, load_into, use_vocabulary
@@ -38,16 +39,18 @@ def load_model(
     cache: Path | None = None,
     prediction: Choice = "auto",
     int8: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> LatentDiffusion:
     """The model of a checked config with the weights of a checkpoint in `dtype` (None: the file's), ready to sample.
 
     `ckpt` is a file or a folder of diffusers, `vae` and `text_encoder` files or folders with another part. The
     model is built without memory of its own and takes the checkpoint's tensors; see `ldm.checkpoints` for what
     is refused. The checkpoint states what it predicts, unless `prediction` does. In the folder `cache` the weights
-    are kept as a CPU runs them in bf16, or with `int8` in 8 bits, for the next time.
+    are kept as a CPU runs them in bf16, or with `int8` in 8 bits, for the next time. `checkpoint` is what these files
+    hold, if they have been read.
     """
     model = build_model(config)  # a fault of the config is named before anything is read
-    checkpoint = read_model(ckpt, mmap, vae, text_encoder, prediction)
+    checkpoint = checkpoint or read_model(ckpt, mmap, vae, text_encoder, prediction)
     if (own := suited(config, checkpoint)) is not config:
         model = build_model(own)
     check_fit(model, checkpoint)

@@ -14,7 +14,7 @@ from ldm.runs.options import RunOptions
 from ldm.runs.plan import Plan
 from ldm.runs.processes import ProcessInfo
 from ldm.runs.source import Source
-from ldm.runs.weights import weight_files
+from ldm.runs.weights import weights_identity
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,6 @@ def load(options: RunOptions, plan: Plan, source: Source, claim: Claim, started:
 
 def _load_pipeline(options: RunOptions, plan: Plan, source: Source) -> Pipeline:
     """Loads the model to its device, or takes the one that is kept from the run before."""
-    from ldm.checkpoints.cache import identity
     from ldm.pipeline import Pipeline, load_model
 
     model = partial(
@@ -85,9 +84,15 @@ def _load_pipeline(options: RunOptions, plan: Plan, source: Source) -> Pipeline:
         lowmem=options.lowmem,
         compiled=options.compile,
     )
-    files = [file for of_part in weight_files(options, source.ckpt).values() for file in of_part]
-    key = model.keywords, shape.keywords, identity(files)
-    pipeline = source.cache.get(key, lambda: shape(model()))
+    files = weights_identity(options, source.ckpt)
+    key = model.keywords, shape.keywords, files
+
+    def load_model_of_run() -> Pipeline:
+        opened = source.cache.take_opened(files)
+        return shape(model(checkpoint=None if options.no_mmap else opened))
+
+    pipeline = source.cache.get(key, load_model_of_run)
+    source.cache.opened = None
     pipeline.start_over(source.canvases, source.find_lora)
     return pipeline
 

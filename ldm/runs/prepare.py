@@ -18,6 +18,7 @@ from ldm.runs.plan import Plan, read_prompts
 from ldm.runs.processes import ProcessInfo, check
 from ldm.runs.source import Source
 from ldm.runs.starts import Canvases, read_starts
+from ldm.runs.weights import weights_identity
 from ldm.util import need
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def settle(
     config = suited(config, files)
     check_latents(options, config)
     kept = cache or ModelCache()
+    kept.opened = weights_identity(options, ckpt), files
     return lambda planner: Prepared(
         options, planner(config, find_lora), config_path, config, ckpt, device, find_lora, kept, stdin_copy
     )

@@ -30,6 +30,13 @@ def weight_files(options: RunOptions, ckpt: Path) -> dict[str, list[Path]]:
     return files
 
 
+def weights_identity(options: RunOptions, ckpt: Path) -> object:
+    """Returns a value that is equal as long as the files of weights are the same."""
+    from ldm.checkpoints.cache import identity
+
+    return identity([file for of_part in weight_files(options, ckpt).values() for file in of_part])
+
+
 def _in_background(function: Callable[[list[Path]], str], paths: list[Path]) -> Callable[[], str]:
     """Starts `function(paths)` on a thread that never delays the end of the process; the call waits for it.
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 HERE = "ldm.models.diffusion"
 
 
+# the best solver and schedule for so many calls of the model, by `solvers.csv`, which `evaluate.py solvers` writes
+RECOMMENDED: Mapping[int, tuple[str, str]] = {10: ("ddim", "karras"), 20: ("ddim", "karras")}
+
+
 class JobSetting(NamedTuple):
     """A setting that jobs have too: its option, and the value that a solver without it has in effect."""
 
