@@ -61,6 +61,7 @@ def test_convert_writes_a_file_that_loads_without_float_weights(converted):
     assert found.precisions["int8"] == sum(weight.numel() for weight in kept)
 
 
+@pytest.mark.long
 @needs_int8_kernels
 def test_the_file_gives_the_images_of_the_model_it_was_made_of(converted):
     """In int8 the same weights are rounded either way; the rest differs by float16's rounding at most."""

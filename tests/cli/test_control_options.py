@@ -54,6 +54,7 @@ def draw(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.long
 def test_an_image_and_its_metadata(draw, control, capsys):
     net, hint = control / "net.safetensors", control / "hint.png"
     code, (plain,), _ = draw()

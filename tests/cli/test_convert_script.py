@@ -68,6 +68,7 @@ def test_every_output_draws_the_same_picture(tmp_path: Path, folder: Path) -> No
         assert np.abs(generate(tmp_path, tmp_path / name)[0] - expected).max() <= 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["averages only", "wrapped and nested"])
 def test_unusual_files_draw_the_same_image(tmp_path: Path, how: str) -> None:
     """The bundled model, which is in half precision, as other trainers save it."""

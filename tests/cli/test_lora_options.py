@@ -207,6 +207,7 @@ def test_an_embedding_changes_the_picture(draw, tmp_path):
 # --- the pipeline ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_loras_come_and_go_between_jobs(ink):
     model = load_model(read_config(BUNDLED_CONFIG), ROOT / BUNDLED_CKPT)
     own = dict(model.named_parameters())

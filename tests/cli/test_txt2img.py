@@ -404,6 +404,7 @@ def test_a_run_that_was_halved_continues_in_the_same_parts(draw, small_memory):
     assert {name: path.read_bytes() for name, path in files.items()} == before
 
 
+@pytest.mark.long
 def test_without_the_option_a_batch_stays_whole(draw, small_memory, capsys):
     assert draw(*OOM) == (1, {})
     assert small_memory[1] == [5]

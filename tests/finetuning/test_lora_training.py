@@ -38,6 +38,7 @@ def loss_of(unet):
     return (unet(x, t, context=context) - target).square().mean()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_gradients_and_a_step_are_those_of_peft(model, dora):
     peft = pytest.importorskip("peft")
@@ -84,6 +85,7 @@ def test_gradients_and_a_step_are_those_of_peft(model, dora):
         lora.remove()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("layout", "dora"), [("kohya", True), ("diffusers", False)])
 def test_the_file_changes_a_model_as_the_training_did(model, layout, dora, tmp_path):
     x, t, context, _ = inputs()

@@ -84,6 +84,7 @@ def test_a_model_of_v_gives_the_latents_of_the_same_model_of_the_noise(tiny, kin
     assert relative_error(velocity, noise) < 1e-5
 
 
+@pytest.mark.long
 def test_rescaled_guidance(tiny):
     """Against diffusers' function; each sample has a share of its own, and 0 changes no bit."""
     pipelines = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")

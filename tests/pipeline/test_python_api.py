@@ -87,6 +87,7 @@ def test_jobs_of_several_kinds_are_several_batches(pipeline):
     assert pipeline.make([]) == []
 
 
+@pytest.mark.long
 def test_one_stream_goes_through_all_batches(pipeline):
     jobs = [dataclasses.replace(JOB, seed_mode="batch", batch_index=i) for i in range(3)]
     noise = pipeline.noise(jobs)

@@ -310,6 +310,7 @@ def test_the_peak_is_the_largest_of_three(model, work):
     assert from_picture.weights > bytes_needed(model, work, batch, precision=BF16).weights
 
 
+@pytest.mark.long
 def test_tiles_and_lowmem_take_less(model, work, v1):
     large = Batch(Job("", width=2048, height=1024, steps=2), 1, False)
     side = 64 * model.first_stage_model.downsampling

@@ -89,6 +89,7 @@ def test_files_of_one_model_share_it(made: Made, loads: Loads) -> None:
         assert len(loads) == expected
 
 
+@pytest.mark.long
 def test_a_file_of_weights_that_changes_is_read_again(made: Made, loads: Loads) -> None:
     changing, kept = Path("changing.ckpt"), ModelCache()
     content = torch.load(ROOT / BUNDLED_CKPT, weights_only=True)

@@ -388,6 +388,7 @@ def test_a_dry_run_names_the_files_that_a_run_writes(draw, capsys):
     assert [name for name in files if name.startswith("samples/")][-1] == "samples/00004.png"
 
 
+@pytest.mark.long
 def test_a_dry_run_of_a_run_that_continues_shows_what_is_missing(draw, capsys, tmp_path):
     run = ("--n_samples", "2", "--n_iter", "2")
     draw(*run)

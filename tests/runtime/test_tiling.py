@@ -144,6 +144,7 @@ def test_the_seam_measure_sees_a_seam() -> None:
     assert seam_ratio(difference, FACTOR) > 1.3
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_pictures_in_tiles_are_close_and_show_no_seam(autoencoder: AutoencoderKL, scenery: Tensor) -> None:
     z = autoencoder.encode(scenery).mode()
