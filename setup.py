@@ -95,6 +95,7 @@ setup(
             "hypothesis>=6.100,<7",
             "diffusers>=0.36,<0.43",
             "peft>=0.18,<0.22",
+            "matplotlib>=3.8,<3.12",  # plots, and their types
             "safetensors>=0.5,<0.9",
             "gguf>=0.17,<0.20",  # writes the files that its reader here is tested with
             "sd-parsers>=0.5,<0.7",
