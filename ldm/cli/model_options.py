@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from typing import Any
 
-from ldm.checkpoints.configs import LAION_CKPT, LAION_CONFIG, V1_CKPT, V1_CONFIG
+from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG, LAION_CKPT, LAION_CONFIG, V1_CKPT, V1_CONFIG
 
 LAION_OUTDIR = "outputs/txt2img-samples-laion400m"
 
@@ -87,6 +88,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     _add_addition_options(parser)
 
 
+def add_measured_model_options(parser: argparse.ArgumentParser) -> Any:
+    """Adds the options for the model of the bundled one's kind that is measured; returns their group."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--config", metavar="FILE", default=BUNDLED_CONFIG, help="model config")
+    group.add_argument("--ckpt", metavar="FILE", default=BUNDLED_CKPT, help="the checkpoint that is measured")
+    group.add_argument(
+        "--judge", metavar="FILE", default="models/ldm/shapes/judge.pt", help="the network that reads images"
+    )
+    group.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    return group
+
+
 def add_rank_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that set how many devices share the work."""
     group = parser.add_argument_group("several devices")
@@ -131,13 +144,9 @@ def add_parts_options(parser: argparse.ArgumentParser) -> None:
 def _add_addition_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of LoRAs and textual inversions."""
     group = parser.add_argument_group("LoRA and textual inversion")
-    group.add_argument(
-        "--lora",
-        metavar="FILE[:WEIGHT[:TEXT]]",
-        type=parse_lora,
-        action="append",
-        default=[],
-        help="put a LoRA onto the model with WEIGHT (1), and onto its text encoder with TEXT (the same); "
+    add_lora_option(
+        group,
+        "put a LoRA onto the model with WEIGHT (1), and onto its text encoder with TEXT (the same); "
         "can be given several times",
     )
     group.add_argument(
@@ -155,6 +164,13 @@ def _add_addition_options(parser: argparse.ArgumentParser) -> None:
         "can be given several times",
     )
     group.add_argument("--embedding_dir", metavar="DIR", help="use every textual inversion below this folder")
+
+
+def add_lora_option(group: Any, help: str) -> None:
+    """Adds the option that names LoRAs with their weights."""
+    group.add_argument(
+        "--lora", metavar="FILE[:WEIGHT[:TEXT]]", type=parse_lora, action="append", default=[], help=help
+    )
 
 
 def parse_lora(text: str) -> tuple[str, float, float]:

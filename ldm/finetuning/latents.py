@@ -1,6 +1,6 @@
 """The latents of the user's images: each image is placed, encoded once, and kept on disk by its content.
 
-A file is written whole or not at all, so a run that was killed goes on with those that it has. An image that cannot
+A file is written whole or not at all, so a run that was killed continues with those that it has. An image that cannot
 be read is named and left out.
 """
 

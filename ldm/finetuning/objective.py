@@ -11,6 +11,7 @@ from torch import Tensor
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.modules.diffusionmodules.util import extract_into_tensor
+from ldm.training.diffusion import min_snr_weights
 
 
 def snr_weights(
@@ -18,15 +19,14 @@ def snr_weights(
 ) -> Tensor:
     """Returns the weight of the loss at each timestep, of the shape of `alphas_cumprod`.
 
-    With `min_snr_gamma` g it is min(SNR, g) / SNR for predictions of the noise, min(SNR, g) / (SNR + 1) for those of
-    v (Hang et al. 2023, section 3.4); `debiased`: 1 / sqrt(SNR), SNR at most 1000 (Yu et al. 2023). SNR is
+    With `min_snr_gamma` see `min_snr_weights`; `debiased`: 1 / sqrt(SNR), SNR at most 1000 (Yu et al. 2023). SNR is
     abar / (1 - abar).
     """
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    weights = torch.ones_like(snr)
+    weights = torch.ones_like(alphas_cumprod)
     if min_snr_gamma is not None:
-        weights = snr.clamp(max=min_snr_gamma) / (snr + 1 if prediction == "v" else snr)
+        weights = min_snr_weights(alphas_cumprod, min_snr_gamma, prediction)
     if debiased:
+        snr = alphas_cumprod / (1 - alphas_cumprod)
         weights = weights / snr.clamp(max=1000).sqrt()
     return weights
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,7 @@ def describe(placed: list[Placed], epochs: Epochs, settings: Settings) -> list[s
 
 def run_training(
     training: Training,
+    examples: Sequence[Example],
     load: Callable[[], LatentDiffusion],
     notes: Mapping[str, str],
     device: torch.device,
@@ -153,10 +154,9 @@ def run_training(
 ) -> int:
     """Trains and writes the file; returns the exit code: 0, or 128 + n after signal n.
 
-    `load` returns the model in float32 on the CPU. `precision` is that of the layers' arithmetic. `notes` are facts
-    about the model, for the metadata of the file.
+    `examples` are those of the training. `load` returns the model in float32 on the CPU. `precision` is that of the
+    layers' arithmetic. `notes` are facts about the model, for the metadata of the file.
     """
-    examples = training.examples()
     kind, settings = KINDS[training.kind], training.settings
     model = load().to(device)
     placer = Placer(sizes_for(settings, model), settings.random_crop, settings.seed)

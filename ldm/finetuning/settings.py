@@ -67,7 +67,7 @@ class Settings:
         only=("lora", "dreambooth", "finetune"),
     )  # fmt: skip
     warm_up_steps: int = setting(0, "the rate grows linearly over so many first steps", 0, metavar="N")
-    schedule: str = setting("constant", "how the rate goes on", choices=("constant", "linear", "cosine"))
+    schedule: str = setting("constant", "how the rate continues", choices=("constant", "linear", "cosine"))
     optimizer: str = setting("adamw", "optimiser", choices=("adamw", "adamw8bit", "adafactor"))
     weight_decay: float = setting(0.01, "weight decay of the optimiser", 0, metavar="D")
     clip: float = setting(1.0, "longest gradient; 0: any", 0, metavar="NORM")

@@ -95,10 +95,13 @@ def noise_batches(
     return make
 
 
-def min_snr_weights(alphas_cumprod: Tensor, gamma: float) -> Tensor:
-    """Returns min(SNR, gamma) / SNR at each timestep: the loss weights for noise prediction of Hang et al. 2023."""
+def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction: str = "eps") -> Tensor:
+    """Returns the loss weights of Hang et al. 2023 (section 3.4) at each timestep.
+
+    They are min(SNR, gamma) / SNR for predictions of the noise, min(SNR, gamma) / (SNR + 1) for those of v.
+    """
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return snr.clamp(max=gamma) / snr
+    return snr.clamp(max=gamma) / (snr + 1 if prediction == "v" else snr)
 
 
 class DiffusionTraining(pl.LightningModule):

@@ -110,4 +110,4 @@ def test_a_quarter_of_the_masks_cover_everything():
     masks = [random_mask(16, 16, np.random.default_rng(n)) for n in range(800)]
     whole = sum(mask.all() for mask in masks) / 800
     assert abs(whole - 0.25) < 0.06
-    assert all(mask.any() for mask in masks if mask.sum() > 0) and np.mean([m.mean() for m in masks]) > 0.3
+    assert np.mean([m.mean() for m in masks]) > 0.3

@@ -42,9 +42,8 @@ def test_the_gradient_is_that_of_transformers(model):
         name.removeprefix("text_model."): value for name, value in encoder.transformer.state_dict().items()
     }
     wanted = theirs.state_dict().keys()
-    theirs.load_state_dict(
-        {(n if n in wanted else f"text_model.{n}"): v for n, v in own.items() if n != "added"}, strict=False
-    )
+    renamed = {(name if name in wanted else f"text_model.{name}"): value for name, value in own.items()}
+    theirs.load_state_dict({name: renamed[name] for name in wanted})
     theirs.resize_token_embeddings(49410, mean_resizing=False)
     table = theirs.get_input_embeddings().weight
     table.data[49408:] = part.module.values.detach()

@@ -10,8 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ldm import cli
-from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
-from ldm.cli.model_options import PRECISIONS
+from ldm.cli.model_options import PRECISIONS, add_measured_model_options
 from ldm.fields import SETTINGS
 from ldm.files import check_there
 from ldm.places import find
@@ -40,13 +39,7 @@ _EXAMPLES = (
 def parser() -> argparse.ArgumentParser:
     """Returns the options of the command."""
     options = cli.make_parser(_DESCRIPTION, "[options]", _EXAMPLES)
-    group = options.add_argument_group("model")
-    group.add_argument("--config", metavar="FILE", default=BUNDLED_CONFIG, help="model config")
-    group.add_argument("--ckpt", metavar="FILE", default=BUNDLED_CKPT, help="the checkpoint that is measured")
-    group.add_argument(
-        "--judge", metavar="FILE", default="models/ldm/shapes/judge.pt", help="the network that reads images"
-    )
-    group.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    group = add_measured_model_options(options)
     group.add_argument(
         "--precision",
         choices=PRECISIONS,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ldm import cli
-from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
+from ldm.cli.model_options import add_measured_model_options
 from ldm.models.diffusion.solvers.names import find_schedule, find_solver
 from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.prompts.lines import MAX_COUNT
@@ -20,7 +20,7 @@ MAX_CALLS = 998  # of a solver of one call a step, and one for a run
 _DESCRIPTION = (
     "Compares solvers and schedules on the bundled model by the number of calls of it: how many images are right, "
     "and how far they are from the solution of the ODE. Writes solvers.csv, solvers.md and solvers.png, row by "
-    "row: the same command goes on where it was interrupted."
+    "row: the same command continues where it was interrupted."
 )
 _EXAMPLES = (
     "python scripts/evaluate.py solvers",
@@ -31,13 +31,7 @@ _EXAMPLES = (
 def parser() -> argparse.ArgumentParser:
     """Returns the options of the command."""
     options = cli.make_parser(_DESCRIPTION, "solvers [options]", _EXAMPLES)
-    group = options.add_argument_group("model")
-    group.add_argument("--config", metavar="FILE", default=BUNDLED_CONFIG, help="model config")
-    group.add_argument("--ckpt", metavar="FILE", default=BUNDLED_CKPT, help="the checkpoint that is measured")
-    group.add_argument(
-        "--judge", metavar="FILE", default="models/ldm/shapes/judge.pt", help="the network that reads images"
-    )
-    group.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add_measured_model_options(options)
     group = options.add_argument_group("what is compared")
     group.add_argument(
         "--only",
@@ -49,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "--calls",
         metavar="N,...",
         type=_several(_calls, f"a list of numbers of 1 to {MAX_CALLS}"),
-        help="these numbers of calls (default: 10 and 20, some from 4 to 50)",
+        help="these numbers of calls (default: 10 and 20, some from 4 to 100)",
     )
     group.add_argument("--scale", metavar="X", type=float, default=7.5, help="guidance scale")
     group.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the first image")

@@ -114,7 +114,7 @@ def run(kind: str, opt: argparse.Namespace) -> int:
     bar = sys.stderr.isatty() and not opt.quiet
     training = Training(kind, Path(opt.data), out, settings, opt.resume, opt.max_time, bar)
     training.check()
-    training.examples()
+    examples = training.examples()
     from ldm.runs.models import choose_model
     from ldm.runs.options import RunOptions
 
@@ -138,7 +138,7 @@ def run(kind: str, opt: argparse.Namespace) -> int:
         tuple(opt.allow_targets),
         kind == "inpainting",
     )
-    return run_training(training, base.load, base.notes(), device, precision.dtype, opt.dry_run)
+    return run_training(training, examples, base.load, base.notes(), device, precision.dtype, opt.dry_run)
 
 
 def main(kind: str, argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ldm.cli.model_options import parse_lora
+from ldm.cli.model_options import add_lora_option, parse_lora
 from ldm.util import need, printable
 
 if TYPE_CHECKING:
@@ -16,14 +16,7 @@ if TYPE_CHECKING:
 def add_mixing_options(options: argparse.ArgumentParser) -> None:
     """Adds the options for several models in one, and for LoRAs."""
     group = options.add_argument_group("several models in one, and LoRAs")
-    group.add_argument(
-        "--lora",
-        metavar="FILE[:WEIGHT[:TEXT]]",
-        type=parse_lora,
-        action="append",
-        default=[],
-        help="merge a LoRA into the weights; can be given several times",
-    )
+    add_lora_option(group, "merge a LoRA into the weights; can be given several times")
     group.add_argument(
         "--add",
         metavar="FILE[:WEIGHT]",
