@@ -163,6 +163,15 @@ def questions_of(folder: Path) -> list[Question]:
     return read_questions(folder / QUESTIONS) if (folder / QUESTIONS).exists() else []
 
 
+def check_points(points: Sequence[Point], check: Callable[[list[str]], None]) -> None:
+    """Calls `check`, which raises InputError for faulty options of txt2img.py, with those of every point."""
+    for point in points:
+        try:
+            check([*point.options])
+        except InputError as error:
+            raise InputError(f"{printable(point.folder)}: {error}") from None
+
+
 def make_points(folder: Path, points: Sequence[Point], make: Callable[[list[str]], int]) -> int:
     """Makes the images of each point with `make`, which runs txt2img.py's options; returns the first exit code not 0.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 SOURCES = ("scenes", "skills")  # of prompts without a file, in the bundled model's domain
 _CARD_SCALES = "scale=1.5,2,3,4,5,6,7,8"
-_CARD = ("--plms", "--ddim_steps", "50")
+_CARD = ("--sampler", "plms", "--ddim_steps", "50")  # in words that a variant may give again
 _BUNDLED = (*_CARD, "--W", "128", "--H", "128", "--n_samples", "20")
 
 

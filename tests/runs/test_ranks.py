@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import scripts.txt2img as txt2img
+from ldm.models.diffusion.solvers import SOLVERS
 from ldm.runs import launch
 from ldm.runs import processes as ranks
 from tests.support.forking import ForkServer
@@ -94,6 +96,24 @@ def test_one_stream_of_noise_is_the_same_for_all(group, fork_server, tmp_path):
     assert group(tmp_path / "two", 2, *one).wait() == [0, 0]
     assert images(tmp_path / "two") == images(tmp_path / "one")
     assert "sheet-0000.png" in images(tmp_path / "two")
+
+
+@pytest.mark.long
+def test_every_sampler_in_one_sweep_by_one_process_by_two_and_resumed(group, fork_server, tmp_path):
+    """Each solver, with its noise, its calls and its own schedule, gives the same bytes in all three."""
+    sweep = ["--sweep", f"sampler={','.join(SOLVERS)}", "--n_samples", "1", "--n_iter", "1", "--preview", "1"]
+    begin = lambda folder, *more: fork_server.wait(
+        fork_server.start([*RUN, "--quiet", "--outdir", str(tmp_path / folder), *sweep, *more])
+    )
+    assert begin("one") == 0
+    once = images(tmp_path / "one")
+    assert len({data for name, data in once.items() if name.startswith("samples/")}) == len(SOLVERS)
+    shutil.copytree(tmp_path / "one", tmp_path / "resumed")
+    for lost in sorted((tmp_path / "resumed/samples").glob("*.png"))[1::2]:
+        lost.unlink()
+    assert begin("resumed", "--resume") == 0
+    assert group(tmp_path / "two", 2, *sweep).wait() == [0, 0]
+    assert images(tmp_path / "resumed") == once and images(tmp_path / "two") == once
 
 
 @pytest.mark.long

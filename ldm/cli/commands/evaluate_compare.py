@@ -78,7 +78,7 @@ def _names(opt: argparse.Namespace) -> list[str]:
 
 def _make(opt: argparse.Namespace, folder: Path) -> tuple[int, list[Question]]:
     """Makes the images of both sets of options; returns the exit code and the prompts."""
-    from ldm.evaluation.experiment import Variant, make_points, plan_points, set_up
+    from ldm.evaluation.experiment import Variant, check_points, make_points, plan_points, set_up
 
     need(
         not any(Path(text).is_dir() for text in (opt.first, opt.second)),
@@ -87,9 +87,11 @@ def _make(opt: argparse.Namespace, folder: Path) -> tuple[int, list[Question]]:
     preset = PRESETS["scenes"]
     questions = chosen_questions(opt, opt.prompts or preset.prompts, None if opt.prompts else PAIRS)
     points = plan_points([Variant.parse(text) for text in (opt.first, opt.second)], [])
-    set_up(folder, questions, points, typed_command(opt), {})
     base = [*(() if opt.prompts else preset.options), *opt.passed, *(["--quiet"] if opt.quiet else [])]
-    return make_points(folder, points, maker(base)), questions
+    check, make = maker(base)
+    check_points(points, check)
+    set_up(folder, questions, points, typed_command(opt), {})
+    return make_points(folder, points, make), questions
 
 
 def _of_folder(folder: Path, name: str = "") -> ImageSet:

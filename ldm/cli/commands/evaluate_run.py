@@ -69,7 +69,7 @@ def add_run_options(options: argparse.ArgumentParser) -> None:
 
 def run(opt: argparse.Namespace) -> int:
     """Makes the images, then scores them and draws the curve."""
-    from ldm.evaluation.experiment import Variant, make_points, plan_points, set_up
+    from ldm.evaluation.experiment import Variant, check_points, make_points, plan_points, set_up
 
     preset, folder = PRESETS[opt.preset], Path(opt.outdir)
     own = opt.prompts is None or not preset.prompts
@@ -80,9 +80,10 @@ def run(opt: argparse.Namespace) -> int:
         **preset.scoring,
         **{name: value for name in _SCORING if (value := getattr(opt, name)) is not None},
     }
+    check, make = maker([*preset.options, *opt.passed, *(["--quiet"] if opt.quiet else [])])
+    check_points(points, check)
     evaluation = set_up(folder, questions, points, typed_command(opt), scoring)
-    base = [*preset.options, *opt.passed, *(["--quiet"] if opt.quiet else [])]
-    code = make_points(folder, points, maker(base))
+    code = make_points(folder, points, make)
     if code or opt.no_score:
         return code
     opt.questions = None
@@ -106,15 +107,25 @@ def chosen_questions(opt: argparse.Namespace, source: str, usual: int | None) ->
     return subset(read_questions(Path(source)), count, opt.subset_seed)
 
 
-def maker(base: Sequence[str]) -> Callable[[list[str]], int]:
-    """Returns a function that makes images with txt2img.py's options, `base` first; models stay in memory."""
+def maker(base: Sequence[str]) -> tuple[Callable[[list[str]], None], Callable[[list[str]], int]]:
+    """Returns functions that check txt2img.py's options, and make their images; `base` comes first.
+
+    Models stay in memory.
+    """
     from ldm.cli.commands.generate import txt2img_parser
     from ldm.cli.run import run as generate
+    from ldm.cli.values import check_options, options_of
     from ldm.places import ROOT, is_checkout
     from ldm.runs.model_cache import ModelCache
+    from ldm.runs.models import check_additions
 
     cache, parser = ModelCache(), txt2img_parser()
     script = [str(ROOT / "scripts/txt2img.py")] if is_checkout() else ["-m", "ldm", "txt2img"]
+
+    def check(options: list[str]) -> None:
+        opt = parser.parse_args([*base, *options])
+        check_options(opt)
+        check_additions(options_of(opt))
 
     def make(options: list[str]) -> int:
         words = [*base, *options]
@@ -122,4 +133,4 @@ def maker(base: Sequence[str]) -> Callable[[list[str]], int]:
         opt.typed = [*script, *words]
         return generate(opt, cache)
 
-    return make
+    return check, make
