@@ -79,7 +79,7 @@ setup(
     ],
     extras_require={
         "evaluate": ["matplotlib>=3.8,<3.12"],  # the plots of evaluations
-        # peers of the benchmark
+        # peers of the benchmark; of zentorch the release for one's torch, stable-diffusion-cpp-python is compiled
         "benchmark": [
             "diffusers>=0.36,<0.43",
             "safetensors>=0.5,<0.9",

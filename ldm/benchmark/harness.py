@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm import __version__
-from ldm.benchmark.options import PARTS, PEERS
+from ldm.benchmark.options import MODULES, PARTS, PEERS
 from ldm.benchmark.process import Process
 from ldm.benchmark.report import Report, Sample, facts_line, print_errors, print_report
 from ldm.benchmark.subjects import Setting
+from ldm.cli.fast import FAST
 from ldm.fields import SETTINGS
 from ldm.places import cache_path, find
 from ldm.setting import shown
@@ -39,7 +40,7 @@ def benchmark(opt: argparse.Namespace) -> int:
     report = Report(opt.json)
     peers = _peers(opt, report)
     rows = [_row(opt, precision, peers) for precision in precisions]
-    prepared = _prepare(opt, [_held_in(s) for row in rows for s in row if s.subject != "ours"])
+    prepared = _prepare(opt, [_held_in(s) for row in rows for s in row if _has_folder(s)])
     machine = {"version": __version__, "platform": platform.platform(), "python": sys.version}
     report.line("run", {"options": vars(opt), **machine})
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
@@ -60,6 +61,8 @@ def _check(opt: argparse.Namespace, sizes: Sequence[int], parts: Sequence[str]) 
     for size in sizes:
         need(size > 0 and size % 8 == 0, f"--sizes: {size} is not a multiple of 8")
     need(_steps_run(opt) >= 2, f"--strength {opt.strength} leaves {_steps_run(opt)} steps; give more")
+    fast = [choice for choice in opt.fast.split(",") if choice not in FAST]
+    need(not fast, f"--fast: unknown choice {printable(fast[:1])[1:-1]}; choose from {', '.join(FAST)}")
     need(not opt.check or opt.mode == "txt2img", "--check goes with --mode txt2img only")
 
 
@@ -71,10 +74,12 @@ def _peers(opt: argparse.Namespace, report: Report) -> list[str]:
     found: list[str] = []
     lacking: dict[str, str] = {}
     for name in names:
-        always, rounded = PEERS[name]
-        packages = (*always, *(rounded if "int8" in opt.precision.split(",") else ()))
-        missing = [package for package in packages if not _installed(package)]
-        if missing:
+        peer = PEERS[name]
+        packages = (*peer.needs, *((peer.for_int8 or ()) if "int8" in opt.precision.split(",") else ()))
+        missing = [package for package in packages if not _installed(MODULES.get(package, package))]
+        if peer.closed and (opt.batch > 1 or opt.mode != "txt2img"):
+            lacking[name] = f"{name} is measured with --batch 1 and --mode txt2img only"
+        elif missing:
             lacking[name] = f"{name} needs {', '.join(missing)}: pip install {' '.join(missing)}"
         else:
             found.append(name)
@@ -96,11 +101,11 @@ def _number(option: str, text: str) -> int:
 
 def _row(opt: argparse.Namespace, precision: str, peers: Sequence[str]) -> list[Setting]:
     """Returns our subject in one precision, and the peers in the corresponding one."""
-    peer_dtype = _peer_dtype(opt, precision)
+    dtype = _peer_dtype(opt, precision)
     ours = _ours(opt, precision)
-    own = {peer: "int8" if precision == "int8" and PEERS[peer][1] else peer_dtype for peer in peers}
+    own = {peer: PEERS[peer].type_for(precision, dtype) for peer in peers}
     return [
-        ours,
+        *(replace(ours, fast=choice) for choice in opt.fast.split(",")),
         *(replace(ours, subject=peer, precision=own[peer], malloc=opt.peer_malloc) for peer in peers),
     ]
 
@@ -151,17 +156,18 @@ def _prepare(opt: argparse.Namespace, peer_dtypes: Sequence[str]) -> dict[str, A
 
 
 def _with_files(setting: Setting, prepared: Mapping[str, Any]) -> Setting:
-    folder = "" if setting.subject == "ours" else prepared["folders"][_held_in(setting)]
+    folder = prepared["folders"][_held_in(setting)] if _has_folder(setting) else ""
     return replace(setting, ckpt=prepared["ckpt"], picture=prepared["picture"], folder=folder)
+
+
+def _has_folder(setting: Setting) -> bool:
+    """Whether the subject loads a folder of diffusers rather than the checkpoint."""
+    return setting.subject != "ours" and not PEERS[setting.subject].closed
 
 
 def _held_in(setting: Setting) -> str:
     """Returns the type of the weights in a peer's folder."""
     return "bfloat16" if setting.precision == "int8" else setting.precision
-
-
-def _name(setting: Setting) -> str:
-    return f"{setting.subject} {setting.precision}"
 
 
 def _measure(
@@ -180,13 +186,13 @@ def _measure(
         or (recipe == "auto" and any(s.subject == "diffusers" for s in settings))
     ):
         with contextlib.ExitStack() as stack:
-            processes = {_name(s): stack.enter_context(Process(s)) for s in settings}
+            processes = {s.name: stack.enter_context(Process(s)) for s in settings}
             for setting in settings:
-                loaded = processes[_name(setting)].ask("load", {})
+                loaded = processes[setting.name].ask("load", {})
                 if setting.subject == "diffusers":
-                    recipe = _arrange(opt, recipe, processes[_name(setting)], sizes[0])
-                report.line("facts", {"subject": _name(setting), **loaded["facts"], "recipe": recipe})
-                report.text(facts_line(_name(setting), loaded["facts"], setting.subject, recipe))
+                    recipe = _arrange(opt, recipe, processes[setting.name], sizes[0])
+                report.line("facts", {"subject": setting.name, **loaded["facts"], "recipe": recipe})
+                report.text(facts_line(setting.name, loaded["facts"], setting.subject, recipe))
             for size in sizes:
                 if set(parts) & {"step", "decode"}:
                     samples = list(_turns(opt, processes, size, parts))
@@ -196,7 +202,7 @@ def _measure(
     if "whole" in parts:
         for size in sizes:
             samples = list(_fresh_turns(opt, settings, size, recipe, scratch))
-            print_report(report, samples, [_name(s) for s in settings], size)
+            print_report(report, samples, [s.name for s in settings], size)
 
 
 def _arrange(opt: argparse.Namespace, recipe: str, peer: Process, size: int) -> str:
@@ -244,7 +250,7 @@ def _fresh_turns(
 ) -> Iterator[Sample]:
     """Yields samples of processes that are started for each sample."""
     for number, setting in itertools.product(range(1, opt.rounds + 1), settings):
-        name = _name(setting)
+        name = setting.name
         with Process(setting) as process:
             loaded = process.ask("load", {})
             if setting.subject == "diffusers" and recipe == "channels-last":

@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ldm.checkpoints.configs import V1_CONFIG
 
 PARTS = ("step", "decode", "whole")
-# the packages that each peer needs, and those that it also needs for 8-bit products
-PEERS = {
-    "diffusers": (("diffusers", "transformers", "safetensors"), ()),
-    "openvino": (("openvino", "diffusers", "transformers", "safetensors"), ("nncf",)),
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A package that does the same work.
+
+    `needs` are the packages to install, and `for_int8` those that it also needs for 8-bit products (None: it has
+    none). `types` are its own names of types. A peer that is `closed` reads the checkpoint itself and makes whole
+    images, one at a time: it has no folder of weights, and its latents and U-Net cannot be compared.
+    """
+
+    needs: tuple[str, ...]
+    for_int8: tuple[str, ...] | None = None
+    types: Mapping[str, str] = field(default_factory=dict[str, str])
+    closed: bool = False
+
+    def type_for(self, precision: str, dtype: str) -> str:
+        """Returns the type that it runs in where ours is `precision` and others run in `dtype`."""
+        wanted = "int8" if precision == "int8" and self.for_int8 is not None else dtype
+        return self.types.get(wanted, wanted)
+
+
+_DIFFUSERS = ("diffusers", "transformers", "safetensors")
+PEERS: dict[str, Peer] = {
+    "diffusers": Peer(_DIFFUSERS),
+    "openvino": Peer(("openvino", *_DIFFUSERS), for_int8=("nncf",)),
+    "sdcpp": Peer(
+        ("stable-diffusion-cpp-python",),
+        for_int8=(),
+        types={"float32": "f32", "bfloat16": "f16", "float16": "f16", "int8": "q8_0"},
+        closed=True,
+    ),
+    "zentorch": Peer(("zentorch", *_DIFFUSERS)),
 }
+MODULES = {"stable-diffusion-cpp-python": "stable_diffusion_cpp"}  # where they differ from the package's name
 
 
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +76,12 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
         default="autocast",
         help="full, autocast, bf16, fp16 or int8, or several in turn",
     )
+    group.add_argument(
+        "--fast",
+        metavar="LIST",
+        default="exact",
+        help="exact, balanced or draft, or several in turns: what our own images leave out, as for txt2img.py",
+    )
     group.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     group.add_argument("--threads", metavar="N", type=int, default=0, help="CPU threads (0: torch's choice)")
     group.add_argument("--compile", action="store_true", help="torch.compile the U-Nets, the peer's too")
@@ -67,9 +105,8 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="auto: float32 for full, else float16 on a GPU and bfloat16 on a CPU; "
-        "for int8, int8 in those that have it",
+        "for int8, int8 in those that have it; sdcpp has f16 for both",
     )
-
     group.add_argument(
         "--peer_malloc",
         choices=("system", "tuned"),

@@ -1,4 +1,4 @@
-"""Peers that run the U-Net of diffusers' pipeline on another runtime."""
+"""Peers on other runtimes: those that run the U-Net of diffusers' pipeline, and stable-diffusion.cpp."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.benchmark.subjects import Diffusers, Setting
+from ldm.benchmark.subjects import GUIDANCE, PROMPT, Diffusers, Setting, Stopwatch, Work, save_pillow
 
 if TYPE_CHECKING:
     import torch
@@ -118,3 +120,93 @@ class OpenVino(Diffusers):
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=SAMPLES,
         )
+
+
+class Zentorch(Diffusers):
+    """The pipeline of diffusers with its U-Net compiled by torch.compile with AMD's backend, for each shape once.
+
+    The time of compiling includes the first call.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(replace(setting, compiled=False))
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"zentorch": version("zentorch")}
+
+    def network(self, unet: torch.nn.Module) -> Callable[..., Any]:
+        import torch
+
+        _package("zentorch")  # adds its backend to torch
+        compiled: Callable[..., Any] = torch.compile(unet.forward, backend="zentorch")
+        known: set[tuple[int, ...]] = set()
+
+        def forward(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            before = time.perf_counter()
+            result = compiled(sample, *args, **kwargs)
+            if tuple(sample.shape) not in known:
+                known.add(tuple(sample.shape))
+                self.compiling = time.perf_counter() - before
+            return result
+
+        return forward
+
+
+class StableDiffusionCpp:
+    """stable-diffusion.cpp through stable-diffusion-cpp-python, with its flash attention and direct convolutions.
+
+    It reads the checkpoint itself and makes a whole image: its phases are separated by its report of steps, of which
+    the first begins when the text is encoded.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        import torch
+
+        package = _package("stable_diffusion_cpp")
+        self.version = package.__version__
+        self.setting, self.compiling = setting, 0.0
+        self.watch = Stopwatch(torch.device("cpu"))
+        self.model = package.StableDiffusion(
+            model_path=setting.ckpt,
+            wtype=setting.precision,
+            n_threads=torch.get_num_threads(),
+            diffusion_flash_attn=True,
+            vae_decode_only=True,
+            verbose=False,
+        )
+
+    @property
+    def latents(self) -> tuple[int, int]:
+        return 4, 8
+
+    def facts(self) -> dict[str, Any]:
+        return {"runs in": self.setting.precision, "stable-diffusion-cpp-python": self.version}
+
+    def make(self, work: Work, noise: Tensor) -> list[Any]:
+        """Makes the image of its own noise of the seed; it cannot be ended, so a limited run has as many steps."""
+        started = self.watch.mark()
+        self.watch.limit = 0
+
+        def progress(step: int, steps: int, seconds: float) -> None:
+            if step:
+                self.watch.step()
+            else:
+                self.watch.began = self.watch.mark()
+
+        images = self.model.generate_image(
+            PROMPT.format(work.number),
+            negative_prompt=f"{work.number}",
+            width=work.size,
+            height=work.size,
+            cfg_scale=GUIDANCE,
+            sample_method="ddim_trailing",
+            sample_steps=work.limit or work.steps,
+            seed=self.setting.seed,
+            progress_callback=progress,
+        )
+        self.watch.spans["text"] = [(started, self.watch.began)]
+        self.watch.spans["decode"] = [(self.watch.steps[-1], self.watch.mark())]
+        return images
+
+    def save(self, images: list[Any], outdir: Path) -> None:
+        save_pillow(images, outdir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from ldm.benchmark.options import PEERS
 from ldm.benchmark.process import Process
 from ldm.benchmark.subjects import Setting
 from ldm.util import printable
@@ -91,8 +93,10 @@ def print_report(report: Report, samples: Sequence[Sample], names: Sequence[str]
     for kind in samples[0].memory:
         peaks = [max(s.memory[kind] for s in samples if s.subject == name) / 2**30 for name in names]
         report.text("".join(f"{cell:<32}" for cell in (f"peak {kind}", *(f"{p:.2f} GiB" for p in peaks))))
-    for peer in names[1:]:
-        _tell_ratios(report, samples, names[0], peer, size)
+    ours = [name for name in names if name.startswith("ours ")]
+    pairs = list(itertools.product(ours, names[len(ours) :]))
+    for one, other in pairs or [(name, ours[0]) for name in ours[1:]]:
+        _tell_ratios(report, samples, one, other, size)
 
 
 def _times(samples: Sequence[Sample], phase: str, subject: str) -> list[float]:
@@ -136,7 +140,10 @@ def print_errors(
             process.ask("load", {})
             process.ask("check", fields)
     report.title(f"{size}x{size}: distance from our float32 results (relative L2)")
-    for name, process in processes.items():
+    for setting, (name, process) in zip(settings, processes.items(), strict=True):
+        if setting.subject in PEERS and PEERS[setting.subject].closed:
+            report.text(f"{name:<32}not compared: it takes no noise and gives no latents")
+            continue
         error = process.ask("check", fields)["error"]
         report.line("error", {"subject": name, "size": size, "steps": opt.steps, **error})
         figures = ", ".join(f"{key} {value:.2e}" for key, value in error.items())

@@ -22,7 +22,7 @@ GUIDANCE = 7.5
 class Setting:
     """The settings of one process. `spawned` is the time at which it was started, in seconds since 1970."""
 
-    subject: str  # ours, diffusers, openvino
+    subject: str  # ours, or one of `options.PEERS`
     config: str
     ckpt: str
     folder: str
@@ -37,6 +37,12 @@ class Setting:
     malloc: str  # system, tuned
     seed: int
     spawned: float
+    fast: str = "exact"  # of `ldm.cli.fast`; ours only
+
+    @property
+    def name(self) -> str:
+        """The subject in tables."""
+        return " ".join((self.subject, self.precision, *([self.fast] if self.fast != "exact" else [])))
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,14 @@ class Stopwatch:
         self.device = device
         self.spans: dict[str, list[tuple[Any, Any]]] = {}
         self.steps: list[Any] = []
+        self.began: Any = None  # the first step
         self.first_step_at = 0.0
         self.latents: list[Tensor] = []
         self.limit = 0
 
     def start(self, work: Work) -> None:
         self.spans, self.steps, self.latents, self.limit = {}, [], [], work.limit
+        self.began = None
 
     def mark(self) -> Any:
         import torch
@@ -84,6 +92,8 @@ class Stopwatch:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             before = self.mark()
+            if phase == "unet" and self.began is None:
+                self.began = before
             result = function(*args, **kwargs)
             self.spans.setdefault(phase, []).append((before, self.mark()))
             return result
@@ -123,7 +133,7 @@ class Stopwatch:
         for name in ("text", "encode", "decode"):
             if name in taken:
                 taken[name] = [sum(taken[name])]
-        pairs = itertools.pairwise([self.spans["unet"][0][0], *self.steps])
+        pairs = itertools.pairwise([self.began, *self.steps])
         first, *rest = (_between(*pair) for pair in pairs)
         return taken | {"first step": [first], "step": rest}
 
@@ -154,6 +164,10 @@ class Subject(Protocol):
         ...
 
     def save(self, images: list[Any], outdir: Path) -> None: ...
+
+
+class OpenSubject(Subject, Protocol):
+    """A subject whose networks can be called."""
 
     def arrange(self, channels_last: bool) -> None:
         """Sets the memory layout of its weights."""
@@ -195,6 +209,7 @@ class Ours:
         return {"runs in": self.pipeline.precision.name}
 
     def make(self, work: Work, noise: Tensor) -> list[Any]:
+        from ldm.cli.fast import FAST
         from ldm.job import Init, Job
         from ldm.seeds import count_up
 
@@ -211,6 +226,7 @@ class Ours:
                 scale=GUIDANCE,
                 init=init,
                 strength=self.setting.strength if start else 1.0,
+                **FAST[self.setting.fast],
             )
             for i in range(self.setting.batch)
         ]
@@ -321,9 +337,7 @@ class Diffusers:
         ).images
 
     def save(self, images: list[Any], outdir: Path) -> None:
-        outdir.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(images):
-            image.save(outdir / f"{i:05d}.png")
+        save_pillow(images, outdir)
 
     def arrange(self, channels_last: bool) -> None:
         import torch
@@ -338,3 +352,10 @@ class Diffusers:
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.pipe.vae.decode(latents.to(self.dtype) / self.pipe.vae.config.scaling_factor).sample
+
+
+def save_pillow(images: list[Any], outdir: Path) -> None:
+    """Writes Pillow's images as numbered PNG files."""
+    outdir.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        image.save(outdir / f"{i:05d}.png")

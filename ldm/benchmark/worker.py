@@ -14,22 +14,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from ldm.benchmark.subjects import PROMPT, Diffusers, Enough, Ours, Setting, Subject, Work
+from ldm.benchmark.subjects import PROMPT, Diffusers, Enough, OpenSubject, Ours, Setting, Subject, Work
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _openvino(setting: Setting) -> Subject:
-    from ldm.benchmark.peers import OpenVino
-
-    return OpenVino(setting)
+def _peer(name: str) -> Callable[[Setting], Subject]:
+    """Returns a class of `peers`, which is imported when the subject is made."""
+    return lambda setting: getattr(importlib.import_module("ldm.benchmark.peers"), name)(setting)
 
 
 SUBJECTS: dict[str, Callable[[Setting], Subject]] = {
     "ours": Ours,
     "diffusers": Diffusers,
-    "openvino": _openvino,
+    "openvino": _peer("OpenVino"),
+    "sdcpp": _peer("StableDiffusionCpp"),
+    "zentorch": _peer("Zentorch"),
 }
 
 
@@ -54,7 +55,7 @@ class Worker:
 
         if self.setting.subject == "ours":
             importlib.import_module("ldm.pipeline")
-        else:
+        elif self.setting.folder:
             import diffusers
 
             # diffusers imports its parts at their first use
@@ -68,7 +69,7 @@ class Worker:
         return {"seconds": seconds, "facts": self.subject.facts() | _machine(), "memory": self._memory()}
 
     def arrange(self, channels_last: bool) -> dict[str, Any]:
-        self.subject.arrange(channels_last)
+        cast("OpenSubject", self.subject).arrange(channels_last)
         return {"facts": self.subject.facts()}
 
     def run(self, **fields: Any) -> dict[str, Any]:
@@ -109,20 +110,21 @@ class Worker:
         """
         import torch
 
+        subject = cast("OpenSubject", self.subject)
         with torch.inference_mode():
             self._make(Work(size, steps, 0, 0, ""))
-            latents: Tensor = torch.cat(self.subject.watch.latents).float().cpu()
-            if isinstance(self.subject, Diffusers):
-                latents *= self.subject.pipe.vae.config.scaling_factor
+            latents: Tensor = torch.cat(subject.watch.latents).float().cpu()
+            if isinstance(subject, Diffusers):
+                latents *= subject.pipe.vae.config.scaling_factor
             if not os.path.exists(reference):
                 torch.save(self._reference(size, latents), reference)
             known = torch.load(reference, weights_only=True)
-            device = self.subject.watch.device
+            device = subject.watch.device
             inputs = [known[name].to(device) for name in ("x", "t", "context")]
             found = {
                 "latents": latents,
-                "unet": self.subject.predict(*inputs),
-                "picture": self.subject.decode(known["latents"].to(device)),
+                "unet": subject.predict(*inputs),
+                "picture": subject.decode(known["latents"].to(device)),
             }
             return {"error": {key: _relative(value, known[key]) for key, value in found.items()}}
 

@@ -2,17 +2,20 @@
 
 import json
 import statistics
+import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 import scripts.benchmark as script
 from ldm.benchmark import harness as benchmark
-from ldm.benchmark.options import PEERS
+from ldm.benchmark.options import PEERS, Peer
 from ldm.benchmark.report import Sample, ratios
 from ldm.benchmark.subjects import Enough, Ours, Stopwatch, Work
 from ldm.benchmark.weights import random_weight, write_image, write_random_checkpoint
@@ -46,7 +49,9 @@ class InThisProcess:
 def measure(tmp_path):
     """Runs the script on a small model with random weights; returns its exit code and JSON lines."""
     config, lines = tmp_path / "tiny.yaml", tmp_path / "lines.jsonl"
-    OmegaConf.save(OmegaConf.create({"model": small_config()}), config)
+    model = small_config()
+    model["params"]["unet_config"]["params"]["num_heads"] = 2  # OpenVINO's 8 bits refuse heads of one channel
+    OmegaConf.save(OmegaConf.create({"model": model}), config)
     files = ["--config", str(config), "--cache", str(tmp_path / "cache"), "--json", str(lines)]
 
     def run(*options):
@@ -129,8 +134,8 @@ class Compiled(Ours):
 def test_a_peer_that_compiles_and_one_that_is_missing(measure, capfd, monkeypatch):
     monkeypatch.setattr(benchmark, "Process", InThisProcess)
     monkeypatch.setitem(SUBJECTS, "compiled", Compiled)
-    monkeypatch.setitem(PEERS, "compiled", (("torch",), ()))
-    monkeypatch.setitem(PEERS, "missing", (("torch", "not_installed_here"), ()))
+    monkeypatch.setitem(PEERS, "compiled", Peer(("torch",)))
+    monkeypatch.setitem(PEERS, "missing", Peer(("torch", "not_installed_here")))
     options = ["--parts", "step", "--rounds", "2", "--precision", "full", "--check"]
     code, lines = measure(*options, "--peers", "missing,compiled")
     assert code == 0
@@ -173,6 +178,67 @@ def test_in_turns_with_openvino(measure, precision):
 
 
 @pytest.mark.slow
+def test_in_turns_with_zentorch(measure):
+    pytest.importorskip("zentorch")
+    pytest.importorskip("diffusers")
+    options = ["--parts", "step", "--rounds", "1", "--precision", "full", "--check"]
+    code, lines = measure(*options, "--peers", "zentorch")
+    assert code == 0
+    _, peer = of_kind(lines, "sample")
+    assert peer["seconds"]["compile"][0] > peer["seconds"]["step"][0]
+    errors = {line["subject"]: line["unet"] for line in of_kind(lines, "error")}
+    assert errors["zentorch float32"] < 1e-4
+
+
+class StableDiffusionCpp:
+    """Calls of stable-diffusion-cpp-python, taking 5 (text), 2 (a step) and 3 seconds of `clock`."""
+
+    clock = 0.0
+
+    def __init__(self, model_path, wtype, n_threads, **_):
+        assert read_checkpoint(model_path).state_dict
+        assert (wtype, n_threads) == ("f32", 1)
+
+    def generate_image(self, prompt, sample_steps, width, height, progress_callback, **_):
+        type(self).clock += 5
+        progress_callback(0, sample_steps, 0.0)
+        for i in range(sample_steps):
+            type(self).clock += 2
+            progress_callback(i + 1, sample_steps, 2.0)
+        type(self).clock += 3
+        return [Image.new("RGB", (width, height))]
+
+
+@pytest.mark.long
+def test_phases_of_stable_diffusion_cpp(measure, capfd, monkeypatch):
+    package = SimpleNamespace(StableDiffusion=StableDiffusionCpp, __version__="0")
+    monkeypatch.setitem(sys.modules, "stable_diffusion_cpp", package)
+    monkeypatch.setattr(benchmark, "_installed", lambda name: name == "stable_diffusion_cpp")
+    monkeypatch.setattr(benchmark, "Process", InThisProcess)
+    monkeypatch.setattr(Stopwatch, "mark", lambda _: StableDiffusionCpp.clock)
+    options = ["--parts", "step,decode", "--rounds", "1", "--precision", "full", "--check"]
+    assert measure(*options, "--peers", "sdcpp", "--batch", "2") == (2, [])
+    code, lines = measure(*options, "--peers", "sdcpp")
+    assert code == 0
+    _, peer = of_kind(lines, "sample")
+    assert peer["subject"] == "sdcpp f32"
+    assert peer["seconds"] == {"text": [5], "first step": [2], "step": [2] * (STEPS - 1), "decode": [3]}
+    assert [line["subject"] for line in of_kind(lines, "error")] == ["ours full"]
+    assert "not compared" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("peer", "precision", "dtype", "type_"), [
+    ("diffusers", "int8", "bfloat16", "bfloat16"),
+    ("openvino", "int8", "bfloat16", "int8"),
+    ("openvino", "autocast", "bfloat16", "bfloat16"),
+    ("sdcpp", "int8", "bfloat16", "q8_0"),
+    ("sdcpp", "autocast", "bfloat16", "f16"),
+])  # fmt: skip
+def test_a_peer_runs_in_the_nearest_type_that_it_has(peer, precision, dtype, type_):
+    assert PEERS[peer].type_for(precision, dtype) == type_
+
+
+@pytest.mark.slow
 def test_pictures_in_turns_with_diffusers(measure):
     pytest.importorskip("diffusers")
     options = ["--mode", "img2img", "--parts", "whole", "--rounds", "1", "--precision", "full"]
@@ -181,6 +247,20 @@ def test_pictures_in_turns_with_diffusers(measure):
     for sample in of_kind(lines, "sample"):
         assert len(sample["seconds"]["unet"]) == 2  # of 3 steps at strength 0.75
         assert len(sample["seconds"]["encode"]) == 1
+
+
+@pytest.mark.long
+def test_settings_of_our_own_in_turns(measure, monkeypatch):
+    monkeypatch.setattr(benchmark, "Process", InThisProcess)
+    options = ["--parts", "step", "--steps", "4", "--rounds", "1", "--precision", "full", "--check"]
+    code, lines = measure(*options, "--fast", "exact,balanced")
+    assert code == 0
+    both = ["ours full", "ours full balanced"]
+    assert [sample["subject"] for sample in of_kind(lines, "sample")] == both
+    assert {(line["ours"], line["peer"]) for line in of_kind(lines, "ratio")} == {tuple(reversed(both))}
+    errors = {line["subject"]: line for line in of_kind(lines, "error")}
+    assert errors[both[0]]["latents"] == 0 < errors[both[1]]["latents"]
+    assert errors[both[1]]["unet"] == 0
 
 
 def test_ratios_go_round_by_round():
@@ -228,8 +308,6 @@ def test_a_random_checkpoint_fills_a_model(tmp_path):
 
 
 def test_a_picture_to_start_from(tmp_path):
-    from PIL import Image
-
     write_image(tmp_path / "start.png")
     pixels = np.asarray(Image.open(tmp_path / "start.png"))
     assert pixels.shape == (512, 512, 3)
@@ -242,6 +320,7 @@ def test_a_picture_to_start_from(tmp_path):
     (["--sizes", "64,big"], "--sizes"),
     (["--steps", "1"], "--steps"),
     (["--rounds", "0"], "--rounds"),
+    (["--fast", "exact,brisk"], "brisk"),
     (["--precision", "double"], "double"),
     (["--mode", "img2img", "--strength", "0.5"], "--strength"),
     (["--mode", "img2img", "--check"], "--check"),
