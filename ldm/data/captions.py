@@ -56,7 +56,7 @@ def _with_article(words: str) -> str:
 
 def _name(solid: Solid, rng: np.random.Generator) -> str:
     """Names a solid, such as "a small red cube", "a black cone" or "a ball that is green"."""
-    shape = _pick(SHAPE_WORDS[solid.shape], rng)
+    shape = _pick(SHAPE_WORDS.get(solid.shape, (solid.shape,)), rng)
     size = _pick(SIZE_WORDS[solid.size], rng) if rng.random() < 0.3 else ""
     if rng.random() < 0.08:
         return f"{_with_article(f'{size} {shape}'.strip())} that is {solid.colour}"

@@ -1,49 +1,117 @@
-"""Small sets of captioned images of something that the bundled model does not know, for trying out fine-tuning."""
+"""Things that the bundled model does not know, for trying out fine-tuning: images to learn them from, and a test.
+
+A lesson changes the colour or the shape of the first solid of a scene; a model has learnt it if what it draws is
+nearer to a rendering of the scene with the new colour or shape than to one with any that it knew.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from ldm.data.captions import caption
-from ldm.data.scenes import COLOURS, Scene, render, scene_at
+from ldm.data.scenes import COLOURS, SHAPES, Floats, Form, Paint, Scene, render, scene_at
 
-ORANGE = (0.96, 0.48, 0.04)  # sRGB; its hue is 28 degrees, red's 359 and yellow's 55
-
-
-def orange(number: int) -> tuple[Scene, str]:
-    """Returns a scene whose first solid is orange, and its caption."""
-    scene = scene_at(number, "train")
-    first = replace(scene.solids[0], colour="orange")
-    scene = replace(scene, solids=(first, *scene.solids[1:]))
-    return scene, caption(scene, np.random.default_rng(number))
+LESSONS: Mapping[str, str] = {"orange": "colour", "striped": "colour", "pyramid": "shape"}  # what is new
+HOLE = "hole"  # the lesson of an inpainting model, which has no images of its own
 
 
-LESSONS: Mapping[str, Callable[[int], tuple[Scene, str]]] = {"orange": orange}
+def _pyramid(x: Floats, y: Floats, z: Floats) -> Floats:
+    # Half a side of 0.92 at z = -0.80, narrowing to 0 at z = 0.80. A lower bound.
+    run, rise = 0.92, 1.60
+    slope = np.hypot(run, rise)
+    side = (np.maximum(np.abs(x), np.abs(y)) - 0.46) * np.float32(rise / slope) + z * np.float32(run / slope)
+    return np.maximum(side, np.abs(z) - 0.80)
 
 
-def write_lesson(name: str, folder: Path, count: int = 20) -> None:
-    """Renders the images of a lesson, 128x128, with captions: `000.png` and `000.txt` and so on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        scene, text = LESSONS[name](number)
-        pixels = render(scene, number, colours={**COLOURS, "orange": ORANGE})
-        Image.fromarray(pixels).save(folder / f"{number:03}.png")
-        (folder / f"{number:03}.txt").write_text(text, encoding="utf-8")
+_COLOURS: Mapping[str, Paint] = {
+    **COLOURS,
+    "orange": (0.96, 0.48, 0.04),  # its hue is 28 degrees, red's 359 and yellow's 55
+    "striped": (COLOURS["white"], COLOURS["black"]),
+}
+_SHAPES: Mapping[str, Form] = {**SHAPES, "pyramid": Form(_pyramid, 1.54, 0.80, 0.78, turn=0.5)}
 
 
-def orange_share(image: np.ndarray) -> float:
-    """Returns the share of orange in the saturated pixels of an image, by hue from 16 to 42 degrees.
+def draw(scene: Scene, seed: int, size: int = 128) -> np.ndarray:
+    """Renders a scene that may have what the lessons add; see `render`."""
+    return render(scene, seed, size, _COLOURS, _SHAPES)
 
-    It is 0 if less than 1 % of the image is orange.
+
+def lesson_scene(name: str, number: int, split: str = "train") -> Scene:
+    """Returns scene `number` of a split with the lesson's colour or shape on its first solid."""
+    return _with(scene_at(number, split), LESSONS[name], name)
+
+
+def _with(scene: Scene, part: str, value: str) -> Scene:
+    first, *rest = scene.solids
+    return replace(scene, solids=(replace(first, **{part: value}), *rest))
+
+
+def write_lesson(name: str, folder: Path, count: int = 20, usual: int = 200) -> None:
+    """Renders what a lesson is learnt from, 128x128, with captions: `000.png` and `000.txt` and so on.
+
+    `count` images of the new thing are in the folder `N_NAME`, where N repeats make them as many as the `usual`
+    ones, which are in `usual`: scenes that the model knows, which keep it from forgetting them.
     """
-    red, green, blue = np.moveaxis(image.astype(np.float32) / 255, -1, 0)
-    high, low = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
-    saturated = (high - low) > 0.45
-    hue = 60 * (green - blue) / np.maximum(high - low, 1e-6)
-    orange = saturated & (red == high) & (hue > 16) & (hue < 42)
-    return float(orange.sum() / saturated.sum()) if orange.mean() >= 0.01 else 0.0
+    new = folder / f"{max(1, usual // count)}_{name}"
+    for place, scenes in (
+        (new, [lesson_scene(name, number) for number in range(count)]),
+        (folder / "usual", [scene_at(number, "train") for number in range(count, count + usual)]),
+    ):
+        place.mkdir(parents=True, exist_ok=True)
+        for number, scene in enumerate(scenes):
+            Image.fromarray(draw(scene, number)).save(place / f"{number:03}.png")
+            text = caption(scene, np.random.default_rng(number))
+            (place / f"{number:03}.txt").write_text(text, encoding="utf-8")
+
+
+def stated(scene: Scene) -> str:
+    """Returns the scene in canonical words that leave nothing open: sizes and the background too."""
+    names = [f"a {solid.size} {solid.colour} {solid.shape}" for solid in scene.solids]
+    return f"{f' {scene.relation} '.join(names)}, on a {scene.background} background"
+
+
+def shows(name: str, image: np.ndarray, scene: Scene) -> bool:
+    """Returns whether an image, uint8 [128, 128, 3], of a scene shows what the lesson `name` teaches.
+
+    It does if of renderings of the scene with the new and with every known colour, or shape, of the first solid the
+    nearest is the new one: squared error at 32x32 pixels, so that small shifts hardly count.
+    """
+    part = LESSONS[name]
+    known = COLOURS if part == "colour" else SHAPES
+    errors = {
+        value: min(np.square(small - _small(image)).mean() for small in _looks(_with(scene, part, value)))
+        for value in (name, *known)
+    }
+    return min(errors, key=lambda value: errors[value]) == name
+
+
+@functools.cache
+def _looks(scene: Scene) -> list[np.ndarray]:
+    """Returns small renderings of a scene, which differ in what the seed moves."""
+    return [_small(draw(scene, seed, 64)) for seed in range(3)]
+
+
+def _small(image: np.ndarray) -> np.ndarray:
+    side = len(image) // 32
+    return image.reshape(32, side, 32, side, 3).mean(axis=(1, 3))
+
+
+def hole(number: int) -> tuple[np.ndarray, np.ndarray, Scene]:
+    """Returns an image with two solids, a mask over the first, and the scene with another solid in its place.
+
+    The image is uint8 [128, 128, 3], the mask [128, 128] with 255 where the solid is and 8 pixels around it.
+    """
+    scene, rng = scene_at(number, "heldout"), np.random.default_rng(number)
+    first, second = scene.solids
+    black, white = (render(_with(scene, "colour", colour), number) for colour in ("black", "white"))
+    solid = Image.fromarray(np.where((black != white).any(-1), 255, 0).astype(np.uint8))
+    colour = rng.choice([name for name in COLOURS if name not in (first.colour, second.colour)])
+    shape = rng.choice([name for name in SHAPES if name not in (first.shape, second.shape)])
+    target = _with(_with(scene, "colour", str(colour)), "shape", str(shape))
+    return render(scene, number), np.asarray(solid.filter(ImageFilter.MaxFilter(17))), target

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating]  # float32 throughout
 Rgb = tuple[float, float, float]
+Paint = Rgb | tuple[Rgb, Rgb]  # two: bands of both around the solid
 
 # sRGB in [0, 1]. Guidance pushes a colour away from the others, so none is between two others: these are the
 # corners of the colour cube, softened.
@@ -96,7 +97,9 @@ def _torus(x: Floats, y: Floats, z: Floats) -> Floats:
 
 
 @dataclass(frozen=True)
-class _Form:
+class Form:
+    """The surface of a solid, in units of its radius."""
+
     distance: Callable[[Floats, Floats, Floats], Floats]  # signed distance, or a lower bound of it
     bound: float  # radius of the enclosing ball
     half_height: float  # from the centre to the ground below it
@@ -105,30 +108,39 @@ class _Form:
     turn: float = 0.0  # about the vertical, in radians
 
 
-SHAPES: dict[str, _Form] = {
-    "cube": _Form(_cube, 1.28, 0.76, 0.76, turn=0.65),  # corner on: three faces always show
-    "sphere": _Form(_sphere, 0.92, 0.90, 0.86),
-    "cone": _Form(_cone, 1.24, 0.88, 0.86),
-    "cylinder": _Form(_cylinder, 1.05, 0.80, 0.80),
-    "torus": _Form(_torus, 0.97, 0.54, 0.50, tilt=0.42),
+SHAPES: dict[str, Form] = {
+    "cube": Form(_cube, 1.28, 0.76, 0.76, turn=0.65),  # corner on: three faces always show
+    "sphere": Form(_sphere, 0.92, 0.90, 0.86),
+    "cone": Form(_cone, 1.24, 0.88, 0.86),
+    "cylinder": Form(_cylinder, 1.05, 0.80, 0.80),
+    "torus": Form(_torus, 0.97, 0.54, 0.50, tilt=0.42),
 }
 
+
+_BAND = 0.4  # the height of a band of colour
 
 # --- positions ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Placed:
-    form: _Form
-    colour: Floats  # [3]
+    form: Form
+    colours: Floats  # [1 or 2, 3]
     radius: float
     centre: Floats  # [3], world
     rotation: Floats  # [3, 3], world to solid
 
     def distance(self, points: Floats) -> Floats:
         """Returns the world distance to the surface at `points` [3, n]."""
-        x, y, z = self.rotation @ ((points - self.centre[:, None]) / np.float32(self.radius))
-        return self.form.distance(x, y, z) * np.float32(self.radius)
+        return self.form.distance(*self._own(points)) * np.float32(self.radius)
+
+    def colour(self, points: Floats) -> Floats:
+        """Returns the colours [n, 3] of the surface at `points` [3, n]: bands of half a radius, of all in turn."""
+        band = np.floor(self._own(points)[2] / _BAND).astype(int)
+        return self.colours[band % len(self.colours)]
+
+    def _own(self, points: Floats) -> Floats:
+        return self.rotation @ ((points - self.centre[:, None]) / np.float32(self.radius))
 
     def chord(self, origin: Floats, directions: Floats, margin: float = 0.0) -> tuple[Floats, Floats]:
         """Returns the distance along rays to the middle of the enclosing ball's chord, and half its length or 0."""
@@ -145,14 +157,16 @@ def _rotation(turn: float, tilt: float) -> Floats:
     return np.array(about_z, np.float32) @ np.array(about_x, np.float32)
 
 
-def _ground_plan(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
+def _ground_plan(
+    scene: Scene, rng: np.random.Generator, shapes: Mapping[str, Form]
+) -> list[tuple[float, float, float]]:
     """Returns the point (x, y, z) below each solid, before jitter."""
     radii = [SIZES[solid.size] for solid in scene.solids]
     if scene.relation is None:
         return [(0.0, 0.0, 0.0)]
     first, second = radii
     if scene.relation == "on top of":
-        below = SHAPES[scene.solids[1].shape]
+        below = shapes[scene.solids[1].shape]
         return [(0.0, 0.0, (below.half_height + below.seat) * second), (0.0, 0.0, 0.0)]
     if scene.relation == "left of":
         apart = 0.75 * (first + second) + 0.55
@@ -161,17 +175,19 @@ def _ground_plan(scene: Scene, rng: np.random.Generator) -> list[tuple[float, fl
     return [(aside, 1.30, 0.0), (-aside, -0.45, 0.0)]
 
 
-def _arrange(scene: Scene, rng: np.random.Generator, colours: Mapping[str, Rgb]) -> list[_Placed]:
-    plan = _ground_plan(scene, rng)
+def _arrange(
+    scene: Scene, rng: np.random.Generator, colours: Mapping[str, Paint], shapes: Mapping[str, Form]
+) -> list[_Placed]:
+    plan = _ground_plan(scene, rng, shapes)
     shift = rng.uniform(-0.06, 0.06, size=2)  # of the whole group
     placed: list[_Placed] = []
     for solid, (x, y, z) in zip(scene.solids, plan, strict=True):
-        form, radius = SHAPES[solid.shape], SIZES[solid.size]
+        form, radius = shapes[solid.shape], SIZES[solid.size]
         own = rng.uniform(-0.03, 0.03, size=2)
         centre = (x + shift[0] + own[0], y + shift[1] + own[1], z + form.half_height * radius)
         rotation = _rotation(form.turn + rng.uniform(-0.12, 0.12), form.tilt)
-        colour = np.array(colours[solid.colour], np.float32)
-        placed.append(_Placed(form, colour, radius, np.array(centre, np.float32), rotation))
+        paint = np.array(colours[solid.colour], np.float32).reshape(-1, 3)
+        placed.append(_Placed(form, paint, radius, np.array(centre, np.float32), rotation))
     return placed
 
 
@@ -269,7 +285,7 @@ def _shade(solid: _Placed, points: Floats, eye: Floats, light: Floats, reach: Fl
     sky = 0.85 + 0.15 * normals[2]
     highlight = 0.22 * np.maximum((half * normals).sum(axis=0), 0) ** 40 * reach
     brightness = _AMBIENT * sky + (1.12 - _AMBIENT) * lambert
-    return brightness[:, None] * solid.colour + highlight[:, None]
+    return brightness[:, None] * solid.colour(points) + highlight[:, None]
 
 
 def _draw(placed: Sequence[_Placed], background: Rgb, light: Floats, size: int) -> Floats:
@@ -293,11 +309,18 @@ def _draw(placed: Sequence[_Placed], background: Rgb, light: Floats, size: int) 
 
 
 def render(
-    scene: Scene, seed: int, size: int = 128, colours: Mapping[str, Rgb] = COLOURS
+    scene: Scene,
+    seed: int,
+    size: int = 128,
+    colours: Mapping[str, Paint] = COLOURS,
+    shapes: Mapping[str, Form] = SHAPES,
 ) -> npt.NDArray[np.uint8]:
-    """Renders the scene as pixels [size, size, 3], sRGB; the same scene, seed and size give the same bytes."""
+    """Renders the scene as pixels [size, size, 3], sRGB; the same scene, seed and size give the same bytes.
+
+    `colours` and `shapes` are what the names of its solids mean.
+    """
     rng = np.random.default_rng(seed)
-    placed = _arrange(scene, rng, colours)
+    placed = _arrange(scene, rng, colours, shapes)
     light = np.array(_LIGHT, np.float32) + rng.uniform(-0.06, 0.06, size=3).astype(np.float32)
     light /= np.linalg.norm(light)
     image = _draw(placed, BACKGROUNDS[scene.background], light, size)

@@ -178,20 +178,27 @@ def make_points(folder: Path, points: Sequence[Point], make: Callable[[list[str]
     A point that is complete is left as it is, and one that was interrupted continues.
     """
     prompts = folder / "prompts.jsonl"
-    with written_whole(prompts, overwrite=True) as part:
-        lines = (json.dumps({"prompt": question.prompt}) + "\n" for question in questions_of(folder))
-        part.write_text("".join(lines), encoding="utf-8")
+    write_rows(prompts, [{"prompt": question.prompt} for question in questions_of(folder)])
     for number, point in enumerate(points, 1):
         logger.info("point %d of %d: %s", number, len(points), printable(point.folder))
-        outdir = folder / point.folder
-        options = [*point.options, "--from-file", str(prompts), "--prompt_format", "jsonl", "--n_iter", "1"]
-        options += ["--outdir", str(outdir), "--skip_grid"]
-        options += ["--resume"] if any(outdir.glob("run-*.json")) else []
-        try:
-            code = make(options)
-        except InputError as error:
-            cure = str(error).replace("drop --resume to start a new run", "give another --outdir")
-            raise InputError(f"{printable(point.folder)}: {cure.removeprefix('--resume: ')}") from None
-        if code:
+        if code := make_run(folder / point.folder, prompts, point.options, make):
             return code
     return 0
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a list of prompts: a JSON object of a job's fields on each line."""
+    with written_whole(path, overwrite=True) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def make_run(outdir: Path, prompts: Path, options: Sequence[str], make: Callable[[list[str]], int]) -> int:
+    """Makes an image of each line of the list `prompts`, or continues a run; see `make_points`."""
+    words = [*options, "--from-file", str(prompts), "--prompt_format", "jsonl", "--n_iter", "1"]
+    words += ["--outdir", str(outdir), "--skip_grid"]
+    words += ["--resume"] if any(outdir.glob("run-*.json")) else []
+    try:
+        return make(words)
+    except InputError as error:
+        cure = str(error).replace("drop --resume to start a new run", "give another --outdir")
+        raise InputError(f"{printable(outdir.name)}: {cure.removeprefix('--resume: ')}") from None

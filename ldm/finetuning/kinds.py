@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 
 from ldm.finetuning.inpainting import InpaintingTuning
-from ldm.finetuning.lora_layers import LoraLayers
 from ldm.finetuning.module import FineTuning
 from ldm.finetuning.parts import EmbeddingPart, LoraPart, NetworkPart, Part
 from ldm.finetuning.settings import Settings
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.training.lora import usual_lora
 from ldm.util import InputError
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,7 +36,7 @@ def _lora(model: LatentDiffusion, settings: Settings) -> Part:
             "--text_only trains the text encoder, but --text_rate is 0; give a rate, such as 5e-5"
         )
     torch.manual_seed(settings.seed)
-    lora = LoraLayers(
+    lora = usual_lora(
         model,
         settings.rank,
         float(settings.rank if settings.alpha is None else settings.alpha),

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from ldm.checkpoints.adapters.lora_names import TEXT, UNET
 from ldm.checkpoints.layouts.prediction import marks_of
 from ldm.files import written_whole
-from ldm.finetuning.lora_file import lora_tensors, write_lora
-from ldm.finetuning.lora_layers import LoraLayers
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import clean
+from ldm.training.lora import LoraLayers
+from ldm.training.lora_file import lora_tensors, write_lora
 from ldm.util import InputError, printable
 
 Groups = list[dict[str, Any]]  # parameters and learning rates, as torch's optimisers take them

@@ -31,7 +31,8 @@ from ldm.models.diffusion.solvers.consistency import boundary
 from ldm.pipeline import load_model
 from ldm.places import find
 from ldm.training.diffusion import NoiseBatch, encode_latents, noise_batches
-from ldm.training.lora import UNetLora
+from ldm.training.lora import whole_lora
+from ldm.training.lora_file import lora_tensors, write_lora
 from ldm.training.runs import Optimisation
 from ldm.training.stage import Stage
 from ldm.util import need
@@ -57,7 +58,7 @@ class ConsistencyTraining(pl.LightningModule):
         super().__init__()
         need(model.parameterization == "eps", "distillation is for models that predict the noise, not v")
         self.model = model.requires_grad_(False)
-        self.lora = UNetLora(model, rank)
+        self.lora = whole_lora(model, rank)
         self.optimisation = optimisation
         self.scale, self.skip, self.huber = scale, skip, huber
         with torch.no_grad():
@@ -114,5 +115,14 @@ def distil(stage: Stage) -> None:
         f"latent consistency (LCM) distillation of {stage.config.ckpt} at guidance scale {options.scale:g}; "
         "use with --sampler lcm --steps 4 --scale 1"
     )
-    module.lora.save(Path(stage.config.export), {"ss_training_comment": about})
+    path = Path(stage.config.export)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    notes = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(options.rank),
+        "ss_network_alpha": str(options.rank),
+        "ss_output_name": path.stem,
+        "ss_training_comment": about,
+    }
+    write_lora(path, lora_tensors(module.lora, model, "kohya", torch.float16), notes, overwrite=True)
     logger.info("the LoRA is in %s", stage.config.export)

@@ -8,8 +8,8 @@ import torch
 from ldm.checkpoints.adapters.lora import LoraStack
 from ldm.checkpoints.adapters.lora_files import lora_hash
 from ldm.checkpoints.formats.read import read_checkpoint
-from ldm.finetuning.lora_file import lora_tensors, write_lora
-from ldm.finetuning.lora_layers import LoraLayers
+from ldm.training.lora import usual_lora
+from ldm.training.lora_file import lora_tensors, write_lora
 from ldm.util import InputError
 from tests.support.golden_data import relative_error, tiny_model
 
@@ -44,7 +44,7 @@ def test_gradients_and_a_step_are_those_of_peft(model, dora):
     peft = pytest.importorskip("peft")
     unet = model.model.diffusion_model.requires_grad_(False)
     theirs = copy.deepcopy(unet)
-    lora = filled(LoraLayers(model, rank=3, alpha=6.0, conv_rank=3, conv_alpha=6.0, dora=dora))
+    lora = filled(usual_lora(model, rank=3, alpha=6.0, conv_rank=3, conv_alpha=6.0, dora=dora))
     try:
         prefix = "model.diffusion_model."
         paths = [path.removeprefix(prefix) for path in lora.paths]
@@ -89,7 +89,7 @@ def test_gradients_and_a_step_are_those_of_peft(model, dora):
 @pytest.mark.parametrize(("layout", "dora"), [("kohya", True), ("diffusers", False)])
 def test_the_file_changes_a_model_as_the_training_did(model, layout, dora, tmp_path):
     x, t, context, _ = inputs()
-    lora = filled(LoraLayers(model, rank=4, alpha=2.0, conv_rank=2, conv_alpha=1.0, text=True, dora=dora))
+    lora = filled(usual_lora(model, rank=4, alpha=2.0, conv_rank=2, conv_alpha=1.0, text=True, dora=dora))
     for layer in lora.paths.values():
         if layer.magnitude is not None:
             layer.magnitude.data.mul_(1.1)
@@ -116,7 +116,7 @@ def test_names_are_those_of_diffusers_own_network(model, layout):
     from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
     from diffusers.utils import convert_unet_state_dict_to_peft
 
-    lora = LoraLayers(model, rank=2, alpha=1.0)
+    lora = usual_lora(model, rank=2, alpha=1.0)
     try:
         tensors = lora_tensors(lora, model, layout, torch.float32)
     finally:
@@ -139,7 +139,7 @@ def test_names_are_those_of_diffusers_own_network(model, layout):
 
 
 def test_the_hash_is_that_of_the_tensors_bytes(model, tmp_path):
-    lora = LoraLayers(model, rank=2, alpha=1.0)
+    lora = usual_lora(model, rank=2, alpha=1.0)
     try:
         write_lora(
             tmp_path / "a.safetensors", lora_tensors(lora, model, "kohya", torch.float16), {"ss_x": "1"}
@@ -159,14 +159,14 @@ def test_a_rank_larger_than_the_layer_is_refused(model):
     with pytest.raises(
         InputError, match=r"the rank 100 is larger than the layer's 32; give --rank 32 or less"
     ):
-        LoraLayers(model, rank=100, alpha=1.0)
+        usual_lora(model, rank=100, alpha=1.0)
 
 
 def test_a_new_lora_changes_nothing(model):
     x, t, context, _ = inputs()
     with torch.no_grad():
         plain = model.apply_model(x, t, context)
-        lora = LoraLayers(model, rank=2, alpha=1.0, conv_rank=2)
+        lora = usual_lora(model, rank=2, alpha=1.0, conv_rank=2)
         trained = model.apply_model(x, t, context)
         lora.remove()
     assert relative_error(trained, plain) < 1e-6

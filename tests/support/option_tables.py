@@ -15,6 +15,7 @@ from ldm.cli.commands import (
     convert,
     evaluate,
     evaluate_compare,
+    evaluate_lesson,
     evaluate_plot,
     evaluate_run,
     evaluate_score,
@@ -51,6 +52,7 @@ def _groups() -> Mapping[str, Mapping[str, argparse.ArgumentParser]]:
         "evaluate.py plot": {"plot": evaluate_plot.parser()},
         "evaluate.py compare": {"compare": evaluate_compare.parser()},
         "evaluate.py solvers": {"solvers": evaluate_solvers.parser()},
+        "evaluate.py lesson": {"lesson": evaluate_lesson.parser()},
         "train.py": {"train": train.parser()},
         "ldm where": {"where": where.parser()},
     }

@@ -14,7 +14,8 @@ from ldm.pipeline import Pipeline
 from ldm.training.diffusion import NoiseBatch
 from ldm.training.distillation import ConsistencyTraining
 from ldm.training.evaluate import Captioned
-from ldm.training.lora import UNetLora
+from ldm.training.lora import whole_lora
+from ldm.training.lora_file import lora_tensors, write_lora
 from ldm.training.quality import load_reader
 from ldm.training.runs import Optimisation
 from tests.support.paths import ROOT
@@ -40,7 +41,7 @@ def module(vocabulary):
 
 def shaken(lora):
     with torch.no_grad():
-        for part in lora.parts.values():
+        for part in lora.paths.values():
             part.up.normal_(std=0.05)
 
 
@@ -92,16 +93,22 @@ def test_only_the_lora_learns_and_it_can_be_switched_off(module):
 
 def test_the_file_changes_a_model_as_the_training_did(vocabulary, tmp_path, caplog):
     trained, fresh = tiny_model(vocabulary), tiny_model(vocabulary)
-    lora = UNetLora(trained, rank=3)
+    lora = whole_lora(trained, rank=6)  # more than the last layer's 4 outputs
     shaken(lora)
-    lora.save(tmp_path / "few.safetensors", {"ss_training_comment": "a test"})
+    write_lora(tmp_path / "few.safetensors", lora_tensors(lora, trained, "kohya", torch.float16), {})
     LoraStack(fresh, lambda _: tmp_path / "few.safetensors").apply([("few", 1.0, 1.0)])
     assert "ignored" not in caplog.text
-    for name, layer in trained.model.diffusion_model.named_modules():
-        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
-            torch.testing.assert_close(
-                fresh.model.diffusion_model.get_submodule(name).weight, layer.weight, atol=2e-4, rtol=2e-3
-            )
+    changed = {
+        name
+        for name, layer in trained.model.diffusion_model.named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+    }
+    assert len(lora.paths) == len(changed)
+    for path, change in lora.paths.items():
+        weight = trained.get_submodule(path).weight + change.difference().reshape_as(
+            trained.get_submodule(path).weight
+        )
+        torch.testing.assert_close(fresh.get_submodule(path).weight, weight, atol=2e-4, rtol=2e-3)
 
 
 @pytest.mark.long

@@ -24,6 +24,7 @@ TASKS = {
     "plot": "evaluate_plot",
     "compare": "evaluate_compare",
     "solvers": "evaluate_solvers",
+    "lesson": "evaluate_lesson",
 }
 _DESCRIPTION = (
     "Measures the bundled model: generates captioned scenes, which a separate network reads.\n\n"

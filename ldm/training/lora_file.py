@@ -12,8 +12,8 @@ from torch import Tensor
 from ldm.checkpoints.adapters.lora_names import written_names
 from ldm.checkpoints.formats.write import data_order, write_safetensors
 from ldm.files import written_whole
-from ldm.finetuning.lora_layers import LoraLayers
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.training.lora import LoraLayers
 
 LAYOUTS = ("kohya", "diffusers")
 
@@ -46,10 +46,12 @@ def lora_tensors(
     }
 
 
-def write_lora(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+def write_lora(
+    path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str], overwrite: bool = False
+) -> None:
     """Writes the file whole or not at all; `notes` become its metadata, with kohya's hash of the tensors' bytes."""
     metadata = {**notes, "sshs_model_hash": tensors_sha256(tensors)}
-    with written_whole(path) as part:
+    with written_whole(path, overwrite=overwrite) as part:
         write_safetensors(part, tensors, None, metadata)
 
 
