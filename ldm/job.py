@@ -64,6 +64,8 @@ class Init:
     pixels at the left, top, right and bottom. `mask` is an image whose white is repainted; with `alpha_mask` and no
     mask the transparent part of the image is. With `mask_levels` grey is how much changes: the share of the steps,
     the last ones, that may do it. `mask_blur` is how far, in pixels, the repainted part fades in at its edges.
+    With `crop_to_mask` only the region around the mask, and so many pixels more, is made, at `width` by `height`
+    (None: the model's own), and put back into the image, which keeps its size.
     """
 
     image: str
@@ -77,6 +79,7 @@ class Init:
     invert_mask: bool = False
     mask_blur: float = 4.0
     mask_levels: bool = False
+    crop_to_mask: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("image", "mask"):

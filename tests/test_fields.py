@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm.fields import DEFAULTS, FIELDS, SETTINGS, values_of_options
+from ldm.fields import DEFAULTS, FIELDS, SETTINGS
+from ldm.job_values import values_of_options
 from tests.support.paths import ROOT
 
 _LINE = '    prompt_syntax: Literal["plain", "a1111"] = "plain"\n'

@@ -20,7 +20,7 @@ RANKS = [
     {"modules"},
     {"models"},
     {"fields"},
-    {"checkpoints", "runtime", "prompts", "images"},
+    {"checkpoints", "runtime", "prompts", "images", "job_values"},
     {"metadata", "safety"},
     {"pipeline"},
     {"runs"},

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ldm.fields import FIELDS, MASK, START, override, values_of_options
+from ldm.fields import FIELDS, MASK, START
 from ldm.job import DEFAULT_STRENGTH, Job, control_text
+from ldm.job_values import override, values_of_options
 from ldm.metadata.command import Options, lora_option, text_of
 from ldm.util import InputError, is_list
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
 from ldm.cli.changes import changed, texts_of
-from ldm.fields import values_of_options
+from ldm.job_values import values_of_options
 from ldm.metadata.command import IN_A_STREAM, MAX_BATCH, arguments, command, count, place, recorded_batch
 from ldm.util import InputError, printable
 

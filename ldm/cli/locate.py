@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.files import files_below
 from ldm.job import EMBEDDING_ENDINGS, MODEL_ENDINGS, lora_name
 from ldm.metadata.infotext import model_name
+from ldm.metadata.recipe import MASK_PADDING
 from ldm.places import candidates, find
 from ldm.util import InputError, is_list, printable
 
@@ -271,6 +272,13 @@ def _locate_images(recipe: Recipe, folder: Path, given: Mapping[str, object], lo
     if (init is not None and init.mask) or "mask" in given:
         mask = "" if init is None else init.mask
         _locate_image("mask", mask, extras.get("Mask hash", ""), folder, given, located)
+        if MASK_PADDING in extras:
+            region = {
+                "crop_to_mask": int(extras[MASK_PADDING]),
+                "W": recipe.job.width,
+                "H": recipe.job.height,
+            }
+            located.changes |= {option: value for option, value in region.items() if option not in given}
 
 
 def _locate_image(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.changes import changed
-from ldm.fields import check_fields
 from ldm.job import Job, lora_name, split_loras
+from ldm.job_values import check_fields
 from ldm.metadata.command import MAX_PLACE, count, place
 from ldm.runs.checks import check_job, check_syntax
 from ldm.runs.given_jobs import GivenJobs
@@ -77,7 +77,7 @@ def plan_jobs(
     find_lora: LoraFiles,
 ) -> GivenJobs:
     """Plans the jobs, in the size of their starting image."""
-    canvases = Canvases(mask_needed=options.inpaint)
+    canvases = Canvases(options.inpaint, config)
     init = jobs[0].init
     if init is not None:
         height, width, _ = canvases(init).pixels.shape

@@ -9,8 +9,9 @@ from typing import Any
 
 from ldm.cli.effects import warn_of_options_without_effect
 from ldm.cli.fast import with_fast
-from ldm.fields import DEFAULTS, FIELDS, SETTINGS, SIZE, override, values_of_options
+from ldm.fields import DEFAULTS, FIELDS, SETTINGS, SIZE
 from ldm.job import Init, Job
+from ldm.job_values import override, values_of_options
 from ldm.prompts.files import MAX_LINE, too_long
 from ldm.prompts.lines import MAX_COUNT
 from ldm.runs.options import Request, RunOptions

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import numpy as np
 from PIL import Image, ImageChops, ImageColor
 
-from ldm.images.source import EXTENSIONS, MAX_PIXELS, Source, read_image
+from ldm.images.region import Region, region_around
+from ldm.images.source import MAX_PIXELS, Source, read_image
 from ldm.job import RESIZES, Init
 from ldm.util import InputError, printable
 
 logger = logging.getLogger(__name__)
 
 _STEP = 8  # explicit sizes and outpainted borders are multiples of it
-_MASK_ENDING = "_mask"
-_MOST_NAMED = 5
+
+
 _SIDES = ("left", "top", "right", "bottom")
 
 _Size = tuple[int, int]  # width, height
@@ -35,7 +32,7 @@ class Canvas:
     `repaint` is bool [H, W], True where pixels are repainted, or with levels how much they are, float32 from 0 to 1;
     None without a mask. `digest` and `mask_digest`
     are the SHA-256 of the files' bytes in hexadecimal ("" without a mask file). Each of `notes` names in one clause
-    what was changed.
+    what was changed. A canvas that is only a part of the image around the mask has its place as `region`.
     """
 
     pixels: np.ndarray
@@ -43,9 +40,16 @@ class Canvas:
     digest: str
     mask_digest: str
     notes: tuple[str, ...]
+    region: Region | None = None
+
+    @property
+    def finished_size(self) -> tuple[int, int]:
+        """Height and width of an image that is made on it, unless it is enlarged: those of the whole image."""
+        height, width, _ = (self.pixels if self.region is None else self.region.pixels).shape
+        return height, width
 
 
-def open_canvas(init: Init, multiple: int = 32, mask_needed: bool = False) -> Canvas:
+def open_canvas(init: Init, multiple: int = 32, mask_needed: bool = False, own_side: int = 512) -> Canvas:
     """Reads the image of `init`, upright and opaque, and resizes it and its mask.
 
     Sides that the user did not give are floored to `multiple`: with "none" the image is resized to them, as
@@ -54,13 +58,17 @@ def open_canvas(init: Init, multiple: int = 32, mask_needed: bool = False) -> Ca
     A mask that is transparent around one colour repaints where it is opaque. Padding is kept and outpainted
     borders are repainted, whether the mask is inverted or not.
 
+    With `crop_to_mask` the image keeps its size, and the canvas is the region around the mask, resized to the width
+    and height of `init`, or where these are None to `own_side`.
+
     Only pixels leave, no metadata of the files. Raises InputError for faults of the files and of `init`, and
     with `mask_needed` if nothing would be repainted.
     """
     background = _background(init.background)
     borders = _borders(init.outpaint)
     source = read_image(init.image)
-    layout = _layout(source.color.size, init, multiple)
+    size, padding = source.color.size, init.crop_to_mask
+    layout = _layout(size, init, multiple) if padding is None else _fitted(size, size, "none")
     mask, mask_digest, mask_notes = _mask(init, source)
     repaint = _repainted(mask, layout, init.mask_levels)
     if mask_needed and not any(borders):
@@ -75,13 +83,33 @@ def open_canvas(init: Init, multiple: int = 32, mask_needed: bool = False) -> Ca
         if a != b
     ]
     placed = layout.place(_opaque(source, background), Image.Resampling.LANCZOS, background)
-    return Canvas(
+    whole = Canvas(
         _grown(np.asarray(placed), borders),
         _with_borders(repaint, layout.canvas, borders),
         source.digest,
         mask_digest,
         tuple(notes),
     )
+    return whole if padding is None else _cropped(whole, init, padding, own_side)
+
+
+def _cropped(whole: Canvas, init: Init, padding: int, own_side: int) -> Canvas:
+    """The region of a canvas around its mask, at the size of `init`."""
+    _check_sides(init)
+    repaint = _require_something(init, whole.repaint)
+    size = init.height or own_side, init.width or own_side
+    region = region_around(whole.pixels, repaint, padding, size)
+    height, width = region.size
+    note = f"{width}x{height} around the mask are made at {size[1]}x{size[0]}"
+    pixels, repaint = region.cut(whole.pixels, size), region.cut(repaint, size)
+    return replace(whole, pixels=pixels, repaint=repaint, notes=(*whole.notes, note), region=region)
+
+
+def fit_image(path: str, size: _Size, resize: str, background: tuple[int, int, int]) -> np.ndarray:
+    """An image file's pixels [H, W, 3] at width and height `size`, fitted as `resize` has it."""
+    source = read_image(path)
+    layout = _fitted(source.color.size, size, resize)
+    return np.asarray(layout.place(_opaque(source, background), Image.Resampling.LANCZOS, background))
 
 
 def _background(name: str) -> tuple[int, int, int]:
@@ -132,13 +160,17 @@ def _layout(size: _Size, init: Init, multiple: int) -> _Layout:
     if min(canvas) < 1:
         _refuse_small(size, init, multiple)
     _check_area(canvas, init)
+    return _fitted(size, canvas, init.resize)
+
+
+def _fitted(size: _Size, canvas: _Size, resize: str) -> _Layout:
     scales = [new / old for new, old in zip(canvas, size, strict=True)]
     box, inner = _centre(size, size), canvas
-    if init.resize == "fill":
+    if resize == "fill":
         box = _centre(size, (canvas[0] / max(scales), canvas[1] / max(scales)))
-    elif init.resize == "pad":
+    elif resize == "pad":
         inner = (max(1, round(size[0] * min(scales))), max(1, round(size[1] * min(scales))))
-    return _Layout(box, inner, canvas, _size_notes(size, canvas, init.resize))
+    return _Layout(box, inner, canvas, _size_notes(size, canvas, resize))
 
 
 def _check_request(init: Init) -> None:
@@ -151,6 +183,13 @@ def _check_request(init: Init) -> None:
             continue
         if init.resize == "none":
             raise InputError(f"--{name} {side} needs a way to resize: {', '.join(RESIZES[:-1])}")
+    _check_sides(init)
+
+
+def _check_sides(init: Init) -> None:
+    for name, side in (("W", init.width), ("H", init.height)):
+        if side is None:
+            continue
         below = side // _STEP * _STEP
         nearest = f"{below} or {below + _STEP}" if below >= _STEP else str(_STEP)
         if side < 1:
@@ -251,7 +290,7 @@ def _repainted(mask: Image.Image | None, layout: _Layout, levels: bool) -> np.nd
     return grey.astype(np.float32) / 255 if levels else grey >= 128
 
 
-def _require_something(init: Init, repaint: np.ndarray | None) -> None:
+def _require_something(init: Init, repaint: np.ndarray | None) -> np.ndarray:
     if repaint is None and init.alpha_mask:
         raise InputError(f"{printable(init.image)}: has no transparency to use as the mask; give --mask")
     if repaint is None:
@@ -260,6 +299,7 @@ def _require_something(init: Init, repaint: np.ndarray | None) -> None:
         raise InputError(
             f"{printable(init.mask or init.image)}: the mask repaints nothing; its white is repainted"
         )
+    return repaint
 
 
 def _extremes(repaint: np.ndarray | None) -> list[str]:
@@ -280,92 +320,3 @@ def _with_borders(repaint: np.ndarray | None, size: _Size, borders: _Borders) ->
     left, top, right, bottom = borders
     inner = np.zeros(size[::-1], bool) if repaint is None else repaint
     return np.pad(inner, ((top, bottom), (left, right)), constant_values=True)
-
-
-def find_images(paths: Sequence[str]) -> list[str]:
-    """Returns image files: files as given, and the images of a folder by extension, in natural order.
-
-    Hidden files and masks (`NAME_mask.png`) of a folder are left out. Raises InputError for a path that does not
-    exist and a folder without images.
-    """
-    return [
-        image for path in paths for image in (_images_in(path) if os.path.isdir(path) else [_existing(path)])
-    ]
-
-
-def _images_in(folder: str) -> list[str]:
-    names = [name for name in _image_names(folder) if not _stem(name).endswith(_MASK_ENDING)]
-    if not names:
-        raise InputError(f"{printable(folder)}: has no images ({', '.join(EXTENSIONS)})")
-    return [os.path.join(folder, name) for name in names]
-
-
-def _existing(path: str) -> str:
-    if not os.path.lexists(path):
-        raise InputError(f"{printable(path)}: no such file or folder; check the path")
-    return path
-
-
-def _image_names(folder: str) -> list[str]:
-    """Returns the names of the images that are not hidden; img2 comes before img10."""
-    try:
-        with os.scandir(folder) as entries:
-            files = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
-    except OSError as error:
-        raise InputError(f"{printable(folder)}: cannot be read: {error.strerror}; give a folder") from error
-    names = sorted((name for name in files if name.lower().endswith(EXTENSIONS)), key=_natural)
-    if left_out := sorted(set(files) - set(names), key=_natural):
-        named = ", ".join(map(printable, left_out[:_MOST_NAMED]))
-        more = ", ..." if len(left_out) > _MOST_NAMED else ""
-        logger.info(
-            "%s: %d files are not images by name and are left out: %s%s",
-            printable(folder),
-            len(left_out),
-            named,
-            more,
-        )
-    return names
-
-
-def _natural(name: str) -> tuple[list[tuple[float, str]], str]:
-    parts = re.findall(r"([0-9]+)|([^0-9]+)", name.casefold())
-    return [(int(number) if number else math.inf, text) for number, text in parts], name
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]
-
-
-def find_pairs(folder: str) -> list[tuple[str, str]]:
-    """Returns the images of a folder that have a mask in it: `NAME.*` and `NAME_mask.*`, in natural order.
-
-    Images without a mask are skipped with one warning. Raises InputError for a folder without pairs and for a
-    mask that does not belong to exactly one image.
-    """
-    names = _image_names(folder)
-    masks = [name for name in names if _stem(name).endswith(_MASK_ENDING)]
-    images = [name for name in names if name not in set(masks)]
-    pairs = [(_image_of(mask, images, folder), mask) for mask in masks]
-    if not pairs:
-        raise InputError(f"{printable(folder)}: has no pairs of NAME.png and NAME{_MASK_ENDING}.png")
-    _warn_of_single({image for image, _ in pairs}, images)
-    return [(os.path.join(folder, image), os.path.join(folder, mask)) for image, mask in pairs]
-
-
-def _image_of(mask: str, images: Sequence[str], folder: str) -> str:
-    stem = _stem(mask).removesuffix(_MASK_ENDING)
-    found = [name for name in images if _stem(name) == stem]
-    if len(found) != 1:
-        what = (
-            f"belongs to several images: {', '.join(found)}" if found else f"has no image {stem}.* next to it"
-        )
-        raise InputError(f"{printable(os.path.join(folder, mask))}: {printable(what)}")
-    return found[0]
-
-
-def _warn_of_single(paired: set[str], images: Sequence[str]) -> None:
-    single = [printable(name) for name in images if name not in paired]
-    if single:
-        more = ", ..." if len(single) > _MOST_NAMED else ""
-        named = ", ".join(single[:_MOST_NAMED])
-        logger.warning("%d images without a mask are skipped: %s%s", len(single), named, more)

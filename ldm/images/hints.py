@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ldm.images.canvas import Canvas, open_canvas
+from ldm.images.canvas import Canvas, fit_image
 from ldm.images.source import read_image
 from ldm.job import Init, Job
 from ldm.util import InputError, printable
@@ -82,19 +81,25 @@ _MAKERS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 def read_hint(job: Job, image: str, size: tuple[int, int], canvases: OpenCanvas) -> np.ndarray:
     """The hint [H, W, 3], float32, that a job makes of an image for a pass of height and width `size`.
 
-    `canvases` opens the job's own image. Raises `InputError` for an image of another aspect, unless the job has a way
-    to fit it.
+    `canvases` opens the job's own image. Where only the region around its mask is made, the hint is one of the whole
+    image, of which the same region is cut. Raises `InputError` for an image of another aspect, unless the job has a
+    way to fit it.
     """
-    repaint = canvases(job.init).repaint if job.hint == "inpaint" and job.init is not None else None
-    return make_hint(job.hint, _image(image, size, job.control_resize), _fitted(repaint, size))
+    canvas = None if job.init is None else canvases(job.init)
+    repaint = canvas.repaint if job.hint == "inpaint" and canvas is not None else None
+    region = None if canvas is None else canvas.region
+    pixels = _image(
+        image, size if canvas is None or region is None else canvas.finished_size, job.control_resize
+    )
+    return make_hint(job.hint, pixels if region is None else region.cut(pixels, size), _fitted(repaint, size))
 
 
-def _image(image: str, size: tuple[int, int], resize: Any) -> np.ndarray:
-    height, width = size
+def _image(image: str, size: tuple[int, int], resize: str) -> np.ndarray:
     if resize == "none":
         _check_aspect(image, size)
         resize = "stretch"
-    return open_canvas(Init(image, width, height, resize, background="black")).pixels
+    height, width = size
+    return fit_image(image, (width, height), resize, (0, 0, 0))
 
 
 def _check_aspect(image: str, size: tuple[int, int]) -> None:

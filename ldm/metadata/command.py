@@ -10,8 +10,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ldm.fields import DEFAULTS, FIELDS, MASK, SIZE, START, Field, values_of
+from ldm.fields import DEFAULTS, FIELDS, MASK, SIZE, START, Field
 from ldm.job import Job, lora_tag
+from ldm.job_values import values_of
 from ldm.metadata.recipe import Recipe
 from ldm.places import is_checkout
 from ldm.seeds import MAX_SEEDS, count_up

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ldm.fields import DEFAULTS, FIELDS, INIT, SETTINGS, Field, override, values_of
+from ldm.fields import DEFAULTS, FIELDS, INIT, SETTINGS, Field
 from ldm.job import V1_DEFAULTS, Job, lora_name, lora_tag, split_loras
+from ldm.job_values import override, values_of
 from ldm.json_value import Json, load_json
 from ldm.setting import Setting
 from ldm.util import InputError, printable

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from ldm.fields import override, read_held, values_of
 from ldm.job import V1_DEFAULTS, Init, Job, lora_name
+from ldm.job_values import override, read_held, values_of
 from ldm.metadata.infotext import file_name
 from ldm.metadata.record import without_folders
 from ldm.setting import shown
@@ -52,6 +52,9 @@ def checked(job: Job) -> Job:
     """Returns `job` without folders. Raises InputError, which names the field, for an invalid value."""
     job = without_folders(job)
     return override(job, {name: read_held(name, value) for name, value in values_of(job).items()})
+
+
+MASK_PADDING = "Mask padding"  # pixels around a mask that were made with it, if the mask has no name
 
 
 class Draft:
@@ -149,6 +152,10 @@ class Draft:
         if name:
             self.values["init"] = Init(name)
         self.note(f"it starts from an image{f', {name},' if name else ''} that is not in the file")
+
+    def crop_to_mask(self, padding: int) -> None:
+        """Records that only the region around the mask was made, of an image and a mask that are not in the file."""
+        self.extras[MASK_PADDING] = str(padding)
 
     def hashes(self, loras: Mapping[str, str], inversions: Mapping[str, str]) -> None:
         """Adds hashes of LoRAs and textual inversions by name, empty ones included, by which files are searched."""

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
-from ldm.fields import MAX_TEXT, SETTINGS, override, read_held
+from ldm.fields import MAX_TEXT, SETTINGS
 from ldm.job import V1_DEFAULTS, Job, lora_name
+from ldm.job_values import override, read_held
 from ldm.json_value import JsonObject, as_object, load_json
 from ldm.metadata.infotext import file_name, to_json
 from ldm.setting import shown

@@ -33,7 +33,7 @@ class BatchMaker:
         self.conditioning = TextConditioning(model, placement)
         self.first_stage = FirstStage(model, placement, tiles)
         self.starts = Starts(model, self.first_stage, canvases)
-        self.control = ControlNetworks(model, placement)
+        self.control = ControlNetworks(model, placement, lambda init: self.starts.canvas(init))
         self.sampler = LatentSampler(model, placement, self.conditioning, self.starts, self.control)
 
     def join_edges(self, job: Job) -> None:
@@ -50,7 +50,7 @@ class BatchMaker:
         self.conditioning.remove_embeddings()
         self.first_stage.clear()
         self.starts.clear(canvases)
-        self.control.clear(canvases)
+        self.control.clear()
 
     def begin(
         self,
@@ -114,7 +114,11 @@ class BatchMaker:
         """Metadata of an image besides the job."""
         sizes = {(job.height, job.width), job.upscaled_size}
         tiled = any(self.first_stage.tile_side(*size) for size in sizes)
-        found = (("Prompt cut", self.conditioning.cut_words(job)), ("Tiles", "approximate" if tiled else ""))
+        found = (
+            ("Prompt cut", self.conditioning.cut_words(job)),
+            ("Tiles", "approximate" if tiled else ""),
+            ("Inpaint area", "" if job.init is None or job.init.crop_to_mask is None else "Only masked"),
+        )
         return {name: note for name, note in found if note}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.adapters.control import ControlFile, control_file, network_of, read_control
-from ldm.images.canvas import open_canvas
 from ldm.images.hints import read_hint
 from ldm.job import Job
 from ldm.models.diffusion.control import FeatureUnit, Unit, shares_of
@@ -39,22 +37,26 @@ class _Loaded:
 class ControlNetworks:
     """Loads the control networks that jobs name, and reads their hints; both are kept.
 
-    `find` gives the file of a name in `Job.controls`; by default the name is its path.
+    `canvases` opens the images that jobs start from; `find` gives the file of a name in `Job.controls`, which is by
+    default its path.
     """
 
     def __init__(
-        self, model: LatentDiffusion, placement: Placement, find: Callable[[str], Path] = control_file
+        self,
+        model: LatentDiffusion,
+        placement: Placement,
+        canvases: OpenCanvas,
+        find: Callable[[str], Path] = control_file,
     ) -> None:
-        self._model, self._placement, self._find = model, placement, find
+        self._model, self._placement, self._canvases, self._find = model, placement, canvases, find
         self._loaded: dict[str, _Loaded] = {}
-        self.clear(None)
+        self.clear()
 
-    def clear(self, canvases: OpenCanvas | None) -> None:
-        """Forgets all networks and hints; from now on `canvases` opens images, or if it is None `open_canvas`."""
+    def clear(self) -> None:
+        """Forgets all networks and hints."""
         for loaded in self._loaded.values():
             self._placement.remove(loaded.network)
         self._loaded.clear()
-        self._canvas = lru_cache(maxsize=8)(open_canvas) if canvases is None else canvases
         self._features: dict[tuple[Any, ...], list[Tensor]] = {}
 
     def read(self, name: str, loras: tuple[tuple[str, float, float], ...] = ()) -> ControlNet | T2IAdapter:
@@ -108,7 +110,8 @@ class ControlNetworks:
 
     def _maps(self, job: Job, name: str, image: str, size: tuple[int, int]) -> list[Tensor]:
         """The maps that a network makes of a hint, the same at every step."""
-        masked = job.init if job.hint == "inpaint" else None
+        cropped = job.init is not None and job.init.crop_to_mask is not None
+        masked = job.init if job.hint == "inpaint" or cropped else None
         key = name, image, size, job.hint, job.control_resize, job.seamless, masked
         if key not in self._features:
             network, hint = self._loaded[name].network, self._hint(job, image, size, self._loaded[name])
@@ -120,7 +123,7 @@ class ControlNetworks:
         return self._features[key]
 
     def _hint(self, job: Job, image: str, size: tuple[int, int], loaded: _Loaded) -> Tensor:
-        hint = read_hint(job, image, size, self._canvas)
+        hint = read_hint(job, image, size, self._canvases)
         if loaded.file.reversed_channels:
             hint = hint[..., ::-1].copy()
         channels = loaded.network.hint_channels

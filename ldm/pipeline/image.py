@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ldm.images.mask import paste
 from ldm.images.pixels import finite, to_uint8
+from ldm.images.region import Region
+from ldm.images.resample import enlarge_pixels
 from ldm.job import Job
 from ldm.safety.screen import Verdict
 
@@ -91,12 +93,28 @@ class GeneratedImage:
 class Paste:
     """The image that a job started from, whose own pixels are put back wherever `weight` is 0.
 
-    `original` is [1, 3, H, W] in [-1, 1], `weight` [1, 1, H, W], `pixels` uint8 [H, W, 3].
+    `pixels` are uint8 [H, W, 3] of all of it; `original` [1, 3, h, w] in [-1, 1] and `weight` [1, 1, h, w] of the
+    part that was made, or of all of it where there is no `region`.
     """
 
     original: Tensor
     weight: Tensor
     pixels: np.ndarray
+    region: Region | None = None
+
+    def paste(self, decoded: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The image [H, W, 3] with a decoded one [1, 3, h, w], and where it is as it was, bool [H, W]."""
+        made = decoded.float()
+        if self.region is not None:
+            if made.shape[-2:] != self.region.size:
+                made = enlarge_pixels(made, *self.region.size)
+            made = made[(..., *self.region.within)]
+        part = ... if self.region is None else self.region.visible
+        pixels, kept = self.pixels.copy(), np.ones(self.pixels.shape[:2], bool)
+        kept[part] = (self.weight == 0)[0, 0].cpu().numpy()
+        new = to_uint8(paste(made, self.original, self.weight))[0]
+        pixels[part] = np.where(kept[part][..., None], pixels[part], new)
+        return pixels, kept
 
 
 @dataclass(frozen=True)
@@ -118,7 +136,5 @@ class Pending:
             return GeneratedImage(self.job, None, notes, latent=latent)
         if self.paste is None:
             return GeneratedImage(self.job, to_uint8(decoded)[0], notes, latent=latent)
-        pixels = to_uint8(paste(decoded.float(), self.paste.original, self.paste.weight))[0]
-        kept = (self.paste.weight == 0)[0, 0].cpu().numpy()
-        pixels[kept] = self.paste.pixels[kept]
+        pixels, kept = self.paste.paste(decoded)
         return GeneratedImage(self.job, pixels, notes, kept, latent)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ldm.fields import check_fields
 from ldm.job import Job
+from ldm.job_values import check_fields
 from ldm.models.diffusion.control import check_control
 from ldm.models.diffusion.course import check_guidance
 from ldm.models.diffusion.passes import check_sampling

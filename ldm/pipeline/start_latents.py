@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,13 +43,18 @@ class Starts:
 
     def clear(self, canvases: OpenCanvas | None) -> None:
         """Forgets all images; from now on `canvases` opens them, or if it is None `open_canvas`."""
-        self.canvas = lru_cache(maxsize=8)(open_canvas) if canvases is None else canvases
+        side = self._model.image_size * self._first_stage.factor
+        own = partial(open_canvas, own_side=side)
+        self.canvas = lru_cache(maxsize=8)(own) if canvases is None else canvases
         self._distribution = lru_cache(maxsize=4)(self._encode_canvas)
         self._grey_distribution = lru_cache(maxsize=4)(self._encode_grey)
         self._weight = lru_cache(maxsize=4)(self._faded_mask)
 
     def _faded_mask(self, init: Init) -> Tensor:
-        return fade(self._mask(init) > 0, init.mask_blur)
+        """The weight of what is made at each pixel of the finished image [1, 1, H, W]."""
+        region = self.canvas(init).region
+        mask = self._mask(init) if region is None else self._moved(region.repaint)
+        return fade(mask > 0, init.mask_blur)
 
     def size_of(self, job: Job) -> tuple[int, int]:
         """Height and width of the image that a job starts from, or else those that the model was trained at."""
@@ -117,9 +123,16 @@ class Starts:
     def paste(self, job: Job) -> Paste | None:
         """Returns what of a job's image is put back into the result, if anything is."""
         init = job.init
-        if init is None or not self.has_mask(init) or not job.paste or job.upscale > 1:
+        if init is None or not self.has_mask(init):
             return None
-        return Paste(self._image(init), self._weight(init), self.canvas(init).pixels)
+        region = self.canvas(init).region
+        if region is None:
+            if not job.paste or job.upscale > 1:
+                return None
+            return Paste(self._image(init), self._weight(init), self.canvas(init).pixels)
+        original = from_uint8(region.pixels[region.visible][None]).to(self._device)
+        weight = self._weight(init)[(..., *region.visible)]
+        return Paste(original, weight if job.paste else torch.ones_like(weight), region.pixels, region)
 
     @property
     def _factor(self) -> int:
@@ -135,7 +148,10 @@ class Starts:
 
     def _mask(self, init: Init) -> Tensor:
         """The canvas's mask [1, 1, H, W], 1 where it is repainted; less where only the last steps may do it."""
-        return torch.from_numpy(self.canvas(init).repaint).to(self._device)[None, None].float()
+        return self._moved(self.canvas(init).repaint)
+
+    def _moved(self, mask: np.ndarray | None) -> Tensor:
+        return torch.from_numpy(mask).to(self._device)[None, None].float()
 
     def _encode_canvas(self, init: Init, hide_mask: bool) -> DiagonalGaussianDistribution:
         image = self._image(init)

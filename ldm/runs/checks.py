@@ -8,7 +8,8 @@ from typing import Any
 
 from ldm.files import check_there
 from ldm.job import Job
-from ldm.runs.models import begins_without_signal, latent_factor
+from ldm.runs.control_checks import check_control_files
+from ldm.runs.models import begins_without_signal, latent_factor, own_side
 from ldm.util import need
 
 
@@ -29,8 +30,7 @@ def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Pat
     check_shortcuts(job, model)
     for name, _, _ in job.loras:
         check_there(find_lora(name), "give another LoRA")
-    if job.controls:
-        check_control_files(job)
+    check_control_files(job, own_side(model))
 
 
 def check_seamless(job: Job, model: Mapping[str, Any]) -> None:
@@ -45,17 +45,6 @@ def check_seamless(job: Job, model: Mapping[str, Any]) -> None:
             f"--seamless {job.seamless} needs {name} in multiples of {multiple}, and it is {side}; "
             f"use {max(side // multiple, 1) * multiple}",
         )
-
-
-def check_control_files(job: Job) -> None:
-    """Checks the files of a job's control networks, but for their weights, and its hints; else raises InputError."""
-    from ldm.checkpoints.adapters.control import control_file, read_control
-    from ldm.images.canvas import open_canvas
-    from ldm.images.hints import read_hint
-
-    for file, image, *_ in job.controls:
-        read_control(control_file(file))
-        read_hint(job, image, (job.height, job.width), open_canvas)
 
 
 def check_controls(names: Sequence[str], model: Mapping[str, Any]) -> None:

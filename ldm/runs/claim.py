@@ -61,7 +61,7 @@ class Claim:
         """Returns the number of images, and of pages of each kind."""
         from ldm.images.grid import count_pages
 
-        sizes = (job.upscaled_size for job in self._plan)
+        sizes = map(self._plan.finished_size, self._plan)
         pages: dict[Page, int] = {
             "grid": 0 if self._options.skip_grid else count_pages(sizes, self.columns),
             "sheet": sum(1 for _ in self._plan.sheets()),

@@ -11,8 +11,8 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from ldm.fields import override
 from ldm.job import DEFAULT_STRENGTH, Init, Job, batch_key, batches_of, lora_name, split_loras
+from ldm.job_values import override
 from ldm.prompts.dialects import read_prompt_list
 from ldm.prompts.expand import Sweep, expand_lines, parse_sweep
 from ldm.prompts.files import Faults, source_name
@@ -157,6 +157,12 @@ class Plan(Sequence[Job]):
         """Yields the jobs of the run but for their seeds, each at least once."""
         for start in range(len(self._starts)):
             yield from self._round(start)
+
+    def finished_size(self, job: Job) -> tuple[int, int]:
+        """Returns height and width of the image of a job: a region around a mask is put back into the whole."""
+        if job.init is None or job.init.crop_to_mask is None:
+            return job.upscaled_size
+        return self.canvases(job.init).finished_size
 
     def loras(self) -> list[str]:
         """Returns the names of all LoRAs of the run."""

@@ -102,7 +102,7 @@ def plan_request(
     options: RunOptions, request: Request, config: Mapping[str, Any], find_lora: LoraFiles
 ) -> Plan:
     """Makes the plan of a request for a config's model."""
-    prompts, canvases = read_prompts(options, request), Canvases(mask_needed=options.inpaint)
+    prompts, canvases = read_prompts(options, request), Canvases(options.inpaint, config)
     starts = read_starts(request, options.inpaint, config, canvases)
 
     def check(job: Job) -> None:

@@ -31,10 +31,12 @@ class Start:
 class Canvases:
     """Opens the starting images of jobs; the last few are cached. One that changes during a run is refused."""
 
-    def __init__(self, mask_needed: bool) -> None:
+    def __init__(self, mask_needed: bool, model: Mapping[str, Any]) -> None:
+        """`model` is a checked config's, in whose size a region of an image is made if no other is given."""
         from ldm.images.canvas import open_canvas
 
-        self._open = functools.lru_cache(maxsize=8)(functools.partial(open_canvas, mask_needed=mask_needed))
+        opening = functools.partial(open_canvas, mask_needed=mask_needed, own_side=own_side(model))
+        self._open = functools.lru_cache(maxsize=8)(opening)
         self._digests: dict[Init, tuple[str, str]] = {}
 
     def __call__(self, init: Init) -> Canvas:
@@ -66,7 +68,7 @@ def read_starts(
 
 def inits_of(request: Request, masked: bool) -> list[Init]:
     """Returns each starting image; with `masked` one without a mask uses its transparency."""
-    from ldm.images.canvas import find_images, find_pairs
+    from ldm.images.folders import find_images, find_pairs
 
     start, folder = request.start, request.folder
     need(not (folder and (request.images or start.mask)), "--indir goes without --init-img and --mask")

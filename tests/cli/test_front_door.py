@@ -35,6 +35,7 @@ from ldm.runs.messages import set_up_messages
 from ldm.runs.models import _config_of
 from ldm.runs.starts import Canvases
 from ldm.util import InputError, printable
+from tests.support.golden_data import small_config
 from tests.support.paths import ROOT
 from tests.support.scripts import FAST
 
@@ -552,7 +553,10 @@ def test_no_clock_is_in_an_image(draw, monkeypatch, tmp_path):
 
 
 def test_an_image_that_changes_during_a_run_is_refused(tmp_path):
-    canvases, paths = Canvases(mask_needed=False), [tmp_path / f"{i}.png" for i in range(9)]
+    canvases, paths = (
+        Canvases(mask_needed=False, model=small_config()),
+        [tmp_path / f"{i}.png" for i in range(9)],
+    )
     for path in paths:
         Image.new("RGB", (64, 64)).save(path)
         canvases(Init(str(path)))

@@ -142,7 +142,7 @@ PICTURE_JOBS = [
     for init in (
         Init("-a b.png"),
         Init("-a b.png", width=64, height=None, resize="fit", background="#102030"),
-        Init("-a b.png", mask="mask.png", invert_mask=True, mask_blur=0.5, mask_levels=True),
+        Init("-a b.png", mask="mask.png", invert_mask=True, mask_blur=0.5, mask_levels=True, crop_to_mask=8),
         Init("-a b.png", alpha_mask=True, width=64, height=96, resize="pad", outpaint=(8, 0, 16, 24)),
     )
 ]

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image, ImageCms, ImageFile, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.images.canvas import Canvas, find_images, find_pairs, open_canvas
+from ldm.images.canvas import Canvas, open_canvas
+from ldm.images.folders import find_images, find_pairs
 from ldm.job import Init
 from ldm.util import InputError
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.fields import check_fields
 from ldm.images.writer import encode_png
 from ldm.job import Init, Job
+from ldm.job_values import check_fields
 from ldm.metadata.foreign import comfyui, invokeai, programs, webui
 from ldm.metadata.infotext import infotext
 from ldm.metadata.read import Recipe, read_job

@@ -44,7 +44,7 @@ def test_numbers_and_defaults_are_written_plainly() -> None:
         "Denoising strength: 0.3, "
         'Posterior: mean, Init image: "photo, of: me.png", Init width: 768, Init height: 8, Resize: pad, '
         "Background: #102030, Outpaint: 8 0 16 24, Mask: mask.png, Alpha mask: on, Invert mask: on, "
-        "Mask levels: on, Mask blur: 0.5, "
+        "Mask levels: on, Masked area padding: 24, Mask blur: 0.5, "
         "Paste: off, Hires upscale: 2, Hires upscaler: Latent, Upscale strength: 0.3333333333333333, "
         "Guidance interval: 0.1 0.3333333333333333, Guidance interval in: sigma, Guidance schedule: linear_down, "
         "Prompt syntax: a1111, Clip skip: 2, Guidance rescale: 0.7, Variation seed: 9223372036854775808, "

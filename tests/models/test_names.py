@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ldm.fields import SETTINGS, override
+from ldm.fields import SETTINGS
 from ldm.job import Job
+from ldm.job_values import override
 from ldm.models.diffusion.solvers import SOLVERS
 from ldm.models.diffusion.solvers.names import SOLVER_LABELS, find_schedule, find_solver
 

@@ -200,3 +200,16 @@ def test_a_hint_of_another_aspect(tmp_path, resize, ok):
     ):
         read_hint(job, path, (64, 64), open_canvas)
     assert read_hint(job, path, (32, 64), open_canvas).shape == (32, 64, 3)
+
+
+def test_of_a_region_the_hint_is_that_part_of_the_whole(tmp_path):
+    """At the region's own size it is the part that is cut out, whatever is made of it."""
+    whole, mask = picture(80, 120), np.zeros((80, 120), np.uint8)
+    mask[20:40, 50:70] = 255
+    for name, image in (("whole", whole), ("mask", mask), ("part", whole[6:54, 36:84])):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    init = Init(str(tmp_path / "whole.png"), 48, 48, "fill", mask=str(tmp_path / "mask.png"), crop_to_mask=14)
+    job = replace(JOB, hint="tile", init=init)
+    found = read_hint(job, str(tmp_path / "whole.png"), (48, 48), open_canvas)
+    alone = read_hint(replace(JOB, hint="tile"), str(tmp_path / "part.png"), (48, 48), open_canvas)
+    assert np.array_equal(found, alone)

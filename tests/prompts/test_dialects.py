@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.cli.options import make_parser
-from ldm.fields import SETTINGS, override
+from ldm.fields import SETTINGS
 from ldm.job import Init, Job
+from ldm.job_values import override
 from ldm.models.diffusion.solvers import SOLVERS
 from ldm.prompts.dialects import FORMATS, read_prompt_list
 from ldm.prompts.lines import Line

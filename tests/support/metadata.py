@@ -62,6 +62,7 @@ FULL = Job(
         invert_mask=True,
         mask_blur=0.5,
         mask_levels=True,
+        crop_to_mask=24,
     ),
     strength=0.3,
     posterior="mean",

@@ -32,6 +32,7 @@ from ldm.util import InputError
 
 _CPP = "stable-diffusion.cpp"
 _CPP_NOISE = {"cuda": "NV", "cpu": "CPU"}
+_USUAL_PADDING = 32  # of the web UI
 _ON_THE_CPU = ("ComfyUI", "Fooocus")  # programs that draw noise there, as their `Version` begins
 
 
@@ -103,6 +104,9 @@ def _recipe(entries: dict[str, str], source: str, origin: Origin) -> Recipe:
         draft.number("upscale_strength", job.strength if "Denoising strength" in known else None)
     else:
         choose_start(entries, job.strength, draft)
+    padding = entries.pop("Masked area padding", "")
+    if entries.pop("Inpaint area", "").lower() == "only masked":
+        draft.crop_to_mask(_whole(padding) if padding.isdecimal() and len(padding) < 5 else _USUAL_PADDING)
     draft.model, draft.model_hash = entries.get("Model", ""), entries.get("Model hash", "")
     find_files(entries, draft)
     read_controls(entries, draft)
