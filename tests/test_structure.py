@@ -15,7 +15,7 @@ FILES = sorted((ROOT / "ldm").rglob("*.py"))
 RANKS = [
     {"util", "job", "lr_scheduler"},
     {"files", "json_value", "scaled", "seeds", "setting"},
-    {"field", "places"},
+    {"field", "places", "plots"},
     {"config"},
     {"modules"},
     {"models"},

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm.evaluation.results import Result
-from ldm.files import written_whole
-from ldm.util import InputError, need, printable
+from ldm.plots import new_figure, save_figure
+from ldm.util import need, printable
 
-ENDINGS = (".png", ".svg")
+FORMATS = ("png", "svg")
 _X, _Y = ("clip", "answers"), ("fid", "fd_dinov2", "kid")  # the first that there is
 _TITLES = {
     "clip": "CLIP score",
@@ -79,12 +78,7 @@ def plot(results: Sequence[Result], path: Path, x: str = "", y: str = "") -> lis
     Raises InputError if there is nothing to draw or matplotlib is missing.
     """
     horizontal, vertical, drawn = curves(results, x, y)
-    try:
-        importlib.import_module("matplotlib.backends.backend_svg")  # both are needed
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("plots need matplotlib: pip install 'latent-diffusion-v1[evaluate]'") from None
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    figure = new_figure(6, 4.2)
     axes = figure.add_subplot()
     for curve in drawn:
         across, up = ([result.value for result in side] for side in (curve.x, curve.y))
@@ -102,14 +96,7 @@ def plot(results: Sequence[Result], path: Path, x: str = "", y: str = "") -> lis
     axes.grid(alpha=0.3)
     if len(drawn) > 1:
         axes.legend()
-    paths = [path.with_name(path.name + ending) for ending in ENDINGS]
-    for file in paths:
-        with written_whole(file, overwrite=True) as part:
-            figure.savefig(part, format=file.suffix[1:], dpi=100, metadata=_UNDATED[file.suffix])
-    return paths
-
-
-_UNDATED: Mapping[str, Any] = {".png": {}, ".svg": {"Date": None}}
+    return save_figure(figure, path, FORMATS)
 
 
 def _bars(results: Sequence[Result]) -> list[list[float]] | None:

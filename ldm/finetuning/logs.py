@@ -18,6 +18,7 @@ from ldm.finetuning.settings import Settings
 from ldm.images.pixels import to_uint8
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.plots import new_figure, save_figure
 from ldm.runs.progress import Interrupts
 
 logger = logging.getLogger(__name__)
@@ -61,26 +62,23 @@ def read_losses(path: Path) -> list[tuple[int, float, float, float]]:
     return [(int(step), float(loss), float(rate), float(seconds)) for step, loss, rate, seconds in rows]
 
 
-def plot_losses(table: Path, image: Path) -> bool:
-    """Plots the losses with their running mean; returns whether matplotlib is there to do it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def plot_losses(table: Path, image: Path) -> Path | None:
+    """Plots the losses of a table with their running mean as `image`.png, and returns it; None without losses.
+
+    Raises `InputError` without matplotlib.
+    """
     rows = read_losses(table)
     if not rows:
-        return False
+        return None
+    figure = new_figure(8, 4.5)
     steps, losses = (np.array(values) for values in list(zip(*rows, strict=True))[:2])
     span = max(1, len(losses) // 20)
     mean = np.convolve(losses, np.full(span, 1 / span), "valid")
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     axes.plot(steps, losses, linewidth=0.6, alpha=0.4, label="step")
     axes.plot(steps[span - 1 :], mean, label=f"mean of {span} steps")
     axes.legend()
-    with written_whole(image, overwrite=True) as part:
-        figure.savefig(part, format="png", dpi=120)
-    return True
+    return save_figure(figure, image)[0]
 
 
 class StopAsked(pl.Callback):

@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from ldm import plots
 from ldm.finetuning.batches import Epochs, batch_maker
 from ldm.finetuning.buckets import Size, bucket_sizes, step_for
 from ldm.finetuning.data import Example, read_examples
@@ -183,8 +184,8 @@ def run_training(
     if received is not None:
         logger.warning("the state is kept in %s; add --resume to go on", printable(training.folder))
         return 128 + received
-    if plot_losses(training.folder / "loss.csv", training.folder / "loss.png"):
-        logger.info("losses: %s", printable(training.folder / "loss.png"))
+    if plots.available() and (drawn := plot_losses(training.folder / "loss.csv", training.folder / "loss")):
+        logger.info("losses: %s", printable(drawn))
     part.write(training.out, file_notes(training, placed, epochs, notes))
     logger.info("written: %s", printable(training.out))
     return 0

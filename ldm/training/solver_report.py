@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ldm.plots import new_figure, save_figure
 from ldm.training.solver_table import Cell, pairs
 from ldm.util import InputError
 
@@ -54,19 +55,15 @@ def _entry(cell: Cell | None) -> str:
 
 
 def plot(cells: Sequence[Cell], path: Path) -> None:
-    """Writes a plot of both figures against the number of calls, for the solvers with the most of them.
+    """Writes `path`.png, a plot of both figures against the number of calls, for the solvers with the most of them.
 
     Raises `InputError` without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("plots need matplotlib: pip install 'latent-diffusion-v1[evaluate]'") from None
     lines: dict[tuple[str, str], list[Cell]] = {}
     for cell in sorted(cells, key=lambda cell: cell.calls):
         lines.setdefault((cell.solver, cell.schedule), []).append(cell)
     longest = sorted(lines.items(), key=lambda line: -len(line[1]))[:_SHOWN]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
     for (solver, schedule), line in longest:
         calls = [cell.calls for cell in line]
@@ -81,4 +78,4 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     left.legend(fontsize="small")
-    figure.savefig(path, dpi=100, metadata={"Software": None} if path.suffix == ".png" else None)
+    save_figure(figure, path)

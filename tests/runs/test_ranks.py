@@ -102,9 +102,12 @@ def test_one_stream_of_noise_is_the_same_for_all(group, fork_server, tmp_path):
 def test_every_sampler_in_one_sweep_by_one_process_by_two_and_resumed(group, fork_server, tmp_path):
     """Each solver, with its noise, its calls and its own schedule, gives the same bytes in all three."""
     sweep = ["--sweep", f"sampler={','.join(SOLVERS)}", "--n_samples", "1", "--n_iter", "1", "--preview", "1"]
-    begin = lambda folder, *more: fork_server.wait(
-        fork_server.start([*RUN, "--quiet", "--outdir", str(tmp_path / folder), *sweep, *more])
-    )
+
+    def begin(folder, *more):
+        return fork_server.wait(
+            fork_server.start([*RUN, "--quiet", "--outdir", str(tmp_path / folder), *sweep, *more])
+        )
+
     assert begin("one") == 0
     once = images(tmp_path / "one")
     assert len({data for name, data in once.items() if name.startswith("samples/")}) == len(SOLVERS)

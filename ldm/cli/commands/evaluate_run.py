@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm import cli
+from ldm import cli, plots
 from ldm.cli.commands.evaluate_plot import draw
 from ldm.cli.commands.evaluate_score import add_measure_options, score, typed_command
 from ldm.evaluation.presets import PRESETS, SOURCES
@@ -88,7 +87,7 @@ def run(opt: argparse.Namespace) -> int:
         return code
     opt.questions = None
     score(opt, [folder], opt.outdir)
-    if len(evaluation.points) > 1 and importlib.util.find_spec("matplotlib"):
+    if len(evaluation.points) > 1 and plots.available():
         draw([folder], None)
     return 0
 

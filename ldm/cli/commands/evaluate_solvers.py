@@ -75,7 +75,7 @@ def run(opt: argparse.Namespace) -> int:
     measured = compare(chosen, opt.outdir, cells)
     (opt.outdir / "solvers.md").write_text(as_markdown(measured), encoding="utf-8")
     if not opt.no_plot:
-        plot(measured, opt.outdir / "solvers.png")
+        plot(measured, opt.outdir / "solvers")
     for calls in sorted({cell.calls for cell in measured}):
         first = best(measured, calls)[0]
         distance = "" if first.distance is None else f", distance {first.distance:.2f}"
