@@ -61,7 +61,7 @@ def run(opt: argparse.Namespace) -> int:
     from ldm.evaluation.lessons import as_markdown, measure, write_pairs
 
     own = [*_OPTIONS, *(["--quiet"] if opt.quiet else [])]
-    found = measure(opt.lesson, opt.outdir, opt.count or 100, own, opt.passed, maker([]))
+    found = measure(opt.lesson, opt.outdir, opt.count or 100, own, opt.passed, maker([])[1])
     if isinstance(found, int):
         return found
     print(as_markdown(found))
