@@ -145,7 +145,9 @@ class Worker:
         """Returns the peak memory so far in bytes, by kind."""
         import torch
 
-        memory = {"resident": _peak_resident()}
+        from ldm.runtime.memory import peak_resident
+
+        memory = {"resident": peak_resident()}
         device = self.subject.watch.device
         if device.type == "cuda":
             memory["allocated"] = torch.cuda.max_memory_allocated(device)
@@ -156,19 +158,6 @@ class Worker:
 def _relative(value: Tensor, expected: Tensor) -> float:
     difference = value.double().cpu() - expected.double()
     return float(cast("Tensor", difference.norm() / expected.double().norm()))
-
-
-def _peak_resident() -> int:
-    """Returns the peak of this process alone; that of `getrusage` can be that of the process which started it."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            line = next(line for line in file if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _load_average() -> float | None:

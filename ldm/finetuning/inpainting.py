@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.finetuning.batches import Batch
-from ldm.finetuning.latents import Placer
 from ldm.finetuning.module import FineTuning
 from ldm.images.source import read_image
 from ldm.models.diffusion.ddpm import LatentInpaintDiffusion
@@ -78,8 +77,6 @@ def _stroke(
 
 class InpaintingTuning(FineTuning):
     """Trains on random masks; the masked images are encoded in each step."""
-
-    placer: Placer
 
     def conditioning(self, batch: Batch) -> Conditioning:
         context = self.prompts(batch.captions)

@@ -69,16 +69,17 @@ class Placer:
 def place_all(
     examples: Sequence[Example],
     placer: Placer,
-    encode: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor], Tensor] | None,
     folder: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Placed]:
     """Encodes all images that are not in `folder` yet; returns those that could be read.
 
-    `encode` maps pixels [1, 3, H, W] to moments [2, C, h, w]. `progress` is called with (done, all). If no image
-    can be read, that is an `InputError`.
+    `encode` maps pixels [1, 3, H, W] to moments [2, C, h, w]; without it nothing is written. `progress` is called
+    with (done, all). If no image can be read, that is an `InputError`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if encode is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     found: list[Placed] = []
     for number, example in enumerate(examples):
         try:
@@ -89,7 +90,7 @@ def place_all(
         files: list[Path] = []
         for mirrored in (False, True) if example.flip else (False,):
             file = folder / f"{_key(source.digest, placement, mirrored)}.npy"
-            if not file.exists():
+            if encode is not None and not file.exists():
                 _write(file, encode(placer.pixels(source, placement, mirrored)).numpy())
             files.append(file)
         found.append(Placed(example, placement, tuple(files)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.finetuning.batches import Batch
+from ldm.finetuning.latents import Placer
 from ldm.finetuning.objective import Objective
 from ldm.finetuning.parts import Groups, Part
 from ldm.finetuning.settings import Settings
@@ -54,7 +56,12 @@ class Prompts:
 
 
 class FineTuning(pl.LightningModule):
-    """Trains a `Part` of a model. Only the part is saved and moved by Lightning: the model is not a submodule."""
+    """Trains a `Part` of a model. Only the part is saved and moved by Lightning: the model is not a submodule.
+
+    `placer` cuts images, for kinds that need more of them than their latents.
+    """
+
+    placer: Placer
 
     def __init__(self, model: LatentDiffusion, part: Part, settings: Settings) -> None:
         super().__init__()
@@ -82,17 +89,20 @@ class FineTuning(pl.LightningModule):
         self.part.before_step()
         return self.prompts(batch.captions)
 
-    def training_step(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
+        """Returns the mean of the batch's weighted losses."""
         cond = self.conditioning(batch)
         latents = self.model.get_first_stage_encoding(batch.latents)
-        losses = self.objective(self.model, latents, batch.t, batch.noise, cond)
-        loss = (batch.weights * losses).mean()
+        return (batch.weights * self.objective(self.model, latents, batch.t, batch.noise, cond)).mean()
+
+    def training_step(self, batch: Batch) -> Tensor:
+        loss = self.loss(batch)
         if not math.isfinite(float(loss.detach())):
             raise NotFinite(
                 f"the loss is {float(loss):g} at step {self.global_step + 1}; the last good state is kept: lower "
                 "--learning_rate, or use --precision full, and add --resume"
             )
-        self.log("loss", loss.detach(), batch_size=len(losses))
+        self.log("loss", loss.detach(), batch_size=len(batch.captions))
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -111,17 +121,20 @@ class FineTuning(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def check_optimizer(name: str) -> None:
+    """Raises `InputError` if an optimiser's package is missing."""
+    if name == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise InputError(
+            "--optimizer adamw8bit needs the package bitsandbytes; run: pip install bitsandbytes"
+        )
+
+
 def make_optimizer(groups: Groups, settings: Settings) -> Optimizer:
     """Returns the optimiser that the settings name, for parameters in groups with their learning rates."""
     if settings.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     if settings.optimizer == "adamw8bit":
-        try:
-            eight_bit: Any = import_module("bitsandbytes.optim")
-        except ImportError:
-            raise InputError(
-                "--optimizer adamw8bit needs the package bitsandbytes; run: pip install bitsandbytes"
-            ) from None
+        eight_bit: Any = import_module("bitsandbytes.optim")
         return eight_bit.AdamW8bit(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(
         groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True

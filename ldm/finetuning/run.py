@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,17 @@ from ldm import plots
 from ldm.finetuning.batches import Epochs, batch_maker
 from ldm.finetuning.buckets import Size, bucket_sizes, step_for
 from ldm.finetuning.data import Example, read_examples
-from ldm.finetuning.inpainting import InpaintingTuning
 from ldm.finetuning.kinds import KINDS
-from ldm.finetuning.latents import Placed, Placer, moments, place_all, weights_key
+from ldm.finetuning.latents import Placer, moments, place_all, weights_key
 from ldm.finetuning.logs import LossTable, Samples, StopAsked, plot_losses
-from ldm.finetuning.module import FineTuning
+from ldm.finetuning.module import FineTuning, check_optimizer
 from ldm.finetuning.notes import file_notes
+from ldm.finetuning.rehearsal import describe, rehearse
 from ldm.finetuning.settings import Settings
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.places import cache_path
 from ldm.runs.progress import Interrupts
-from ldm.training.runs import STATE, Batches, RunSettings, fit, last_state, make_trainer
+from ldm.training.runs import STATE, Batches, RunSettings, check_time, fit, last_state, make_trainer
 from ldm.util import InputError, need, printable
 
 logger = logging.getLogger("ldm")
@@ -58,6 +58,12 @@ class Training:
     def check(self) -> None:
         """Checks that the training can begin, before any weights are read; else raises `InputError`."""
         endings = KINDS[self.kind].endings
+        need(
+            self.kind != "inpainting" or not self.settings.flip,
+            "--flip is not possible with masks: the images are encoded as they are",
+        )
+        check_optimizer(self.settings.optimizer)
+        check_time(self.max_time)
         need(
             self.out.suffix in endings,
             f"--out {printable(self.out)}: a file of this kind ends in {' or '.join(endings)}",
@@ -131,19 +137,6 @@ def sizes_for(settings: Settings, model: LatentDiffusion) -> list[Size]:
     return [(square, square)] if settings.square else bucket_sizes(side, step)
 
 
-def describe(placed: list[Placed], epochs: Epochs, settings: Settings) -> list[str]:
-    """Returns lines about what is trained on: images, sizes, epochs."""
-    sizes = Counter(image.placement.size for image in placed)
-    visits = settings.steps * settings.accumulate
-    listed = ", ".join(f"{width}x{height}: {count}" for (width, height), count in sizes.most_common())
-    regular = sum(image.example.regular for image in placed)
-    own = f"{len(placed) - regular} images" + (f" and {regular} of the class" if regular else "")
-    return [
-        f"{own}, {epochs.batches} batches an epoch, {visits / epochs.batches:.3g} epochs in {settings.steps} steps",
-        f"sizes: {listed}",
-    ]
-
-
 def run_training(
     training: Training,
     examples: Sequence[Example],
@@ -161,25 +154,26 @@ def run_training(
     kind, settings = KINDS[training.kind], training.settings
     model = load().to(device)
     placer = Placer(sizes_for(settings, model), settings.random_crop, settings.seed)
-    folder = cache_path("latents") / weights_key(model.first_stage_model.parameters())
-    if training.kind == "inpainting":
-        need(not settings.flip, "--flip is not possible with masks: the images are encoded as they are")
-    placed = place_all(examples, placer, lambda x: moments(model.first_stage_model, x), folder, _Counted())
-    epochs = Epochs(placed, settings.batch_size, settings.seed)
-    for line in describe(placed, epochs, settings):
-        logger.info("%s", line)
+    part = kind.part(
+        model, settings
+    )  # before the images are encoded, which takes long: it may not fit the model
     if kind.frozen and precision != torch.float32:
         model.model.to(precision)
         model.cond_stage_model.to(precision)
     _use_checkpointing(model, settings.checkpointing)
-    part = kind.part(model, settings)
+    folder = cache_path("latents") / weights_key(model.first_stage_model.parameters())
+    encode = None if dry_run else partial(moments, model.first_stage_model)
+    placed = place_all(examples, placer, encode, folder, _Counted())
+    epochs = Epochs(placed, settings.batch_size, settings.seed)
+    for line in describe(placed, epochs, settings, model.cond_stage_model.cut_words):
+        logger.info("%s", line)
     count = sum(p.numel() for group in part.groups() for p in group["params"])
     logger.info("%d parameters are trained", count)
-    if dry_run:
-        return 0
     module = kind.module(model, part, settings)
-    if isinstance(module, InpaintingTuning):
-        module.placer = placer
+    module.placer = placer
+    if dry_run:
+        logger.info("%s", rehearse(module, epochs, device, precision).line())
+        return 0
     received = _train(training, module, epochs, device, precision)
     if received is not None:
         logger.warning("the state is kept in %s; add --resume to go on", printable(training.folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,24 @@ def total_memory(device: torch.device) -> int | None:
     except (AttributeError, OSError, ValueError):
         return None
     return min([whole, *(limit for limit, _ in _groups(Path("/")))])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns the most bytes that this process had at a time: on a GPU of its memory, else of the machine's."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_resident()
+
+
+def peak_resident() -> int:
+    """Returns the peak of this process alone; that of `getrusage` can be that of the process which started it."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            line = next(line for line in file if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def system_memory(root: Path) -> int | None:

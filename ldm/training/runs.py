@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,11 +17,13 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, Timer
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ldm.files import written_whole
 from ldm.lr_scheduler import LambdaLinearScheduler
 from ldm.util import InputError, printable
 
@@ -106,6 +109,16 @@ class ProgressLines(pl.Callback):
         )  # fmt: skip
 
 
+class WholeStates(TorchCheckpointIO):
+    """Writes a state whole or not at all, straight to the disk: Lightning's own way holds all of it in memory."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path, overwrite=True) as part:
+            torch.save(checkpoint, part)
+
+
 class TimeLimit(Timer):
     """Ends training after a time; that of the run before, which is resumed, does not count."""
 
@@ -132,6 +145,12 @@ class RunSettings:
     device: str = "auto"
 
 
+def check_time(text: str | None) -> None:
+    """Raises `InputError` if `text` is given and not a time such as `RunSettings.max_time`."""
+    if text is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", text):
+        raise InputError(f"--max_time is {printable(text)}; write DD:HH:MM:SS, such as 00:00:05:00")
+
+
 def make_trainer(settings: RunSettings, callbacks: Iterable[pl.Callback] = ()) -> pl.Trainer:
     """Creates a Lightning trainer that keeps its last state in `logdir/last.ckpt`."""
     keep = ModelCheckpoint(
@@ -156,6 +175,7 @@ def make_trainer(settings: RunSettings, callbacks: Iterable[pl.Callback] = ()) -
         limit_val_batches=None if settings.validate_steps else 0,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
+        plugins=[WholeStates()],
         callbacks=[keep, *progress, *limit, *callbacks],
         enable_progress_bar=settings.bar,
         enable_model_summary=False,

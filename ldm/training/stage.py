@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,16 @@ from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.data.dataset import render_many
 from ldm.places import find
 from ldm.training.config import read_config
-from ldm.training.runs import Batches, MakeBatch, Optimisation, RunSettings, fit, last_state, make_trainer
+from ldm.training.runs import (
+    Batches,
+    MakeBatch,
+    Optimisation,
+    RunSettings,
+    check_time,
+    fit,
+    last_state,
+    make_trainer,
+)
 from ldm.util import InputError, printable
 
 
@@ -40,10 +48,7 @@ class Stage:
             raise InputError(
                 f"the config of {self.name} has no training.optimisation; give another with --base"
             )
-        if self.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", self.max_time):
-            raise InputError(
-                f"--max_time is {printable(self.max_time)}; write DD:HH:MM:SS, such as 00:00:05:00"
-            )
+        check_time(self.max_time)
         try:
             self.logdir.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.logdir).close()

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -148,6 +151,62 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_state(data, monkeypatch, 
     assert not os.path.exists("x.safetensors")
 
 
+def test_what_does_not_fit_the_model_is_said_before_images_are_encoded(data, capsys):
+    assert train("lora", "x.safetensors", "--rank", "900") == 2
+    assert "the rank 900 is larger than the layer's" in capsys.readouterr().err
+    assert not list((data / "cache").rglob("*.npy"))
+
+
+def test_an_optimiser_without_its_package_is_refused_at_once(data, monkeypatch, capsys):
+    monkeypatch.setattr(module_of_loop, "find_spec", lambda name: None)
+    assert train("lora", "x.safetensors", "--optimizer", "adamw8bit") == 2
+    assert "adamw8bit needs the package bitsandbytes" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_dry_run_reports_and_writes_nothing(data, capsys):
+    (data / "a.txt").write_text("a red cube " * 30)
+    before = sorted(data.glob("*.*"))
+    shown = [word for word in QUICK if word != "--quiet"]
+    assert main(["lora", "--data", ".", "--out", "x.safetensors", "--dry_run", *shown, "--steps", "10"]) == 0
+    assert sorted(data.glob("*.*")) == before and not list(data.rglob("*.npy"))
+    lines = capsys.readouterr().err.splitlines()
+    assert "3 images, 3 batches an epoch, 3.33 epochs in 10 steps" in lines
+    assert "1 captions are longer than the text encoder reads, and are cut" in lines
+    assert lines[-1].startswith("about ") and lines[-1].endswith("GiB, by two steps with random values")
+
+
+PEAK = """
+import sys
+from scripts.train import main
+from ldm.runtime.memory import peak_resident
+code = main(sys.argv[1:])
+print("peak", peak_resident())
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "finetune"])
+def test_the_memory_and_time_of_a_dry_run_are_those_of_the_run(data, kind):
+    """Memory within 10 %: that of Lightning's own objects and of the states that are saved is not in it."""
+    ending = {"lora": "safetensors", "finetune": "ckpt"}[kind]
+    words = [kind, "--data", ".", "--steps", "6", "--batch_size", "3", "--precision", "full"]
+    words += ["--no-checkpointing", "--square", "--resolution", "128"]
+
+    def run(*more):
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, *words, *more], cwd=data, text=True, capture_output=True, check=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        return done.stderr, int(done.stdout.split()[-1])
+
+    told, _ = run("--dry_run", "--out", f"x.{ending}")
+    _, peak = run("--out", f"x.{ending}")
+    expected = float(re.search(r"and ([\d.]+) GiB, by two steps", told)[1]) * 2**30
+    assert expected == pytest.approx(peak, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("typed", "line"),
     [
@@ -163,6 +222,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_state(data, monkeypatch, 
         (["lora", "--data", ".", "--out", "x.safetensors", "--base", "no.yaml"], "there is no config no.yaml"),
         (["lora", "--data", ".", "--out", "x.safetensors", "--text_only"], "--text_rate is 0; give a rate"),
         (["lora", "--data", ".", "--out", "x.safetensors", "--rank", "900"], "the rank 900 is larger than the"),
+        (["lora", "--data", ".", "--out", "x.safetensors", "--max_time", "1h"], "--max_time is 1h; write DD"),
+        (["inpainting", "--data", ".", "--out", "x.ckpt", "--flip"], "--flip is not possible with masks"),
         (["embedding", "--data", ".", "--out", "x.safetensors"], "an embedding needs --word"),
         (["embedding", "--data", ".", "--out", "x.pt", "--word", "zog", "--init", "cube"], "no caption has the word"),
     ],
