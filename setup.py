@@ -86,8 +86,11 @@ setup(
             "openvino>=2026.4,<2027",
             "nncf>=3.4,<4",
         ],
-        # the package itself has what these once added
-        "train": [],
+        "train": [
+            "tensorboard>=2.20,<2.22",  # --tensorboard
+            "bitsandbytes>=0.50,<0.51",  # --optimizer adamw8bit
+        ],
+        # the package itself has what this once added
         "devices": [],
         "test": [
             "pytest>=8,<10",
@@ -95,6 +98,8 @@ setup(
             "hypothesis>=6.100,<7",
             "diffusers>=0.36,<0.43",
             "peft>=0.18,<0.22",
+            "webdataset>=1,<1.1",  # writes the shards that their reader here is tested with
+            "tensorboard>=2.20,<2.22",
             "matplotlib>=3.8,<3.12",  # plots, and their types
             "safetensors>=0.5,<0.9",
             "gguf>=0.17,<0.20",  # writes the files that its reader here is tested with

@@ -2,7 +2,7 @@
 
 Understood are a folder of images with captions in `NAME.txt`, with a `metadata.jsonl` or `metadata.csv` (columns
 `file_name` and `text`), folders named `10_word` (ten repeats, and a caption for images without one), and the TOML
-files of kohya's scripts (`[[datasets.subsets]]`).
+files of kohya's scripts (`[[datasets.subsets]]`), and tar files of images and captions (`shards.py`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any
 
 from ldm.files import read_side_file
 from ldm.images.source import EXTENSIONS
+from ldm.job import MemoryImage
 from ldm.util import InputError, is_list, is_mapping, printable
 
 logger = logging.getLogger(__name__)
 
 LISTS = ("metadata.jsonl", "metadata.csv")
-_FILE, _TEXT = ("file_name", "file", "image"), ("text", "caption", "prompt")
+_FILE, TEXT_COLUMNS = ("file_name", "file", "image"), ("text", "caption", "prompt")
 _REPEATED = re.compile(r"(\d+)_(.*)", re.DOTALL)
 _SUBSET = {  # what a subset of a TOML file can have, and the type
     "image_dir": str, "num_repeats": int, "class_tokens": str, "caption_extension": str, "is_reg": bool,
@@ -37,7 +38,8 @@ class Example:
     """One image and how it is trained on.
 
     It counts `repeats` times an epoch. `regular` marks an image of the class in general, which keeps the model from
-    forgetting it (prior preservation, DreamBooth). The rest are choices for its captions: see `captions.py`.
+    forgetting it (prior preservation, DreamBooth). An image inside of a tar file is `member`. The rest are choices
+    for its captions: see `captions.py`.
     """
 
     path: Path
@@ -48,6 +50,12 @@ class Example:
     shuffle: bool = False
     keep_tokens: int = 0
     drop: float = 0.0
+    member: MemoryImage | None = None
+
+    @property
+    def image(self) -> str:
+        """The image, as `read_image` takes it: its file, or its place in a tar file."""
+        return str(self.path) if self.member is None else self.member
 
 
 def read_examples(source: str | Path, defaults: Example, extension: str = ".txt") -> list[Example]:
@@ -59,10 +67,14 @@ def read_examples(source: str | Path, defaults: Example, extension: str = ".txt"
     source = Path(source)
     if source.suffix == ".toml" and source.is_file():
         found = list(_of_toml(source, defaults))
+    elif source.suffix == ".tar" and source.is_file():
+        found = _of_shards([source], defaults)
     elif source.is_dir():
         found = _of_folder(source, defaults, extension)
     else:
-        raise InputError(f"--data {printable(source)} is not a folder or a TOML file; give one of images")
+        raise InputError(
+            f"--data {printable(source)} is not a folder, a TOML file or a tar file; give one of images"
+        )
     if not found:
         raise InputError(f"there are no images in {printable(source)}; put PNG, JPEG or WEBP files there")
     silent = [example for example in found if not example.caption.strip()]
@@ -89,9 +101,17 @@ def _of_folder(folder: Path, defaults: Example, extension: str) -> list[Example]
                 raise InputError(f"{printable(entry)} asks for {times} repeats; give 1 to 100000")
             found += _with_captions(entry, replace(defaults, caption=words, repeats=times), extension)
     own = _with_captions(folder, defaults, extension)
+    if not found and not own:
+        return _of_shards(sorted(folder.glob("*.tar")), defaults)
     if found and own:
         logger.warning("%d images outside of the numbered folders are left out", len(own))
     return found or own
+
+
+def _of_shards(paths: Sequence[Path], defaults: Example) -> list[Example]:
+    from ldm.finetuning.shards import read_shard
+
+    return [example for path in paths for example in read_shard(path, defaults)]
 
 
 def _with_captions(folder: Path, defaults: Example, extension: str) -> list[Example]:
@@ -126,7 +146,7 @@ def _of_list(path: Path, defaults: Example) -> Iterator[Example]:
     rows = _json_lines(path) if path.suffix == ".jsonl" else _csv_rows(path)
     for number, row in rows:
         name = next((row[key] for key in _FILE if isinstance(row.get(key), str)), "")
-        caption = next((row[key] for key in _TEXT if isinstance(row.get(key), str)), "")
+        caption = next((row[key] for key in TEXT_COLUMNS if isinstance(row.get(key), str)), "")
         where = f"{printable(path)}, line {number}"
         if not name:
             raise InputError(f"{where} has no file_name; write one, and text for the caption")

@@ -99,6 +99,6 @@ class InpaintingTuning(FineTuning):
         factor = self.model.first_stage_model.downsampling
         rng = np.random.default_rng([abs(part) for part in seed])
         mask = torch.from_numpy(random_mask(height // factor, width // factor, rng)).float()[None]
-        pixels = self.placer.pixels(read_image(str(image.example.path)), image.placement, False)
+        pixels = self.placer.pixels(read_image(image.example.image), image.placement, False)
         hidden = F.interpolate(mask[None], size=(height, width), mode="nearest")
         return mask, pixels * (hidden < 0.5)

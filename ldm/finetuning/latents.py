@@ -46,9 +46,9 @@ class Placer:
     def __init__(self, sizes: Sequence[Size], random_crop: bool = False, seed: int = 0) -> None:
         self.sizes, self.random_crop, self.seed = sizes, random_crop, seed
 
-    def read(self, path: Path) -> tuple[Source, Placement]:
+    def read(self, example: Example) -> tuple[Source, Placement]:
         """Reads an image and places it; `InputError` if it cannot be read."""
-        source = read_image(str(path))
+        source = read_image(example.image)
         where = (0.5, 0.5)
         if self.random_crop:
             rng = np.random.default_rng([self.seed, int(source.digest[:15], 16)])
@@ -83,7 +83,7 @@ def place_all(
     found: list[Placed] = []
     for number, example in enumerate(examples):
         try:
-            source, placement = placer.read(example.path)
+            source, placement = placer.read(example)
         except (InputError, OSError) as error:
             logger.warning("left out: %s", printable(error))
             continue

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import logging
 import time
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ldm.files import written_whole
 from ldm.finetuning.settings import Settings
@@ -20,6 +22,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.plots import new_figure, save_figure
 from ldm.runs.progress import Interrupts
+from ldm.util import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -28,31 +31,51 @@ _SAMPLE_STEPS, _SAMPLE_SCALE = 20, 7.5
 
 
 class LossTable(pl.Callback):
-    """Appends step, loss, learning rate and seconds to a CSV file; what is after the step to resume from goes."""
+    """Appends step, loss, learning rate and seconds to a CSV file, and to Lightning's logger if there is one.
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        self.path, self._losses = path, list[float]()
-        rows = read_losses(path) if path.exists() else []
-        kept = [row for row in rows if row[0] <= first_step]
-        self._before = kept[-1][3] if kept else 0.0
-        with written_whole(path, overwrite=True) as part, part.open("w", newline="") as file:
-            csv.writer(file).writerows([_COLUMNS, *kept])
+    What is in the file after the step that the run begins with goes. The loss is the mean over all batches of a step.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._losses, self._before = path, list[Tensor](), 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started, self._step = time.monotonic(), trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        rows = read_losses(self.path) if self.path.exists() else []
+        kept = [row for row in rows if row[0] <= self._step]
+        self._before = kept[-1][3] if kept else 0.0
+        with written_whole(self.path, overwrite=True) as part, part.open("w", newline="") as file:
+            csv.writer(file).writerows([_COLUMNS, *kept])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+        self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        loss, self._losses = sum(self._losses) / len(self._losses), []
+        mean, self._losses = torch.stack(self._losses).mean(), []
+        loss = float(cast("Tensor", trainer.strategy.reduce(mean)))
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         seconds = self._before + time.monotonic() - self._started
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow([self._step, f"{loss:.9g}", f"{rate:.6g}", f"{seconds:.2f}"])
+        for log in trainer.loggers:
+            log.log_metrics({"loss": loss, "learning_rate": rate}, self._step)
+        if trainer.is_global_zero:
+            with self.path.open("a", newline="") as file:
+                csv.writer(file).writerow([self._step, f"{loss:.9g}", f"{rate:.6g}", f"{seconds:.2f}"])
+
+
+class FiniteLoss(pl.Callback):
+    """Ends a training whose loss is not finite, in all processes, before the weights change."""
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if not trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(loss.detach())), all=True):
+            raise InputError(
+                f"the loss is {float(loss):g} at step {trainer.global_step + 1}; the last good state is kept: lower "
+                "--learning_rate, or use --precision full, and add --resume"
+            )
 
 
 def read_losses(path: Path) -> list[tuple[int, float, float, float]]:
@@ -81,6 +104,19 @@ def plot_losses(table: Path, image: Path) -> Path | None:
     return save_figure(figure, image)[0]
 
 
+def check_tensorboard(wanted: bool) -> None:
+    """Raises `InputError` if TensorBoard's files are wanted and its package is missing."""
+    if wanted and find_spec("tensorboard") is None:
+        raise InputError("--tensorboard needs the package tensorboard; run: pip install tensorboard")
+
+
+def tensorboard(folder: Path) -> pl.loggers.Logger:
+    """Returns Lightning's logger of TensorBoard, which writes below `folder`."""
+    from pytorch_lightning.loggers import TensorBoardLogger
+
+    return TensorBoardLogger(folder, name="tensorboard", version="")
+
+
 class StopAsked(pl.Callback):
     """Ends the training after the step in which a signal arrived."""
 
@@ -90,7 +126,8 @@ class StopAsked(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.interrupts.received is not None:
+        received = self.interrupts.received is not None
+        if trainer.strategy.reduce_boolean_decision(received, all=False):
             trainer.should_stop = True
 
 
@@ -107,7 +144,8 @@ class Samples(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self._drawn or (step % self.settings.sample_steps and step != self.settings.steps):
+        drawn = step == self._drawn or not trainer.is_global_zero
+        if drawn or (step % self.settings.sample_steps and step != self.settings.steps):
             return
         self._drawn = step
         self.folder.mkdir(parents=True, exist_ok=True)

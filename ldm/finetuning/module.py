@@ -28,10 +28,6 @@ from ldm.util import InputError
 _KEPT = 4096  # encoded prompts
 
 
-class NotFinite(InputError):
-    """The loss is NaN or infinite: training cannot go on."""
-
-
 class Prompts:
     """Encodes captions; those of a text encoder that is not trained are encoded once."""
 
@@ -97,12 +93,7 @@ class FineTuning(pl.LightningModule):
 
     def training_step(self, batch: Batch) -> Tensor:
         loss = self.loss(batch)
-        if not math.isfinite(float(loss.detach())):
-            raise NotFinite(
-                f"the loss is {float(loss):g} at step {self.global_step + 1}; the last good state is kept: lower "
-                "--learning_rate, or use --precision full, and add --resume"
-            )
-        self.log("loss", loss.detach(), batch_size=len(batch.captions))
+        self.log("loss", loss.detach(), batch_size=len(batch.captions), logger=False)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

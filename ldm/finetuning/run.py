@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,21 @@ import pytorch_lightning as pl
 import torch
 
 from ldm import plots
+from ldm.files import written_whole
 from ldm.finetuning.batches import Epochs, batch_maker
 from ldm.finetuning.buckets import Size, bucket_sizes, step_for
 from ldm.finetuning.data import Example, read_examples
 from ldm.finetuning.kinds import KINDS
 from ldm.finetuning.latents import Placer, moments, place_all, weights_key
-from ldm.finetuning.logs import LossTable, Samples, StopAsked, plot_losses
+from ldm.finetuning.logs import (
+    FiniteLoss,
+    LossTable,
+    Samples,
+    StopAsked,
+    check_tensorboard,
+    plot_losses,
+    tensorboard,
+)
 from ldm.finetuning.module import FineTuning, check_optimizer
 from ldm.finetuning.notes import file_notes
 from ldm.finetuning.rehearsal import describe, rehearse
@@ -32,7 +40,9 @@ from ldm.util import InputError, need, printable
 
 logger = logging.getLogger("ldm")
 
-_MAY_CHANGE = {"steps", "checkpoint_steps", "sample_steps", "sample_prompt", "precision", "dtype", "layout"}
+_MAY_CHANGE = {
+    "steps", "checkpoint_steps", "sample_steps", "sample_prompt", "precision", "dtype", "layout", "tensorboard"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class Training:
         )
         check_optimizer(self.settings.optimizer)
         check_time(self.max_time)
+        check_tensorboard(self.settings.tensorboard)
         need(
             self.out.suffix in endings,
             f"--out {printable(self.out)}: a file of this kind ends in {' or '.join(endings)}",
@@ -115,7 +126,8 @@ class Training:
     def keep_facts(self) -> None:
         """Writes the settings next to the states, for the check of a run that resumes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "settings.json").write_text(json.dumps(self._facts(), indent=1), encoding="utf-8")
+        with written_whole(self.folder / "settings.json", overwrite=True) as part:
+            part.write_text(json.dumps(self._facts(), indent=1), encoding="utf-8")
 
 
 def _same_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -152,17 +164,17 @@ def run_training(
     layers' arithmetic. `notes` are facts about the model, for the metadata of the file.
     """
     kind, settings = KINDS[training.kind], training.settings
+    if pl.utilities.rank_zero_only.rank:  # the first process speaks for all
+        logger.setLevel(logging.ERROR)
     model = load().to(device)
     placer = Placer(sizes_for(settings, model), settings.random_crop, settings.seed)
-    part = kind.part(
-        model, settings
-    )  # before the images are encoded, which takes long: it may not fit the model
+    part = kind.part(model, settings)  # before images are encoded, which takes long: it may not fit the model
     if kind.frozen and precision != torch.float32:
         model.model.to(precision)
         model.cond_stage_model.to(precision)
     _use_checkpointing(model, settings.checkpointing)
     folder = cache_path("latents") / weights_key(model.first_stage_model.parameters())
-    encode = None if dry_run else partial(moments, model.first_stage_model)
+    encode = None if dry_run else lambda pixels: moments(model.first_stage_model, pixels)
     placed = place_all(examples, placer, encode, folder, _Counted())
     epochs = Epochs(placed, settings.batch_size, settings.seed)
     for line in describe(placed, epochs, settings, model.cond_stage_model.cut_words):
@@ -174,7 +186,9 @@ def run_training(
     if dry_run:
         logger.info("%s", rehearse(module, epochs, device, precision).line())
         return 0
-    received = _train(training, module, epochs, device, precision)
+    received, first = _train(training, module, epochs, device, precision)
+    if not first:  # another process of the same training writes
+        return 0
     if received is not None:
         logger.warning("the state is kept in %s; add --resume to go on", printable(training.folder))
         return 128 + received
@@ -187,8 +201,8 @@ def run_training(
 
 def _train(
     training: Training, module: FineTuning, epochs: Epochs, device: torch.device, precision: torch.dtype
-) -> int | None:
-    """Runs the loop; returns the signal that ended it early, if one did."""
+) -> tuple[int | None, bool]:
+    """Runs the loop; returns the signal that ended it early, if one did, and whether this is the first process."""
     settings, model = training.settings, module.model
     make = batch_maker(epochs, model.num_timesteps, settings.noise_offset, settings.class_weight)
     state, step = last_state(training.folder) if training.resume else (None, 0)
@@ -204,15 +218,22 @@ def _train(
         checkpoint_steps=settings.checkpoint_steps,
         bar=training.bar,
         device=str(device),
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
     )
     with Interrupts() as interrupts:
-        callbacks: list[pl.Callback] = [LossTable(training.folder / "loss.csv", step), StopAsked(interrupts)]
+        callbacks: list[pl.Callback] = [
+            LossTable(training.folder / "loss.csv"),
+            FiniteLoss(),
+            StopAsked(interrupts),
+        ]
         if settings.sample_steps and settings.sample_prompt:
             size = max(image.placement.size for image in epochs.examples)
             callbacks.append(Samples(model, settings, training.folder / "samples", size))
-        batches = Batches(make, settings.seed, first=step * settings.accumulate)
-        fit(make_trainer(run, callbacks), module, batches.loader(), None, state)
-        return interrupts.received
+        first = step * settings.accumulate * settings.devices * settings.num_nodes
+        trainer = make_trainer(run, callbacks, tensorboard(training.folder) if settings.tensorboard else None)
+        fit(trainer, module, Batches(make, settings.seed, first).loader(), None, state)
+        return interrupts.received, trainer.is_global_zero
 
 
 def _use_checkpointing(model: LatentDiffusion, wanted: bool) -> None:

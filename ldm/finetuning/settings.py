@@ -151,6 +151,13 @@ class Settings:
     sample_steps: int = setting(
         0, "draw --sample_prompt every N steps; 0: never", 0, group="run", metavar="N"
     )
+    tensorboard: bool = setting(
+        False, "also log losses for TensorBoard, into the folder of the training", group="run"
+    )
+    devices: int = setting(
+        1, "share each step among N processes, one for each GPU", 1, group="run", metavar="N"
+    )
+    num_nodes: int = setting(1, "share it among N machines, started by torchrun", 1, group="run", metavar="N")
     sample_prompt: tuple[str, ...] = setting(
         (), "a prompt to draw; can be given several times", group="run", metavar="TEXT"
     )

@@ -17,6 +17,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, Timer
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch.optim import AdamW
@@ -38,7 +39,8 @@ MakeBatch = Callable[[int, np.random.Generator], Any]
 class Batches(IterableDataset[Any]):
     """An endless sequence of numbered batches; batch i depends only on (seed, i), so a run can be resumed.
 
-    `make(i, rng)` builds batch i; `first` is the number to start with.
+    `make(i, rng)` builds batch i; `first` is the number to start with. Of several processes each has its share: they
+    take the batches in turn, as one process that accumulates as many would.
     """
 
     def __init__(self, make: MakeBatch, seed: int = 0, first: int = 0) -> None:
@@ -47,6 +49,9 @@ class Batches(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         start, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        if torch.distributed.is_initialized():
+            world = torch.distributed.get_world_size()
+            start, stride = start * world + torch.distributed.get_rank(), stride * world
         for number in itertools.count(self.first + start, stride):
             yield self.make(number, np.random.default_rng([self.seed, number]))
 
@@ -130,7 +135,7 @@ class TimeLimit(Timer):
 class RunSettings:
     """Where and how long a run trains. `max_time` is "DD:HH:MM:SS" from its start; `precision` is as in Lightning.
 
-    `device` is "auto", or one as torch names it.
+    `device` is "auto", or one as torch names it; of its kind `devices` on each of `num_nodes` machines share a step.
     """
 
     logdir: Path
@@ -143,6 +148,8 @@ class RunSettings:
     validate_steps: int | None = None
     bar: bool = False
     device: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
 
 
 def check_time(text: str | None) -> None:
@@ -151,7 +158,9 @@ def check_time(text: str | None) -> None:
         raise InputError(f"--max_time is {printable(text)}; write DD:HH:MM:SS, such as 00:00:05:00")
 
 
-def make_trainer(settings: RunSettings, callbacks: Iterable[pl.Callback] = ()) -> pl.Trainer:
+def make_trainer(
+    settings: RunSettings, callbacks: Iterable[pl.Callback] = (), logger: Logger | None = None
+) -> pl.Trainer:
     """Creates a Lightning trainer that keeps its last state in `logdir/last.ckpt`."""
     keep = ModelCheckpoint(
         dirpath=settings.logdir,
@@ -163,9 +172,13 @@ def make_trainer(settings: RunSettings, callbacks: Iterable[pl.Callback] = ()) -
     progress = [] if settings.bar else [ProgressLines()]
     limit = [] if settings.max_time is None else [TimeLimit(settings.max_time)]
     accelerator, _, index = settings.device.partition(":")
+    devices = [int(index)] if index else "auto" if accelerator == "auto" else 1
+    shared = settings.devices * settings.num_nodes > 1
     return pl.Trainer(
         accelerator=accelerator,
-        devices=[int(index)] if index else "auto" if accelerator == "auto" else 1,
+        devices=settings.devices if shared else devices,
+        num_nodes=settings.num_nodes,
+        strategy="ddp_find_unused_parameters_true" if shared else "auto",
         default_root_dir=settings.logdir,
         max_steps=settings.steps,
         precision=settings.precision,  # pyright: ignore[reportArgumentType]
@@ -179,7 +192,7 @@ def make_trainer(settings: RunSettings, callbacks: Iterable[pl.Callback] = ()) -
         callbacks=[keep, *progress, *limit, *callbacks],
         enable_progress_bar=settings.bar,
         enable_model_summary=False,
-        logger=False,
+        logger=logger or False,
         log_every_n_steps=10,
     )
 

@@ -98,7 +98,7 @@ def test_a_mirrored_image_is_the_mirror_of_the_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     placer = Placer([(64, 64)])
-    source, placement = placer.read(tmp_path / "a.png")
+    source, placement = placer.read(Example(tmp_path / "a.png", ""))
     upright, mirrored = (placer.pixels(source, placement, flip) for flip in (False, True))
     assert torch.equal(upright.flip(3), mirrored)
     assert torch.allclose(

@@ -187,6 +187,59 @@ sys.exit(code)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--text_rate", "1e-4", "--clip_skip", "2"]], ids=["unet", "text"])
+def test_two_processes_make_the_steps_of_one_that_accumulates_two_batches(data, more):
+    for name in "de":
+        Image.fromarray(np.full((64, 64, 3), ord(name), np.uint8)).save(f"{name}.png")
+        (data / f"{name}.txt").write_text(f"a cube, {name}")
+    words = [
+        "lora",
+        "--data",
+        ".",
+        "--steps",
+        "3",
+        "--resolution",
+        "64",
+        "--precision",
+        "full",
+        "--seed",
+        "3",
+    ]
+    words += ["--dtype", "fp32", "--device", "cpu", *more]
+    two = [
+        sys.executable,
+        str(ROOT / "scripts/train.py"),
+        *words,
+        "--out",
+        "two.safetensors",
+        "--devices",
+        "2",
+    ]
+    done = subprocess.run(two, cwd=data, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("5 images, 5 batches an epoch") == 1
+    assert main([*words, "--out", "one.safetensors", "--accumulate", "2", "--quiet"]) == 0
+    one, both = tensors("one.safetensors"), tensors("two.safetensors")
+    assert one.keys() == both.keys()
+    for key in one:
+        assert relative_error(both[key], one[key]) < 1e-4 or torch.equal(both[key], one[key]), key
+    losses = [read_losses(data / f"{name}.training/loss.csv") for name in ("one", "two")]
+    assert [row[0] for row in losses[0]] == [row[0] for row in losses[1]] == [1, 2, 3]
+    assert [row[1] for row in losses[0]] == pytest.approx([row[1] for row in losses[1]], rel=1e-5)
+
+
+@pytest.mark.long
+def test_tensorboard_has_the_rows_of_the_table(data):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert train("lora", "x.safetensors", "--tensorboard", "--accumulate", "2", steps=3) == 0
+    found = events.EventAccumulator(str(data / "x.training/tensorboard")).Reload()
+    rows = read_losses(data / "x.training/loss.csv")
+    for column, name in enumerate(("loss", "learning_rate"), 1):
+        logged = [(event.step, event.value) for event in found.Scalars(name)]
+        assert logged == [(row[0], pytest.approx(row[column], rel=1e-5)) for row in rows]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "finetune"])
 def test_the_memory_and_time_of_a_dry_run_are_those_of_the_run(data, kind):
     """Memory within 10 %: that of Lightning's own objects and of the states that are saved is not in it."""

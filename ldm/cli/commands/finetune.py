@@ -45,7 +45,9 @@ def parser(kind: str) -> argparse.ArgumentParser:
     options.add_argument("settings", metavar="SETTING=VALUE", nargs="*", help="a setting, as in a config")
     group = options.add_argument_group("files")
     group.add_argument(
-        "--data", metavar="DIR", help="a folder of images with captions in NAME.txt, or a TOML file"
+        "--data",
+        metavar="DIR",
+        help="a folder of images with captions in NAME.txt, a TOML file, or tar files (WebDataset)",
     )
     group.add_argument("--out", metavar="FILE", help="the file to write")
     group.add_argument("--ckpt", metavar="PATH", help="the model to begin with (default: as in txt2img)")
