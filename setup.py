@@ -14,6 +14,7 @@ MODEL_FILES = (
     "model.ckpt",
     "judge.pt",
     "lcm.safetensors",
+    "taesd.safetensors",
     "vocab.json",
     "merges.txt",
     "words.txt",

@@ -71,10 +71,31 @@ class OpenVino(Diffusers):
         return forward
 
     def _compile(self, original: Callable[..., Any], inputs: list[Tensor]) -> Any:
-        """Converts the U-Net in memory, for inputs of these shapes alone, and compiles it for the CPU."""
+        """Compiles the U-Net for inputs of these shapes alone; what it was converted to is kept in a file."""
         import torch
 
         openvino = _package("openvino")
+        versions = [openvino.__version__.split("-")[0]]
+        versions += [_package("nncf").__version__] if self._chosen == "int8" else []
+        shape = "x".join(map(str, inputs[0].shape))
+        path = Path(self.setting.folder) / f"openvino-{'-'.join([self._chosen, shape, *versions])}.xml"
+        if not path.exists():
+            model = self._converted(original, inputs)
+            half = self._chosen != "float32"
+            part = path.with_name(f"part-{path.name}")
+            openvino.save_model(model, str(part), compress_to_fp16=half)
+            part.with_suffix(".bin").replace(path.with_suffix(".bin"))
+            part.replace(path)
+        hints: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": OPENVINO_TYPES[self._chosen],
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        return openvino.Core().compile_model(str(path), "CPU", hints)
+
+    def _converted(self, original: Callable[..., Any], inputs: list[Tensor]) -> Any:
+        """Converts the U-Net in memory, for inputs of these shapes alone."""
+        import torch
 
         class Bare(torch.nn.Module):
             def __init__(self, unet: torch.nn.Module) -> None:
@@ -87,20 +108,13 @@ class OpenVino(Diffusers):
         unet = self.pipe.unet.float()
         fast, unet.forward = unet.forward, original
         try:
-            model = openvino.convert_model(
+            model = _package("openvino").convert_model(
                 Bare(unet).eval(), example_input=tuple(inputs), input=[list(value.shape) for value in inputs]
             )
         finally:
             unet.forward = fast
             unet.to(self.dtype)
-        if self._chosen == "int8":
-            model = self._rounded(model, inputs)
-        hints: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": OPENVINO_TYPES[self._chosen],
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        }
-        return openvino.Core().compile_model(model, "CPU", hints)
+        return self._rounded(model, inputs) if self._chosen == "int8" else model
 
     def _rounded(self, model: Any, inputs: list[Tensor]) -> Any:
         import torch

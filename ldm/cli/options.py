@@ -262,6 +262,11 @@ def add_output_options(parser: argparse.ArgumentParser, outdir: str) -> None:
         help="every N steps, replace the file previews/NUMBER.png: a small image of what it will be",
     )
     group.add_argument(
+        "--preview_vae",
+        metavar="PATH",
+        help="decode previews with this TAESD, in a part of a step's time (default: a linear map, in none)",
+    )
+    group.add_argument(
         "--animate",
         choices=("webp", "gif"),
         help="write how each image was made, in the steps of --preview (default: all): previews/NUMBER.webp, .gif",

@@ -10,6 +10,7 @@ from typing import Any
 from ldm.cli.effects import warn_of_options_without_effect
 from ldm.cli.fast import with_fast
 from ldm.fields import DEFAULTS, FIELDS, SETTINGS, SIZE
+from ldm.files import check_there
 from ldm.job import Init, Job
 from ldm.job_values import override, values_of_options
 from ldm.prompts.files import MAX_LINE, too_long
@@ -74,6 +75,12 @@ def check_options(opt: argparse.Namespace) -> None:
         f"--safety off does not go with --safety_model {printable(opt.safety_model)}; leave one out",
     )
     need(opt.preview >= 0, f"--preview is {opt.preview}; give a number of steps, 1 or more")
+    if opt.preview_vae is not None:
+        need(
+            bool(opt.preview or opt.animate),
+            "--preview_vae decodes previews; give --preview or --animate too",
+        )
+        check_there(opt.preview_vae, "give the file of a TAESD")
     check_animation(opt.animate)
     need(not opt.verify or opt.resume, "--verify checks the files of a run that continues; give --resume too")
     for option, reason in (("resume", "continue"), ("gallery", "show")):

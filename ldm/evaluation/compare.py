@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ldm.evaluation.score import Scorer
 
 PAIRED = ("psnr", "ssim", "lpips")
+TIME, SHARE = "seconds", "share of time"
 SAME_PSNR = 100.0  # dB, in place of infinity for equal images
 SHOWN = 6  # pairs on the sheet
 
@@ -78,6 +79,16 @@ def compare_sets(
             )
         )
     return found, psnrs
+
+
+def times(first: tuple[str, float], second: tuple[str, float], images: int) -> list[Result]:
+    """Returns the CPU seconds of an image of two sets, by name, and those of the second as a share of the first's."""
+    each = [
+        Result(name, TIME, seconds, None, None, images, note="CPU seconds an image, of all threads")
+        for name, seconds in (first, second)
+    ]
+    name, share = f"{first[0]} and {second[0]}", second[1] / first[1]
+    return [*each, Result(name, SHARE, share, None, None, images, note="second / first")]
 
 
 def _result(name: str, metric: str, estimate: Estimate, images: int, note: str) -> Result:

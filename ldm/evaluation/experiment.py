@@ -11,10 +11,13 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import re
 import shlex
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from ldm.util import InputError, need, printable
 
 logger = logging.getLogger("ldm")
 
-DESCRIPTION, QUESTIONS = "evaluation.json", "questions.jsonl"
+DESCRIPTION, QUESTIONS, SECONDS = "evaluation.json", "questions.jsonl", "seconds.json"
 _NAME = re.compile(r"[^\w.,=+ -]+")
 
 
@@ -172,16 +175,22 @@ def check_points(points: Sequence[Point], check: Callable[[list[str]], None]) ->
             raise InputError(f"{printable(point.folder)}: {error}") from None
 
 
-def make_points(folder: Path, points: Sequence[Point], make: Callable[[list[str]], int]) -> int:
+def make_points(
+    folder: Path, points: Sequence[Point], make: Callable[[list[str]], int], timed: bool = False
+) -> int:
     """Makes the images of each point with `make`, which runs txt2img.py's options; returns the first exit code not 0.
 
-    A point that is complete is left as it is, and one that was interrupted continues.
+    A point that is complete is left as it is, and one that was interrupted continues. Of a `timed` one `seconds_of`
+    then gives the time.
     """
-    prompts = folder / "prompts.jsonl"
-    write_rows(prompts, [{"prompt": question.prompt} for question in questions_of(folder)])
+    prompts, questions = folder / "prompts.jsonl", questions_of(folder)
+    write_rows(prompts, [{"prompt": question.prompt} for question in questions])
     for number, point in enumerate(points, 1):
         logger.info("point %d of %d: %s", number, len(points), printable(point.folder))
-        if code := make_run(folder / point.folder, prompts, point.options, make):
+        outdir = folder / point.folder
+        make_all = partial(make_run, outdir, prompts, point.options, make)
+        missing = _count(outdir) < len(questions)
+        if code := _timed(outdir, point.options, make, make_all) if timed and missing else make_all():
             return code
     return 0
 
@@ -202,3 +211,39 @@ def make_run(outdir: Path, prompts: Path, options: Sequence[str], make: Callable
     except InputError as error:
         cure = str(error).replace("drop --resume to start a new run", "give another --outdir")
         raise InputError(f"{printable(outdir.name)}: {cure.removeprefix('--resume: ')}") from None
+
+
+def _timed(
+    outdir: Path, options: Sequence[str], make: Callable[[list[str]], int], make_all: Callable[[], int]
+) -> int:
+    """Makes the images of a point, and notes their number and seconds; loading the model is not counted."""
+    with tempfile.TemporaryDirectory() as scratch:
+        one = ["--prompt", "", "--steps", "2", "--n_iter", "1", "--n_samples", "1", "--outdir", scratch]
+        if code := make([*options, *one, "--skip_grid"]):
+            return code
+    before, started = _count(outdir), sum(os.times()[:4])
+    code = make_all()
+    taken, made = sum(os.times()[:4]) - started, _count(outdir) - before
+    if made:
+        images, seconds = _known_times(outdir)
+        with written_whole(outdir / SECONDS, overwrite=True) as part:
+            part.write_text(json.dumps({"images": images + made, "seconds": seconds + taken}) + "\n")
+    return code
+
+
+def _count(outdir: Path) -> int:
+    return sum(1 for _ in outdir.glob("samples/*.png"))
+
+
+def _known_times(outdir: Path) -> tuple[int, float]:
+    path = outdir / SECONDS
+    found: dict[str, Any] = (
+        json.loads(read_side_file(path)) if path.exists() else {"images": 0, "seconds": 0.0}
+    )
+    return int(found["images"]), float(found["seconds"])
+
+
+def seconds_of(outdir: Path) -> float | None:
+    """Returns the CPU seconds of an image of a point, of all threads, if its images were timed."""
+    images, seconds = _known_times(outdir)
+    return seconds / images if images else None

@@ -26,7 +26,7 @@ from ldm.util import InputError, need, printable
 logger = logging.getLogger("ldm")
 
 DISTANCES = ("fid", "kid", "precision", "recall", "fd_dinov2")
-OF_IMAGES = ("clip", "answers", "aesthetic")
+OF_IMAGES = ("clip", "answers", "aesthetic", "right")
 METRICS = (*DISTANCES, *OF_IMAGES, "skills", *PAIRED)
 FEWEST = 2  # images for each feature of a Fréchet distance
 
@@ -210,8 +210,9 @@ class Scorer:
     def image_scores(
         self, images: ImageSet, metric: str, questions: Sequence[Question] | None
     ) -> tuple[np.ndarray, str]:
-        """Returns the score of each image (clip, answers or aesthetic) [N], and the network's name."""
+        """Returns the score of each image (a metric of `OF_IMAGES`) [N], and the network's name."""
         from ldm.evaluation.scores import Aesthetic, answer_scores, clip_scores
+        from ldm.evaluation.skills import answered
 
         if metric == "answers":
             need(
@@ -220,6 +221,10 @@ class Scorer:
             return answer_scores(
                 self.features(images, "shapes-answers").values, questions or ()
             ), "shapes-answers"
+        if metric == "right":
+            need(questions is not None, "right needs the questions of an evaluation's folder, or --questions")
+            right, reader = answered(images, questions or (), self.request, self)
+            return np.array([100.0 * ok for ok in right]), reader
         if metric == "aesthetic":
             predictor = Aesthetic(self.request.paths.get("aesthetic"))
             return predictor(self.features(images, "clip").values), "clip"

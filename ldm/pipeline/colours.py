@@ -1,13 +1,17 @@
-"""Colours of latents without decoding them: a linear map that is fitted to a model's own decoder."""
+"""Small images of latents: by a linear map that is fitted to a model's own decoder, or by a TAESD."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ldm.images.pixels import to_uint8
+from ldm.modules.diffusionmodules.taesd import TAESDDecoder
 
 _PATCHES, _SIDE = 8, 32  # patches of one colour along each side, and latent cells
 
@@ -33,6 +37,13 @@ def colours_of(latents: Tensor, matrix: Tensor) -> Tensor:
     return (
         (_with_one(latents.float()) @ matrix.to(latents.device)).view(count, height, width, 3).movedim(-1, 1)
     )
+
+
+def half_images(decoder: TAESDDecoder, latents: Tensor) -> np.ndarray:
+    """Returns what a TAESD decodes of scaled latents [N, C, h, w], at half its size: uint8 [N, 4 h, 4 w, 3]."""
+    first = next(decoder.parameters())
+    images = [decoder(part.to(first.device, first.dtype)) for part in torch.split(latents, 1)]
+    return to_uint8(F.avg_pool2d(torch.cat(images).float(), 2) * 2 - 1)
 
 
 def _with_one(latents: Tensor) -> Tensor:

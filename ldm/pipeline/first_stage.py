@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.checkpoints.small_decoder import read_small_decoder
 from ldm.images.pixels import finite, to_uint8
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.pipeline.colours import colours_of, fit_colours
+from ldm.pipeline.colours import colours_of, fit_colours, half_images
 from ldm.pipeline.placement import Placement
 from ldm.runtime.device import widened
 from ldm.runtime.memory import available_memory
@@ -92,6 +94,12 @@ class FirstStage:
         if self._colours is None:
             self._colours = fit_colours(self.decode, latents.shape[1], latents.device)
         return to_uint8(colours_of(latents, self._colours))
+
+    def small_decoder(self, path: str | Path) -> Callable[[Tensor], np.ndarray]:
+        """The function of `half_images` with the TAESD of a file, for this model's latents."""
+        decoder = read_small_decoder(path, self._model.channels)
+        decoder.to(self._model.device, self._placement.precision.dtype)
+        return partial(half_images, decoder.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
 
     def _decoder(self, latent: Tensor) -> Callable[[Tensor], Tensor]:
         """The function that decodes latents of this size, as a whole or in tiles."""

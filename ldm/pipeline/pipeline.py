@@ -246,6 +246,13 @@ class Pipeline:
         """
         return self.first_stage.colours(latents)
 
+    def small_decoder(self, path: str | Path) -> Callable[[Tensor], np.ndarray]:
+        """A function from scaled latents [N, C, h, w] to uint8 images [N, 4 h, 4 w, 3] by the TAESD of a file.
+
+        It runs in the precision of this pipeline. Raises `InputError` for other files.
+        """
+        return torch.inference_mode()(self.first_stage.small_decoder(path))
+
     @torch.inference_mode()
     def encode(self, image: Any) -> Tensor:
         """The scaled latents [1, C, h, w] of an image as `Init` takes it: the mean of their distribution."""

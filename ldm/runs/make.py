@@ -74,7 +74,9 @@ def make(options: RunOptions, plan: Plan, source: Source, report: Report, name_f
                     with contextlib.ExitStack() as beside:
                         previews = None
                         if wanted(options, loaded.screen):
-                            previews = Previews(options, pipeline.colours, claimed.sample_path, events)
+                            small = options.preview_vae
+                            shown = pipeline.colours if small is None else pipeline.small_decoder(small)
+                            previews = Previews(options, shown, claimed.sample_path, events)
                             beside.enter_context(previews)
                         making = generate(
                             options, pipeline, plan, batches, progress, halves, stopped, previews

@@ -40,6 +40,7 @@ class RunOptions:
     gallery: bool = False
     skip_save: bool = False
     preview: int = 0
+    preview_vae: str | None = None
     animate: Literal["webp", "gif"] | None = None
     save_hints: bool = False
     safety_model: str | None = None

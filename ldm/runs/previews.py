@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -35,22 +36,24 @@ class Previews:
 
     Every `options.preview` steps, and after the last, the file `previews/NUMBER.png` of each image is replaced; with
     `options.animate` those of these steps, by default of all, become `previews/NUMBER.webp` or `.gif`.
-    `colours` turns latents [N, C, h, w] into uint8 pixels [N, h, w, 3]; `sample_path` gives the file of an image.
+    `shown` turns latents [N, C, h, w] into uint8 pixels [N, h, w, 3] or larger ones; `sample_path` gives the file of
+    an image.
     """
 
     def __init__(
         self,
         options: RunOptions,
-        colours: Callable[[Tensor], np.ndarray],
+        shown: Callable[[Tensor], np.ndarray],
         sample_path: Callable[[int], Path],
         events: Events,
     ) -> None:
         self._single, self._kind = bool(options.preview), options.animate
         self._every = options.preview or 1
-        self._colours, self._sample_path, self._events = colours, sample_path, events
+        self._shown, self._sample_path, self._events = shown, sample_path, events
         self._folder = Path(options.outdir) / "previews"
         self._images: Sequence[int] = ()
         self._frames: dict[int, list[np.ndarray]] = {}
+        self._cells: Sequence[int] = ()  # height and width of the latents
         self._background = Background(_WAITING)
         self._works = True
 
@@ -82,32 +85,34 @@ class Previews:
         """Takes the prediction of a step, if it is one of those that are shown."""
         if not self._works or ((step.index + 1) % self._every and step.index + 1 < step.total):
             return
-        for row, pixels in zip(step.rows, self._colours(step.estimate), strict=True):
+        self._cells = cells = step.estimate.shape[-2:]
+        for row, pixels in zip(step.rows, self._shown(step.estimate), strict=True):
             number = self._sample_path(self._images[row]).stem
             if self._kind is not None:
                 self._frames.setdefault(row, []).append(pixels)
             if self._single:
                 at = {"step": step.index + 1, "steps": step.total}
-                self._background.offer(lambda n=number, p=pixels, at=at: self._write_preview(n, p, at))
+                small = partial(_enlarged, pixels, cells)
+                self._background.offer(lambda n=number, s=small, at=at: self._write_preview(n, s, at))
 
     def end(self) -> None:
         """Ends the batch: its animations are written."""
         for row, frames in self._frames.items() if self._works else ():
             number = self._sample_path(self._images[row]).stem
-            self._background.offer(lambda n=number, f=frames: self._write_animation(n, f))
+            self._background.offer(partial(self._write_animation, number, frames, self._cells))
         self._frames = {}
 
-    def _write_preview(self, number: str, pixels: np.ndarray, at: dict[str, int]) -> None:
+    def _write_preview(self, number: str, small: Callable[[], np.ndarray], at: dict[str, int]) -> None:
         from ldm.images.writer import encode_png
 
         path = self._folder / f"{number}.png"
-        if self._publish(path, encode_png(_enlarged(pixels, pixels.shape[:2]), compress_level=1)):
+        if self._publish(path, encode_png(small(), compress_level=1)):
             self._events.emit("preview", path=str(path), **at)
 
-    def _write_animation(self, number: str, frames: Sequence[np.ndarray]) -> None:
+    def _write_animation(self, number: str, frames: Sequence[np.ndarray], cells: Sequence[int]) -> None:
         assert self._kind is not None
         path = self._folder / f"{number}.{self._kind}"
-        self._publish(path, encode_animation(frames, self._kind))
+        self._publish(path, encode_animation(frames, cells, self._kind))
 
     def _publish(self, path: Path, data: bytes) -> bool:
         from ldm.images.writer import publish
@@ -122,11 +127,11 @@ class Previews:
         return self._works
 
 
-def encode_animation(frames: Sequence[np.ndarray], kind: str) -> bytes:
-    """Encodes uint8 pixels [h, w, 3] of latent cells, the last of the final size, as a "webp" or "gif" file."""
+def encode_animation(frames: Sequence[np.ndarray], cells: Sequence[int], kind: str) -> bytes:
+    """Encodes uint8 pixels [h, w, 3] as a "webp" or "gif" file, for a map of `cells`, height and width."""
     from PIL import Image
 
-    shown = [Image.fromarray(_enlarged(pixels, frames[-1].shape[:2])) for pixels in frames]
+    shown = [Image.fromarray(_enlarged(pixels, cells)) for pixels in frames]
     if kind == "gif":  # a tenth of the time of Pillow's own choice of colours
         shown = [
             frame.quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for frame in shown
@@ -137,12 +142,12 @@ def encode_animation(frames: Sequence[np.ndarray], kind: str) -> bytes:
     return file.getvalue()
 
 
-def _enlarged(pixels: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """The pixels of latent cells as those of an image for a map of `size` cells, height and width."""
+def _enlarged(pixels: np.ndarray, cells: Sequence[int]) -> np.ndarray:
+    """The pixels, of latent cells or parts of them, as those of an image for a map of `cells`, height and width."""
     import numpy as np
     from PIL import Image
 
-    height, width = (side * _ENLARGED for side in size)
+    height, width = (side * _ENLARGED for side in cells)
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
 
 

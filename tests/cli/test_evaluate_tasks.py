@@ -96,6 +96,7 @@ def test_two_sets_of_options_are_compared(here, capsys):
         "compare",
         "a: --seed 1",
         "b: --seed 2",
+        "twice: --seed 1 --steps 4",
         "--count",
         "2",
         "--outdir",
@@ -108,7 +109,16 @@ def test_two_sets_of_options_are_compared(here, capsys):
     assert found["a and b", "psnr"].value < 40 and found["a and b", "answers difference"].images == 2
     difference = found["b", "answers"].value - found["a", "answers"].value
     assert found["a and b", "answers difference"].value == pytest.approx(difference)
-    assert Image.open(here / "c/pairs.png").size[0] > 128
+    assert Image.open(here / "c/pairs-b.png").size[0] > 128
+    right = found["b", "right"].value - found["a", "right"].value
+    assert found["a and b", "right difference"].value == pytest.approx(right)
+    for name in ("b", "twice"):
+        share = found[name, "seconds"].value / found["a", "seconds"].value
+        assert found[f"a and {name}", "share of time"].value == pytest.approx(share)
+    assert found["a and twice", "share of time"].value > 1.2
+    before = (here / "c/a/seconds.json").read_text()
+    assert evaluate.main([*words, *TINY]) == 0  # nothing is missing, so nothing is timed
+    assert (here / "c/a/seconds.json").read_text() == before
     assert evaluate.main(["compare", "c/a", "c/a", "--outdir", "same", *MEASURES[:4], *MEASURES[6:]]) == 0
     same = {one.metric: one.value for one in read_results(here / "same/results.jsonl")}
     assert (same["psnr"], same["ssim"]) == (100, pytest.approx(1))
@@ -198,7 +208,7 @@ def test_points_are_all_combinations_with_the_options_of_their_variant():
         (["score", "."], "fid compare with references: give a folder or a .npz file with --against"),
         (["score", ".", "--resamples", "-1"], "--resamples is -1; give 0 or more"),
         (["plot", "broken"], "broken has no results.jsonl; run `evaluate.py score broken`"),
-        (["compare", "mixed", "a: --seed 1"], "mixed and a: --seed 1: give two folders, or two sets of options"),
+        (["compare", "mixed", "a: --seed 1"], "mixed and a: --seed 1: give folders alone, or sets of options alone"),
         (["compare", "mixed", "mixed", "--metrics", "fid"], "--metrics fid: pairs have psnr, ssim, lpips"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
+from safetensors.torch import save_file
 
 import scripts.txt2img as txt2img
 from ldm.images import writer
+from ldm.modules.diffusionmodules.taesd import TAESDDecoder, TAESDEncoder
 from ldm.pipeline.colours import colours_of, fit_colours
 from ldm.runs import model_cache
 from ldm.runs.previews import encode_animation
@@ -68,6 +70,35 @@ def test_they_change_nothing_and_show_their_images(
             assert (animation.n_frames, animation.size) == (2, (32, 32))  # type: ignore[attr-defined]
 
 
+def test_a_taesd_decodes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is the image of the same seeds with that decoder as `--vae`, at half its size."""
+    torch.manual_seed(0)
+    for half, network in (("encoder", TAESDEncoder(4, 8)), ("decoder", TAESDDecoder(4, 8))):
+        save_file(network.state_dict(), tmp_path / f"taesd_{half}.safetensors")
+    file = str(tmp_path / "taesd_decoder.safetensors")
+    code, shown = draw(
+        tmp_path / "shown", "--preview", "4", "--preview_vae", file, "--animate", "webp", "--quiet"
+    )
+    assert code == 0
+    code, whole = draw(tmp_path / "whole", "--vae", file, "--quiet")
+    assert code == 0
+    for i in (0, 1):
+        decoded = Image.open(io.BytesIO(whole[f"samples/0000{i}.png"])).resize((32, 32), Image.Resampling.BOX)
+        preview = Image.open(io.BytesIO(shown[f"previews/0000{i}.png"]))
+        assert np.abs(np.asarray(preview).astype(int) - np.asarray(decoded)).max() <= 1
+        with Image.open(io.BytesIO(shown[f"previews/0000{i}.webp"])) as animation:
+            assert animation.size == (32, 32)
+    capsys.readouterr()
+    other = file.replace("decoder", "encoder")
+    for options, fault in (
+        (["--preview", "1", "--preview_vae", other], "has no decoder of a TAESD: it is"),
+        (["--preview", "1", "--preview_vae", "none.pth"], "none.pth does not exist; give the file of a TAESD"),
+        (["--preview_vae", file], "--preview_vae decodes previews; give --preview or --animate too"),
+    ):  # fmt: skip
+        assert draw(tmp_path / "faulty", *options)[0] == 2
+        assert fault in capsys.readouterr().err
+
+
 def test_the_map_of_a_linear_decoder_is_found() -> None:
     """A decoder that is affine in each cell, with colours inside [-1, 1]."""
     generator = torch.Generator().manual_seed(3)
@@ -83,7 +114,7 @@ def test_the_map_of_a_linear_decoder_is_found() -> None:
 def test_an_animation_has_every_frame_in_the_last_one_s_size(kind: str) -> None:
     """Frames of one colour each, and a pass at a smaller size before."""
     frames = [np.full((4 + 2 * (i > 1), 6, 3), 60 * i, np.uint8) for i in range(4)]
-    with Image.open(io.BytesIO(encode_animation(frames, kind))) as file:
+    with Image.open(io.BytesIO(encode_animation(frames, (6, 6), kind))) as file:
         assert (file.n_frames, file.size) == (4, (24, 24))  # type: ignore[attr-defined]
         for i, frame in enumerate(ImageSequence.Iterator(file)):
             assert np.abs(np.asarray(frame.convert("RGB")).astype(int) - 60 * i).max() < 16

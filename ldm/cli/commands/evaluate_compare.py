@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,17 @@ from ldm.util import need, printable
 if TYPE_CHECKING:
     from ldm.evaluation.images import ImageSet
     from ldm.evaluation.prompts import Question
+    from ldm.evaluation.results import Result
 
 _DESCRIPTION = (
-    "Compares two sets of images of the same prompts and seeds: folders, or txt2img's options as 'NAME: OPTIONS'.\n\n"
-    "Options after -- are txt2img.py's, for both."
+    "Compares sets of images of the same prompts and seeds, each with the first: folders, or txt2img's options as "
+    "'NAME: OPTIONS', which are timed.\n\nOptions after -- are txt2img.py's, for all."
 )
 _EXAMPLES = (
     'python scripts/evaluate.py compare "float32: --precision full" "bf16: --precision bf16"',
     'python scripts/evaluate.py compare "v1-4: --ckpt v1-4.ckpt" "v1-5: --ckpt v1-5.ckpt" --prompts prompts.txt',
+    'python scripts/evaluate.py compare "exact: --steps 25" "every 2nd: --steps 25 --cache_steps 2" '
+    '"every 3rd: --steps 25 --cache_steps 3"',
     "python scripts/evaluate.py compare outputs/a outputs/b",
 )
 PAIRS = 40  # by default, of the bundled model's prompts
@@ -32,9 +36,9 @@ PAIRS = 40  # by default, of the bundled model's prompts
 
 def parser() -> argparse.ArgumentParser:
     """Returns the options of the command."""
-    options = cli.make_parser(_DESCRIPTION, "compare A B [options] [-- TXT2IMG OPTIONS]", _EXAMPLES)
-    for name, which in (("first", "A"), ("second", "B")):
-        options.add_argument(name, metavar=which, help='a folder of images, or "NAME: OPTIONS"')
+    options = cli.make_parser(_DESCRIPTION, "compare A B [C ...] [options] [-- TXT2IMG OPTIONS]", _EXAMPLES)
+    options.add_argument("first", metavar="A", help='a folder of images, or "NAME: OPTIONS"')
+    options.add_argument("others", metavar="B", nargs="+", help="others, of the same kind")
     add_run_options(options)
     options.set_defaults(outdir="outputs/comparison")
     add_measure_options(options)
@@ -43,55 +47,83 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(opt: argparse.Namespace) -> int:
-    """Makes the images that do not exist, compares them, and writes figures and a sheet of pairs."""
-    from ldm.evaluation.compare import compare_sets, write_sheet
+    """Makes the images that do not exist, compares them, and writes figures, a sheet of pairs, and a plot."""
+    from ldm.evaluation.compare import compare_sets, times, write_sheet
+    from ldm.evaluation.experiment import seconds_of
     from ldm.evaluation.features import FeatureCache
     from ldm.evaluation.prompts import read_questions
     from ldm.evaluation.results import MARKDOWN, as_markdown, versions, write_results
     from ldm.evaluation.score import Scorer
 
-    folder = Path(opt.outdir)
-    if Path(opt.first).is_dir() and Path(opt.second).is_dir():
+    folder, asked = Path(opt.outdir), [opt.first, *opt.others]
+    if all(Path(name).is_dir() for name in asked):
         questions = read_questions(Path(opt.questions)) if opt.questions else None
-        first, second = (_of_folder(Path(name)) for name in (opt.first, opt.second))
+        first, *others = (_of_folder(Path(name)) for name in asked)
+        seconds: dict[str, float | None] = {}
         folder.mkdir(parents=True, exist_ok=True)
     else:
         code, questions = _make(opt, folder)
         if code:
             return code
-        first, second = (_of_folder(folder / name, name) for name in _names(opt))
+        first, *others = (_of_folder(folder / name, name) for name in _names(asked))
+        seconds = {images.name: seconds_of(folder / images.name) for images in (first, *others)}
     scorer = Scorer(request_of(opt, _usual(questions)), None if opt.no_cache else FeatureCache())
-    found, psnrs = compare_sets(first, second, scorer, questions)
+    found: list[Result] = []
+    for other in others:
+        results, psnrs = compare_sets(first, other, scorer, questions)
+        found += results
+        taken = seconds.get(first.name), seconds.get(other.name)
+        if taken[0] and taken[1]:
+            found += times((first.name, taken[0]), (other.name, taken[1]), len(first))
+        sheet = folder / ("pairs.png" if len(others) == 1 else f"pairs-{other.name}.png")
+        write_sheet(sheet, first, other, psnrs, questions or [])
     found = [replace(result, command=typed_command(opt), versions=versions()) for result in found]
-    write_results(folder, found)
-    write_sheet(folder / "pairs.png", first, second, psnrs, questions or [])
-    print(as_markdown(found), end="")
-    print(f"\n{printable(folder / MARKDOWN)}, {printable(folder / 'pairs.png')}")
+    unique = list({result.key: result for result in found}.values())
+    write_results(folder, unique)
+    print(as_markdown(unique), end="")
+    print(f"\n{printable(folder / MARKDOWN)}, {printable(sheet)}")
+    if len(others) > 1 and all(seconds.get(images.name) for images in (first, *others)):
+        _tell_front(unique, first.name, [other.name for other in others], folder)
     return 0
 
 
-def _names(opt: argparse.Namespace) -> list[str]:
+def _tell_front(results: list[Result], first: str, others: list[str], folder: Path) -> None:
+    """Prints which settings no other one beats in time and quality, and draws them if matplotlib is here."""
+    from ldm.evaluation.front import front, plot_front, qualities
+
+    measured = qualities(results, first, others)
+    for metric, sets in measured.items():
+        names, points = list(sets), list(sets.values())
+        print(f"quality ({metric}) over time: {', '.join(printable(names[i]) for i in front(points))}")
+    if importlib.util.find_spec("matplotlib"):
+        plot_front(measured, folder / "front.png")
+        print(printable(folder / "front.png"))
+
+
+def _names(asked: Sequence[str]) -> list[str]:
     from ldm.evaluation.experiment import Variant
 
-    return [Variant.parse(text).name for text in (opt.first, opt.second)]
+    return [Variant.parse(text).name for text in asked]
 
 
 def _make(opt: argparse.Namespace, folder: Path) -> tuple[int, list[Question]]:
-    """Makes the images of both sets of options; returns the exit code and the prompts."""
+    """Makes the images of sets of options; returns the exit code and the prompts."""
     from ldm.evaluation.experiment import Variant, check_points, make_points, plan_points, set_up
 
+    asked = [opt.first, *opt.others]
+    shown = " and ".join(printable(text)[:80] for text in asked)
     need(
-        not any(Path(text).is_dir() for text in (opt.first, opt.second)),
-        f"{printable(opt.first)[:80]} and {printable(opt.second)[:80]}: give two folders, or two sets of options",
+        not any(Path(text).is_dir() for text in asked),
+        f"{shown}: give folders alone, or sets of options alone",
     )
     preset = PRESETS["scenes"]
     questions = chosen_questions(opt, opt.prompts or preset.prompts, None if opt.prompts else PAIRS)
-    points = plan_points([Variant.parse(text) for text in (opt.first, opt.second)], [])
+    points = plan_points([Variant.parse(text) for text in asked], [])
     base = [*(() if opt.prompts else preset.options), *opt.passed, *(["--quiet"] if opt.quiet else [])]
     check, make = maker(base)
     check_points(points, check)
     set_up(folder, questions, points, typed_command(opt), {})
-    return make_points(folder, points, make), questions
+    return make_points(folder, points, make, timed=True), questions
 
 
 def _of_folder(folder: Path, name: str = "") -> ImageSet:
@@ -107,5 +139,5 @@ def _usual(questions: list[Question] | None) -> Mapping[str, Any]:
 
     metrics = ["psnr", "ssim", *(name for name in ("lpips", "clip") if NETWORKS[name].exists())]
     if questions and all(question.scene for question in questions):
-        metrics.append("answers")
+        metrics += ["answers", "right"]
     return {"metrics": ",".join(metrics), "network": "shapes"}
