@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating]  # float32 throughout
 Rgb = tuple[float, float, float]
+Plan = list[tuple[float, float, float]]  # a point (x, y, z) for each solid
 Paint = Rgb | tuple[Rgb, Rgb]  # two: bands of both around the solid
 
 # sRGB in [0, 1]. Guidance pushes a colour away from the others, so none is between two others: these are the
@@ -108,6 +109,7 @@ class Form:
     turn: float = 0.0  # about the vertical, in radians
 
 
+Shapes = Mapping[str, Form]
 SHAPES: dict[str, Form] = {
     "cube": Form(_cube, 1.28, 0.76, 0.76, turn=0.65),  # corner on: three faces always show
     "sphere": Form(_sphere, 0.92, 0.90, 0.86),
@@ -120,6 +122,11 @@ SHAPES: dict[str, Form] = {
 _BAND = 0.4  # the height of a band of colour
 
 # --- positions ----------------------------------------------------------------------------------------------
+
+_ELEVATION = 0.45  # of the camera above the ground, in radians
+_CAMERA_DISTANCE = 8.0
+_FRAME_WIDTH = 3.55  # world units across the image at the target's distance
+_TARGET_HEIGHT = 1.02
 
 
 @dataclass(frozen=True)
@@ -157,9 +164,7 @@ def _rotation(turn: float, tilt: float) -> Floats:
     return np.array(about_z, np.float32) @ np.array(about_x, np.float32)
 
 
-def _ground_plan(
-    scene: Scene, rng: np.random.Generator, shapes: Mapping[str, Form]
-) -> list[tuple[float, float, float]]:
+def _ground_plan(scene: Scene, rng: np.random.Generator, shapes: Shapes) -> Plan:
     """Returns the point (x, y, z) below each solid, before jitter."""
     radii = [SIZES[solid.size] for solid in scene.solids]
     if scene.relation is None:
@@ -176,14 +181,15 @@ def _ground_plan(
 
 
 def _arrange(
-    scene: Scene, rng: np.random.Generator, colours: Mapping[str, Paint], shapes: Mapping[str, Form]
+    scene: Scene, rng: np.random.Generator, colours: Mapping[str, Paint], shapes: Shapes, anywhere: bool
 ) -> list[_Placed]:
     plan = _ground_plan(scene, rng, shapes)
-    shift = rng.uniform(-0.06, 0.06, size=2)  # of the whole group
+    shift = rng.uniform(*(_room(scene, plan, shapes) if anywhere else (-0.06, 0.06)), size=2)  # of all
+    apart = 0.20 if anywhere and scene.relation != "on top of" else 0.03
     placed: list[_Placed] = []
     for solid, (x, y, z) in zip(scene.solids, plan, strict=True):
         form, radius = shapes[solid.shape], SIZES[solid.size]
-        own = rng.uniform(-0.03, 0.03, size=2)
+        own = rng.uniform(-apart, apart, size=2)
         centre = (x + shift[0] + own[0], y + shift[1] + own[1], z + form.half_height * radius)
         rotation = _rotation(form.turn + rng.uniform(-0.12, 0.12), form.tilt)
         paint = np.array(colours[solid.colour], np.float32).reshape(-1, 3)
@@ -191,12 +197,22 @@ def _arrange(
     return placed
 
 
+def _room(scene: Scene, plan: Plan, shapes: Shapes) -> tuple[Floats, Floats]:
+    """Returns the least and the greatest (x, y) by which a group can move and stay in the frame."""
+    sin, cos = np.sin(_ELEVATION), np.cos(_ELEVATION)  # perspective is left out: hence the margin of 0.3
+    radii = np.array([[SIZES[solid.size]] for solid in scene.solids])
+    x, y, z = np.array(plan).T
+    middle = (
+        z - _TARGET_HEIGHT + [shapes[solid.shape].half_height * SIZES[solid.size] for solid in scene.solids]
+    )
+    seen = np.stack([x, y * sin + middle * cos], axis=1)  # right, up
+    edge, scale = _FRAME_WIDTH / 2 - 0.3, np.array([1, sin])
+    least, most = (-edge - (seen - radii).min(0)) / scale, (edge - (seen + radii).max(0)) / scale
+    return least, np.maximum(least, np.minimum(most, [np.inf, 1.6 - y.max()]))  # not far behind the target
+
+
 # --- rendering ----------------------------------------------------------------------------------------------
 
-_ELEVATION = 0.45  # of the camera above the ground, in radians
-_CAMERA_DISTANCE = 8.0
-_FRAME_WIDTH = 3.55  # world units across the image at the target's distance
-_TARGET_HEIGHT = 1.02
 _LIGHT = (-0.50, -0.52, 0.95)
 _AMBIENT = 0.50
 
@@ -314,13 +330,15 @@ def render(
     size: int = 128,
     colours: Mapping[str, Paint] = COLOURS,
     shapes: Mapping[str, Form] = SHAPES,
+    anywhere: bool = False,
 ) -> npt.NDArray[np.uint8]:
     """Renders the scene as pixels [size, size, 3], sRGB; the same scene, seed and size give the same bytes.
 
-    `colours` and `shapes` are what the names of its solids mean.
+    `colours` and `shapes` are what the names of its solids mean. The solids stand in the middle, as in all that the
+    bundled model was trained on, or with `anywhere` anywhere in the frame.
     """
     rng = np.random.default_rng(seed)
-    placed = _arrange(scene, rng, colours, shapes)
+    placed = _arrange(scene, rng, colours, shapes, anywhere)
     light = np.array(_LIGHT, np.float32) + rng.uniform(-0.06, 0.06, size=3).astype(np.float32)
     light /= np.linalg.norm(light)
     image = _draw(placed, BACKGROUNDS[scene.background], light, size)

@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     """The inputs of one step, for B images of one size.
 
     latents: unscaled [B, C, h, w]; captions: B texts; t: timesteps [B]; noise [B, C, h, w]; weights: of each image's
-    loss [B]; images: the examples, for objectives that need more of them.
+    loss [B]; images: the examples, for objectives that need more of them; mirrored: 1 for each that is, else 0.
     """
 
     latents: Tensor
@@ -30,6 +30,7 @@ class Batch(NamedTuple):
     noise: Tensor
     weights: Tensor
     images: list[Placed]
+    mirrored: list[int]
 
 
 class Epochs:
@@ -90,6 +91,7 @@ def batch_maker(
             torch.from_numpy(noise),
             torch.tensor([regular_weight if image.example.regular else 1.0 for image in images]),
             images,
+            mirrored,
         )
 
     return make

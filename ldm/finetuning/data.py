@@ -1,8 +1,9 @@
 """The user's images and captions: what a folder, a list or a TOML file describes, as a plain list of examples.
 
 Understood are a folder of images with captions in `NAME.txt`, with a `metadata.jsonl` or `metadata.csv` (columns
-`file_name` and `text`), folders named `10_word` (ten repeats, and a caption for images without one), and the TOML
-files of kohya's scripts (`[[datasets.subsets]]`), and tar files of images and captions (`shards.py`).
+`file_name` and `text`, for hints `conditioning_image`) or the `prompt.json` of ControlNet's authors, folders named
+`10_word` (ten repeats, and a caption for images without one), the TOML files of kohya's scripts
+(`[[datasets.subsets]]`), and tar files of images and captions (`shards.py`).
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from ldm.util import InputError, is_list, is_mapping, printable
 
 logger = logging.getLogger(__name__)
 
-LISTS = ("metadata.jsonl", "metadata.csv")
-_FILE, TEXT_COLUMNS = ("file_name", "file", "image"), ("text", "caption", "prompt")
+LISTS = ("metadata.jsonl", "metadata.csv", "prompt.json")
+_FILE, TEXT_COLUMNS = ("file_name", "file", "image", "target"), ("text", "caption", "prompt")
+_HINT = ("conditioning_image", "conditioning_image_file_name", "source")
 _REPEATED = re.compile(r"(\d+)_(.*)", re.DOTALL)
 _SUBSET = {  # what a subset of a TOML file can have, and the type
     "image_dir": str, "num_repeats": int, "class_tokens": str, "caption_extension": str, "is_reg": bool,
     "flip_aug": bool, "shuffle_caption": bool, "keep_tokens": int, "caption_dropout_rate": float,
+    "conditioning_data_dir": str,
 }  # fmt: skip
 
 
@@ -38,8 +41,8 @@ class Example:
     """One image and how it is trained on.
 
     It counts `repeats` times an epoch. `regular` marks an image of the class in general, which keeps the model from
-    forgetting it (prior preservation, DreamBooth). An image inside of a tar file is `member`. The rest are choices
-    for its captions: see `captions.py`.
+    forgetting it (prior preservation, DreamBooth). An image inside of a tar file is `member`. `hint` is the image
+    that a ControlNet sees, of the same aspect. The rest are choices for its captions: see `captions.py`.
     """
 
     path: Path
@@ -51,6 +54,7 @@ class Example:
     keep_tokens: int = 0
     drop: float = 0.0
     member: MemoryImage | None = None
+    hint: Path | None = None
 
     @property
     def image(self) -> str:
@@ -138,22 +142,39 @@ def _text(path: Path) -> str:
         raise InputError(f"{printable(path)} cannot be read: {error.strerror}") from None
 
 
+def with_hints(examples: Sequence[Example], folder: Path) -> list[Example]:
+    """Returns examples with their hints: the images in `folder` of the same names, but for the endings."""
+    if not folder.is_dir():
+        raise InputError(f"{printable(folder)} is not a folder of hints; give one of images")
+    hints = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in EXTENSIONS}
+    lost = [example.path for example in examples if example.path.stem not in hints]
+    if lost:
+        raise InputError(
+            f"{len(lost)} of {len(examples)} images have no hint in {printable(folder)}, such as "
+            f"{printable(lost[0].name)}: a hint has the name of its image"
+        )
+    return [replace(example, hint=hints[example.path.stem]) for example in examples]
+
+
 # --- lists ---------------------------------------------------------------------------------------------------------
 
 
 def _of_list(path: Path, defaults: Example) -> Iterator[Example]:
-    """The rows of a `metadata.jsonl` or `metadata.csv`, whose files are named relative to its folder."""
-    rows = _json_lines(path) if path.suffix == ".jsonl" else _csv_rows(path)
+    """The rows of one of `LISTS`, whose files are named relative to its folder."""
+    rows = _csv_rows(path) if path.suffix == ".csv" else _json_lines(path)
     for number, row in rows:
-        name = next((row[key] for key in _FILE if isinstance(row.get(key), str)), "")
-        caption = next((row[key] for key in TEXT_COLUMNS if isinstance(row.get(key), str)), "")
+        name, caption, hint = (
+            next((row[key] for key in names if isinstance(row.get(key), str)), "")
+            for names in (_FILE, TEXT_COLUMNS, _HINT)
+        )
         where = f"{printable(path)}, line {number}"
         if not name:
             raise InputError(f"{where} has no file_name; write one, and text for the caption")
-        image = path.parent / name
-        if not image.is_file():
-            raise InputError(f"{where}: {printable(image)} does not exist")
-        yield replace(defaults, path=image, caption=caption.strip() or defaults.caption)
+        image, seen = path.parent / name, path.parent / hint if hint else None
+        for file in (image, seen):
+            if file is not None and not file.is_file():
+                raise InputError(f"{where}: {printable(file)} does not exist")
+        yield replace(defaults, path=image, caption=caption.strip() or defaults.caption, hint=seen)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -211,7 +232,10 @@ def _of_subset(stated: Mapping[str, Any], path: Path, defaults: Example) -> Iter
         keep_tokens=stated.get("keep_tokens", defaults.keep_tokens),
         drop=float(stated.get("caption_dropout_rate", defaults.drop)),
     )
-    yield from _with_captions(folder, own, stated.get("caption_extension", ".txt"))
+    found = _with_captions(folder, own, stated.get("caption_extension", ".txt"))
+    if "conditioning_data_dir" in stated:
+        found = with_hints(found, path.parent / stated["conditioning_data_dir"])
+    yield from found
 
 
 def _tables(value: Any, path: Path) -> Sequence[Mapping[str, Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.finetuning.batches import Batch
+from ldm.finetuning.latents import Placed
 from ldm.finetuning.module import FineTuning
 from ldm.images.source import read_image
 from ldm.models.diffusion.ddpm import LatentInpaintDiffusion
@@ -80,7 +81,7 @@ class InpaintingTuning(FineTuning):
 
     def conditioning(self, batch: Batch) -> Conditioning:
         context = self.prompts(batch.captions)
-        masks, masked = zip(*map(self._masked, batch.images, self._seeds(batch)), strict=True)
+        masks, masked = zip(*map(self._masked, batch.images, batch.mirrored, self._seeds(batch)), strict=True)
         mask = torch.stack(masks).to(self.device)
         assert isinstance(self.model, LatentInpaintDiffusion)
         with torch.no_grad():
@@ -94,11 +95,11 @@ class InpaintingTuning(FineTuning):
             [self.settings.seed, *noise.flatten()[:2].view(torch.int32).tolist()] for noise in batch.noise
         ]
 
-    def _masked(self, image: Any, seed: list[int]) -> tuple[Tensor, Tensor]:
+    def _masked(self, image: Placed, mirrored: int, seed: list[int]) -> tuple[Tensor, Tensor]:
         height, width = image.placement.size[::-1]
         factor = self.model.first_stage_model.downsampling
         rng = np.random.default_rng([abs(part) for part in seed])
         mask = torch.from_numpy(random_mask(height // factor, width // factor, rng)).float()[None]
-        pixels = self.placer.pixels(read_image(image.example.image), image.placement, False)
+        pixels = self.placer.pixels(read_image(image.example.image), image.placement, bool(mirrored))
         hidden = F.interpolate(mask[None], size=(height, width), mode="nearest")
         return mask, pixels * (hidden < 0.5)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ldm.finetuning.control import ControlPart, ControlTuning
 from ldm.finetuning.inpainting import InpaintingTuning
 from ldm.finetuning.module import FineTuning
 from ldm.finetuning.parts import EmbeddingPart, LoraPart, NetworkPart, Part
@@ -62,6 +63,13 @@ def _network(model: LatentDiffusion, settings: Settings) -> Part:
     return NetworkPart(model, *rates, settings.ema_decay, DTYPES[settings.dtype])
 
 
+def _control(model: LatentDiffusion, settings: Settings) -> Part:
+    torch.manual_seed(settings.seed)
+    return ControlPart(
+        model, settings.learning_rate, settings.start, settings.ema_decay, DTYPES[settings.dtype]
+    )
+
+
 _CHECKPOINT = (".safetensors", ".ckpt")
 KINDS: Mapping[str, Kind] = {
     "lora": Kind((".safetensors",), _lora, FineTuning, True),
@@ -69,4 +77,5 @@ KINDS: Mapping[str, Kind] = {
     "dreambooth": Kind(_CHECKPOINT, _network, FineTuning, False),
     "finetune": Kind(_CHECKPOINT, _network, FineTuning, False),
     "inpainting": Kind(_CHECKPOINT, _network, InpaintingTuning, False),
+    "controlnet": Kind((".safetensors",), _control, ControlTuning, True),
 }

@@ -20,6 +20,7 @@ from torch import Tensor
 from ldm.files import written_whole
 from ldm.finetuning.buckets import Placement, Size, place
 from ldm.finetuning.data import Example
+from ldm.images.hints import check_aspect
 from ldm.images.pixels import from_uint8
 from ldm.images.source import Source, read_image
 from ldm.models.autoencoder import AutoencoderKL
@@ -47,23 +48,35 @@ class Placer:
         self.sizes, self.random_crop, self.seed = sizes, random_crop, seed
 
     def read(self, example: Example) -> tuple[Source, Placement]:
-        """Reads an image and places it; `InputError` if it cannot be read."""
+        """Reads an image and places it; `InputError` if it, or its hint, cannot be read."""
         source = read_image(example.image)
+        if example.hint is not None:
+            check_aspect(str(example.hint), source.color.size)
         where = (0.5, 0.5)
         if self.random_crop:
             rng = np.random.default_rng([self.seed, int(source.digest[:15], 16)])
             where = (float(rng.random()), float(rng.random()))
         return source, place(source.color.size, self.sizes, where)
 
+    def hint(self, example: Example) -> Source:
+        """Reads the hint of an image: the image itself if it has no other."""
+        return read_image(example.image if example.hint is None else str(example.hint))
+
     def pixels(self, source: Source, placement: Placement, mirrored: bool) -> Tensor:
         """Returns the pixels that are trained on: [1, 3, H, W] in [-1, 1]; what is transparent becomes white."""
+        return from_uint8(self.cut(source, placement, mirrored)[None])
+
+    def cut(
+        self, source: Source, placement: Placement, mirrored: bool, background: str = "white"
+    ) -> np.ndarray:
+        """Returns an image as it is placed, uint8 [H, W, 3]; what is transparent has the `background`."""
         image = source.color
         if source.alpha is not None:
-            image = Image.composite(image, Image.new("RGB", image.size, "white"), source.alpha)
+            image = Image.composite(image, Image.new("RGB", image.size, background), source.alpha)
         image = image.resize(placement.scaled, Image.Resampling.LANCZOS)
         (left, top), (width, height) = placement.corner, placement.size
         image = image.crop((left, top, left + width, top + height))
-        return from_uint8(np.asarray(ImageOps.mirror(image) if mirrored else image)[None])
+        return np.asarray(ImageOps.mirror(image) if mirrored else image)
 
 
 def place_all(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -16,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.files import written_whole
-from ldm.finetuning.settings import Settings
+from ldm.finetuning.latents import Placed
+from ldm.finetuning.module import FineTuning
 from ldm.images.pixels import to_uint8
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.plots import new_figure, save_figure
 from ldm.runs.progress import Interrupts
 from ldm.util import InputError
@@ -134,10 +135,10 @@ class StopAsked(pl.Callback):
 class Samples(pl.Callback):
     """Draws the prompts of the settings every so many steps into a row of images, `step-000500.png`."""
 
-    def __init__(
-        self, model: LatentDiffusion, settings: Settings, folder: Path, size: tuple[int, int]
-    ) -> None:
-        self.model, self.settings, self.folder, self.size = model, settings, folder, size
+    def __init__(self, module: FineTuning, images: Sequence[Placed], folder: Path) -> None:
+        self.module, self.settings, self.folder = module, module.settings, folder
+        self.size = max(image.placement.size for image in images)
+        self.images = [image for image in images if image.placement.size == self.size]
         self._drawn = -1
 
     def on_train_batch_end(
@@ -155,12 +156,14 @@ class Samples(pl.Callback):
     @torch.no_grad()
     def draw(self, device: torch.device) -> np.ndarray:
         """Returns the images of all prompts next to one another, uint8 [H, n * W, 3], of the same noise each time."""
-        model, prompts = self.model, list(self.settings.sample_prompt)
+        model, prompts = self.module.model, list(self.settings.sample_prompt)
         width, height = (side // model.first_stage_model.downsampling for side in self.size)
         rng = np.random.default_rng(self.settings.seed)
         noise = rng.standard_normal((len(prompts), model.channels, height, width), dtype=np.float32)
-        guided = model.get_learned_conditioning(prompts, self.settings.clip_skip)
-        empty = model.get_learned_conditioning([""] * len(prompts), self.settings.clip_skip)
+        guided, empty = (
+            self.module.sampled(model.get_learned_conditioning(texts, self.settings.clip_skip), self.images)
+            for texts in (prompts, [""] * len(prompts))
+        )
         latents, _ = DDIMSampler(model).sample(
             S=_SAMPLE_STEPS, batch_size=len(prompts), shape=noise.shape[1:], conditioning=guided, verbose=False,
             unconditional_conditioning=empty, unconditional_guidance_scale=_SAMPLE_SCALE,

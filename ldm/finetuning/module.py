@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, cast
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.finetuning.batches import Batch
-from ldm.finetuning.latents import Placer
+from ldm.finetuning.latents import Placed, Placer
 from ldm.finetuning.objective import Objective
 from ldm.finetuning.parts import Groups, Part
 from ldm.finetuning.settings import Settings
@@ -84,6 +85,10 @@ class FineTuning(pl.LightningModule):
         """Returns what the U-Net is given besides the noised latents."""
         self.part.before_step()
         return self.prompts(batch.captions)
+
+    def sampled(self, context: Tensor, images: Sequence[Placed]) -> Conditioning:
+        """Returns what the U-Net is given for samples of a context [N, ...], among `images` of their size."""
+        return context
 
     def loss(self, batch: Batch) -> Tensor:
         """Returns the mean of the batch's weighted losses."""

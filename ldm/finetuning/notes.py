@@ -14,7 +14,11 @@ from ldm.finetuning.latents import Placed
 if TYPE_CHECKING:
     from ldm.finetuning.run import Training
 
-_ARCHITECTURE = {"lora": "stable-diffusion-v1/lora", "embedding": "stable-diffusion-v1/textual-inversion"}
+_ARCHITECTURE = {
+    "lora": "stable-diffusion-v1/lora",
+    "embedding": "stable-diffusion-v1/textual-inversion",
+    "controlnet": "stable-diffusion-v1/controlnet",
+}
 
 
 def file_notes(

@@ -79,4 +79,5 @@ def _random_batch(module: FineTuning, epochs: Epochs) -> Batch:
     width, height = (side // model.first_stage_model.downsampling for side in largest.placement.size)
     latents, noise = torch.randn(2, count, model.channels, height, width)
     t = torch.randint(model.num_timesteps, (count,))
-    return Batch(latents, [largest.example.caption] * count, t, noise, torch.ones(count), [largest] * count)
+    images = [largest] * count
+    return Batch(latents, [largest.example.caption] * count, t, noise, torch.ones(count), images, [0] * count)

@@ -16,7 +16,7 @@ from ldm import plots
 from ldm.files import written_whole
 from ldm.finetuning.batches import Epochs, batch_maker
 from ldm.finetuning.buckets import Size, bucket_sizes, step_for
-from ldm.finetuning.data import Example, read_examples
+from ldm.finetuning.data import Example, read_examples, with_hints
 from ldm.finetuning.kinds import KINDS
 from ldm.finetuning.latents import Placer, moments, place_all, weights_key
 from ldm.finetuning.logs import (
@@ -68,10 +68,6 @@ class Training:
     def check(self) -> None:
         """Checks that the training can begin, before any weights are read; else raises `InputError`."""
         endings = KINDS[self.kind].endings
-        need(
-            self.kind != "inpainting" or not self.settings.flip,
-            "--flip is not possible with masks: the images are encoded as they are",
-        )
         check_optimizer(self.settings.optimizer)
         check_time(self.max_time)
         check_tensorboard(self.settings.tensorboard)
@@ -114,6 +110,16 @@ class Training:
         if settings.class_data is not None:
             general = replace(defaults, caption=settings.class_caption, regular=True)
             found += read_examples(settings.class_data, general, settings.caption_extension)
+        if settings.hints is not None:
+            found = with_hints(found, Path(settings.hints))
+        if self.kind == "controlnet":
+            silent = [example.path for example in found if example.hint is None]
+            if silent and settings.hint == "none":
+                raise InputError(
+                    f"{len(silent)} of {len(found)} images have no hint, such as {printable(silent[0])}: give a "
+                    "folder of hints with --hints, name them as conditioning_image in metadata.jsonl, or have "
+                    "them made with --hint canny"
+                )
         if self.kind == "embedding":
             word = (settings.word or "").lower()
             need(
@@ -160,8 +166,9 @@ def run_training(
 ) -> int:
     """Trains and writes the file; returns the exit code: 0, or 128 + n after signal n.
 
-    `examples` are those of the training. `load` returns the model in float32 on the CPU. `precision` is that of the
-    layers' arithmetic. `notes` are facts about the model, for the metadata of the file.
+    A training that `max_time` ends early leaves its state and no file. `examples` are those of the training. `load`
+    returns the model in float32 on the CPU. `precision` is that of the layers' arithmetic. `notes` are facts about
+    the model, for the metadata of the file.
     """
     kind, settings = KINDS[training.kind], training.settings
     if pl.utilities.rank_zero_only.rank:  # the first process speaks for all
@@ -172,7 +179,7 @@ def run_training(
     if kind.frozen and precision != torch.float32:
         model.model.to(precision)
         model.cond_stage_model.to(precision)
-    _use_checkpointing(model, settings.checkpointing)
+    _use_checkpointing([model.model, part.module], settings.checkpointing)
     folder = cache_path("latents") / weights_key(model.first_stage_model.parameters())
     encode = None if dry_run else lambda pixels: moments(model.first_stage_model, pixels)
     placed = place_all(examples, placer, encode, folder, _Counted())
@@ -186,12 +193,13 @@ def run_training(
     if dry_run:
         logger.info("%s", rehearse(module, epochs, device, precision).line())
         return 0
-    received, first = _train(training, module, epochs, device, precision)
-    if not first:  # another process of the same training writes
+    trainer, received = _train(training, module, epochs, device, precision)
+    if not trainer.is_global_zero:  # another process of the same training writes
         return 0
-    if received is not None:
-        logger.warning("the state is kept in %s; add --resume to go on", printable(training.folder))
-        return 128 + received
+    if received is not None or trainer.global_step < settings.steps:
+        state = (trainer.global_step, settings.steps, printable(training.folder))
+        logger.warning("step %d of %d: the state is kept in %s; add --resume to go on", *state)
+        return 0 if received is None else 128 + received
     if plots.available() and (drawn := plot_losses(training.folder / "loss.csv", training.folder / "loss")):
         logger.info("losses: %s", printable(drawn))
     part.write(training.out, file_notes(training, placed, epochs, notes))
@@ -201,8 +209,8 @@ def run_training(
 
 def _train(
     training: Training, module: FineTuning, epochs: Epochs, device: torch.device, precision: torch.dtype
-) -> tuple[int | None, bool]:
-    """Runs the loop; returns the signal that ended it early, if one did, and whether this is the first process."""
+) -> tuple[pl.Trainer, int | None]:
+    """Runs the loop; returns it, and the signal that ended it early, if one did."""
     settings, model = training.settings, module.model
     make = batch_maker(epochs, model.num_timesteps, settings.noise_offset, settings.class_weight)
     state, step = last_state(training.folder) if training.resume else (None, 0)
@@ -228,17 +236,16 @@ def _train(
             StopAsked(interrupts),
         ]
         if settings.sample_steps and settings.sample_prompt:
-            size = max(image.placement.size for image in epochs.examples)
-            callbacks.append(Samples(model, settings, training.folder / "samples", size))
+            callbacks.append(Samples(module, epochs.examples, training.folder / "samples"))
         first = step * settings.accumulate * settings.devices * settings.num_nodes
         trainer = make_trainer(run, callbacks, tensorboard(training.folder) if settings.tensorboard else None)
         fit(trainer, module, Batches(make, settings.seed, first).loader(), None, state)
-        return interrupts.received, trainer.is_global_zero
+        return trainer, interrupts.received
 
 
-def _use_checkpointing(model: LatentDiffusion, wanted: bool) -> None:
-    """Sets whether the U-Net's blocks compute activations again in the backward pass."""
-    for block in model.model.modules():
+def _use_checkpointing(networks: Sequence[torch.nn.Module], wanted: bool) -> None:
+    """Sets whether the blocks of networks compute activations again in the backward pass."""
+    for block in (block for network in networks for block in network.modules()):
         for name in ("checkpoint", "use_checkpoint"):
             if isinstance(getattr(block, name, None), bool):
                 setattr(block, name, wanted)

@@ -77,7 +77,7 @@ class Settings:
     noise_offset: float = setting(0.0, "add this much common noise to each channel", 0, 1, metavar="X")
     clip_skip: int = setting(1, "the text encoder's layer from the end, as --clip_skip", 1, 12, metavar="N")
     ema_decay: float | None = setting(
-        None, "keep and write averaged weights", 0, 1, only=_NETWORKS, metavar="D"
+        None, "keep and write averaged weights", 0, 1, only=(*_NETWORKS, "controlnet"), metavar="D"
     )
     checkpointing: bool = setting(
         True, "compute activations twice instead of keeping them: less memory, slower"
@@ -136,6 +136,18 @@ class Settings:
         0.0, "share by which their lengths approach the usual one each step", 0, 1, only=("embedding",),
         group="embedding", metavar="X",
     )  # fmt: skip
+    hints: str | None = setting(
+        None, "hint images of the images' names (default: those that the list names, or the images themselves)",
+        only=("controlnet",), group="ControlNet", metavar="DIR",
+    )  # fmt: skip
+    hint: str = setting(
+        "none", "what is made of a hint image, as with txt2img --hint", only=("controlnet",), group="ControlNet",
+        choices=("none", "canny", "grey", "scribble", "tile"),
+    )  # fmt: skip
+    start: str | None = setting(
+        None, "begin with this ControlNet (default: the U-Net's encoder)", only=("controlnet",),
+        group="ControlNet", metavar="FILE",
+    )  # fmt: skip
     dtype: str = setting(
         "fp16", "type of the weights in the file", choices=("fp32", "fp16", "bf16"), group="file"
     )
@@ -170,6 +182,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "dreambooth": {"learning_rate": 2e-6, "steps": 800},
     "finetune": {"learning_rate": 1e-5, "drop_captions": 0.1},
     "inpainting": {"learning_rate": 1e-5, "drop_captions": 0.1},
+    "controlnet": {"learning_rate": 1e-5, "drop_captions": 0.5},  # as its authors trained theirs
 }
 
 

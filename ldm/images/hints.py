@@ -96,14 +96,15 @@ def read_hint(job: Job, image: str, size: tuple[int, int], canvases: OpenCanvas)
 
 def _image(image: str, size: tuple[int, int], resize: str) -> np.ndarray:
     if resize == "none":
-        _check_aspect(image, size)
+        check_aspect(image, size[::-1])
         resize = "stretch"
     height, width = size
     return fit_image(image, (width, height), resize, (0, 0, 0))
 
 
-def _check_aspect(image: str, size: tuple[int, int]) -> None:
-    (height, width), (own_width, own_height) = size, read_image(image).color.size
+def check_aspect(image: str, size: tuple[int, int]) -> None:
+    """Raises `InputError` for a hint of another aspect than that of an image of this width and height."""
+    (width, height), (own_width, own_height) = size, read_image(image).color.size
     if abs(own_width * height / (own_height * width) - 1) > _MOST_OFF:
         raise InputError(
             f"the hint {printable(image)} is {own_width}x{own_height}, and the image {width}x{height}, of another "

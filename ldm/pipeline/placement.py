@@ -45,7 +45,8 @@ class Placement:
         if isinstance(network, T2IAdapter):
             network.float().to(self.device)
         else:
-            prepare_control(network, self.packer, self.device, self.precision.dtype, forget)
+            precision = self.precision
+            prepare_control(network, self.packer, self.device, precision.dtype, forget, precision.int8)
 
     def remove(self, network: nn.Module) -> None:
         """Frees what is packed of a network that was added."""

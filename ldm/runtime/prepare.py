@@ -55,7 +55,12 @@ def prepare(
 
 
 def prepare_control(
-    network: ControlNet, packer: Packer | None, device: torch.device, dtype: torch.dtype, forget: Forget
+    network: ControlNet,
+    packer: Packer | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    forget: Forget,
+    int8: bool = False,
 ) -> None:
     """Converts a control network as `prepare` does its model: with the holder of that model's weights, or in place.
 
@@ -68,6 +73,8 @@ def prepare_control(
     accelerate(network, packer)
     for part in (network.time_embed, network.input_hint_block):
         accelerate(part, exact)
+    if int8:
+        use_int8(rounded_layers(network))
 
 
 def use_int8(layers: Iterable[nn.Module]) -> None:
@@ -78,12 +85,13 @@ def use_int8(layers: Iterable[nn.Module]) -> None:
 
 
 def rounded_layers(network: nn.Module) -> list[nn.Conv2d | nn.Linear]:
-    """Returns the layers of a U-Net that `int8` rounds: nearly all of the work of a step.
+    """Returns the layers of a U-Net or a control network that `int8` rounds: nearly all of the work of a step.
 
     The first and the last convolution and the embedding of timesteps see what errors would harm most, keys and values
     of the text are computed once for a prompt; all of them cost nothing.
     """
-    blocks = [*network.input_blocks[1:], network.middle_block, *network.output_blocks]  # type: ignore
+    way_up = getattr(network, "output_blocks", ())
+    blocks = [*network.input_blocks[1:], network.middle_block, *way_up]  # type: ignore
     layers: list[nn.Module] = [layer for block in cast(list[nn.Module], blocks) for layer in block.modules()]
     kept: set[nn.Module] = set()
     for layer in layers:

@@ -69,6 +69,17 @@ def test_a_resumed_run_ends_as_an_unbroken_one(data, monkeypatch):
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
+@pytest.mark.long
+def test_time_that_is_over_leaves_a_state_and_no_file(data, capsys):
+    assert train("lora", "x.safetensors", "--max_time", "00:00:00:01", steps=10**5) == 0
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "of 100000: the state is kept in x.training; add --resume" in said
+    assert not os.path.exists("x.safetensors") and os.path.exists("x.training/last.ckpt")
+    steps = read_losses(data / "x.training/loss.csv")[-1][0]
+    assert train("lora", "x.safetensors", "--resume", steps=steps + 1) == 0
+    assert read_checkpoint("x.safetensors").metadata["ss_steps"] == str(steps + 1)
+
+
 def test_the_file_states_how_it_was_trained(data):
     assert train("lora", "ink.safetensors", "rank=3", "--alpha", "1.5", "--conv_rank", "2", steps=1) == 0
     notes = read_checkpoint("ink.safetensors").metadata
@@ -134,7 +145,9 @@ def test_the_loss_of_one_batch_falls(tiny_batch):
 def tiny_batch():
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
-    return tiny_model(), Batch(latents, ["a", "b"], torch.tensor([100, 700]), noise, torch.ones(2), [])
+    return tiny_model(), Batch(
+        latents, ["a", "b"], torch.tensor([100, 700]), noise, torch.ones(2), [], [0, 0]
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_state(data, monkeypatch, capsys):
@@ -264,7 +277,7 @@ def test_the_memory_and_time_of_a_dry_run_are_those_of_the_run(data, kind):
     ("typed", "line"),
     [
         (["lora", "--out", "x.safetensors"], "--data is missing; give a folder of images"),
-        (["lora", "--data", "no", "--out", "x.safetensors"], "--data no is not a folder or a TOML file"),
+        (["lora", "--data", "no", "--out", "x.safetensors"], "--data no is not a folder, a TOML file or a tar"),
         (["lora", "--data", ".", "--out", "x.ckpt"], "--out x.ckpt: a file of this kind ends in .safetensors"),
         (["lora", "--data", ".", "--out", "a.png"], "--out a.png: a file of this kind ends in .safetensors"),
         (["lora", "--data", ".", "--out", "no/x.safetensors"], "no does not exist"),
@@ -276,7 +289,6 @@ def test_the_memory_and_time_of_a_dry_run_are_those_of_the_run(data, kind):
         (["lora", "--data", ".", "--out", "x.safetensors", "--text_only"], "--text_rate is 0; give a rate"),
         (["lora", "--data", ".", "--out", "x.safetensors", "--rank", "900"], "the rank 900 is larger than the"),
         (["lora", "--data", ".", "--out", "x.safetensors", "--max_time", "1h"], "--max_time is 1h; write DD"),
-        (["inpainting", "--data", ".", "--out", "x.ckpt", "--flip"], "--flip is not possible with masks"),
         (["embedding", "--data", ".", "--out", "x.safetensors"], "an embedding needs --word"),
         (["embedding", "--data", ".", "--out", "x.pt", "--word", "zog", "--init", "cube"], "no caption has the word"),
     ],

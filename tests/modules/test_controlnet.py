@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from ldm.checkpoints.formats.tensor_bytes import forget
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.runtime.fast import accelerate
 from ldm.runtime.packing import Packer
+from ldm.runtime.prepare import prepare_control
 from tests.support.control import FIGURES, PARAMETERS, control_network, given
 from tests.support.golden_data import (
     TOLERANCE,
@@ -16,7 +18,7 @@ from tests.support.golden_data import (
     relative_error,
     tiny_model,
 )
-from tests.support.precision import EACH_PACKED
+from tests.support.precision import EACH_PACKED, needs_int8_kernels
 
 V1 = {**PARAMETERS, "model_channels": 320, "context_dim": 768}
 
@@ -56,6 +58,21 @@ def test_what_the_authors_code_computes(networks):
         relative_error(unet(x, t, context, control=weaker).float(), figure("eps_scale0.4", FIGURES))
         <= allowed
     )
+
+
+@needs_int8_kernels
+@torch.inference_mode()
+def test_eight_bits_stay_near():
+    control = control_network()
+    prepare_control(
+        control, Packer(torch.float32, forget), torch.device("cpu"), torch.float32, forget, int8=True
+    )
+    added = control(*given("x", "hint", "t", "context"))
+    errors = [relative_error(own, figure(f"residual_{i:02}", FIGURES)) for i, own in enumerate(added)]
+    assert (
+        1e-3 < max(errors) < 8e-2
+    )  # the first map has the first convolution and the hint alone, which stay float32
+    assert errors[0] <= TOLERANCE
 
 
 @torch.inference_mode()

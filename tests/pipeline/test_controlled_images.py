@@ -134,6 +134,27 @@ def test_an_inpainting_model_and_its_hint(files):
     )
 
 
+@pytest.mark.long
+def test_a_lora_changes_the_u_net_that_a_control_network_acts_on(pipeline, files):
+    """The weights of a model with the LoRA's differences added by hand; a `difference` file has them too."""
+    layer = "output_blocks.1.0.in_layers.2.weight"
+    changed = tiny_model(small_config())
+    weight = changed.model.diffusion_model.get_parameter(layer)
+    encoder = changed.model.diffusion_model.get_parameter("input_blocks.1.0.in_layers.2.weight")
+    diffs = {}
+    for name, value in (("output_blocks_1_0_in_layers_2", weight), ("input_blocks_1_0_in_layers_2", encoder)):
+        diffs[f"lora_unet_{name}.diff"] = weight_of(name, value.shape)
+        value.data += 0.5 * diffs[f"lora_unet_{name}.diff"]
+    save_file(diffs, files / "lora.safetensors")
+    expected = Pipeline(changed)
+    own = replace(JOB, loras=((str(files / "lora.safetensors"), 0.5, 1.0),))
+    plain = pixels(pipeline, controlled(files, "some"))[0]
+    with_lora = pixels(pipeline, controlled(files, "some", own))[0]
+    assert np.abs(with_lora.astype(int) - pixels(expected, controlled(files, "some"))[0]).max() <= 1
+    assert np.abs(with_lora.astype(int) - plain).max() > 1
+    assert np.array_equal(pixels(pipeline, controlled(files, "some"))[0], plain)
+
+
 @pytest.mark.slow
 def test_bf16_stays_close(files):
     from ldm.runtime import kernels

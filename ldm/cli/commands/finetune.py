@@ -19,6 +19,7 @@ _ABOUT = {
     "dreambooth": "all weights of the U-Net on a few images of one thing",
     "finetune": "all weights of the U-Net, and with --text_rate of the text encoder",
     "inpainting": "an inpainting model, from one for text",
+    "controlnet": "a ControlNet: a network that draws by a hint, such as edges",
 }
 _EXAMPLES = {
     "lora": (
@@ -33,6 +34,10 @@ _EXAMPLES = {
     ),
     "finetune": ("--data photos --out mine.safetensors --ema_decay 0.999",),
     "inpainting": ("--data photos --out mine-inpainting.ckpt",),
+    "controlnet": (
+        "--data photos --hint canny --out edges.safetensors",
+        "--data photos --hints sketches --out sketches.safetensors --ema_decay 0.999",
+    ),
 }
 
 
