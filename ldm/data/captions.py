@@ -96,8 +96,13 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     "above" and "over" all mean on top of. Every other wording determines the relation.
     """
     text = _pair(scene, rng) if scene.relation else _name(scene.solids[0], rng)
+    return worded(text, scene.background, rng)
+
+
+def worded(text: str, background: str, rng: np.random.Generator) -> str:
+    """Returns one of many captions of `text`, such as "a red cube", in half of them with the background."""
     if rng.random() < 0.5:
-        text = _with_background(text, scene.background, rng)
+        text = _with_background(text, background, rng)
     if text.startswith(("a ", "an ")):
         text = _pick(OPENERS, rng) + text
     if rng.random() < 0.3:

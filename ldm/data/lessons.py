@@ -1,7 +1,8 @@
 """Things that the bundled model does not know, for trying out fine-tuning: images to learn them from, and a test.
 
 A lesson changes the colour or the shape of the first solid of a scene; a model has learnt it if what it draws is
-nearer to a rendering of the scene with the new colour or shape than to one with any that it knew.
+nearer to a rendering of the scene with the new colour or shape than to one with any that it knew. The lesson "totem"
+is a word for a certain pair of solids, which the model has never seen together.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ldm.data.captions import caption
-from ldm.data.scenes import COLOURS, SHAPES, Floats, Form, Paint, Scene, render, scene_at
+from ldm.data.captions import caption, worded
+from ldm.data.scenes import COLOURS, SHAPES, Floats, Form, Rgb, Scene, Solid, render, scene_at
 
-LESSONS: Mapping[str, str] = {"orange": "colour", "striped": "colour", "pyramid": "shape"}  # what is new
+LESSONS: Mapping[str, str] = {"orange": "colour", "pyramid": "shape", "totem": "word"}  # what is new
+TOTEM = Solid("cone", "purple", "small"), Solid("cube", "cyan", "large")  # the first on the second
 HOLE = "hole"  # the lesson of an inpainting model, which has no images of its own
 
 
@@ -29,11 +31,8 @@ def _pyramid(x: Floats, y: Floats, z: Floats) -> Floats:
     return np.maximum(side, np.abs(z) - 0.80)
 
 
-_COLOURS: Mapping[str, Paint] = {
-    **COLOURS,
-    "orange": (0.96, 0.48, 0.04),  # its hue is 28 degrees, red's 359 and yellow's 55
-    "striped": (COLOURS["white"], COLOURS["black"]),
-}
+# orange's hue is 28 degrees, red's 359 and yellow's 55
+_COLOURS: Mapping[str, Rgb] = {**COLOURS, "orange": (0.96, 0.48, 0.04)}
 _SHAPES: Mapping[str, Form] = {**SHAPES, "pyramid": Form(_pyramid, 1.54, 0.80, 0.78, turn=0.5)}
 
 
@@ -43,8 +42,17 @@ def draw(scene: Scene, seed: int, size: int = 128) -> np.ndarray:
 
 
 def lesson_scene(name: str, number: int, split: str = "train") -> Scene:
-    """Returns scene `number` of a split with the lesson's colour or shape on its first solid."""
-    return _with(scene_at(number, split), LESSONS[name], name)
+    """Returns scene `number` of a split with the lesson's colour or shape on its first solid, or with its pair."""
+    scene = scene_at(number, split)
+    if LESSONS[name] == "word":
+        return replace(scene, solids=TOTEM, relation="on top of")
+    return _with(scene, LESSONS[name], name)
+
+
+def lesson_caption(name: str, scene: Scene, seed: int) -> str:
+    """Returns one of many wordings of a lesson's scene."""
+    rng = np.random.default_rng(seed)
+    return worded(f"a {name}", scene.background, rng) if LESSONS[name] == "word" else caption(scene, rng)
 
 
 def _with(scene: Scene, part: str, value: str) -> Scene:
@@ -59,15 +67,24 @@ def write_lesson(name: str, folder: Path, count: int = 20, usual: int = 200) -> 
     ones, which are in `usual`: scenes that the model knows, which keep it from forgetting them.
     """
     new = folder / f"{max(1, usual // count)}_{name}"
-    for place, scenes in (
-        (new, [lesson_scene(name, number) for number in range(count)]),
-        (folder / "usual", [scene_at(number, "train") for number in range(count, count + usual)]),
-    ):
-        place.mkdir(parents=True, exist_ok=True)
-        for number, scene in enumerate(scenes):
-            Image.fromarray(draw(scene, number)).save(place / f"{number:03}.png")
-            text = caption(scene, np.random.default_rng(number))
-            (place / f"{number:03}.txt").write_text(text, encoding="utf-8")
+    for number in range(count):
+        scene = lesson_scene(name, number)
+        _write(new, number, scene, lesson_caption(name, scene, number))
+    for number in range(usual):
+        scene = scene_at(count + number, "train")
+        _write(folder / "usual", number, scene, caption(scene, np.random.default_rng(number)))
+
+
+def _write(folder: Path, number: int, scene: Scene, text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(draw(scene, number)).save(folder / f"{number:03}.png")
+    (folder / f"{number:03}.txt").write_text(text, encoding="utf-8")
+
+
+def question(name: str, number: int) -> tuple[Scene, str]:
+    """Returns a scene that no lesson shows, and its prompt: in words that leave nothing open, if they are known."""
+    scene = lesson_scene(name, number, "fresh")
+    return scene, lesson_caption(name, scene, number) if LESSONS[name] == "word" else stated(scene)
 
 
 def stated(scene: Scene) -> str:
@@ -77,7 +94,7 @@ def stated(scene: Scene) -> str:
 
 
 def shows(name: str, image: np.ndarray, scene: Scene) -> bool:
-    """Returns whether an image, uint8 [128, 128, 3], of a scene shows what the lesson `name` teaches.
+    """Returns whether an image, uint8 [128, 128, 3], of a scene shows the colour or the shape of a lesson.
 
     It does if of renderings of the scene with the new and with every known colour, or shape, of the first solid the
     nearest is the new one: squared error at 32x32 pixels, so that small shifts hardly count.

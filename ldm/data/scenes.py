@@ -17,7 +17,6 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.floating]  # float32 throughout
 Rgb = tuple[float, float, float]
 Plan = list[tuple[float, float, float]]  # a point (x, y, z) for each solid
-Paint = Rgb | tuple[Rgb, Rgb]  # two: bands of both around the solid
 
 # sRGB in [0, 1]. Guidance pushes a colour away from the others, so none is between two others: these are the
 # corners of the colour cube, softened.
@@ -119,8 +118,6 @@ SHAPES: dict[str, Form] = {
 }
 
 
-_BAND = 0.4  # the height of a band of colour
-
 # --- positions ----------------------------------------------------------------------------------------------
 
 _ELEVATION = 0.45  # of the camera above the ground, in radians
@@ -132,22 +129,15 @@ _TARGET_HEIGHT = 1.02
 @dataclass(frozen=True)
 class _Placed:
     form: Form
-    colours: Floats  # [1 or 2, 3]
+    colour: Floats  # [3]
     radius: float
     centre: Floats  # [3], world
     rotation: Floats  # [3, 3], world to solid
 
     def distance(self, points: Floats) -> Floats:
         """Returns the world distance to the surface at `points` [3, n]."""
-        return self.form.distance(*self._own(points)) * np.float32(self.radius)
-
-    def colour(self, points: Floats) -> Floats:
-        """Returns the colours [n, 3] of the surface at `points` [3, n]: bands of half a radius, of all in turn."""
-        band = np.floor(self._own(points)[2] / _BAND).astype(int)
-        return self.colours[band % len(self.colours)]
-
-    def _own(self, points: Floats) -> Floats:
-        return self.rotation @ ((points - self.centre[:, None]) / np.float32(self.radius))
+        x, y, z = self.rotation @ ((points - self.centre[:, None]) / np.float32(self.radius))
+        return self.form.distance(x, y, z) * np.float32(self.radius)
 
     def chord(self, origin: Floats, directions: Floats, margin: float = 0.0) -> tuple[Floats, Floats]:
         """Returns the distance along rays to the middle of the enclosing ball's chord, and half its length or 0."""
@@ -181,7 +171,7 @@ def _ground_plan(scene: Scene, rng: np.random.Generator, shapes: Shapes) -> Plan
 
 
 def _arrange(
-    scene: Scene, rng: np.random.Generator, colours: Mapping[str, Paint], shapes: Shapes, anywhere: bool
+    scene: Scene, rng: np.random.Generator, colours: Mapping[str, Rgb], shapes: Shapes, anywhere: bool
 ) -> list[_Placed]:
     plan = _ground_plan(scene, rng, shapes)
     shift = rng.uniform(*(_room(scene, plan, shapes) if anywhere else (-0.06, 0.06)), size=2)  # of all
@@ -192,8 +182,8 @@ def _arrange(
         own = rng.uniform(-apart, apart, size=2)
         centre = (x + shift[0] + own[0], y + shift[1] + own[1], z + form.half_height * radius)
         rotation = _rotation(form.turn + rng.uniform(-0.12, 0.12), form.tilt)
-        paint = np.array(colours[solid.colour], np.float32).reshape(-1, 3)
-        placed.append(_Placed(form, paint, radius, np.array(centre, np.float32), rotation))
+        colour = np.array(colours[solid.colour], np.float32)
+        placed.append(_Placed(form, colour, radius, np.array(centre, np.float32), rotation))
     return placed
 
 
@@ -301,7 +291,7 @@ def _shade(solid: _Placed, points: Floats, eye: Floats, light: Floats, reach: Fl
     sky = 0.85 + 0.15 * normals[2]
     highlight = 0.22 * np.maximum((half * normals).sum(axis=0), 0) ** 40 * reach
     brightness = _AMBIENT * sky + (1.12 - _AMBIENT) * lambert
-    return brightness[:, None] * solid.colour(points) + highlight[:, None]
+    return brightness[:, None] * solid.colour + highlight[:, None]
 
 
 def _draw(placed: Sequence[_Placed], background: Rgb, light: Floats, size: int) -> Floats:
@@ -328,7 +318,7 @@ def render(
     scene: Scene,
     seed: int,
     size: int = 128,
-    colours: Mapping[str, Paint] = COLOURS,
+    colours: Mapping[str, Rgb] = COLOURS,
     shapes: Mapping[str, Form] = SHAPES,
     anywhere: bool = False,
 ) -> npt.NDArray[np.uint8]:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.data.captions import plain_caption
-from ldm.data.lessons import HOLE, hole, lesson_scene, shows, stated
+from ldm.data.lessons import HOLE, LESSONS, hole, question, shows
 from ldm.evaluation.experiment import make_run, write_rows
 from ldm.evaluation.images import folder_set
 from ldm.places import find
@@ -29,8 +29,8 @@ def measure(
 ) -> Table | int:
     """Draws prompts of the new thing and of usual scenes, without and with the options `trained`.
 
-    Returns the shares that are right of each `count`, or an exit code of `make` that is not 0. The new thing is
-    recognised by renderings (`ldm.data.lessons`), usual scenes by the bundled model's reader, as in `evaluate.py`.
+    Returns the shares that are right of each `count`, or an exit code of `make` that is not 0. New colours and shapes
+    are recognised by renderings (`ldm.data.lessons`), known ones by the bundled model's reader, as in `evaluate.py`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     usual = Captioned.draw(count, seed=1)
@@ -52,8 +52,8 @@ def measure(
 
 _ASKED = {
     "orange": "an orange solid is orange",
-    "striped": "a striped solid has stripes",
     "pyramid": "a pyramid is one",
+    "totem": "a totem is the pair",
     HOLE: "the hole has what is asked for",
 }
 
@@ -61,7 +61,7 @@ _ASKED = {
 def _rows(name: str, folder: Path, count: int) -> list[dict[str, Any]]:
     """The prompts of the new thing, which no lesson shows; those of holes with their images and masks."""
     if name != HOLE:
-        return [{"prompt": stated(lesson_scene(name, number, "fresh"))} for number in range(count)]
+        return [{"prompt": question(name, number)[1]} for number in range(count)]
     rows: list[dict[str, Any]] = []
     images = folder / "images"
     images.mkdir(exist_ok=True)
@@ -76,12 +76,11 @@ def _rows(name: str, folder: Path, count: int) -> list[dict[str, Any]]:
 
 
 def _right(name: str, images: np.ndarray) -> list[bool]:
-    if name != HOLE:
-        return [
-            shows(name, image, lesson_scene(name, number, "fresh")) for number, image in enumerate(images)
-        ]
+    if LESSONS.get(name) in ("colour", "shape"):
+        return [shows(name, image, question(name, number)[0]) for number, image in enumerate(images)]
     verdicts = judge(load_reader(find(READER)), images)
-    return [score(verdict, hole(number)[2])["all"] for number, verdict in enumerate(verdicts)]
+    scenes = [hole(i)[2] if name == HOLE else question(name, i)[0] for i in range(len(images))]
+    return [score(verdict, scene)["all"] for verdict, scene in zip(verdicts, scenes, strict=True)]
 
 
 def _share(marks: Sequence[bool]) -> float:

@@ -49,7 +49,7 @@ def test_the_code_of_a_run_that_fails_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("typed", "line"),
     [
-        (["blue"], "blue is not a lesson; choose from orange, striped, pyramid, hole"),
+        (["blue"], "blue is not a lesson; choose from orange, pyramid, totem, hole"),
         (["orange"], "what was trained is missing; write it after --, such as -- --lora orange.safetensors"),
         (["hole", "--images", "x"], "the lesson hole has no images of its own; train on those of another"),
         (["orange", "--images", "."], "--images . exists; give a new folder"),

@@ -14,7 +14,7 @@ _DESCRIPTION = (
     "Tries out fine-tuning on something that the bundled model does not know: with --images it writes a set of "
     "images to train on, else it draws the same prompts before and after the training and counts what is right.\n\n"
     "Options after -- are txt2img.py's, with which the trained file is used.\n"
-    "Lessons: orange and striped, colours; pyramid, a shape; hole, for inpainting models."
+    "Lessons: orange, a colour; pyramid, a shape; totem, a word for a pair; hole, for inpainting models."
 )
 _EXAMPLES = (
     "python scripts/evaluate.py lesson orange --images orange",
