@@ -116,5 +116,5 @@ class ControlTuning(FineTuning):
 
     def _hint(self, image: Placed, mirrored: int) -> Tensor:
         """The hint of an image, [3, H, W] in [0, 1], cut as it is."""
-        pixels = self.placer.cut(self.placer.hint(image.example), image.placement, bool(mirrored), "black")
+        pixels = self.placer.cut(self.placer.hint(image), image.placement, bool(mirrored), "black")
         return torch.from_numpy(make_hint(self.settings.hint, pixels)).permute(2, 0, 1)

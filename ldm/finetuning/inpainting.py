@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from ldm.finetuning.batches import Batch
 from ldm.finetuning.latents import Placed
 from ldm.finetuning.module import FineTuning
-from ldm.images.source import read_image
 from ldm.models.diffusion.ddpm import LatentInpaintDiffusion
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.keys import UNET_PREFIX
@@ -100,6 +99,6 @@ class InpaintingTuning(FineTuning):
         factor = self.model.first_stage_model.downsampling
         rng = np.random.default_rng([abs(part) for part in seed])
         mask = torch.from_numpy(random_mask(height // factor, width // factor, rng)).float()[None]
-        pixels = self.placer.pixels(read_image(image.example.image), image.placement, bool(mirrored))
+        pixels = self.placer.pixels(self.placer.again(image), image.placement, bool(mirrored))
         hidden = F.interpolate(mask[None], size=(height, width), mode="nearest")
         return mask, pixels * (hidden < 0.5)

@@ -24,7 +24,7 @@ from ldm.images.hints import check_aspect
 from ldm.images.pixels import from_uint8
 from ldm.images.source import Source, read_image
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.util import InputError, printable
+from ldm.util import InputError, need, printable
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +33,14 @@ logger = logging.getLogger(__name__)
 class Placed:
     """An example that could be read: how it is placed, and the files of its latents, upright and mirrored.
 
-    A file holds mean and standard deviation, float32 [2, C, h, w], not scaled for diffusion.
+    A file holds mean and standard deviation, float32 [2, C, h, w], not scaled for diffusion. `digest` is the SHA-256
+    of the image's file.
     """
 
     example: Example
     placement: Placement
     latents: tuple[Path, ...]
+    digest: str = ""
 
 
 class Placer:
@@ -58,9 +60,20 @@ class Placer:
             where = (float(rng.random()), float(rng.random()))
         return source, place(source.color.size, self.sizes, where)
 
-    def hint(self, example: Example) -> Source:
+    def again(self, image: Placed) -> Source:
+        """Reads an image that has been encoded; `InputError` if it is another one by now."""
+        source = read_image(image.example.image)
+        need(
+            source.digest == image.digest,
+            f"{printable(image.example.image)} has changed during the training; put it back as it was, and add "
+            "--resume",
+        )
+        return source
+
+    def hint(self, image: Placed) -> Source:
         """Reads the hint of an image: the image itself if it has no other."""
-        return read_image(example.image if example.hint is None else str(example.hint))
+        hint = image.example.hint
+        return self.again(image) if hint is None else read_image(str(hint))
 
     def pixels(self, source: Source, placement: Placement, mirrored: bool) -> Tensor:
         """Returns the pixels that are trained on: [1, 3, H, W] in [-1, 1]; what is transparent becomes white."""
@@ -106,7 +119,7 @@ def place_all(
             if encode is not None and not file.exists():
                 _write(file, encode(placer.pixels(source, placement, mirrored)).numpy())
             files.append(file)
-        found.append(Placed(example, placement, tuple(files)))
+        found.append(Placed(example, placement, tuple(files), source.digest))
         if progress:
             progress(number + 1, len(examples))
     if not found:

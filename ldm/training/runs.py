@@ -120,8 +120,15 @@ class WholeStates(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path, overwrite=True) as part:
-            torch.save(checkpoint, part)
+        try:
+            with written_whole(path, overwrite=True) as part:
+                torch.save(checkpoint, part)
+        except RuntimeError as error:  # torch's writer hides the system's error
+            if isinstance(error.__context__, OSError) or "inline_container" in str(error):
+                raise InputError(
+                    f"the state cannot be written to {printable(path)}; make room on the disk, and add --resume"
+                ) from None
+            raise
 
 
 class TimeLimit(Timer):

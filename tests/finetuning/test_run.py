@@ -189,6 +189,13 @@ def test_a_dry_run_reports_and_writes_nothing(data, capsys):
     assert lines[-1].startswith("about ") and lines[-1].endswith("GiB, by two steps with random values")
 
 
+FULL = """
+import resource, signal, sys
+from scripts.train import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+sys.exit(main(sys.argv[1:]))
+"""
 PEAK = """
 import sys
 from scripts.train import main
@@ -298,6 +305,36 @@ def test_what_is_wrong_is_one_line(data, capsys, typed, line):
     assert main([*typed, *(QUICK if "--resolution" not in typed else [])]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ") and line in last
+
+
+@pytest.mark.long
+def test_an_image_that_changes_during_the_run_is_named(data, monkeypatch, capsys):
+    step = module_of_loop.FineTuning.optimizer_step
+
+    def changing(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        for name in "abc":
+            Image.new("RGB", (64, 64), "red").save(data / f"{name}.png")
+
+    monkeypatch.setattr(module_of_loop.FineTuning, "optimizer_step", changing)
+    assert train("inpainting", "x.ckpt", "--checkpoint_steps", "1") == 2
+    assert "has changed during the training; put it back as it was" in capsys.readouterr().err
+    assert (data / "x.training/last.ckpt").exists() and not (data / "x.ckpt").exists()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process")
+def test_a_full_disk_is_one_line(data):
+    words = ["lora", "--data", ".", "--out", "x.safetensors", "--steps", "2", *QUICK]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, *words],
+        cwd=data, text=True, capture_output=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "error: the state cannot be written to x.training/last.ckpt; make room on the disk, and add --resume"
+    )
+    assert sorted(path.name for path in (data / "x.training").iterdir()) == ["loss.csv", "settings.json"]
 
 
 def test_nothing_is_overwritten(data, capsys):
