@@ -19,6 +19,7 @@ from ldm.util import InputError, get_obj_from_str, is_list, is_mapping, printabl
 
 _OUR_TARGETS = (
     "ldm.models.diffusion.ddpm.LatentDiffusion",
+    "ldm.models.diffusion.ddpm.LatentEditDiffusion",
     "ldm.models.diffusion.ddpm.LatentInpaintDiffusion",
     "ldm.models.autoencoder.AutoencoderKL",
     "ldm.modules.diffusionmodules.openaimodel.UNetModel",

@@ -263,6 +263,11 @@ FIELDS: tuple[Field, ...] = (
         "merge_tokens", {"low": 0, "high": 0.75}, "merge_tokens", "sampling", "RATIO",
         "merge this share of tokens in the largest self-attention (ToMe: approximate)", label="Token merging ratio",
     ),
+    Field(
+        "image_scale", {"low": 0, "high": 100}, "image_scale", START, "X",
+        "how closely a model that edits images (InstructPix2Pix) keeps to the image, as a rule 1 to 2; 1 is off",
+        label="Image CFG scale",
+    ),
     Field("loras", {"high": MAX_LORAS}),
     Field(
         "controls", {"high": MAX_CONTROLS}, "control", CONTROL, "FILE:IMAGE[:WEIGHT[:START:END]]",

@@ -130,6 +130,8 @@ class Job:
     prompt and the hint share in the result, see `ldm.models.diffusion.control`; `control_resize` is how a hint of
     another aspect is fitted ("none": it is refused).
 
+    `image_scale` is how closely a model that edits images (InstructPix2Pix) follows `init`, and `scale` the prompt.
+
     With `variation_strength` above 0 the start noise is turned that share of the way to the noise of
     `variation_seed`; of several images that seed counts up, and `seed` stays.
 
@@ -187,6 +189,7 @@ class Job:
     control_resize: Literal["none", "fill", "stretch", "pad"] = "none"
     cache_steps: tuple[int, ...] = ()
     merge_tokens: float = 0.0
+    image_scale: float = 1.5
 
     @property
     def is_exact(self) -> bool:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 V1_CONFIG = "configs/stable-diffusion/v1-inference.yaml"
 INPAINTING_CONFIG = "configs/stable-diffusion/v1-inpainting-inference.yaml"
+EDIT_CONFIG = "configs/stable-diffusion/v1-edit-inference.yaml"
 LAION_CONFIG = "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
 BUNDLED_CONFIG = "configs/shapes/shapes-inference.yaml"
 V1_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
@@ -30,12 +31,12 @@ _BUNDLED = {
 
 def config_for(state_dict: Mapping[str, torch.Tensor]) -> str:
     """The config, below the toolkit's own folder, of a model in the original's layout; by default that of v1."""
-    from ldm.checkpoints.layouts.recognise import ema_key, is_inpainting_model, is_laion_model
+    from ldm.checkpoints.layouts.recognise import EDIT, INPAINTING, ema_key, input_variant, is_laion_model
 
     if is_laion_model(state_dict):
         return LAION_CONFIG
-    if is_inpainting_model(state_dict):
-        return INPAINTING_CONFIG
+    if (variant := input_variant(state_dict)) in (INPAINTING, EDIT):
+        return INPAINTING_CONFIG if variant == INPAINTING else EDIT_CONFIG
     found = {key: state_dict.get(key, state_dict.get(ema_key(key))) for key in _BUNDLED}
     bundled = all(weight is not None and weight.shape == _BUNDLED[key] for key, weight in found.items())
     return BUNDLED_CONFIG if bundled else V1_CONFIG

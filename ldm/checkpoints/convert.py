@@ -20,7 +20,6 @@ from ldm.checkpoints.formats.safetensors_file import HASH_ENTRY
 from ldm.checkpoints.formats.write import types_for, write_safetensors, write_torch
 from ldm.checkpoints.layouts.names import PREFIXES
 from ldm.checkpoints.layouts.prediction import marks_of
-from ldm.checkpoints.layouts.recognise import INPAINTING_CHANNELS
 from ldm.checkpoints.load import (
     EMA_COUNTERS,
     SCHEDULE_BUFFERS,
@@ -32,11 +31,15 @@ from ldm.checkpoints.load import (
 )
 from ldm.checkpoints.variants import suited
 from ldm.files import part_beside, without_leftovers, written_whole
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.ddpm import LatentDiffusion, LatentEditDiffusion, LatentInpaintDiffusion
 from ldm.models.keys import EMA_PREFIX
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import InputError, printable
 
+_ARCHITECTURES: Mapping[type[LatentDiffusion], str] = {
+    LatentInpaintDiffusion: "-inpainting",
+    LatentEditDiffusion: "-edit",
+}
 Layout = Literal["compvis", "ckpt", "diffusers"]
 
 
@@ -149,7 +152,6 @@ def _model_spec(
     if not isinstance(model.cond_stage_model, FrozenCLIPEmbedder):
         return {**source, "format": "pt"}
     side = model.image_size * model.first_stage_model.downsampling
-    inpaints = model.model.diffusion_model.in_channels == INPAINTING_CHANNELS
     first = {
         part: next(kind for key, kind in types.items() if key.startswith(PREFIXES[part]))
         for part in ("unet", "vae")
@@ -159,7 +161,7 @@ def _model_spec(
         **source,
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-v1" + ("-inpainting" if inpaints else ""),
+        "modelspec.architecture": "stable-diffusion-v1" + _ARCHITECTURES.get(type(model), ""),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": {"eps": "epsilon"}.get(model.parameterization, model.parameterization),

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ldm.checkpoints.formats.write import types_for, write_safetensors
 from ldm.checkpoints.layouts.names import CLASSES, SMALL_CLASSES, Component, to_diffusers
-from ldm.checkpoints.layouts.recognise import INPAINTING_CHANNELS
 from ldm.checkpoints.layouts.settings import component_configs
 from ldm.checkpoints.model_files import MODEL_INDEX
 from ldm.files import written_whole
 from ldm.models.autoencoder import SmallAutoencoder
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.ddpm import LatentDiffusion, LatentEditDiffusion, LatentInpaintDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import BEGIN, END
 
@@ -26,6 +25,10 @@ _WEIGHTS: Mapping[Component, str] = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
+}
+_PIPELINES: Mapping[type[LatentDiffusion], str] = {
+    LatentInpaintDiffusion: "StableDiffusionInpaintPipeline",
+    LatentEditDiffusion: "StableDiffusionInstructPix2PixPipeline",
 }
 _TRANSFORMERS = ("text_encoder", "tokenizer")
 
@@ -98,7 +101,6 @@ def class_entries(name: str) -> dict[str, str]:
 
 
 def _model_index(model: LatentDiffusion) -> dict[str, Any]:
-    inpaints = model.model.diffusion_model.in_channels == INPAINTING_CHANNELS
     classes = {
         **CLASSES,
         "vae": _vae_class(model),
@@ -106,7 +108,7 @@ def _model_index(model: LatentDiffusion) -> dict[str, Any]:
         "tokenizer": "CLIPTokenizer",
     }
     return {
-        **class_entries("StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"),
+        **class_entries(_PIPELINES.get(type(model), "StableDiffusionPipeline")),
         "requires_safety_checker": False,
         "safety_checker": [None, None],
         "feature_extractor": [None, None],

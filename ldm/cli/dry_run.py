@@ -163,9 +163,11 @@ def _costs(
     facts: dict[str, Any],
 ) -> Iterator[str]:
     """Yields the cost of the run, from the model without weights and a trial of the device."""
+    from ldm.models.diffusion.ddpm import LatentEditDiffusion
     from ldm.runtime.estimate import NetworkWork, measure_pace
 
-    batches, work = batch_kinds(plan, missing, model.embeds_guidance), NetworkWork(model)
+    edits = isinstance(model, LatentEditDiffusion)
+    batches, work = batch_kinds(plan, missing, model.embeds_guidance, edits), NetworkWork(model)
     steps = sum(times * count_steps(batch.job) for batch, times in batches.items())
     try:
         memory = needed_memory(options, batches, model, work, device, precision)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.job import Job
 from ldm.models.diffusion.course import Course
-from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
+from ldm.models.diffusion.ddpm import HybridDiffusion, LatentDiffusion
 from ldm.models.diffusion.guidance import Conditioning, Guidance, GuidancePlan
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.pipeline.placement import Placement
@@ -23,11 +23,14 @@ from ldm.util import is_mapping
 logger = logging.getLogger(__name__)
 
 
-class InpaintingCondition(NamedTuple):
-    """Channels that an inpainting model sees: a mask [1, 1, h, w], 1 is repainted, and the latents of the rest."""
+class Channels(NamedTuple):
+    """Channels next to the latents, each [1 or N, C, h, w]; of a model that edits, `nothing` are those of no image.
 
-    mask: Tensor
-    masked_latents: Tensor
+    Of an inpainting model they are a mask, 1 is repainted, and the latents of the rest.
+    """
+
+    seen: tuple[Tensor, ...]
+    nothing: tuple[Tensor, ...] | None = None
 
 
 class TextConditioning:
@@ -50,9 +53,7 @@ class TextConditioning:
             self._model.cond_stage_model.use_embeddings({})
         self.clear()
 
-    def plan(
-        self, jobs: Sequence[Job], inpainting: InpaintingCondition | None, upscaled: bool = False
-    ) -> GuidancePlan:
+    def plan(self, jobs: Sequence[Job], channels: Channels | None, upscaled: bool = False) -> GuidancePlan:
         """The guidance of each step of a batch, in its first pass or in its upscaled one."""
         scripts = [Script.of(job, upscaled) for job in jobs]
         made: dict[tuple[str, ...], Guidance] = {}
@@ -65,7 +66,7 @@ class TextConditioning:
                 negatives = [script.negative.at(end) for script in scripts]
                 texts = (*prompts, *negatives)
                 if texts not in made:
-                    made[texts] = self._guidance(jobs, scripts, prompts, negatives, inpainting)
+                    made[texts] = self._guidance(jobs, scripts, prompts, negatives, channels)
                 entries.append((end, made[texts]))
         return GuidancePlan(entries, Course.of(jobs[0]))
 
@@ -75,16 +76,19 @@ class TextConditioning:
         scripts: Sequence[Script],
         prompts: Sequence[str],
         negatives: Sequence[str],
-        inpainting: InpaintingCondition | None,
+        channels: Channels | None,
     ) -> Guidance:
         """The conditioning of texts, that of the negative prompts if any job has guidance, and the scales."""
         chunks = self._count_chunks(jobs[0], scripts[0])
         skips = [job.clip_skip for job in jobs]
 
-        def joined(encode: Callable[[str, int | None, int], Tensor], texts: Sequence[str]) -> Conditioning:
+        def joined(
+            encode: Callable[[str, int | None, int], Tensor], texts: Sequence[str], sees: bool = True
+        ) -> Conditioning:
             skip_of_each = skips * (len(texts) // len(skips))
             encoded = [encode(text, chunks, skip) for text, skip in zip(texts, skip_of_each, strict=True)]
-            return self._joined(encoded, inpainting)
+            shown = None if channels is None else channels.seen if sees else channels.nothing
+            return self._joined(encoded, shown)
 
         cond = joined(self._encode_prompt, prompts)
         weights = self._weights(scripts)
@@ -92,11 +96,16 @@ class TextConditioning:
             self._warn_of_negative_prompts(jobs)
             scales = [job.scale for job in jobs] * len(scripts[0].parts)
             return Guidance(self._with_scales(cond, scales), weights=weights)
-        if weights is None and all(job.scale == 1.0 for job in jobs):
+        image_scale = 1.0 if channels is None or channels.nothing is None else jobs[0].image_scale
+        if weights is None and image_scale == 1.0 and all(job.scale == 1.0 for job in jobs):
             return Guidance(cond, scale=1.0)
         scale = self._per_job([job.scale for job in jobs])
         rescale = self._per_job([job.guidance_rescale for job in jobs])
-        return Guidance(cond, joined(self._encode_negative, negatives), scale, rescale, weights)
+        away = joined(self._encode_negative, negatives)
+        if image_scale == 1.0:
+            return Guidance(cond, away, scale, rescale, weights)
+        blind = joined(self._encode_negative, negatives, sees=False)
+        return Guidance(cond, blind, scale, rescale, weights, away, image_scale)
 
     def _weights(self, scripts: Sequence[Script]) -> Tensor | None:
         """The weights of the parts of prompts [K, N, 1, 1, 1]; None if there is one part, of weight 1."""
@@ -152,11 +161,10 @@ class TextConditioning:
             return None
         return count_chunks(self._model.cond_stage_model, script.texts())
 
-    def _joined(self, encoded: Sequence[Tensor], inpainting: InpaintingCondition | None) -> Conditioning:
+    def _joined(self, encoded: Sequence[Tensor], channels: Sequence[Tensor] | None) -> Conditioning:
         context = torch.cat(list(encoded))
-        if inpainting is None:
+        if channels is None:
             return context
-        assert isinstance(self._model, LatentInpaintDiffusion)
-        return self._model.hybrid_conditioning(
-            context, *(part.expand(len(context), -1, -1, -1) for part in inpainting)
-        )
+        assert isinstance(self._model, HybridDiffusion)
+        repeated = (part.repeat(len(context) // len(part), 1, 1, 1) for part in channels)
+        return self._model.hybrid_conditioning(context, *repeated)

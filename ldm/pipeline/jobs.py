@@ -14,8 +14,11 @@ from ldm.seeds import counted
 from ldm.util import InputError
 
 
-def check_job(job: Job, image_size: tuple[int, int] | None, factor: int) -> None:
-    """Raises `InputError` for a job that cannot be made; its image, if it has one, has this height and width."""
+def check_job(job: Job, image_size: tuple[int, int] | None, factor: int, edits: bool) -> None:
+    """Raises `InputError` for a job that cannot be made; its image, if it has one, has this height and width.
+
+    `factor` is how many pixels a latent value spans; the model may be one that `edits` images.
+    """
     if image_size is not None and (job.height, job.width) != image_size:
         height, width = image_size
         raise InputError(
@@ -24,7 +27,7 @@ def check_job(job: Job, image_size: tuple[int, int] | None, factor: int) -> None
         )
     check_fields(job)
     check_sampling(job)
-    check_guidance(job)
+    check_guidance(job, edits)
     check_control(job)
     if job.height % factor or job.width % factor:
         raise InputError(f"{job.width}x{job.height} is not a multiple of {factor} pixels")

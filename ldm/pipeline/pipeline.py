@@ -16,9 +16,9 @@ from ldm.checkpoints.configs import BUNDLED_CKPT
 from ldm.checkpoints.layouts.prediction import Choice
 from ldm.checkpoints.load import Ema
 from ldm.job import Init, Job, batch_key, batches_of
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.ddpm import LatentDiffusion, LatentEditDiffusion
 from ldm.models.diffusion.noise import NoiseSource, RunNoise, StreamPlace
-from ldm.models.diffusion.passes import begun_without_signal
+from ldm.models.diffusion.passes import begun_from_noise, begun_without_signal
 from ldm.pipeline.batch import BatchMaker
 from ldm.pipeline.image import GeneratedImage, OnStep, Pending
 from ldm.pipeline.jobs import check_job, numbered
@@ -202,7 +202,9 @@ class Pipeline:
         """The job as it is made: every field in range, and the size known."""
         job = self.starts.sized(job)
         job = begun_without_signal(job) if self.model.zero_terminal_snr else job
-        check_job(job, self.starts.size_of(job) if job.init is not None else None, self.factor)
+        edits = isinstance(self.model, LatentEditDiffusion)
+        job = begun_from_noise(job) if edits else job
+        check_job(job, self.starts.size_of(job) if job.init is not None else None, self.factor, edits)
         return job
 
     @torch.inference_mode()

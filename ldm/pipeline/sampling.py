@@ -83,9 +83,9 @@ class LatentSampler:
         for one in passes_of(job, len(sampler.table), None if start is None else False):
             if one.share != sampler.noise_schedule.share:
                 sampler = _make_sampler(self._model, job, one.share)
-            init = None if one.start == "upscaled" else job.init
-            inpainting = self._starts.inpainting_condition(jobs, init, one.size, posterior)
-            if one.start == "upscaled":
+            upscaled = one.start == "upscaled"
+            channels = self._starts.channels(jobs, one.size, upscaled, posterior)
+            if upscaled:
                 start = self._starts.enlarged(jobs, latents)
                 code = noise.draw(start.latents.shape)
             elif start is None:
@@ -93,7 +93,7 @@ class LatentSampler:
             if start is not None and one.steps == 0:
                 latents = start.latents
             else:
-                plan = self._conditioning.plan(jobs, inpainting, one.start == "upscaled")
+                plan = self._conditioning.plan(jobs, channels, upscaled)
                 with self._control.running(job):
                     plan = replace(plan, units=self._control.units(job, one.size))
                     latents = self._denoise(job, one, sampler, plan, start, code, noise, on_step)

@@ -15,11 +15,11 @@ from ldm.images.mask import fade, hide, to_latent_mask
 from ldm.images.pixels import from_uint8
 from ldm.images.resample import enlarge_latents, enlarge_pixels
 from ldm.job import Init, Job
-from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
+from ldm.models.diffusion.ddpm import LatentDiffusion, LatentEditDiffusion, LatentInpaintDiffusion
 from ldm.models.diffusion.noise import NoiseSource
 from ldm.models.diffusion.sampling_run import MaskLevels
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.pipeline.conditioning import InpaintingCondition
+from ldm.pipeline.conditioning import Channels
 from ldm.pipeline.first_stage import FirstStage
 from ldm.pipeline.image import Paste
 
@@ -48,6 +48,7 @@ class Starts:
         self.canvas = lru_cache(maxsize=8)(own) if canvases is None else canvases
         self._distribution = lru_cache(maxsize=4)(self._encode_canvas)
         self._grey_distribution = lru_cache(maxsize=4)(self._encode_grey)
+        self._seen = lru_cache(maxsize=4)(self._encode_seen)
         self._weight = lru_cache(maxsize=4)(self._faded_mask)
 
     def _faded_mask(self, init: Init) -> Tensor:
@@ -61,7 +62,11 @@ class Starts:
         if job.init is None:
             side = self._model.image_size * self._first_stage.factor
             return side, side
-        height, width, _ = self.canvas(job.init).pixels.shape
+        return self.size_at(job.init)
+
+    def size_at(self, init: Init) -> tuple[int, int]:
+        """Height and width of the canvas of an image."""
+        height, width, _ = self.canvas(init).pixels.shape
         return height, width
 
     def sized(self, job: Job) -> Job:
@@ -103,22 +108,37 @@ class Starts:
         encoded = [self._first_stage.encode(enlarge_pixels(image, height, width)).mode() for image in images]
         return StartLatents(self._model.get_first_stage_encoding(torch.cat(encoded)))
 
-    def inpainting_condition(
-        self, jobs: Sequence[Job], init: Init | None, size: tuple[int, int], posterior: NoiseSource
-    ) -> InpaintingCondition | None:
-        """Returns what an inpainting model sees of `init`; None for other models.
-
-        Without an image or a mask it sees nothing, and so is like any other model.
-        """
-        if not isinstance(self._model, LatentInpaintDiffusion):
+    def channels(
+        self, jobs: Sequence[Job], size: tuple[int, int], upscaled: bool, posterior: NoiseSource
+    ) -> Channels | None:
+        """The channels of the image in a pass of height and width `size`; None for a model without such an input."""
+        init = jobs[0].init
+        if isinstance(self._model, LatentInpaintDiffusion):
+            return self._unmasked(jobs, None if upscaled else init, size, posterior)
+        if not isinstance(self._model, LatentEditDiffusion):
             return None
+        if init is None:
+            shape = self._model.channels, *(side // self._factor for side in size)
+            return Channels((torch.zeros(1, *shape, device=self._device),))
+        latents = self._seen(init, size)
+        return Channels((latents,), (torch.zeros_like(latents),))
+
+    def _encode_seen(self, init: Init, size: tuple[int, int]) -> Tensor:
+        """The latents [1, C, h, w] of an image to edit, without scale, as InstructPix2Pix was trained with them."""
+        if self.size_at(init) == size:
+            return self._distribution(init, False).mode()
+        return self._first_stage.encode(enlarge_pixels(self._image(init), *size)).mode()
+
+    def _unmasked(
+        self, jobs: Sequence[Job], init: Init | None, size: tuple[int, int], posterior: NoiseSource
+    ) -> Channels:
+        """The channels of an inpainting model: without an image or a mask it sees nothing, like any other model."""
         if init is not None and self.has_mask(init):
             mask, distribution = self._mask(init), self._distribution(init, True)
         else:
             mask, distribution = torch.ones(1, 1, *size, device=self._device), self._grey_distribution(*size)
-        return InpaintingCondition(
-            to_latent_mask(mask, self._factor, nearest=True), self._draw(distribution, jobs, posterior)
-        )
+        seen = to_latent_mask(mask, self._factor, nearest=True), self._draw(distribution, jobs, posterior)
+        return Channels(seen)
 
     def paste(self, job: Job) -> Paste | None:
         """Returns what of a job's image is put back into the result, if anything is."""

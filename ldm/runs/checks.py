@@ -9,7 +9,7 @@ from typing import Any
 from ldm.files import check_there
 from ldm.job import Job
 from ldm.runs.control_checks import check_control_files
-from ldm.runs.models import begins_without_signal, latent_factor, own_side
+from ldm.runs.models import begins_without_signal, edits_images, latent_factor, own_side
 from ldm.util import need
 
 
@@ -20,7 +20,7 @@ def check_job(job: Job, model: Mapping[str, Any], find_lora: Callable[[str], Pat
     from ldm.models.diffusion.passes import check_sampling
 
     check_sampling(job)
-    check_guidance(job)
+    check_guidance(job, edits_images(model))
     check_control(job)
     factor = latent_factor(model)
     for name, side in (("--W", job.width), ("--H", job.height)):
@@ -60,13 +60,18 @@ def check_controls(names: Sequence[str], model: Mapping[str, Any]) -> None:
 
 
 def suit_to(model: Mapping[str, Any]) -> Callable[[Job], Job]:
-    """Returns what gives a job the schedule that a config's model needs, if it chooses none."""
-    if not begins_without_signal(model):
+    """Returns what gives a job the schedule that a config's model needs, if it chooses none, and its start."""
+    without_signal, edits = begins_without_signal(model), edits_images(model)
+    if not (without_signal or edits):
         return lambda job: job
 
-    from ldm.models.diffusion.passes import begun_without_signal
+    from ldm.models.diffusion.passes import begun_from_noise, begun_without_signal
 
-    return begun_without_signal
+    def suited(job: Job) -> Job:
+        job = begun_without_signal(job) if without_signal else job
+        return begun_from_noise(job) if edits else job
+
+    return suited
 
 
 def check_shortcuts(job: Job, model: Mapping[str, Any]) -> None:

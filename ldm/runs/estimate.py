@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """A kind of batch: what its jobs share, their number, whether any is guided, and the most parts of a prompt."""
+    """A kind of batch: what its jobs share, their number, whether any is guided, and the most parts of a prompt.
+
+    `sees` is whether the guidance has a prediction more, that with the image to edit but without the prompt.
+    """
 
     job: Job
     images: int
     guided: bool
     parts: int = 1
+    sees: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -37,7 +41,7 @@ class Batch:
     @property
     def samples(self) -> int:
         """The number of samples in a call of the U-Net."""
-        return self.images * (self.parts + (1 if self.guided else 0))
+        return self.images * (self.parts + (1 if self.guided else 0) + (1 if self.sees else 0))
 
     @property
     def encodes_again(self) -> bool:
@@ -71,25 +75,27 @@ class Batch:
 
 
 def batch_kinds(
-    plan: Plan, missing: Sequence[Sequence[int]] | None = None, embedded: bool = False
+    plan: Plan, missing: Sequence[Sequence[int]] | None = None, embedded: bool = False, edits: bool = False
 ) -> Counter[Batch]:
     """Counts the batches of each kind in a run, or in its `missing` ones.
 
-    With `embedded` the guidance scale is an input of the U-Net, which then runs on the prompt alone.
+    With `embedded` the guidance scale is an input of the U-Net, which then runs on the prompt alone. With `edits` the
+    model sees an image that it edits.
     """
     return Counter(
-        _kind([plan[i] for i in batch], embedded)
+        _kind([plan[i] for i in batch], embedded, edits)
         for batch in (plan.batches() if missing is None else missing)
     )
 
 
-def _kind(jobs: Sequence[Job], embedded: bool) -> Batch:
+def _kind(jobs: Sequence[Job], embedded: bool, edits: bool) -> Batch:
     from ldm.prompts.editing import Script
 
     scripts = [Script.of(job) for job in jobs]
     guided = any(job.scale != 1 or s.is_composed for job, s in zip(jobs, scripts, strict=True))
-    guided = guided and not embedded
-    return Batch(batch_key(jobs[0]), len(jobs), guided, max(len(script.parts) for script in scripts))
+    sees = edits and jobs[0].init is not None and jobs[0].image_scale != 1
+    guided = (guided or sees) and not embedded
+    return Batch(batch_key(jobs[0]), len(jobs), guided, max(len(script.parts) for script in scripts), sees)
 
 
 def count_texts(plan: Plan) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ldm.runs.estimate import Batch, batch_kinds
-from ldm.runs.models import latent_factor
+from ldm.runs.models import edits_images, latent_factor
 from ldm.runs.options import RunOptions
 from ldm.runs.plan import Plan
 from ldm.util import InputError
@@ -95,7 +95,7 @@ def check_batches(
     from ldm.runtime.estimate import NetworkWork
     from ldm.runtime.memory import total_memory
 
-    total, batches = total_memory(device), batch_kinds(plan)
+    total, batches = total_memory(device), batch_kinds(plan, edits=edits_images(config))
     width = section(config, "unet_config").get("model_channels", 320)
     cells = max(_area(size) * batch.samples for batch in batches for size, *_ in batch.passes())
     bound = MOST_MAPS * 4 * width * cells // latent_factor(config) ** 2

@@ -176,6 +176,11 @@ def begins_without_signal(model: Mapping[str, Any]) -> bool:
     return bool(section(model).get("zero_terminal_snr"))
 
 
+def edits_images(model: Mapping[str, Any]) -> bool:
+    """Returns whether a config's model sees an image that it edits, as InstructPix2Pix does."""
+    return model.get("target") == "ldm.models.diffusion.ddpm.LatentEditDiffusion"
+
+
 def own_side(model: Mapping[str, Any]) -> int:
     """Returns the side in pixels of the images that a config's model was trained for."""
     return _param(model, "image_size", 64) * latent_factor(model)

@@ -14,7 +14,7 @@ from ldm.checkpoints.few_steps import FewSteps, made_for
 from ldm.files import read_side_file
 from ldm.job import Job
 from ldm.places import find
-from ldm.runs.models import begins_without_signal, own_side
+from ldm.runs.models import begins_without_signal, edits_images, own_side
 from ldm.util import printable
 
 logger = logging.getLogger("ldm")
@@ -46,6 +46,10 @@ def note_jobs(
             unknown |= dict.fromkeys(
                 w for w in re.findall(r"[^\W\d_]+", job.prompt.lower()) if w not in words
             )
+    if edits_images(model):
+        logger.info(
+            "this model edits the image that it sees, and starts from noise: --strength has no effect"
+        )
     if trailing and begins_without_signal(model):
         logger.info("the schedule is trailing: this model was trained without signal at the last timestep")
     if math.prod(largest) > 2 * side * side:

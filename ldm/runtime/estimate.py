@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
+from ldm.models.diffusion.ddpm import HybridDiffusion, LatentDiffusion, LatentInpaintDiffusion
 from ldm.models.keys import FIRST_STAGE_PREFIX
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.runtime import kernels
@@ -172,8 +172,9 @@ class NetworkWork:
 
     def _call(self, height: int, width: int) -> Callable[[], Tensor]:
         x, cond = self._latents(height, width), self._context
-        if isinstance(self._model, LatentInpaintDiffusion):
-            cond = self._model.hybrid_conditioning(cond, x[:, :1], x)
+        if isinstance(self._model, HybridDiffusion):
+            masks = [x[:, :1]] if isinstance(self._model, LatentInpaintDiffusion) else []
+            cond = self._model.hybrid_conditioning(cond, *masks, x)
         return lambda: self._model.apply_model(x, torch.zeros(1, device="meta"), cond)
 
     def _control(self, height: int, width: int) -> Work:

@@ -48,8 +48,8 @@ def test_numbers_and_defaults_are_written_plainly() -> None:
         "Paste: off, Hires upscale: 2, Hires upscaler: Latent, Upscale strength: 0.3333333333333333, "
         "Guidance interval: 0.1 0.3333333333333333, Guidance interval in: sigma, Guidance schedule: linear_down, "
         "Prompt syntax: a1111, Clip skip: 2, Guidance rescale: 0.7, Variation seed: 9223372036854775808, "
-        "Variation seed strength: 0.25, Seamless: x, Cache steps: 3 1 10, Token merging ratio: 0.5, Hint: inpaint, "
-        "Control mode: guess, Control resize: pad"
+        "Variation seed strength: 0.25, Seamless: x, Cache steps: 3 1 10, Token merging ratio: 0.5, "
+        "Image CFG scale: 1.25, Hint: inpaint, Control mode: guess, Control resize: pad"
     )
     assert "RNG: CPU" in infotext(Job(prompt="x", rng="cpu", width=512, height=512), {})
 

@@ -96,6 +96,14 @@ def inpainting_config(config: dict[str, Any] | None = None) -> dict[str, Any]:
     return config
 
 
+def edit_config(config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The tiny model, or another of four channels, with the 8 input channels of InstructPix2Pix."""
+    config = inpainting_config(config)
+    config["target"] = "ldm.models.diffusion.ddpm.LatentEditDiffusion"
+    config["params"]["unet_config"]["params"]["in_channels"] = 8
+    return config
+
+
 def laion_config(tokens: int) -> dict[str, Any]:
     """The tiny model with the LAION-400M text encoder, for a vocabulary of so many tokens."""
     config = tiny_config()

@@ -85,6 +85,7 @@ FULL = Job(
     step_rng="cpu",
     step_seed_delta=31337,
     clip_skip=2,
+    image_scale=1.25,
     guidance_rescale=0.7,
     variation_seed=2**63,
     variation_strength=0.25,

@@ -22,7 +22,7 @@ V1 = "Stable Diffusion v1"
 V2 = "Stable Diffusion v2"
 SDXL = "SDXL"
 LAION = "LDM text2img-large (LAION-400M)"
-INPAINTING = "inpainting"
+INPAINTING, EDIT = "inpainting", "InstructPix2Pix"
 
 # Where CompVis keeps each part of a model.
 COMPVIS_PREFIXES: Mapping[Part, str] = {
@@ -31,7 +31,6 @@ COMPVIS_PREFIXES: Mapping[Part, str] = {
     "text encoder": COND_STAGE_PREFIX,
 }
 _LAION_KEY = f"{COND_STAGE_PREFIX}transformer.token_emb.weight"
-INPAINTING_CHANNELS = 9
 LONG_POSITIONS = 248  # of tokens in a prompt, where CLIP has 77
 _MOST_LEAVES = 100_000
 _NAMED = 5
@@ -41,9 +40,10 @@ _FAMILIES = {768: V1, 1024: V2, 1280: LAION, 2048: SDXL}
 _VARIANTS = {
     5: "depth",
     7: "upscaler",
-    8: "InstructPix2Pix (8 input channels)",
-    INPAINTING_CHANNELS: INPAINTING,
+    8: EDIT,
+    9: INPAINTING,
 }
+_CONFIGS = {INPAINTING: "inpainting", EDIT: "edit"}  # of v1 models with such a U-Net
 _TEXT_WIDTHS = {768: V1, 1024: V2}
 # whose layer a key of an adapter names, in any program's spelling; the first that fits decides
 _ADAPTED = (
@@ -263,21 +263,21 @@ def _size(shapes: Mapping[str, tuple[int, ...]], pattern: str, axis: int = -1) -
 def other_model(kind: ModelKind) -> str | None:
     """The name of a kind that is not a whole Stable Diffusion v1 model, such as "SDXL"; else None.
 
-    A v1 inpainting model counts as another model too: it needs its own config.
+    A v1 model for inpainting or edits counts as another model too: it needs its own config.
     """
     fits = kind.part in ("model", "U-Net") and kind.layout == "CompVis" and not kind.variant
     if kind.part == "" or (fits and kind.family in (V1, LAION, "")):
         return None
-    if kind.variant == INPAINTING and kind.family in (V1, ""):
-        return f"{kind.name}, which needs the inpainting config"
+    if kind.variant in _CONFIGS and kind.family in (V1, ""):
+        return f"{kind.name}, which needs the {_CONFIGS[kind.variant]} config"
     return kind.name
 
 
-def is_inpainting_model(state_dict: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the U-Net takes a mask and a masked image besides the latent: 9 input channels."""
+def input_variant(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """The U-Net's other inputs, as in `ModelKind.variant`, by its input channels."""
     key = f"{COMPVIS_PREFIXES['U-Net']}input_blocks.0.0.weight"
     first = state_dict.get(key, state_dict.get(ema_key(key), torch.empty(0)))
-    return first.ndim >= 2 and first.shape[1] == INPAINTING_CHANNELS
+    return _VARIANTS.get(first.shape[1], "") if first.ndim >= 2 else ""
 
 
 def is_laion_model(state_dict: Mapping[str, torch.Tensor]) -> bool:

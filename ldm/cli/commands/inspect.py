@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import cli
-from ldm.checkpoints.configs import BUNDLED_CONFIG, INPAINTING_CONFIG, LAION_CONFIG, V1_CONFIG, config_for
+from ldm.checkpoints.configs import (
+    BUNDLED_CONFIG,
+    EDIT_CONFIG,
+    INPAINTING_CONFIG,
+    LAION_CONFIG,
+    V1_CONFIG,
+    config_for,
+)
 
 if TYPE_CHECKING:
     from ldm.checkpoints.layouts.recognise import ModelKind
@@ -54,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 def own_config(kind: ModelKind, path: Path) -> str | None:
     """Returns this toolkit's config of a supported complete model at `path`; its bundled model has no family."""
     from ldm.checkpoints.adapters.control import config_for_control
-    from ldm.checkpoints.layouts.recognise import INPAINTING, LAION, V1
+    from ldm.checkpoints.layouts.recognise import EDIT, INPAINTING, LAION, V1
     from ldm.checkpoints.model_files import read_model
 
     if (kind.part, kind.family) == ("model", ""):
@@ -62,7 +69,12 @@ def own_config(kind: ModelKind, path: Path) -> str | None:
 
     if kind.part == "ControlNet" and kind.family in (V1, ""):
         return config_for_control(read_model(path).state_dict)
-    configs = {(V1, ""): V1_CONFIG, (V1, INPAINTING): INPAINTING_CONFIG, (LAION, ""): LAION_CONFIG}
+    configs = {
+        (V1, ""): V1_CONFIG,
+        (V1, INPAINTING): INPAINTING_CONFIG,
+        (V1, EDIT): EDIT_CONFIG,
+        (LAION, ""): LAION_CONFIG,
+    }
     return configs.get((kind.family, kind.variant)) if kind.part == "model" else None
 
 

@@ -30,7 +30,7 @@ NOTHING = {"", "none", "false", "automatic", "use same sampler", "use same sched
 FOREIGN_KEYS = JOB_KEYS & {
     "Prompt", "Negative prompt", "Steps", "Sampler", "CFG scale", "Seed", "Size-1", "Size-2", "Eta DDIM", "RNG",
     "Denoising strength", "Hires upscale", "Hires upscaler", "Loras", "Clip skip",
-    "ENSD", "Sigma noise", "Sigma churn",
+    "ENSD", "Sigma noise", "Sigma churn", "Image CFG scale",
 }  # fmt: skip
 
 # The name of an entry here, by its name in lower case with letters and digits only

@@ -78,6 +78,7 @@ def _recipe(entries: dict[str, str], source: str, origin: Origin) -> Recipe:
             "scale",
             "eta",
             "clip_skip",
+            "image_scale",
         )
     }
     _choose_size(entries, origin, job.upscale, draft)

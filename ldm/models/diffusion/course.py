@@ -85,8 +85,16 @@ class Course:
 CONSTANT = Course()
 
 
-def check_guidance(job: Job) -> None:
-    """Raises `InputError` if the ends of a job's guidance interval are in the wrong order, or no shares of steps."""
+def check_guidance(job: Job, edits: bool = False) -> None:
+    """Raises `InputError` if the ends of a job's guidance interval are in the wrong order, or no shares of steps.
+
+    Without `edits` the model is none that edits images, and a scale for them is refused.
+    """
+    if job.image_scale != Job("").image_scale and not edits:
+        raise InputError(
+            f"--image_scale {job.image_scale:g} is for models that edit images (InstructPix2Pix), and this one does "
+            "not; leave it out, or give one with --ckpt"
+        )
     low, high = job.guidance_interval
     shown = f"--guidance_interval is {low:g},{high:g}"
     if low > high:

@@ -322,7 +322,29 @@ class LatentDiffusion(DDPM):
     differentiable_decode_first_stage = decode_first_stage
 
 
-class LatentInpaintDiffusion(LatentDiffusion):
+class HybridDiffusion(LatentDiffusion):
+    """Latent diffusion whose U-Net gets channels next to x and the text; `hybrid_conditioning` makes its cond."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.model.conditioning_key != "hybrid":
+            raise InputError(
+                f"conditioning_key is {self.model.conditioning_key!r}; {type(self).__name__} needs 'hybrid'"
+            )
+
+    def hybrid_conditioning(self, context: Tensor, *channels: Tensor) -> dict[str, list[Tensor]]:
+        """Builds the `cond` of context [N, L, width] and channels [N, C, h, w]."""
+        return {"c_concat": list(channels), "c_crossattn": [context]}
+
+
+class LatentEditDiffusion(HybridDiffusion):
+    """Latent diffusion whose U-Net also gets the latent of an image to edit (InstructPix2Pix, Brooks et al. 2023).
+
+    That latent is not scaled: `hybrid_conditioning(context, latent / scale_factor)`; without an image it is 0.
+    """
+
+
+class LatentInpaintDiffusion(HybridDiffusion):
     """Latent diffusion whose U-Net also gets the mask, and the image with the repainted part masked out.
 
     The conditioning is hybrid: next to x the U-Net gets `concat_keys` as channels, by default the mask (1 channel,
@@ -342,10 +364,6 @@ class LatentInpaintDiffusion(LatentDiffusion):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        if self.model.conditioning_key != "hybrid":
-            raise InputError(
-                f"conditioning_key is {self.model.conditioning_key!r}; inpainting needs 'hybrid'"
-            )
         unknown = [key for key in concat_keys if key not in ("mask", masked_image_key)]
         if unknown:
             raise InputError(f"concat_keys has {unknown}; it takes 'mask' and {masked_image_key!r}")
@@ -353,12 +371,7 @@ class LatentInpaintDiffusion(LatentDiffusion):
         self.finetune_keys, self.keep_finetune_dims = finetune_keys, keep_finetune_dims
         self.c_concat_log_start, self.c_concat_log_end = c_concat_log_start, c_concat_log_end
 
-    def hybrid_conditioning(
-        self, context: Tensor, mask: Tensor, masked_latent: Tensor
-    ) -> dict[str, list[Tensor]]:
+    def hybrid_conditioning(self, context: Tensor, *channels: Tensor) -> dict[str, list[Tensor]]:
         """Builds the `cond` of context [N, L, width], mask [N, 1, h, w] and scaled latent [N, C, h, w]."""
-        concat = {"mask": mask, self.masked_image_key: masked_latent}
-        return {
-            "c_concat": [concat[key] for key in self.concat_keys],
-            "c_crossattn": [context],
-        }
+        concat = dict(zip(("mask", self.masked_image_key), channels, strict=True))
+        return super().hybrid_conditioning(context, *(concat[key] for key in self.concat_keys))

@@ -69,6 +69,10 @@ class Guidance:
     With `weights` [K, N, 1, 1, 1] `cond` holds K conditionings of each sample, K * N entries with the first of every
     sample in front, and their directions away from `uncond` are added with these weights (Liu et al. 2022, Composable
     Diffusion, equation 11). Without `uncond` the first takes its place, with scale 1.
+
+    With `image`, the conditioning of an image to edit without the prompt, there are three: `uncond` has neither, and
+    with e(...) their predictions the result is e(uncond) + image_scale (e(image) - e(uncond)) + scale (e(cond) -
+    e(image)) (Brooks et al. 2023, InstructPix2Pix, equation 3).
     """
 
     cond: Conditioning
@@ -76,19 +80,23 @@ class Guidance:
     scale: float | Tensor = 1.0
     rescale: float | Tensor = 0.0
     weights: Tensor | None = None
+    image: Conditioning | None = None
+    image_scale: float = 1.0
 
     @cached_property
     def both(self) -> Conditioning:
-        """Both conditionings as one batch, the same object at every step, so that models can cache derived values."""
-        return join(self.uncond, self.cond)
+        """All conditionings as one batch, the same object at every step, so that models can cache derived values."""
+        away = self.uncond if self.image is None else join(self.uncond, self.image)
+        return join(away, self.cond)
 
     def with_share(self, factor: float) -> Guidance:
         """Returns the guidance with `factor` times (scale - 1); with 0 that of the conditioning alone."""
         if factor == 1 or self.uncond is None:
             return self
         if factor == 0:
-            return replace(self, uncond=None)
-        other = replace(self, scale=1 + (self.scale - 1) * factor)
+            return replace(self, uncond=None, image=None)
+        scales = (1 + (scale - 1) * factor for scale in (self.scale, self.image_scale))
+        other = replace(self, **dict(zip(("scale", "image_scale"), scales, strict=True)))
         other.__dict__["both"] = self.both  # the same object: what models derived from it is computed once
         return other
 
@@ -99,7 +107,7 @@ class Guidance:
         cond = _with_control(self.cond, Control(tuple(units)))
         if self.uncond is None:
             return replace(self, cond=cond)
-        rows = _rows(self.uncond)
+        rows = _rows(self.uncond) * (1 if self.image is None else 2)
         other = replace(self, cond=cond, uncond=_with_control(self.uncond, Control(tuple(units), rows)))
         other.__dict__["both"] = _with_control(
             self.both, Control(tuple(units), rows)
@@ -108,26 +116,33 @@ class Guidance:
 
     def noise(self, model: Denoiser, x: Tensor, t: Tensor) -> Tensor:
         """Returns the guided prediction for `x` [N, ...] at timesteps t [N], in the dtype of `x`."""
-        if self.weights is not None:
-            return self._composed(model, x, t, self.weights)
+        if self.weights is not None or self.image is not None:
+            return self._composed(model, x, t)
         if self.uncond is None or (isinstance(self.scale, float | int) and self.scale == 1.0):
             return model.apply_model(x, t, self.cond).to(x.dtype)
         both = model.apply_model(torch.cat([x, x]), torch.cat([t, t]), self.both)
         without, with_ = both.to(x.dtype).chunk(2)
         return self._rescaled(without + self.scale * (with_ - without), with_)
 
-    def _composed(self, model: Denoiser, x: Tensor, t: Tensor, weights: Tensor) -> Tensor:
-        alone = self.uncond is None
-        count = len(weights) + (not alone)
+    def _composed(self, model: Denoiser, x: Tensor, t: Tensor) -> Tensor:
+        """The prediction of more than two conditionings."""
+        alone, away = self.uncond is None, [self.uncond, self.image]
+        weights = [1.0] if self.weights is None else list(self.weights)
+        count = len(weights) + sum(one is not None for one in away)
         found = model.apply_model(
             torch.cat([x] * count), torch.cat([t] * count), self.cond if alone else self.both
         )
         base, *parts = found.to(x.dtype).chunk(count)
-        used = weights[1:] if alone else weights
+        if self.image is None:
+            first = base
+        else:
+            seen, *parts = parts
+            first, base = base + self.image_scale * (seen - base), seen
         direction = sum(
-            (w * (part - base) for w, part in zip(used, parts, strict=True)), torch.zeros_like(base)
+            (w * (part - base) for w, part in zip(weights[1:] if alone else weights, parts, strict=True)),
+            torch.zeros_like(base),
         )
-        return base + direction if alone else self._rescaled(base + self.scale * direction, base + direction)
+        return base + direction if alone else self._rescaled(first + self.scale * direction, base + direction)
 
     def _rescaled(self, guided: Tensor, conditional: Tensor) -> Tensor:
         off = isinstance(self.rescale, float | int) and self.rescale == 0
@@ -164,7 +179,8 @@ class GuidancePlan:
     @property
     def changes(self) -> bool:
         """Whether it is more than one pair of conditionings and a scale for all steps."""
-        varied = len(self.entries) > 1 or self.entries[0][1].weights is not None
+        first = self.entries[0][1]
+        varied = len(self.entries) > 1 or first.weights is not None or first.image is not None
         return varied or self.course != CONSTANT or any(unit.interval != (0.0, 1.0) for unit in self.units)
 
     def at(self, moment: Moment) -> Guidance:

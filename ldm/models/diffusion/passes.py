@@ -78,6 +78,11 @@ def begun_without_signal(job: Job) -> Job:
     return replace(job, schedule="trailing") if own and begins_later else job
 
 
+def begun_from_noise(job: Job) -> Job:
+    """Returns a job for a model that edits images: it sees the image at each step, and starts from noise."""
+    return job if job.init is None else replace(job, strength=1.0)
+
+
 def settings_of(job: Job) -> dict[str, float]:
     """Returns the settings of a job's solver that differ from the solver's defaults."""
     asked = {name: getattr(job, name) for name in JOB_SETTINGS} | {"eta": eta_of(job)}
