@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoints.adapters.control import control_network, read_control
+from ldm.checkpoints.adapters.control import network_of, read_control
 from ldm.checkpoints.few_steps import made_for
 from ldm.checkpoints.formats.detect import CheckpointError, file_size, open_regular, reading, sniff
 from ldm.checkpoints.formats.embedding_image import is_png
@@ -233,7 +233,7 @@ def _compare(found: Inspection, path: Path, config_for: ConfigFor) -> Inspection
     config = config_for(found.kind)
     if config is None:
         return found
-    if found.kind.part == "ControlNet":
+    if found.kind.part in ("ControlNet", "T2I-Adapter", "IP-Adapter"):
         return _compare_control(found, path, config)
     try:
         checkpoint = read_model(path)
@@ -249,7 +249,7 @@ def _compare(found: Inspection, path: Path, config_for: ConfigFor) -> Inspection
 
 def _compare_control(found: Inspection, path: Path, config: Mapping[str, Any]) -> Inspection:
     try:
-        control_network(read_control(path), build_model(config).model.diffusion_model)
+        network_of(read_control(path), build_model(config).model.diffusion_model)
     except CheckpointError as error:
         return replace(found, fits=False, problem=str(error))
     return replace(found, fits=True)

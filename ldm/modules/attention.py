@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,8 +44,21 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
+class ImagePrompt(NamedTuple):
+    """Keys and values [B, M, inner] of an image in one layer of cross-attention, and the weight of what they give."""
+
+    keys: Tensor
+    values: Tensor
+    weight: float
+
+
 class CrossAttention(nn.Module):
-    """Multi-head attention from x [B, N, query_dim] to context [B, M, context_dim], or to x itself."""
+    """Multi-head attention from x [B, N, query_dim] to context [B, M, context_dim], or to x itself.
+
+    What x finds in `images` is added to what it finds in the context (Ye et al. 2023, IP-Adapter, equation 5).
+    """
+
+    images: Sequence[ImagePrompt] = ()
 
     def __init__(
         self,
@@ -64,14 +81,38 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """`mask` [B, M] is True where x may attend to the context."""
         context = x if context is None else context
-        q, k, v = (
-            rearrange(y, "b n (h d) -> b h n d", h=self.heads)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        q, k, v = map(self._by_head, (self.to_q(x), self.to_k(context), self.to_v(context)))
         if mask is not None:
             mask = rearrange(mask.bool(), "b ... -> b 1 1 (...)")
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        for keys, values, weight in self.images:
+            k, v = self._by_head(keys), self._by_head(values)
+            out = out + weight * F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
+
+
+def cross_attentions(unet: Any) -> list[CrossAttention]:
+    """The layers of a U-Net that attend to its context: those of the way down, of the way up, of the middle."""
+    parts = unet.input_blocks, unet.output_blocks, unet.middle_block
+    return [
+        layer.attn2 for part in parts for layer in part.modules() if isinstance(layer, BasicTransformerBlock)
+    ]
+
+
+@contextmanager
+def seeing(unet: Any, images: Sequence[Sequence[ImagePrompt]]) -> Generator[None]:
+    """Has each layer of `cross_attentions` attend to images as well."""
+    layers = cross_attentions(unet)
+    for layer, of_layer in zip(layers, images, strict=True):
+        layer.images = of_layer
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.images  # those of the class again: none
 
 
 class BasicTransformerBlock(nn.Module):

@@ -14,15 +14,18 @@ from torch import Tensor
 from ldm.checkpoints.adapters.control import ControlFile, control_file, network_of, read_control
 from ldm.images.hints import read_hint
 from ldm.job import Job
-from ldm.models.diffusion.control import FeatureUnit, Unit, shares_of
+from ldm.models.diffusion.control import AnyUnit, FeatureUnit, ImageUnit, Unit, shares_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.adapter import T2IAdapter
 from ldm.modules.diffusionmodules.controlnet import ControlNet
+from ldm.modules.diffusionmodules.image_prompt import IPAdapter
+from ldm.pipeline.image_prompt import see
 from ldm.pipeline.placement import Placement
 from ldm.pipeline.start_latents import OpenCanvas
 from ldm.util import InputError, printable
 
 _MOST_HINTS = 8
+AnyNetwork = ControlNet | T2IAdapter | IPAdapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +33,7 @@ class _Loaded:
     """A network in the pipeline's precision, and the LoRAs of the U-Net that its weights were added to, if any."""
 
     file: ControlFile
-    network: ControlNet | T2IAdapter
+    network: AnyNetwork
     loras: tuple[tuple[str, float, float], ...]
 
 
@@ -57,9 +60,10 @@ class ControlNetworks:
         for loaded in self._loaded.values():
             self._placement.remove(loaded.network)
         self._loaded.clear()
+        self._seen: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
         self._features: dict[tuple[Any, ...], list[Tensor]] = {}
 
-    def read(self, name: str, loras: tuple[tuple[str, float, float], ...] = ()) -> ControlNet | T2IAdapter:
+    def read(self, name: str, loras: tuple[tuple[str, float, float], ...] = ()) -> AnyNetwork:
         """The network of a name, loaded once; one of differences again for other LoRAs, which change their base."""
         loaded = self._loaded.get(name)
         if loaded is None or (loaded.file.is_difference and loaded.loras != loras):
@@ -70,9 +74,10 @@ class ControlNetworks:
             self._placement.add(network)
             self._loaded[name] = _Loaded(file, network, loras)
             self._features.clear()
+            self._seen.clear()
         return self._loaded[name].network
 
-    def networks(self, job: Job) -> list[ControlNet | T2IAdapter]:
+    def networks(self, job: Job) -> list[AnyNetwork]:
         """The networks of a job."""
         return [self.read(name, job.loras) for name, *_ in job.controls]
 
@@ -84,15 +89,17 @@ class ControlNetworks:
                 stack.enter_context(self._placement.running(network))
             yield
 
-    def units(self, job: Job, size: tuple[int, int]) -> tuple[Unit | FeatureUnit, ...]:
+    def units(self, job: Job, size: tuple[int, int]) -> tuple[AnyUnit, ...]:
         """The control of a pass of jobs like this one, of height and width `size`; within `running`."""
         return tuple(self._unit(job, control, size) for control in job.controls)
 
     def _unit(
         self, job: Job, control: tuple[str, str, float, float, float], size: tuple[int, int]
-    ) -> Unit | FeatureUnit:
+    ) -> AnyUnit:
         name, image, weight, *ends = control
         network, interval = self.read(name, job.loras), (ends[0], ends[1])
+        if isinstance(network, IPAdapter):
+            return ImageUnit(self._prompts(name, image, network), weight, interval)
         file, maps = self._loaded[name].file, self._maps(job, name, image, size)
         if isinstance(network, T2IAdapter):
             unet = self._model.model.diffusion_model
@@ -121,6 +128,19 @@ class ControlNetworks:
                 network(hint) if isinstance(network, T2IAdapter) else [network.read_hint(hint)]
             )
         return self._features[key]
+
+    def _prompts(self, name: str, image: str, network: IPAdapter) -> list[tuple[Tensor, Tensor]]:
+        """The keys and values that an IP-Adapter makes of no image and of an image, for each layer of the U-Net."""
+        key = name, image
+        if key not in self._seen:
+            while len(self._seen) >= _MOST_HINTS:
+                self._seen.pop(next(iter(self._seen)))
+            dtype = self._placement.precision.dtype
+            seen = see(self._find(name), image, network.reads_states, network.width, self._model.device)
+            with torch.autocast(self._model.device.type, enabled=False):
+                made = network(seen.float())
+            self._seen[key] = [(k.to(dtype), v.to(dtype)) for k, v in made]
+        return self._seen[key]
 
     def _hint(self, job: Job, image: str, size: tuple[int, int], loaded: _Loaded) -> Tensor:
         hint = read_hint(job, image, size, self._canvases)

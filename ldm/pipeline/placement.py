@@ -12,6 +12,7 @@ from ldm.checkpoints.formats.tensor_bytes import forget
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.adapter import T2IAdapter
 from ldm.modules.diffusionmodules.controlnet import ControlNet
+from ldm.modules.diffusionmodules.image_prompt import IPAdapter
 from ldm.runtime.device import Precision
 from ldm.runtime.prepare import prepare, prepare_control
 
@@ -37,12 +38,12 @@ class Placement:
         """The device of the model."""
         return self._model.device
 
-    def add(self, network: ControlNet | T2IAdapter) -> None:
+    def add(self, network: ControlNet | T2IAdapter | IPAdapter) -> None:
         """Brings another network, that acts on the U-Net, to the precision and the device of the model.
 
-        An adapter, which runs once for each hint, stays in float32.
+        An adapter, which runs once for each image, stays in float32.
         """
-        if isinstance(network, T2IAdapter):
+        if not isinstance(network, ControlNet):
             network.float().to(self.device)
         else:
             precision = self.precision

@@ -15,9 +15,14 @@ def check_control_files(job: Job, side: int) -> None:
     if not job.controls:
         return
     from ldm.checkpoints.adapters.control import control_file, read_control
+    from ldm.checkpoints.image_encoder import encoder_folder
     from ldm.images.canvas import open_canvas
     from ldm.images.hints import read_hint
+    from ldm.images.source import read_image
 
     for file, image, *_ in job.controls:
-        read_control(control_file(file))
+        if read_control(control_file(file)).is_image_prompt:
+            encoder_folder(control_file(file))
+            read_image(image)
+            continue
         read_hint(job, image, (job.height, job.width), partial(open_canvas, own_side=side))

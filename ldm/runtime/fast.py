@@ -69,7 +69,11 @@ class FastCrossAttention(CrossAttention):
         if context is None:
             x = _shared(x, self.to_q, self.to_k, self.to_v)
         k, v = (self.to_k(x), self.to_v(x)) if context is None else self._of(context)
-        return self.to_out[0](kernels.attend(self.to_q(x), k, v, self.heads), add)
+        q = self.to_q(x)
+        out = kernels.attend(q, k, v, self.heads)
+        for keys, values, weight in self.images:
+            out = out + weight * kernels.attend(q, keys, values, self.heads)
+        return self.to_out[0](out, add)
 
     def _of(self, context: Tensor) -> tuple[Tensor, Tensor]:
         made_of = context, self.to_k.weight, self.to_v.weight

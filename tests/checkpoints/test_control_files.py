@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import scripts.inspect_model as inspect_model
 from ldm.checkpoints.adapters.control import control_file, control_network, read_control
 from ldm.checkpoints.convert_control import convert_control
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.inspect import inspect_path
+from ldm.modules.diffusionmodules.adapter import T2IAdapter
 from ldm.util import InputError
 from tests.support.control import FIGURES, control_weights, given
 from tests.support.golden_data import TOLERANCE, figure, relative_error, tiny_config, tiny_model
@@ -114,7 +116,9 @@ def test_other_models_are_named(key, shape, said, tmp_path):
 
 def test_a_model_and_a_missing_file(tmp_path):
     torch.save({"state_dict": tiny_model().state_dict()}, tmp_path / "model.ckpt")
-    with pytest.raises(CheckpointError, match="not a ControlNet nor a T2I-Adapter; give one with --control"):
+    with pytest.raises(
+        CheckpointError, match="give a ControlNet, a T2I-Adapter or an IP-Adapter with --control"
+    ):
         read_control(tmp_path / "model.ckpt")
     with pytest.raises(InputError, match=r"the ControlNet .*none\.pth does not exist; give a file"):
         control_file(tmp_path / "none.pth")
@@ -158,3 +162,17 @@ def test_inspection(weights, tmp_path):
     save_file({**weights, "zero_convs.0.0.weight": torch.zeros(3, 3, 1, 1)}, tmp_path / "d.safetensors")
     (found,) = inspect_path(tmp_path / "d.safetensors", False, lambda kind: tiny_config())
     assert found.fits is False and "zero_convs.0.0.weight has shape" in found.problem
+
+
+@pytest.mark.parametrize(("channels", "said"), [(3, "yes"), (12, "no: ")])
+def test_an_inspection_tells_whether_a_t2i_adapter_loads(tmp_path, capsys, channels, said):
+    """The light one of v1; one for SDXL reads cells of 16x16 pixels."""
+    network = T2IAdapter(channels, [320, 640, 1280, 1280], 4, light=True)
+    save_file({key: torch.zeros(tensor.shape, dtype=torch.float16) for key, tensor in network.state_dict().items()},
+              tmp_path / "adapter.safetensors")  # fmt: skip
+    assert inspect_model.main([str(tmp_path / "adapter.safetensors"), "--no_hash"]) == (channels != 3)
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
+    assert rows["kind"] == "a T2I-Adapter" and rows["loads"].startswith(said)
+    assert channels == 3 or rows["loads"].endswith(
+        "is a T2I-Adapter for SDXL, and this toolkit runs Stable Diffusion v1"
+    )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.checkpoints.adapters.ip import check_ip, ip_network
 from ldm.checkpoints.adapters.t2i import adapter_network, adapter_weights
 from ldm.checkpoints.configs import BUNDLED_CONFIG, BUNDLED_WIDTH, V1_CONFIG
 from ldm.checkpoints.formats.detect import CheckpointError, reading
@@ -21,6 +22,7 @@ from ldm.checkpoints.load import load_into, skip_init
 from ldm.checkpoints.model_files import model_files, read_json, read_model
 from ldm.modules.diffusionmodules.adapter import T2IAdapter
 from ldm.modules.diffusionmodules.controlnet import ControlNet
+from ldm.modules.diffusionmodules.image_prompt import IPAdapter
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.places import find
 from ldm.util import InputError, printable
@@ -48,6 +50,11 @@ class ControlFile:
     is_adapter: bool = False
     reversed_channels: bool = False
 
+    @property
+    def is_image_prompt(self) -> bool:
+        """Whether it is an IP-Adapter, whose image is a prompt and not a hint."""
+        return self.source.kind.part == "IP-Adapter"
+
 
 def control_file(name: str | Path) -> Path:
     """The path of a ControlNet, a file or a folder of diffusers; an `InputError` where there is none."""
@@ -72,9 +79,12 @@ def read_control(path: Path, mmap: bool = True) -> ControlFile:
         if kind.part == "T2I-Adapter":
             weights = adapter_weights(keys)
             return ControlFile(replace(checkpoint, state_dict=weights), weights, is_adapter=True)
+        if kind.part == "IP-Adapter":
+            check_ip(keys)
+            return ControlFile(checkpoint, keys)
         if kind.part != "ControlNet":
             raise CheckpointError(
-                f"is {kind.name}, not a ControlNet nor a T2I-Adapter; give one with --control"
+                f"is {kind.name}; give a ControlNet, a T2I-Adapter or an IP-Adapter with --control"
             )
         if any(key.endswith(MARKS[1]) for key in keys):
             raise CheckpointError("is a Control-LoRA, which is not supported; give a whole ControlNet")
@@ -102,8 +112,10 @@ def config_for_control(state_dict: Mapping[str, Tensor]) -> str:
     return BUNDLED_CONFIG if bundled else V1_CONFIG
 
 
-def network_of(file: ControlFile, unet: UNetModel) -> ControlNet | T2IAdapter:
-    """The network of a file, a ControlNet or a T2I-Adapter, for a U-Net."""
+def network_of(file: ControlFile, unet: UNetModel) -> ControlNet | T2IAdapter | IPAdapter:
+    """The network of a file, a ControlNet or an adapter, for a U-Net."""
+    if file.is_image_prompt:
+        return ip_network(file.source, unet)
     return (
         adapter_network(file.source, file.weights, unet) if file.is_adapter else control_network(file, unet)
     )

@@ -45,6 +45,12 @@ def adapter_network(checkpoint: Checkpoint, weights: Mapping[str, Tensor], unet:
     first = weights.get("body.0.in_conv.weight" if light else "conv_in.weight")
     if first is None or first.dim() != 4:
         raise CheckpointError(f"{printable(checkpoint.path)}: is a T2I-Adapter without its first convolution")
+    if first.shape[1] not in (SHUFFLE**2, 3 * SHUFFLE**2):
+        of_sdxl = first.shape[1] == 3 * (2 * SHUFFLE) ** 2  # whose cells have twice the side
+        raise CheckpointError(
+            f"{printable(checkpoint.path)}: is a T2I-Adapter {'for SDXL' if of_sdxl else 'of an unknown model'}, and "
+            "this toolkit runs Stable Diffusion v1"
+        )
     pattern = r"body\.0\.body\.(\d+)\.block1\.weight" if light else r"body\.(\d+)\.block1\.weight"
     blocks = sum(1 for name in weights if re.fullmatch(pattern, name))
     with skip_init():

@@ -27,6 +27,7 @@ from ldm.scaled import ScaledWeight, joined
 _WRAPPERS = ("state_dict", "model")
 _WRAPPING_MODULES = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 _MAX_NESTING = 3
+_SECTIONS = {"image_proj", "ip_adapter"}  # the state dicts in one of an IP-Adapter
 _DESCRIPTIONS = ("hyper_parameters", "metadata", "__metadata__")  # mappings next to the state dict
 
 Scalar = int | float | str | bool
@@ -146,6 +147,9 @@ def _find_state_dict(tree: Tree) -> dict[str, torch.Tensor]:
         if wrapper is None:
             break
         tree = tree[wrapper]
+    if isinstance(tree, dict) and tree.keys() == _SECTIONS:
+        parts = {name: part for name, part in tree.items() if isinstance(part, dict)}
+        tree = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.items()}
     if not isinstance(tree, dict) or not tree:
         raise CheckpointError(f"holds no tensors: found {_type_name(tree)} in place of a state dict")
     kinds = torch.Tensor, ScaledWeight

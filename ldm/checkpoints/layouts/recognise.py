@@ -295,6 +295,6 @@ def count_and_names(keys: Collection[str]) -> str:
 def looks_like(kind: ModelKind) -> str:
     """A clause for an error message, such as "; it looks like SDXL, this toolkit runs ..."; often empty."""
     other = (
-        None if kind.part in ("ControlNet", "T2I-Adapter") else other_model(kind)
+        None if kind.part in ("ControlNet", "T2I-Adapter", "IP-Adapter") else other_model(kind)
     )  # which are read as such
     return f"; it looks like {other}, and this toolkit runs Stable Diffusion v1" if other else ""

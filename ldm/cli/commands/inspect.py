@@ -67,6 +67,8 @@ def own_config(kind: ModelKind, path: Path) -> str | None:
     if (kind.part, kind.family) == ("model", ""):
         return BUNDLED_CONFIG if config_for(read_model(path).state_dict) == BUNDLED_CONFIG else None
 
+    if kind.part in ("T2I-Adapter", "IP-Adapter"):
+        return V1_CONFIG
     if kind.part == "ControlNet" and kind.family in (V1, ""):
         return config_for_control(read_model(path).state_dict)
     configs = {

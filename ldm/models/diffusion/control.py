@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.job import Job
+from ldm.modules.attention import ImagePrompt
 from ldm.util import need, printable
 
 SOFT = 0.825  # of which the web UI's ControlNet extension takes powers where something else is more important
@@ -70,6 +71,25 @@ class FeatureUnit:
         return acts_within(self.interval, step, steps)
 
 
+@dataclass(frozen=True, eq=False)
+class ImageUnit:
+    """Keys and values of an image for each layer of cross-attention, [2, M, C]: of no image and of the image.
+
+    The predictions to move away from see no image. It acts as a `Unit` in the steps within `interval`.
+    """
+
+    layers: Sequence[tuple[Tensor, Tensor]]
+    weight: float
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether it acts in a step, from 0, of so many."""
+        return acts_within(self.interval, step, steps)
+
+
+AnyUnit = Unit | FeatureUnit | ImageUnit
+
+
 def acts_within(interval: tuple[float, float], step: int, steps: int) -> bool:
     """Whether a step, from 0, of so many is wholly inside of an interval, shares of the steps."""
     start, end = interval
@@ -80,19 +100,20 @@ def acts_within(interval: tuple[float, float], step: int, steps: int) -> bool:
 class Control:
     """The control of a batch of predictions, of which the first `without` rows are those to move away from."""
 
-    units: tuple[Unit | FeatureUnit, ...]
+    units: tuple[AnyUnit, ...]
     without: int = 0
+    _images: dict[int, list[list[ImagePrompt]]] = field(default_factory=dict[int, list[list[ImagePrompt]]])
     _sliced: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict[int, tuple[Tensor, Tensor]])
 
     def joined(self, other: Control) -> Control:
         """The control of a batch whose first part, to move away from, is this one's."""
-        return replace(other, without=self.without, _sliced={})
+        return replace(other, without=self.without, _sliced={}, _images={})
 
     def added(self, x: Tensor, t: Tensor, context: Tensor | None) -> list[Tensor]:
         """The sum of all units: maps added to those of the U-Net, for latents x [N, ...] at timesteps t [N]."""
         total: list[Tensor] = []
         for unit in self.units:
-            if isinstance(unit, FeatureUnit):
+            if not isinstance(unit, Unit):
                 continue
             maps = self._of(unit, x, t, context)
             total = [_sum(a, b) for a, b in zip(total, maps, strict=True)] if total else maps
@@ -105,6 +126,20 @@ class Control:
             for block, one in unit.maps.items() if isinstance(unit, FeatureUnit) else ():
                 total[block] = total[block] + one if block in total else one
         return total
+
+    def images(self, rows: int) -> list[list[ImagePrompt]] | None:
+        """What each layer of cross-attention sees of images, for a batch of so many rows; None without any."""
+        units = [unit for unit in self.units if isinstance(unit, ImageUnit) and unit.weight]
+        if units and rows not in self._images:
+            seen = torch.tensor([0] * self.without + [1] * (rows - self.without))
+            self._images[rows] = [
+                [
+                    ImagePrompt(k[seen], v[seen], unit.weight)
+                    for unit, (k, v) in zip(units, of_layer, strict=True)
+                ]
+                for of_layer in zip(*(unit.layers for unit in units), strict=True)
+            ]
+        return self._images[rows] if units else None
 
     def _of(self, unit: Unit, x: Tensor, t: Tensor, context: Tensor | None) -> list[Tensor]:
         skipped = self.without if unit.alone else 0

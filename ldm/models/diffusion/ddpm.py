@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from ldm.models.diffusion.control import Control
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.schedule import diffusion_buffers, make_beta_schedule
 from ldm.models.diffusion.schedule import zero_terminal_snr as rescaled_to_zero_snr
+from ldm.modules.attention import seeing
 from ldm.modules.diffusionmodules.util import extract_into_tensor
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
@@ -52,9 +53,11 @@ class DiffusionWrapper(nn.Module):
         if control is not None:
             parts = {"control": control.added(x, t, context), "features": control.features()}
             extra |= {name: part for name, part in parts.items() if part}
+        images = None if control is None else control.images(len(x))
         if c_concat:
             x = torch.cat([x, *c_concat], dim=1)
-        return self.diffusion_model(x, t, context=context, **extra)
+        with nullcontext() if images is None else seeing(self.diffusion_model, images):
+            return self.diffusion_model(x, t, context=context, **extra)
 
 
 def _joined(contexts: Sequence[Tensor]) -> Tensor:

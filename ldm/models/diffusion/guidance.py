@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.control import Control, FeatureUnit, Unit
+from ldm.models.diffusion.control import AnyUnit, Control
 from ldm.models.diffusion.course import CONSTANT, Course, Moment
 from ldm.util import is_list, is_mapping
 
@@ -100,7 +100,7 @@ class Guidance:
         other.__dict__["both"] = self.both  # the same object: what models derived from it is computed once
         return other
 
-    def controlled(self, units: Sequence[Unit | FeatureUnit]) -> Guidance:
+    def controlled(self, units: Sequence[AnyUnit]) -> Guidance:
         """Returns the guidance with these control networks in its conditionings; without any, itself."""
         if not units:
             return self
@@ -168,7 +168,7 @@ class GuidancePlan:
 
     entries: Sequence[tuple[float, Guidance]]
     course: Course = CONSTANT
-    units: tuple[Unit | FeatureUnit, ...] = ()
+    units: tuple[AnyUnit, ...] = ()
     _controlled: dict[Any, Guidance] = field(default_factory=dict[Any, Guidance])
 
     @property
@@ -190,7 +190,7 @@ class GuidancePlan:
         units = tuple(unit for unit in self.units if unit.acts(moment.step, moment.steps))
         return self._with_units(index, units).with_share(self.course.factor(moment))
 
-    def _with_units(self, index: int, units: tuple[Unit | FeatureUnit, ...]) -> Guidance:
+    def _with_units(self, index: int, units: tuple[AnyUnit, ...]) -> Guidance:
         key = index, units
         if key not in self._controlled:
             self._controlled[key] = self.entries[index][1].controlled(units)

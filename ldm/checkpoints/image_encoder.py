@@ -1,0 +1,30 @@
+"""Where the image encoder of IP-Adapters is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldm.places import find
+from ldm.util import InputError, printable
+
+_FOLDER, _WEIGHTS = "image_encoder", ("model.safetensors", "pytorch_model.bin")
+
+
+def encoder_folder(adapter: Path) -> Path:
+    """The folder of CLIP's image encoder: `image_encoder` beside an adapter's file, or in `models`.
+
+    `InputError` where there is none with a config and weights.
+    """
+    folders = [adapter.parent / _FOLDER, find(f"models/{_FOLDER}")]
+    for folder in folders:
+        if (folder / "config.json").is_file() and any((folder / name).is_file() for name in _WEIGHTS):
+            return folder
+    raise InputError(
+        f"the IP-Adapter {printable(adapter)} needs CLIP's image encoder: put the folder {_FOLDER} of h94/IP-Adapter "
+        f"(config.json and model.safetensors) beside it, or into models"
+    )
+
+
+def encoder_weights(folder: Path) -> Path:
+    """The weights in a folder that `encoder_folder` found."""
+    return next(folder / name for name in _WEIGHTS if (folder / name).is_file())
