@@ -87,6 +87,8 @@ setup(
             "openvino>=2026.4,<2027",
             "nncf>=3.4,<4",
         ],
+        # upscalers of the ESRGAN family; of the torchvision that it needs the release and kind for one's torch
+        "upscale": ["spandrel>=0.4,<0.5"],
         "train": [
             "tensorboard>=2.20,<2.22",  # --tensorboard
             "bitsandbytes>=0.50,<0.51",  # --optimizer adamw8bit

@@ -271,7 +271,7 @@ FIELDS: tuple[Field, ...] = (
     Field("loras", {"high": MAX_LORAS}),
     Field(
         "controls", {"high": MAX_CONTROLS}, "control", CONTROL, "FILE:IMAGE[:WEIGHT[:START:END]]",
-        "let a ControlNet or T2I-Adapter FILE hold the image to the hint IMAGE, or an IP-Adapter make IMAGE a prompt, "
+        "let a ControlNet or T2I-Adapter FILE hold the image to the hint IMAGE, or an IP-Adapter make it a prompt, "
         "with WEIGHT (1), between these shares of the steps (0:1); repeatable: their effects add up",
         unset=True, label="Controls", entry=split_control, entry_text=control_text,
     ),

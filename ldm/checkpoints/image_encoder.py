@@ -11,7 +11,7 @@ _FOLDER, _WEIGHTS = "image_encoder", ("model.safetensors", "pytorch_model.bin")
 
 
 def encoder_folder(adapter: Path) -> Path:
-    """The folder of CLIP's image encoder: `image_encoder` beside an adapter's file, or in `models`.
+    """The folder of CLIP's image encoder: `image_encoder` next to an adapter's file, or in `models`.
 
     `InputError` where there is none with a config and weights.
     """
@@ -21,7 +21,7 @@ def encoder_folder(adapter: Path) -> Path:
             return folder
     raise InputError(
         f"the IP-Adapter {printable(adapter)} needs CLIP's image encoder: put the folder {_FOLDER} of h94/IP-Adapter "
-        f"(config.json and model.safetensors) beside it, or into models"
+        f"(config.json and model.safetensors) next to it, or into models"
     )
 
 

@@ -125,7 +125,7 @@ def _config(stem: str) -> Path | None:
 
 def _check_parts(recipe: Recipe, given: Mapping[str, object], located: Located) -> None:
     """Checks the replacements of parts of the checkpoint, whose paths only the user knows."""
-    for option, key in (("vae", "VAE"), ("text_encoder", "Text encoder")):
+    for option, key in (("vae", "VAE"), ("text_encoder", "Text encoder"), ("upscaler", "Upscaler")):
         name, digest = recipe.extras.get(key, ""), recipe.extras.get(f"{key} hash", "")
         path = given.get(option)
         if name and path is None:
@@ -143,6 +143,8 @@ def _part_hash(option: str) -> Callable[[Path], str]:
         from ldm.checkpoints.hashing import files_sha256
         from ldm.checkpoints.model_files import model_files
 
+        if option == "upscaler":
+            return files_sha256([path])
         return files_sha256(model_files(path, "vae" if option == "vae" else "text_encoder"))
 
     return hash_of

@@ -139,6 +139,12 @@ def add_parts_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--text_encoder", metavar="PATH", help="the text encoder of this file or diffusers folder instead"
     )
+    group.add_argument(
+        "--upscaler",
+        metavar="FILE",
+        help="enlarge images by this network of the ESRGAN family (needs spandrel): before the second pass of "
+        "--upscale, or without one the finished images",
+    )
 
 
 def _add_addition_options(parser: argparse.ArgumentParser) -> None:

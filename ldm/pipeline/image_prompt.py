@@ -1,4 +1,4 @@
-"""What the image encoder of IP-Adapters sees of an image."""
+"""Images as the image encoder of IP-Adapters sees them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def load_encoder(folder: Path) -> Any:
 
 
 def see(file: Path, image: str, states: bool, width: int, device: torch.device) -> Tensor:
-    """What an adapter in `file` reads, of no image and of this one: embeddings [2, width], or states [2, M, width].
+    """The input of an adapter in `file`, for no image and this one: embeddings [2, width], or states [2, M, width].
 
     No image is zeros: of the embedding, or with `states` of the encoder's input.
     """

@@ -16,12 +16,11 @@ from ldm.checkpoints.configs import BUNDLED_CKPT
 from ldm.checkpoints.layouts.prediction import Choice
 from ldm.checkpoints.load import Ema
 from ldm.job import Init, Job, batch_key, batches_of
-from ldm.models.diffusion.ddpm import LatentDiffusion, LatentEditDiffusion
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.noise import NoiseSource, RunNoise, StreamPlace
-from ldm.models.diffusion.passes import begun_from_noise, begun_without_signal
 from ldm.pipeline.batch import BatchMaker
 from ldm.pipeline.image import GeneratedImage, OnStep, Pending
-from ldm.pipeline.jobs import check_job, numbered
+from ldm.pipeline.jobs import check_job, numbered, suited
 from ldm.pipeline.load import load_pretrained, load_screen
 from ldm.pipeline.noise import sampling_noise, start_noise
 from ldm.pipeline.placement import Placement
@@ -200,11 +199,9 @@ class Pipeline:
 
     def _checked(self, job: Job) -> Job:
         """The job as it is made: every field in range, and the size known."""
-        job = self.starts.sized(job)
-        job = begun_without_signal(job) if self.model.zero_terminal_snr else job
-        edits = isinstance(self.model, LatentEditDiffusion)
-        job = begun_from_noise(job) if edits else job
-        check_job(job, self.starts.size_of(job) if job.init is not None else None, self.factor, edits)
+        job = suited(self.starts.sized(job), self.model)
+        size = self.starts.size_of(job) if job.init is not None else None
+        check_job(job, size, self.factor, self.model)
         return job
 
     @torch.inference_mode()
@@ -233,7 +230,12 @@ class Pipeline:
     @torch.inference_mode()
     def finish(self, pending: Iterable[Pending]) -> list[GeneratedImage]:
         """The second part of `make`: waits for the images. Another thread may do it while this one is in `begin`."""
-        return [image.finish(self.first_stage.repaired) for image in pending]
+        made = [image.finish(self.first_stage.repaired) for image in pending]
+        return [self.starts.larger(image) for image in made]
+
+    def use_upscaler(self, file: str | Path | None) -> None:
+        """Enlarges images by the network in a file from now on: before a second pass, or when they are finished."""
+        self.starts.use_upscaler(file)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> np.ndarray:

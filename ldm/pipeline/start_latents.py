@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from ldm.models.diffusion.sampling_run import MaskLevels
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.pipeline.conditioning import Channels
 from ldm.pipeline.first_stage import FirstStage
-from ldm.pipeline.image import Paste
+from ldm.pipeline.image import GeneratedImage, Paste
+from ldm.pipeline.upscaler import Upscaler, load_upscaler
 
 OpenCanvas = Callable[[Init], Canvas]
 
@@ -39,6 +41,7 @@ class Starts:
 
     def __init__(self, model: LatentDiffusion, first_stage: FirstStage, canvases: OpenCanvas | None) -> None:
         self._model, self._first_stage = model, first_stage
+        self.upscaler: Upscaler | None = None  # instead of a filter, where pixels are enlarged
         self.clear(canvases)
 
     def clear(self, canvases: OpenCanvas | None) -> None:
@@ -105,7 +108,8 @@ class Starts:
         if jobs[0].upscale_in == "latents":
             return StartLatents(enlarge_latents(latents, height // self._factor, width // self._factor))
         images = [image.float() for image in self._first_stage.decode_all(latents)]
-        encoded = [self._first_stage.encode(enlarge_pixels(image, height, width)).mode() for image in images]
+        larger = images if self.upscaler is None else [self.upscaler(image) for image in images]
+        encoded = [self._first_stage.encode(enlarge_pixels(image, height, width)).mode() for image in larger]
         return StartLatents(self._model.get_first_stage_encoding(torch.cat(encoded)))
 
     def channels(
@@ -139,6 +143,16 @@ class Starts:
             mask, distribution = torch.ones(1, 1, *size, device=self._device), self._grey_distribution(*size)
         seen = to_latent_mask(mask, self._factor, nearest=True), self._draw(distribution, jobs, posterior)
         return Channels(seen)
+
+    def use_upscaler(self, file: str | Path | None) -> None:
+        """Enlarges images by the network in a file from now on, see `Pipeline.use_upscaler`."""
+        self.upscaler = None if file is None else load_upscaler(str(file))
+
+    def larger(self, image: GeneratedImage) -> GeneratedImage:
+        """A finished image as the upscaler enlarges it, if there is one and a second pass has not used it."""
+        if self.upscaler is None or image.job.upscale > 1 or image.pixels is None:
+            return image
+        return replace(image, pixels=self.upscaler.enlarge(image.pixels, self._device), kept=None)
 
     def paste(self, job: Job) -> Paste | None:
         """Returns what of a job's image is put back into the result, if anything is."""

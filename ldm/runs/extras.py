@@ -54,6 +54,8 @@ def extras_of(
         extras["VAE"] = Path(options.vae).name
     for half in section(source.config, "first_stage_config").get("halves", ()):
         extras[f"VAE {half.capitalize()}"] = "TAESD"  # the web UI's names
+    if options.upscaler is not None:
+        extras["Upscaler"] = Path(options.upscaler).name
     if options.text_encoder is not None:
         extras["Text encoder"] = Path(options.text_encoder).name
 

@@ -21,7 +21,7 @@ def write_hints(folder: Path, canvases: Callable[[Init], Canvas], image: Path, j
     from ldm.images.hints import hints_of, shown_hint
     from ldm.images.writer import encode_png, publish
 
-    # the images of IP-Adapters are no hints
+    # without the images of IP-Adapters
     controls = [one for one in job.controls if not read_control(control_file(one[0])).is_image_prompt]
     if not controls:
         return

@@ -94,6 +94,7 @@ def _load_pipeline(options: RunOptions, plan: Plan, source: Source) -> Pipeline:
     pipeline = source.cache.get(key, load_model_of_run)
     source.cache.opened = None
     pipeline.start_over(source.canvases, source.find_lora)
+    pipeline.use_upscaler(options.upscaler)
     return pipeline
 
 

@@ -42,9 +42,14 @@ _NOT_DOWNLOADED = (
 
 def choose_model(options: RunOptions) -> tuple[Path, Path]:
     """Returns existing config and checkpoint files: the user's, a published model's, or the bundled model's."""
-    for option, path in (("vae", options.vae), ("text_encoder", options.text_encoder)):
+    parts = ("vae", options.vae), ("text_encoder", options.text_encoder), ("upscaler", options.upscaler)
+    for option, path in parts:
         if path is not None:
             check_there(path, f"give another --{option}")
+    if options.upscaler is not None:
+        from ldm.pipeline.upscaler import load_upscaler
+
+        load_upscaler(options.upscaler)
     if options.config is None and options.ckpt is None and not options.laion400m:
         config, ckpt = _usual_model(options.inpaint)
         check_there(find(ckpt), "link a checkpoint there, or give one with --ckpt")

@@ -57,6 +57,7 @@ class RunOptions:
     allow_targets: tuple[str, ...] = ()
     vae: str | None = None
     text_encoder: str | None = None
+    upscaler: str | None = None
     channels: int = 4
     factor: int = 8
     lora: tuple[tuple[str, float, float], ...] = ()

@@ -160,9 +160,15 @@ class Plan(Sequence[Job]):
 
     def finished_size(self, job: Job) -> tuple[int, int]:
         """Returns height and width of the image of a job: a region around a mask is put back into the whole."""
-        if job.init is None or job.init.crop_to_mask is None:
-            return job.upscaled_size
-        return self.canvases(job.init).finished_size
+        whole = job.init is None or job.init.crop_to_mask is None
+        height, width = job.upscaled_size if whole else self.canvases(job.init).finished_size
+        if self._options.upscaler is None or job.upscale > 1:
+            return height, width
+
+        from ldm.pipeline.upscaler import load_upscaler
+
+        scale = load_upscaler(self._options.upscaler).scale
+        return height * scale, width * scale
 
     def loras(self) -> list[str]:
         """Returns the names of all LoRAs of the run."""

@@ -27,6 +27,8 @@ def weight_files(options: RunOptions, ckpt: Path) -> dict[str, list[Path]]:
         files["VAE"] = model_files(options.vae, "vae")
     if options.text_encoder is not None:
         files["Text encoder"] = model_files(options.text_encoder, "text_encoder")
+    if options.upscaler is not None:
+        files["Upscaler"] = [Path(options.upscaler)]
     return files
 
 

@@ -158,3 +158,24 @@ def test_hints_are_saved_and_shown(draw, control, tmp_path):
     edges = cv2.Canny(np.asarray(Image.open(control / "hint.png")), 100, 200)
     assert np.array_equal(saved, np.repeat(edges[..., None], 3, axis=2))
     assert 'src="hints/00000-0.png"' in (tmp_path / "out/gallery.html").read_text()
+
+
+@pytest.mark.long
+def test_a_sheet_has_a_row_of_hints(draw, control, tmp_path):
+    net, hint = control / "net.safetensors", control / "hint.png"
+    typed = ("--control", f"{net}:{hint}", "--sweep", "scale=1,4", "--save_hints")
+    code, _, _ = draw(*typed)
+    assert code == 0
+    with_hints = np.asarray(Image.open(next((tmp_path / "out").glob("sheet*.png"))))
+    code, _, _ = draw(*typed[:-1], "--outdir", "plain")
+    (plain,) = (np.asarray(Image.open(file)) for file in (tmp_path / "plain").glob("sheet*.png"))
+    added = with_hints[plain.shape[0] - 6 :]  # below the images, with the space around them
+    pixels = np.asarray(Image.open(hint))
+    places = [
+        (y, x)
+        for y in range(added.shape[0] - 63)
+        for x in range(added.shape[1] - 63)
+        if np.array_equal(added[y, x : x + 64], pixels[0])
+        and np.array_equal(added[y : y + 64, x : x + 64], pixels)
+    ]
+    assert len(places) == 2 and len({y for y, _ in places}) == 1  # a row: one for each column

@@ -260,6 +260,40 @@ def test_a_node_for_both_prompts_gives_each_its_own() -> None:
     assert (job.prompt, job.negative_prompt) == ("blurry", "a cat")
 
 
+CONTROL = {
+    "91": ("ControlNetLoader", {"control_net_name": "sd15/canny.pth"}),
+    "92": ("LoadImage", {"image": "edges.png"}),
+}
+
+
+def test_a_controlnet_is_read_with_its_hint() -> None:
+    inputs = {"conditioning": ["6", 0], "control_net": ["91", 0], "image": ["92", 0], "strength": 0.8}
+    recipe = read(nodes(CONTROL, {"90": ("ControlNetApply", inputs)}, _3={"positive": ["90", 0]}))
+    assert recipe.job.controls == (("canny.pth", "edges.png", 0.8, 0.0, 1.0),)
+    assert (recipe.job.prompt, recipe.job.hint, recipe.job.control_resize) == ("a cat", "none", "fill")
+    assert noted(recipe, "canny.pth", "edges.png", "not in the file")
+
+
+def test_several_controlnets_are_read_with_their_steps_and_hints() -> None:
+    """A chain, each once for both prompts; the second hint is made in the graph."""
+    inputs = {"positive": ["6", 0], "negative": ["7", 0], "control_net": ["91", 0], "image": ["92", 0],
+              "strength": 0.5, "start_percent": 0.1, "end_percent": 0.75}  # fmt: skip
+    more = {
+        "89": ("Canny", {"image": ["92", 0], "low_threshold": 0.4, "high_threshold": 0.8}),
+        "90": ("ControlNetApplyAdvanced", inputs),
+        "93": (
+            "ControlNetApplyAdvanced",
+            {**inputs, "positive": ["90", 0], "negative": ["90", 1], "image": ["89", 0]},
+        ),
+    }
+    recipe = read(nodes(CONTROL, more, _3={"positive": ["93", 0], "negative": ["93", 1]}))
+    assert sorted(recipe.job.controls) == [
+        ("canny.pth", "", 0.5, 0.1, 0.75), ("canny.pth", "edges.png", 0.5, 0.1, 0.75),
+    ]  # fmt: skip
+    assert (recipe.job.prompt, recipe.job.negative_prompt, recipe.job.hint) == ("a cat", "blurry", "canny")
+    assert noted(recipe, "hint was made by node Canny") and noted(recipe, "levels of noise")
+
+
 def test_zeros_are_not_the_empty_prompt() -> None:
     more = {"90": ("ConditioningZeroOut", {"conditioning": ["6", 0]})}
     recipe = read(nodes(more, _3={"negative": ["90", 0]}))

@@ -512,3 +512,59 @@ def test_reading_takes_linear_time(unit: str) -> None:
         with contextlib.suppress(InputError):
             webui.read(text)
     assert time.process_time() - start < 20  # far from it; quadratic time would be minutes
+
+
+# --- ControlNet, and what edits images ------------------------------------------------------------------------------
+
+UNIT = (
+    "Module: canny, Model: control_v11p_sd15_canny [d14c016b], Weight: 0.75, Resize Mode: Crop and Resize, "
+    "Processor Res: 512, Threshold A: 100, Threshold B: 200, Guidance Start: 0.1, Guidance End: 0.8, "
+    "Pixel Perfect: True, Control Mode: My prompt is more important"
+)
+
+
+def test_units_of_the_controlnet_extension_are_read() -> None:
+    recipe = read(f', ControlNet 0: "{UNIT}", Version: v1.10.1')
+    job = recipe.job
+    assert job.controls == (("control_v11p_sd15_canny", "", 0.75, 0.1, 0.8),)
+    assert (job.hint, job.control_mode, job.control_resize) == ("canny", "prompt", "fill")
+    assert noted(recipe, "control_v11p_sd15_canny", "hint image", "not in the file")
+    assert not noted(recipe, "left out")
+
+
+def test_older_units_and_hints_of_networks_are_read() -> None:
+    """The name without a number, brackets around the steps; a depth network makes the second hint."""
+    old = (
+        "preprocessor: none, model: scribble [fef5e48e], weight: 1, starting/ending: (0, 0.5), "
+        "resize mode: Just Resize"
+    )
+    other = UNIT.replace("canny,", "depth_midas,").replace("control_v11p_sd15_canny", "depth")
+    recipe = read(f', ControlNet: "{old}", ControlNet 1: "{other}"')
+    assert recipe.job.controls == (("scribble", "", 1.0, 0.0, 0.5), ("depth", "", 0.75, 0.1, 0.8))
+    assert (recipe.job.hint, recipe.job.control_mode, recipe.job.control_resize) == (
+        "none",
+        "balanced",
+        "stretch",
+    )
+    assert noted(recipe, "hint was made by depth_midas; give that image with --control")
+    assert noted(recipe, "ControlNets differ in control_mode: prompt is left out")
+
+
+def test_the_guidance_by_an_image_is_read() -> None:
+    recipe = read(", Denoising strength: 1, Image CFG scale: 1.2, Version: v1.10.1")
+    assert (recipe.job.image_scale, recipe.job.strength) == (1.2, 1.0)
+    assert not noted(recipe, "Image CFG scale")
+
+
+@pytest.mark.parametrize(
+    ("entries", "padding"),
+    [
+        ("Inpaint area: Only masked, Masked area padding: 48", "48"),
+        ("Inpaint area: Only masked", "32"),
+        ("Inpaint area: Whole picture, Masked area padding: 48", None),
+    ],
+)
+def test_only_masked_is_read_with_its_padding(entries: str, padding: str | None) -> None:
+    recipe = read(f", Denoising strength: 0.75, Mask blur: 4, {entries}, Version: v1.10.1")
+    assert recipe.extras.get("Mask padding") == padding
+    assert not noted(recipe, "left out: Inpaint area") and not noted(recipe, "left out: Masked area")

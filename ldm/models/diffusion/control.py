@@ -128,7 +128,7 @@ class Control:
         return total
 
     def images(self, rows: int) -> list[list[ImagePrompt]] | None:
-        """What each layer of cross-attention sees of images, for a batch of so many rows; None without any."""
+        """The images that each layer of cross-attention sees, for a batch of so many rows; None without any."""
         units = [unit for unit in self.units if isinstance(unit, ImageUnit) and unit.weight]
         if units and rows not in self._images:
             seen = torch.tensor([0] * self.without + [1] * (rows - self.without))
