@@ -122,6 +122,7 @@ class ControlNetworks:
         key = name, image, size, job.hint, job.control_resize, job.seamless, masked
         if key not in self._features:
             network, hint = self._loaded[name].network, self._hint(job, image, size, self._loaded[name])
+            assert not isinstance(network, IPAdapter)
             while len(self._features) >= _MOST_HINTS:
                 self._features.pop(next(iter(self._features)))
             self._features[key] = (
@@ -136,9 +137,9 @@ class ControlNetworks:
             while len(self._seen) >= _MOST_HINTS:
                 self._seen.pop(next(iter(self._seen)))
             dtype = self._placement.precision.dtype
-            seen = see(self._find(name), image, network.reads_states, network.width, self._model.device)
             with torch.autocast(self._model.device.type, enabled=False):
-                made = network(seen.float())
+                file, device = self._find(name), self._model.device
+                made = network(see(file, image, network.reads_states, network.width, device))
             self._seen[key] = [(k.to(dtype), v.to(dtype)) for k, v in made]
         return self._seen[key]
 
@@ -146,7 +147,9 @@ class ControlNetworks:
         hint = read_hint(job, image, size, self._canvases)
         if loaded.file.reversed_channels:
             hint = hint[..., ::-1].copy()
-        channels = loaded.network.hint_channels
+        network = loaded.network
+        assert not isinstance(network, IPAdapter)
+        channels = network.hint_channels
         if channels == 1:
             hint = hint.mean(2, keepdims=True)
         elif channels != hint.shape[2]:

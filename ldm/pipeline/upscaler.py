@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def load_upscaler(path: str) -> Upscaler:
     The file is read by this toolkit, which runs nothing in it; spandrel gets its tensors.
     """
     try:
-        import spandrel
+        spandrel: Any = import_module("spandrel")
     except ImportError:
         raise InputError(
             f"--upscaler needs the package spandrel, which is not installed: {_INSTALL}"
