@@ -69,19 +69,19 @@ def run(opt: argparse.Namespace) -> int:
         seconds = {images.name: seconds_of(folder / images.name) for images in (first, *others)}
     scorer = Scorer(request_of(opt, _usual(questions)), None if opt.no_cache else FeatureCache())
     found: list[Result] = []
-    for other in others:
+    sheets = [folder / (f"pairs-{other.name}.png" if len(others) > 1 else "pairs.png") for other in others]
+    for other, sheet in zip(others, sheets, strict=True):
         results, psnrs = compare_sets(first, other, scorer, questions)
         found += results
         taken = seconds.get(first.name), seconds.get(other.name)
         if taken[0] and taken[1]:
             found += times((first.name, taken[0]), (other.name, taken[1]), len(first))
-        sheet = folder / ("pairs.png" if len(others) == 1 else f"pairs-{other.name}.png")
         write_sheet(sheet, first, other, psnrs, questions or [])
     found = [replace(result, command=typed_command(opt), versions=versions()) for result in found]
     unique = list({result.key: result for result in found}.values())
     write_results(folder, unique)
     print(as_markdown(unique), end="")
-    print(f"\n{printable(folder / MARKDOWN)}, {printable(sheet)}")
+    print(f"\n{', '.join(printable(path) for path in (folder / MARKDOWN, *sheets))}")
     if len(others) > 1 and all(seconds.get(images.name) for images in (first, *others)):
         _tell_front(unique, first.name, [other.name for other in others], folder)
     return 0
