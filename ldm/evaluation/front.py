@@ -46,7 +46,9 @@ def qualities(
     return found
 
 
-def plot_front(measured: Mapping[str, Mapping[str, Point]], path: Path) -> None:
+def plot_front(
+    measured: Mapping[str, Mapping[str, Point]], path: Path, across: str = "CPU time, as a share of the first"
+) -> None:
     """Draws quality over time, a plot for each metric with its front. Raises `InputError` without matplotlib."""
     try:
         from matplotlib.figure import Figure
@@ -61,7 +63,7 @@ def plot_front(measured: Mapping[str, Mapping[str, Point]], path: Path) -> None:
         axes.plot([time for time, _ in points], [quality for _, quality in points], "o", ms=4)
         for name, place in sets.items():
             axes.annotate(printable(name), place, (4, 3), textcoords="offset points", fontsize=7)
-        axes.set(xlabel="CPU time, as a share of the first", ylabel=_QUALITIES[metric])
+        axes.set(xlabel=across, ylabel=_QUALITIES[metric])
         axes.grid(alpha=0.3)
     with written_whole(path, overwrite=True) as part:
         figure.savefig(part, format="png", dpi=100)
