@@ -21,26 +21,31 @@ from ldm.util import InputError, printable
 _OF_THE_COMMAND = ("run.logdir", "run.steps", "run.max_time", "run.bar")  # options, or of another section
 
 
-def read_config(path: Path, changes: Sequence[str] = ()) -> DictConfig:
-    """Reads the YAML at `path` with dotted changes such as `training.batch_size=32`, each of a known setting."""
-    path = find(path)
+def read_yaml(path: str | Path | None, changes: Sequence[str] = ()) -> tuple[DictConfig, DictConfig]:
+    """Returns the mapping in the YAML at `path`, empty without one, and the dotted changes, as `batch_size=32`."""
+    shown = "the changes" if path is None else f"the config {printable(path)}, or a change to it,"
+    for change in changes:
+        if "=" not in change:
+            raise InputError(f"{printable(change)} is not a change; write SETTING=VALUE")
     try:
-        config = OmegaConf.load(path)
-        if not isinstance(config, DictConfig):
-            raise InputError(f"the config {printable(path)} is not a mapping")
+        config = OmegaConf.create({}) if path is None else OmegaConf.load(find(path))
         changed = OmegaConf.from_dotlist(list(changes))
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"there is no config {printable(path)}") from None
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         reason = " ".join(printable(error).split())[:200]
-        raise InputError(
-            f"the config {printable(path)}, or a change to it, cannot be read: {reason}"
-        ) from None
+        raise InputError(f"{shown} cannot be read: {reason}") from None
+    if not isinstance(config, DictConfig):
+        raise InputError(f"the config {printable(path)} is not a mapping")
+    return config, changed
+
+
+def read_config(path: Path, changes: Sequence[str] = ()) -> DictConfig:
+    """Reads the YAML at `path` with dotted changes such as `training.batch_size=32`, each of a known setting."""
+    config, changed = read_yaml(path, changes)
     known = _settings(config)
     for change in changes:
-        name, sign, _ = change.partition("=")
-        if not sign:
-            raise InputError(f"{printable(change)} is not a change; write SETTING=VALUE")
+        name = change.partition("=")[0]
         _check_setting(printable(name), OmegaConf.select(changed, name), known)
     return OmegaConf.merge(config, changed)  # type: ignore[return-value]
 
