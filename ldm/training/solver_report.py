@@ -10,7 +10,17 @@ from ldm.training.solver_table import Cell, pairs
 from ldm.util import InputError
 
 _CLOSE = 0.05  # shares of right images that differ by less are a matter of chance
-_SHOWN = 6  # lines of the plot
+# lines of the plot, as far as they were measured: what people know, and the best
+_SHOWN = (
+    ("ddim", "original"),
+    ("ddim", "karras"),
+    ("plms", "original"),
+    ("dpm_solver", "original"),
+    ("euler", "uniform"),
+    ("euler_a", "uniform"),
+    ("dpmpp_2m", "karras"),
+    ("unipc", "uniform"),
+)
 
 
 def best(cells: Iterable[Cell], calls: int) -> list[Cell]:
@@ -51,21 +61,22 @@ def _entry(cell: Cell | None) -> str:
     if cell is None:
         return ""
     right = f"{100 * cell.right:.0f}"
-    return right if cell.distance is None else f"{right} ({cell.distance:.2f})"
+    return right if cell.distance is None else f"{right} ({cell.distance:.2g})"
 
 
 def plot(cells: Sequence[Cell], path: Path) -> None:
-    """Writes `path`.png, a plot of both figures against the number of calls, for the solvers with the most of them.
+    """Writes `path`.png, a plot of both figures against the number of calls: a few lines if they are there, else all.
 
     Raises `InputError` without matplotlib.
     """
     lines: dict[tuple[str, str], list[Cell]] = {}
     for cell in sorted(cells, key=lambda cell: cell.calls):
         lines.setdefault((cell.solver, cell.schedule), []).append(cell)
-    longest = sorted(lines.items(), key=lambda line: -len(line[1]))[:_SHOWN]
+    shown = [key for key in _SHOWN if key in lines] or list(lines)
     figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
-    for (solver, schedule), line in longest:
+    for solver, schedule in shown:
+        line = lines[solver, schedule]
         calls = [cell.calls for cell in line]
         (drawn,) = left.plot(calls, [100 * cell.right for cell in line], ".-", label=f"{solver}/{schedule}")
         if line[0].distance is not None:
