@@ -43,7 +43,7 @@ def test_the_table_has_a_line_a_pair_and_a_column_a_number_of_calls():
     assert text.splitlines() == [
         "| solver | schedule | 4 | 10 |",
         "|---|---|---|---|",
-        "| `ddim` | `original` | 25 (1.00) | 50 (0.12) |",
+        "| `ddim` | `original` | 25 (1) | 50 (0.12) |",
         "| `euler_a` | `karras` |  | 100 |",
     ]
 
