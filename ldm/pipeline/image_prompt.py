@@ -32,7 +32,7 @@ def prepared(pixels: np.ndarray, side: int) -> Tensor:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - side) // 2, (height - side) // 2
     unit = np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / 255
-    values = (unit - np.float32(_MEAN)) / np.float32(_SPREAD)
+    values = (unit - np.array(_MEAN, np.float32)) / np.array(_SPREAD, np.float32)
     return torch.from_numpy(values).permute(2, 0, 1)[None].contiguous()
 
 

@@ -160,8 +160,9 @@ class Plan(Sequence[Job]):
 
     def finished_size(self, job: Job) -> tuple[int, int]:
         """Returns height and width of the image of a job: a region around a mask is put back into the whole."""
-        whole = job.init is None or job.init.crop_to_mask is None
-        height, width = job.upscaled_size if whole else self.canvases(job.init).finished_size
+        height, width = job.upscaled_size
+        if job.init is not None and job.init.crop_to_mask is not None:
+            height, width = self.canvases(job.init).finished_size
         if self._options.upscaler is None or job.upscale > 1:
             return height, width
 
