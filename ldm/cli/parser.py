@@ -60,6 +60,8 @@ _ELSEWHERE = {
     "strength": "img2img.py and inpaint.py",
     "mask": "inpaint.py",
     "outpaint": "inpaint.py",
+    "crop_to_mask": "inpaint.py",
+    "image_scale": "img2img.py and inpaint.py",
 }
 _FILES = ("FILE", "DIR", "PATH")  # the metavars of options whose value is a name of an option
 _NAME = re.compile(r"--?[A-Za-z][\w-]*")

@@ -52,9 +52,9 @@ def load_upscaler(path: str) -> Upscaler:
     """
     try:
         spandrel: Any = import_module("spandrel")
-    except ImportError:
+    except ImportError as error:
         raise InputError(
-            f"--upscaler needs the package spandrel, which is not installed: {_INSTALL}"
+            f"--upscaler needs the package {error.name or 'spandrel'}, which is not installed: {_INSTALL}"
         ) from None
     except RuntimeError as error:  # of a torchvision that was built for another torch
         raise InputError(

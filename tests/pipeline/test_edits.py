@@ -102,6 +102,7 @@ def theirs(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("scale", "image_scale"), [(6.0, 1.6), (3.0, 1.0)])
 @torch.no_grad()
 def test_diffusers_makes_the_same_latents(

@@ -121,6 +121,7 @@ def theirs(model: Any, folder: Path) -> Any:
     return pipe
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "controls",
     [

@@ -117,6 +117,7 @@ def test_without_the_package_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) 
         load_upscaler("none.pth")
 
 
+@pytest.mark.long
 def test_finished_images_and_second_passes(spandrel: Any, file: Path) -> None:
     pipeline, job = Pipeline(tiny_model(small_config())), Job("a cat", width=64, height=64, steps=2, seed=3)
     twice = Job("a cat", width=64, height=64, steps=2, seed=3, upscale=1.5, upscale_strength=0.5)
