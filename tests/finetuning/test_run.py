@@ -12,12 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.checkpoints.configs import config_for
 from ldm.checkpoints.formats.read import read_checkpoint
+from ldm.config import read_config
 from ldm.finetuning import module as module_of_loop
 from ldm.finetuning.batches import Batch
 from ldm.finetuning.kinds import KINDS
 from ldm.finetuning.logs import read_losses
 from ldm.finetuning.settings import make_settings
+from ldm.pipeline import load_model
 from scripts.train import main
 from tests.support.golden_data import relative_error, tiny_model
 from tests.support.paths import ROOT
@@ -115,6 +118,10 @@ def test_an_inpainting_model_begins_as_the_model_for_text(data):
     published, own = tensors(ROOT / "models/ldm/shapes/model.ckpt"), tensors("repaint.safetensors")
     first = "model.diffusion_model.input_blocks.0.0.weight"
     assert own[first].shape[1] == 9
+    assert (
+        config_for(own) == "configs/shapes/shapes-inpainting-inference.yaml"
+    )  # so that --ckpt alone is enough
+    load_model(read_config(config_for(own)), data / "repaint.safetensors")
     assert torch.equal(own[first][:, :4], published[first].float()) and not own[first][:, 4:].any()
     rest = [key for key in published if key != first]
     assert all(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ldm import cli
 from ldm.checkpoints.configs import (
     BUNDLED_CONFIG,
+    BUNDLED_INPAINTING_CONFIG,
     EDIT_CONFIG,
     INPAINTING_CONFIG,
     LAION_CONFIG,
@@ -65,7 +66,8 @@ def own_config(kind: ModelKind, path: Path) -> str | None:
     from ldm.checkpoints.model_files import read_model
 
     if (kind.part, kind.family) == ("model", ""):
-        return BUNDLED_CONFIG if config_for(read_model(path).state_dict) == BUNDLED_CONFIG else None
+        found = config_for(read_model(path).state_dict)
+        return found if found in (BUNDLED_CONFIG, BUNDLED_INPAINTING_CONFIG) else None
 
     if kind.part in ("T2I-Adapter", "IP-Adapter"):
         return V1_CONFIG
