@@ -264,7 +264,7 @@ def add_output_options(parser: argparse.ArgumentParser, outdir: str) -> None:
     group.add_argument(
         "--preview_vae",
         metavar="PATH",
-        help="decode previews with this TAESD, in a part of a step's time (default: a linear map, in none)",
+        help="decode previews with this TAESD, each for a tenth of a step of v1 (default: a linear map, for nothing)",
     )
     group.add_argument(
         "--animate",
