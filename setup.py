@@ -15,6 +15,7 @@ MODEL_FILES = (
     "judge.pt",
     "lcm.safetensors",
     "taesd.safetensors",
+    "control.safetensors",
     "vocab.json",
     "merges.txt",
     "words.txt",

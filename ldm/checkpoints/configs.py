@@ -23,6 +23,7 @@ INPAINTING_CKPT = "models/ldm/stable-diffusion-v1-inpainting/model.ckpt"
 LAION_CKPT = "models/ldm/text2img-large/model.ckpt"
 BUNDLED_CKPT = "models/ldm/shapes/model.ckpt"
 BUNDLED_LORA = "models/ldm/shapes/lcm.safetensors"  # with which that one draws in few steps
+BUNDLED_CONTROL = "models/ldm/shapes/control.safetensors"  # of edges, for that one
 
 # weights of the bundled model that no published model has in these shapes
 BUNDLED_WIDTH = 64  # of its U-Net's first level

@@ -67,8 +67,9 @@ class ControlNetworks:
         """The network of a name, loaded once; one of differences again for other LoRAs, which change their base."""
         loaded = self._loaded.get(name)
         if loaded is None or (loaded.file.is_difference and loaded.loras != loras):
-            file = read_control(self._find(name)) if loaded is None else loaded.file
-            network = network_of(file, self._model.model.diffusion_model)
+            with torch.inference_mode(False):  # else what is packed of a mapped file could not leave memory
+                file = read_control(self._find(name)) if loaded is None else loaded.file
+                network = network_of(file, self._model.model.diffusion_model)
             if loaded is not None:
                 self._placement.remove(loaded.network)
             self._placement.add(network)

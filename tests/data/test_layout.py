@@ -26,7 +26,7 @@ def middle(mask):
 
 
 def test_solids_stand_anywhere_and_in_the_frame():
-    masks = [mask_of(number) for number in range(24)]
+    masks = [mask_of(number) for number in range(16)]
     places = np.array([middle(mask) for mask in masks])
     assert np.ptp(places, axis=0).min() > 50
     edges = [mask[0].any() or mask[:, 0].any() or mask[:, -1].any() or mask[-1].any() for mask in masks]
@@ -35,7 +35,7 @@ def test_solids_stand_anywhere_and_in_the_frame():
 
 def test_centres_are_those_of_what_changes_with_the_colour():
     seen = set()
-    for number in range(40):
+    for number in range(14):
         scene, image = anywhere(number)
         first, *rest = scene.solids
         if first.colour in [solid.colour for solid in rest]:
@@ -45,7 +45,7 @@ def test_centres_are_those_of_what_changes_with_the_colour():
         assert found is not None
         assert np.hypot(*(found - middle(mask_of(number)))) < (5 if shaded else 2.5), (number, first)
         seen.add(first.colour)
-    assert len(seen) >= 7
+    assert len(seen) >= 5
 
 
 @pytest.mark.parametrize("colour", [128, 0])

@@ -7,9 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.checkpoints.adapters.control import control_network, read_control
+from ldm.checkpoints.configs import BUNDLED_CONFIG, BUNDLED_CONTROL
 from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.checkpoints.layouts.names import to_diffusers
 from ldm.checkpoints.layouts.settings import component_configs
+from ldm.checkpoints.load import build_model
+from ldm.config import read_config
 from ldm.finetuning.batches import Batch
 from ldm.finetuning.control import ControlPart, ControlTuning, control_of
 from ldm.finetuning.data import Example, read_examples, with_hints
@@ -19,6 +23,7 @@ from ldm.util import InputError
 from scripts.train import main
 from tests.support.control import control_weights
 from tests.support.golden_data import inpainting_config, relative_error, tiny_model
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +226,17 @@ def test_the_file_is_read_back(tmp_path, monkeypatch, capsys):
     )
     again = read_checkpoint("y.safetensors").state_dict
     assert all(torch.equal(again[key], value.float()) for key, value in checkpoint.state_dict.items())
+
+
+def test_the_bundled_one_is_for_the_bundled_model():
+    """It acts on every map, within its limit of size, and an edge that moves changes what it adds."""
+    path = ROOT / BUNDLED_CONTROL
+    assert path.stat().st_size <= 8 * 2**20
+    unet = build_model(read_config(ROOT / BUNDLED_CONFIG)).model.diffusion_model
+    network = control_network(read_control(path), unet, torch.float32)
+    edges = torch.zeros(2, 3, 128, 128)
+    edges[0, :, 40:80, 30], edges[1, :, 40:80, 90] = 1, 1
+    x, t, context = torch.zeros(2, 4, 16, 16), torch.tensor([500, 500]), torch.zeros(2, 8, 192)
+    with torch.inference_mode():
+        maps = network(x, edges, t, context)
+    assert all(one.any() and not torch.equal(one[0], one[1]) for one in maps)

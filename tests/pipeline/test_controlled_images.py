@@ -134,6 +134,14 @@ def test_an_inpainting_model_and_its_hint(files):
     )
 
 
+def test_its_mapped_file_may_leave_memory(pipeline, files):
+    """Tensors that are made in inference mode stay: see `forget`."""
+    name = str(files / "some.safetensors")
+    with torch.inference_mode():
+        network = pipeline.control.read(name)
+    assert not any(parameter.is_inference() for parameter in network.parameters())
+
+
 @pytest.mark.long
 def test_a_lora_changes_the_u_net_that_a_control_network_acts_on(pipeline, files):
     """The weights of a model with the LoRA's differences added by hand; a `difference` file has them too."""

@@ -13,8 +13,10 @@ from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
 
 import scripts.txt2img as txt2img
+from ldm.checkpoints.configs import BUNDLED_CONTROL
 from ldm.models.diffusion.solvers import SOLVERS
 from ldm.runs import launch
 from ldm.runs import processes as ranks
@@ -85,6 +87,19 @@ def test_several_processes_make_the_files_of_one(group, whole, tmp_path, world):
     assert group(tmp_path / "out", world).wait() == [0] * world
     assert images(tmp_path / "out") == whole
     assert len(whole) == 14 + 2
+
+
+@pytest.mark.long
+def test_a_control_network_is_read_by_each(group, fork_server, tmp_path):
+    edges = tmp_path / "edges.png"
+    Image.effect_noise((64, 64), 100).save(edges)
+    control = ["--control", f"{ROOT / BUNDLED_CONTROL}:{edges}", "--n_iter", "3"]
+    assert (
+        fork_server.wait(fork_server.start([*RUN, "--quiet", "--outdir", str(tmp_path / "one"), *control]))
+        == 0
+    )
+    assert group(tmp_path / "two", 2, *control).wait() == [0, 0]
+    assert images(tmp_path / "two") == images(tmp_path / "one")
 
 
 @pytest.mark.long

@@ -15,6 +15,7 @@ from ldm.cli.commands import (
     convert,
     evaluate,
     evaluate_compare,
+    evaluate_control,
     evaluate_lesson,
     evaluate_plot,
     evaluate_run,
@@ -53,6 +54,7 @@ def _groups() -> Mapping[str, Mapping[str, argparse.ArgumentParser]]:
         "evaluate.py compare": {"compare": evaluate_compare.parser()},
         "evaluate.py solvers": {"solvers": evaluate_solvers.parser()},
         "evaluate.py lesson": {"lesson": evaluate_lesson.parser()},
+        "evaluate.py control": {"lesson": evaluate_control.parser()},
         "train.py": {"train": train.parser()},
         "ldm where": {"where": where.parser()},
     }

@@ -25,6 +25,7 @@ TASKS = {
     "compare": "evaluate_compare",
     "solvers": "evaluate_solvers",
     "lesson": "evaluate_lesson",
+    "control": "evaluate_control",
 }
 _DESCRIPTION = (
     "Measures the bundled model: generates captioned scenes, which a separate network reads.\n\n"

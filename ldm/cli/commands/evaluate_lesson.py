@@ -20,7 +20,7 @@ _EXAMPLES = (
     "python scripts/evaluate.py lesson orange --images orange",
     "python scripts/evaluate.py lesson orange --outdir outputs/orange -- --lora orange.safetensors",
 )
-_OPTIONS = ("--W", "128", "--H", "128", "--sampler", "ddim", "--schedule", "karras", "--steps", "10",
+QUICK_OPTIONS = ("--W", "128", "--H", "128", "--sampler", "ddim", "--schedule", "karras", "--steps", "10",
             "--n_samples", "20")  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def run(opt: argparse.Namespace) -> int:
         )
     from ldm.evaluation.lessons import as_markdown, measure, write_pairs
 
-    own = [*_OPTIONS, *(["--quiet"] if opt.quiet else [])]
+    own = [*QUICK_OPTIONS, *(["--quiet"] if opt.quiet else [])]
     found = measure(opt.lesson, opt.outdir, opt.count or 100, own, opt.passed, maker([])[1])
     if isinstance(found, int):
         return found
