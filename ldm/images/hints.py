@@ -95,10 +95,10 @@ def read_hint(job: Job, image: str, size: tuple[int, int], canvases: OpenCanvas)
 
 
 def _image(image: str, size: tuple[int, int], resize: str) -> np.ndarray:
-    if resize == "none":
-        check_aspect(image, size[::-1])
-        resize = "stretch"
     height, width = size
+    if resize == "none":
+        check_aspect(image, (width, height))
+        resize = "stretch"
     return fit_image(image, (width, height), resize, (0, 0, 0))
 
 
