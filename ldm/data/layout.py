@@ -67,7 +67,7 @@ def _hue(image: np.ndarray) -> np.ndarray:
     high = image.max(-1)
     span = np.maximum(high - image.min(-1), 1e-6)
     of_red, of_green, of_blue = (green - blue) / span, 2 + (blue - red) / span, 4 + (red - green) / span
-    return np.where(high == red, of_red, np.where(high == green, of_green, of_blue)) / 6 % 1
+    return np.select([high == red, high == green], [of_red, of_green], of_blue) / 6 % 1
 
 
 def _centre(mask: np.ndarray) -> Point | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ def control_of(unet: UNetModel, channels: int) -> ControlNet:
 
     It sees `channels` channels of latents, the first of the U-Net's own.
     """
-    network = ControlNet(**{**unet.settings, "in_channels": channels, "time_cond_proj_dim": None})
+    own_settings: dict[str, Any] = {"in_channels": channels, "time_cond_proj_dim": None}
+    network = ControlNet(**{**unet.settings, **own_settings})
     weights, own = unet.state_dict(), network.state_dict()
     for name, value in own.items():
         if name in weights:
