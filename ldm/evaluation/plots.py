@@ -63,6 +63,12 @@ def curves(results: Sequence[Result], x: str = "", y: str = "") -> tuple[str, st
     return x, y, made
 
 
+def makes_a_curve(results: Sequence[Result]) -> bool:
+    """Whether there are a distance and a text-image score, the two sides of the plot."""
+    metrics = {result.metric for result in results}
+    return not metrics.isdisjoint(_X) and not metrics.isdisjoint(_Y)
+
+
 def _order(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple((str(value.__class__), value) for value in settings.values())
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -21,9 +21,12 @@ from ldm.finetuning.latents import Placed
 from ldm.finetuning.module import FineTuning
 from ldm.images.pixels import to_uint8
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.plots import new_figure, save_figure
+from ldm.plots import available, new_figure, save_figure
 from ldm.runs.progress import Interrupts
 from ldm.util import InputError
+
+if TYPE_CHECKING:
+    from pytorch_lightning.loggers import Logger
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +90,12 @@ def read_losses(path: Path) -> list[tuple[int, float, float, float]]:
 
 
 def plot_losses(table: Path, image: Path) -> Path | None:
-    """Plots the losses of a table with their running mean as `image`.png, and returns it; None without losses.
+    """Plots the losses of a table with their running mean as `image`.png, and returns it.
 
-    Raises `InputError` without matplotlib.
+    None without losses, or without matplotlib.
     """
     rows = read_losses(table)
-    if not rows:
+    if not rows or not available():
         return None
     figure = new_figure(8, 4.5)
     steps, losses = (np.array(values) for values in list(zip(*rows, strict=True))[:2])
@@ -111,7 +114,7 @@ def check_tensorboard(wanted: bool) -> None:
         raise InputError("--tensorboard needs the package tensorboard; run: pip install tensorboard")
 
 
-def tensorboard(folder: Path) -> pl.loggers.Logger:
+def tensorboard(folder: Path) -> Logger:
     """Returns Lightning's logger of TensorBoard, which writes below `folder`."""
     from pytorch_lightning.loggers import TensorBoardLogger
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 
-from ldm import plots
 from ldm.files import written_whole
 from ldm.finetuning.batches import Epochs, batch_maker
 from ldm.finetuning.buckets import Size, bucket_sizes, step_for
@@ -171,7 +171,7 @@ def run_training(
     the model, for the metadata of the file.
     """
     kind, settings = KINDS[training.kind], training.settings
-    if pl.utilities.rank_zero_only.rank:  # the first process speaks for all
+    if getattr(rank_zero_only, "rank", 0):  # the first process speaks for all
         logger.setLevel(logging.ERROR)
     model = load().to(device)
     placer = Placer(sizes_for(settings, model), settings.random_crop, settings.seed)
@@ -181,8 +181,11 @@ def run_training(
         model.cond_stage_model.to(precision)
     _use_checkpointing([model.model, part.module], settings.checkpointing)
     folder = cache_path("latents") / weights_key(model.first_stage_model.parameters())
-    encode = None if dry_run else lambda pixels: moments(model.first_stage_model, pixels)
-    placed = place_all(examples, placer, encode, folder, _Counted())
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        return moments(model.first_stage_model, pixels)
+
+    placed = place_all(examples, placer, None if dry_run else encode, folder, _Counted())
     epochs = Epochs(placed, settings.batch_size, settings.seed)
     for line in describe(placed, epochs, settings, model.cond_stage_model.cut_words):
         logger.info("%s", line)
@@ -200,7 +203,7 @@ def run_training(
         state = (trainer.global_step, settings.steps, printable(training.folder))
         logger.warning("step %d of %d: the state is kept in %s; add --resume to go on", *state)
         return 0 if received is None else 128 + received
-    if plots.available() and (drawn := plot_losses(training.folder / "loss.csv", training.folder / "loss")):
+    if drawn := plot_losses(training.folder / "loss.csv", training.folder / "loss"):
         logger.info("losses: %s", printable(drawn))
     part.write(training.out, file_notes(training, placed, epochs, notes))
     logger.info("written: %s", printable(training.out))

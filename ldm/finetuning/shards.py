@@ -16,7 +16,7 @@ from pathlib import Path
 from ldm.finetuning.data import TEXT_COLUMNS, Example
 from ldm.images.source import EXTENSIONS
 from ldm.job import MemoryImage
-from ldm.util import InputError, printable
+from ldm.util import InputError, is_mapping, printable
 
 _MAX_TEXT = 2**20  # bytes
 
@@ -91,5 +91,5 @@ def _caption(data: bytes, ending: str) -> str:
         row = json.loads(text)
     except (ValueError, RecursionError):
         return ""
-    values = (row.get(name) for name in TEXT_COLUMNS) if isinstance(row, dict) else ()
+    values = (row.get(name) for name in TEXT_COLUMNS) if is_mapping(row) else ()
     return next((value.strip() for value in values if isinstance(value, str)), "")

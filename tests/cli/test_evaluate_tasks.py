@@ -10,6 +10,7 @@ from PIL import Image
 import scripts.evaluate as evaluate
 from ldm.evaluation.experiment import Variant, plan_points, read_evaluation
 from ldm.evaluation.images import folder_set, jobs_of
+from ldm.evaluation.plots import makes_a_curve
 from ldm.evaluation.prompts import Question, read_questions, subset
 from ldm.evaluation.results import read_results
 from ldm.util import InputError
@@ -133,6 +134,8 @@ def test_a_plot_has_a_curve_for_each_variant(here, capsys):
         for m, x in (("fid", y), ("clip", z))
     ]  # fmt: skip
     (here / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    results = read_results(here / "results.jsonl")
+    assert makes_a_curve(results) and not makes_a_curve([one for one in results if one.metric == "fid"])
     assert evaluate.main(["plot", ".", "--out", "p", "--quiet"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["p.png", "p.svg"] + [

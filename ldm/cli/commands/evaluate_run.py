@@ -69,6 +69,7 @@ def add_run_options(options: argparse.ArgumentParser) -> None:
 def run(opt: argparse.Namespace) -> int:
     """Makes the images, then scores them and draws the curve."""
     from ldm.evaluation.experiment import Variant, check_points, make_points, plan_points, set_up
+    from ldm.evaluation.plots import makes_a_curve
 
     preset, folder = PRESETS[opt.preset], Path(opt.outdir)
     own = opt.prompts is None or not preset.prompts
@@ -86,8 +87,8 @@ def run(opt: argparse.Namespace) -> int:
     if code or opt.no_score:
         return code
     opt.questions = None
-    score(opt, [folder], opt.outdir)
-    if len(evaluation.points) > 1 and plots.available():
+    results = score(opt, [folder], opt.outdir)
+    if len(evaluation.points) > 1 and plots.available() and makes_a_curve(results):
         draw([folder], None)
     return 0
 
