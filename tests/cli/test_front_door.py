@@ -330,8 +330,8 @@ def test_a_target_that_is_missing_is_named(tmp_path):
         (["--ckpt", "runwayml/v1-5.ckpt"], "v1-5.ckpt does not exist; give another with --ckpt"),
         (
             ["--ckpt", str(Path(MODEL).parent)],
-            "not in the layout of diffusers; give a file in it: judge.pt, lcm.safetensors, model.ckpt, "
-            "taesd.safetensors",
+            "not in the layout of diffusers; give a file in it: control.safetensors, judge.pt, lcm.safetensors, "
+            "model.ckpt, taesd.safetensors",
         ),
         (["--vae", "link.ckpt"], "link.ckpt is a broken link to /no/such.ckpt; give another --vae"),
         (["--embedding", "link.ckpt"], "link.ckpt is a broken link"),

@@ -135,6 +135,7 @@ PICTURE_JOBS = [
         init=init,
         strength=0.3,
         posterior="mean",
+        image_scale=1.25,
         paste=not (init.mask or init.alpha_mask),
         width=512,
         height=512,
