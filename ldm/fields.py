@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ldm.field import INIT, Field, Switch
+from ldm.former import moved
 from ldm.job import MAX_CONTROLS, Init, Job, control_text, split_control
 from ldm.models.diffusion.schedules import LISTS, SCHEDULES
 from ldm.models.diffusion.solvers.names import (
@@ -340,3 +341,8 @@ _BY_OPTION: Mapping[str, str] = {
 def find_setting(name: str) -> Setting | None:
     """Returns the setting called `name`: a field of `Job`, `init.` and one of `Init`, or an option's name."""
     return SETTINGS.get(_BY_OPTION.get(name, name))
+
+
+def __getattr__(name: str) -> Any:
+    """Returns what was here in earlier commits."""
+    return moved(__name__, name)

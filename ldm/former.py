@@ -1,4 +1,4 @@
-"""Modules by their names in earlier commits, for code that imports them: each gives what its successors hold.
+"""Modules and names of earlier commits, for code that imports them: each gives what its successors hold.
 
 Importing one warns with a DeprecationWarning that names the successors. Nothing of this package imports them.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from importlib.abc import Loader
@@ -35,6 +35,23 @@ SUCCESSORS: dict[str, tuple[str, ...]] = {
     "ldm.pipeline.picture": ("ldm.pipeline.image", "ldm.pipeline"),
     "ldm.modules.encoders.safety": ("ldm.safety.network",),
 }
+
+MOVED: dict[str, tuple[str, tuple[str, ...]]] = {  # names that went from a module to another one
+    "ldm.fields": (
+        "ldm.job_values",
+        ("check_fields", "override", "read_held", "values_of", "values_of_options"),
+    ),
+    "ldm.images.canvas": ("ldm.images.folders", ("find_images", "find_pairs")),
+}
+
+
+def moved(module: str, name: str) -> Any:
+    """Returns what `name` of a module is now in another one, with a warning; AttributeError if nothing is."""
+    successor, names = MOVED[module]
+    if name not in names:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    warnings.warn(f"{module}.{name} is now {successor}.{name}", DeprecationWarning, stacklevel=3)
+    return getattr(import_module(successor), name)
 
 
 class FormerModules:

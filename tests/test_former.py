@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ldm.former import SUCCESSORS
+from ldm.former import MOVED, SUCCESSORS
 from tests.support.paths import ROOT
 
 
@@ -37,6 +37,15 @@ def test_nothing_of_this_package_uses_a_former_name():
     for path in (ROOT / "ldm").rglob("*.py"):
         text = path.read_text()
         assert path.name == "former.py" or not any(f"from {name} import" in text for name in SUCCESSORS), path
+
+
+@pytest.mark.parametrize(("module", "name"), [(m, n) for m, (_, names) in MOVED.items() for n in names])
+def test_a_name_that_moved_is_what_it_is_in_its_new_module(module, name):
+    new = importlib.import_module(MOVED[module][0])
+    with pytest.warns(DeprecationWarning, match=f"{name} is now {new.__name__}.{name}"):
+        assert getattr(importlib.import_module(module), name) is getattr(new, name)
+    with pytest.raises(AttributeError, match="has no attribute"):
+        _ = importlib.import_module(module).nothing
 
 
 def test_the_table_of_samplers_has_its_former_name_too():

@@ -13,7 +13,7 @@ from tests.support.paths import ROOT
 
 FILES = sorted((ROOT / "ldm").rglob("*.py"))
 RANKS = [
-    {"util", "job", "lr_scheduler"},
+    {"util", "job", "lr_scheduler", "former"},
     {"files", "json_value", "scaled", "seeds", "setting"},
     {"field", "places", "plots"},
     {"config"},

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image, ImageChops, ImageColor
 
+from ldm.former import moved
 from ldm.images.region import Region, region_around
 from ldm.images.source import MAX_PIXELS, Source, read_image
 from ldm.job import RESIZES, Init
@@ -320,3 +321,8 @@ def _with_borders(repaint: np.ndarray | None, size: _Size, borders: _Borders) ->
     left, top, right, bottom = borders
     inner = np.zeros(size[::-1], bool) if repaint is None else repaint
     return np.pad(inner, ((top, bottom), (left, right)), constant_values=True)
+
+
+def __getattr__(name: str) -> Any:
+    """Returns what was here in earlier commits."""
+    return moved(__name__, name)
