@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ldm.evaluation.compare import SHARE
 from ldm.evaluation.results import Result
-from ldm.files import written_whole
-from ldm.util import InputError, printable
+from ldm.plots import new_figure, save_figure
+from ldm.util import printable
 
 _QUALITIES = {"right": "right images, %", "answers": "text-image score of the reader, %", "psnr": "PSNR, dB"}
 
@@ -49,12 +49,11 @@ def qualities(
 def plot_front(
     measured: Mapping[str, Mapping[str, Point]], path: Path, across: str = "CPU time, as a share of the first"
 ) -> None:
-    """Draws quality over time, a plot for each metric with its front. Raises `InputError` without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("plots need matplotlib: pip install 'latent-diffusion-v1[evaluate]'") from None
-    figure = Figure(figsize=(5.5 * len(measured), 4.5), layout="constrained")
+    """Draws quality over time as the PNG file `path`, a plot for each metric with its front.
+
+    Raises `InputError` without matplotlib.
+    """
+    figure = new_figure(5.5 * len(measured), 4.5)
     for number, (metric, sets) in enumerate(measured.items(), 1):
         axes = figure.add_subplot(1, len(measured), number)
         points = list(sets.values())
@@ -65,5 +64,4 @@ def plot_front(
             axes.annotate(printable(name), place, (4, 3), textcoords="offset points", fontsize=7)
         axes.set(xlabel=across, ylabel=_QUALITIES[metric])
         axes.grid(alpha=0.3)
-    with written_whole(path, overwrite=True) as part:
-        figure.savefig(part, format="png", dpi=100)
+    save_figure(figure, path.with_suffix(""))

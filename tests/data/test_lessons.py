@@ -1,4 +1,4 @@
-"""Lessons: what they teach is told apart from what the model knows, on renderings that the test made itself."""
+"""Lessons: what they teach is distinguished from what the model knows, on renderings that the test made itself."""
 
 from dataclasses import replace
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm import cli
+from ldm import cli, plots
 from ldm.cli.commands.evaluate_run import add_run_options, chosen_questions, maker
 from ldm.cli.commands.evaluate_score import add_measure_options, request_of, typed_command
 from ldm.evaluation.presets import PRESETS
@@ -95,7 +94,7 @@ def _tell_front(results: list[Result], first: str, others: list[str], folder: Pa
     for metric, sets in measured.items():
         names, points = list(sets), list(sets.values())
         print(f"quality ({metric}) over time: {', '.join(printable(names[i]) for i in front(points))}")
-    if importlib.util.find_spec("matplotlib"):
+    if plots.available():
         plot_front(measured, folder / "front.png")
         print(printable(folder / "front.png"))
 
