@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,7 @@ from PIL import Image
 
 from ldm.data.layout import centres
 from ldm.data.scenes import Scene, image_at, render
-from ldm.evaluation.experiment import make_run, write_rows
-from ldm.evaluation.images import folder_set
+from ldm.evaluation.drawn import Make, draw, images_of, share, write_sheet
 from ldm.evaluation.lessons import READER
 from ldm.images.hints import make_hint, shown_hint
 from ldm.places import find
@@ -39,7 +38,7 @@ class Measured(NamedTuple):
 
 
 def measure(
-    folder: Path, count: int, control: Path, options: Sequence[str], make: Callable[[list[str]], int]
+    folder: Path, count: int, control: Path, options: Sequence[str], make: Make
 ) -> list[Measured] | int:
     """Draws `count` prompts without and with hints of where their solids stand, with txt2img's `options`.
 
@@ -50,7 +49,7 @@ def measure(
     captioned, reader = Captioned.draw(count, seed=0), load_reader(find(READER))
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in captioned.prompts]
-    drawn = _draw(folder / "without", rows, options, make)
+    drawn = draw(folder / "without", rows, options, make)
     found: list[Measured] = []
     for place in PLACES:
         if isinstance(drawn, int):
@@ -59,7 +58,7 @@ def measure(
         files = [str((folder / f"renderings-{place}" / f"{i:03}.png").absolute()) for i in range(count)]
         hints = [{"control": [[str(control), file, 1.0, 0.0, 1.0]], "hint": HINT} for file in files]
         own = [{**row, **hint} for row, hint in zip(rows, hints, strict=True)]
-        controlled = _draw(folder / f"with-{place}", own, options, make)
+        controlled = draw(folder / f"with-{place}", own, options, make)
         if isinstance(controlled, int):
             return controlled
         for name, images in (("without", drawn), ("with", controlled)):
@@ -68,24 +67,12 @@ def measure(
     return found
 
 
-def _draw(
-    folder: Path,
-    rows: Sequence[Mapping[str, Any]],
-    options: Sequence[str],
-    make: Callable[[list[str]], int],
-) -> np.ndarray | int:
-    prompts = folder.with_suffix(".jsonl")
-    write_rows(prompts, rows)
-    code = make_run(folder, prompts, options, make)
-    return code or np.stack([item.pixels() for item in folder_set(folder).items])
-
-
 def _write_renderings(folder: Path, captioned: Captioned, place: str) -> np.ndarray:
     folder.mkdir(parents=True, exist_ok=True)
     images: list[np.ndarray] = []
     for i, (split, scene) in enumerate(zip(captioned.splits, captioned.scenes, strict=True)):
         number = i - captioned.splits.index(split)
-        image = render(scene, number, anywhere=True) if place == "anywhere" else image_at(number, split)
+        image = render(scene, number, anywhere=True) if place == "anywhere" else image_at(i, split)
         Image.fromarray(image).save(folder / f"{i:03}.png")
         images.append(image)
     return np.stack(images)
@@ -104,8 +91,8 @@ def _measured(
         for image, rendering, scene in zip(images, renderings, scenes, strict=True)
         for distance in _distances(image, rendering, scene)
     ]
-    near = sum(distance <= NEAR for distance in distances) / len(distances)
-    right = None if marks is None else sum(mark["all"] for mark in marks) / len(marks)
+    near = share([distance <= NEAR for distance in distances])
+    right = None if marks is None else share([mark["all"] for mark in marks])
     return Measured(place, drawn, near, float(np.mean(distances)), right)
 
 
@@ -131,12 +118,10 @@ def as_markdown(found: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def write_sheet(folder: Path, columns: int = 8) -> Path:
+def write_examples(folder: Path, columns: int = 8) -> Path:
     """Writes the first hints and the images without and with them, a row each; returns the file."""
-    names = ("renderings-anywhere", "without", "with-anywhere")
-    rows = [[item.pixels() for item in folder_set(folder / name).items[:columns]] for name in names]
-    rows[0] = [shown_hint(make_hint(HINT, image)) for image in rows[0]]
-    Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows])).save(
-        folder / "control.png"
+    rendered, *drawn = (
+        images_of(folder / name, columns) for name in ("renderings-anywhere", "without", "with-anywhere")
     )
-    return folder / "control.png"
+    hints = [shown_hint(make_hint(HINT, image)) for image in rendered]
+    return write_sheet(folder / "control.png", [hints, *drawn])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,7 @@ from PIL import Image
 
 from ldm.data.captions import plain_caption
 from ldm.data.lessons import HOLE, LESSONS, hole, question, shows
-from ldm.evaluation.experiment import make_run, write_rows
-from ldm.evaluation.images import folder_set
+from ldm.evaluation.drawn import Make, draw, images_of, share, write_sheet
 from ldm.places import find
 from ldm.training.evaluate import Captioned
 from ldm.training.quality import judge, load_reader, score
@@ -20,7 +19,6 @@ from ldm.training.quality import judge, load_reader, score
 READER = Path("models/ldm/shapes/judge.pt")
 _SIDES = ("before", "after")
 
-Make = Callable[[list[str]], int]  # runs txt2img's options
 Table = Mapping[str, Mapping[str, float]]  # side, then question: the share of images that are right
 
 
@@ -34,19 +32,18 @@ def measure(
     """
     folder.mkdir(parents=True, exist_ok=True)
     usual = Captioned.draw(count, seed=1)
-    write_rows(folder / "new.jsonl", _rows(name, folder, count))
-    write_rows(folder / "usual.jsonl", [{"prompt": prompt} for prompt in usual.prompts])
+    rows = {"new": _rows(name, folder, count), "usual": [{"prompt": prompt} for prompt in usual.prompts]}
     reader, table = load_reader(find(READER)), dict[str, dict[str, float]]()
     for side, own in zip(_SIDES, ((), trained), strict=True):
         drawn: dict[str, np.ndarray] = {}
-        for which in ("new", "usual"):
-            outdir = folder / side / which
-            if code := make_run(outdir, folder / f"{which}.jsonl", [*options, *own], make):
-                return code
-            drawn[which] = np.stack([item.pixels() for item in folder_set(outdir).items])
+        for which in rows:
+            images = draw(folder / side / which, rows[which], [*options, *own], make)
+            if isinstance(images, int):
+                return images
+            drawn[which] = images
         marks = usual.marks(reader, drawn["usual"])
-        table[side] = {_ASKED[name]: _share(_right(name, drawn["new"]))}
-        table[side] |= {f"usual prompts: {part}": _share([mark[part] for mark in marks]) for part in marks[0]}
+        table[side] = {_ASKED[name]: share(_right(name, drawn["new"]))}
+        table[side] |= {f"usual prompts: {part}": share([mark[part] for mark in marks]) for part in marks[0]}
     return table
 
 
@@ -83,10 +80,6 @@ def _right(name: str, images: np.ndarray) -> list[bool]:
     return [score(verdict, scene)["all"] for verdict, scene in zip(verdicts, scenes, strict=True)]
 
 
-def _share(marks: Sequence[bool]) -> float:
-    return sum(marks) / len(marks)
-
-
 def as_markdown(table: Table) -> str:
     """Returns the table with a row for each question and columns before, after."""
     lines = ["| right | before | after |", "|---|---|---|"]
@@ -97,9 +90,4 @@ def as_markdown(table: Table) -> str:
 
 def write_pairs(folder: Path, columns: int = 8) -> Path:
     """Writes the first images of the new thing, a row before and a row after the training; returns the file."""
-    rows = [
-        np.concatenate([item.pixels() for item in folder_set(folder / side / "new").items[:columns]], axis=1)
-        for side in _SIDES
-    ]
-    Image.fromarray(np.concatenate(rows)).save(folder / "lesson.png")
-    return folder / "lesson.png"
+    return write_sheet(folder / "lesson.png", [images_of(folder / side / "new", columns) for side in _SIDES])

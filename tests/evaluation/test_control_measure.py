@@ -4,16 +4,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.evaluation.control import Measured, _measured, as_markdown
+from ldm.evaluation.control import Measured, _measured, _write_renderings, as_markdown
+from ldm.evaluation.lessons import READER
 from ldm.training.evaluate import Captioned
+from ldm.training.quality import load_reader
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
 def renderings(tmp_path_factory):
-    from ldm.evaluation.control import _write_renderings
-
     captioned = Captioned.draw(6, seed=0)
     return captioned, _write_renderings(tmp_path_factory.mktemp("renderings"), captioned, "anywhere")
+
+
+def test_the_reader_sees_in_the_hints_what_the_prompts_say(tmp_path):
+    """Of both splits: else right images would be drawn by hints of other scenes."""
+    captioned = Captioned.draw(12, seed=0)
+    images = _write_renderings(tmp_path / "renderings", captioned, "middle")
+    assert all(mark["all"] for mark in captioned.marks(load_reader(ROOT / READER), images))
 
 
 @pytest.mark.parametrize("shift", [0, 3, 12])

@@ -55,12 +55,12 @@ def run(opt: argparse.Namespace) -> int:
         return 0
     control = find(opt.control)
     check_there(control, "give another with --control")
-    from ldm.evaluation.control import as_markdown, measure, write_sheet
+    from ldm.evaluation.control import as_markdown, measure, write_examples
 
     own = [*QUICK_OPTIONS, *(["--quiet"] if opt.quiet else []), *opt.passed]
     found = measure(opt.outdir, opt.count, control.absolute(), own, maker([])[1])
     if isinstance(found, int):
         return found
     print(as_markdown(found))
-    print(f"\n{printable(write_sheet(opt.outdir))}")
+    print(f"\n{printable(write_examples(opt.outdir))}")
     return 0
