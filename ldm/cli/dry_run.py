@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.metadata.infotext import file_name
 from ldm.runs.checks import count_steps
 from ldm.runs.claim import Claim
 from ldm.runs.estimate import batch_kinds, count_texts, parallel, run_seconds
@@ -197,8 +198,13 @@ def tell_memory(memory: Memory, program: int) -> str:
     """Describes the memory in words; `program` are the bytes of everything that is not a tensor."""
     total = memory.weights + memory.computed + program
     unit, size = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
+    added = [
+        f"{_short(number / size)} of {printable(file_name(name))[:60]}"
+        for name, number in memory.added.items()
+    ]
     parts = [
         f"{_short(memory.weights / size)} weights",
+        *([f"among them {' and '.join(added)}"] if added else []),
         f"{_short(memory.computed / size)} for {memory.peak}",
     ]
     parts += [f"{_short(program / size)} for the program"] if program else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from ldm.checkpoints.formats.detect import reading
 from ldm.checkpoints.formats.read import read_tree
 from ldm.images.pixels import from_uint8
+from ldm.runtime.estimate import count_work
 from ldm.runtime.tiling import decode_in_tiles
 from ldm.util import InputError, printable
 
@@ -26,6 +28,20 @@ class Upscaler:
 
     def __init__(self, descriptor: Any) -> None:
         self._network, self.scale = descriptor, int(descriptor.scale)
+
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes of its weights."""
+        return 4 * sum(parameter.numel() for parameter in self._network.model.parameters())
+
+    def needed_memory(self, size: tuple[int, int]) -> int:
+        """The bytes that it computes at a time for an image of this height and width: of a tile, and the results."""
+        network, (height, width) = deepcopy(self._network.model).to("meta"), size
+        tile = torch.zeros(1, 3, min(height, _TILE), min(width, _TILE), device="meta")
+        results = (
+            3 * 3 * self.scale**2 * height * width
+        )  # the sum of its tiles, and two more while it is clamped
+        return 4 * (count_work(lambda: network(tile)).alive + results)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:

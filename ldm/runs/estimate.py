@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ldm.job import Job, batch_key
+from ldm.runs.added_costs import Cost, control_costs
 from ldm.runs.options import RunOptions
 from ldm.runs.plan import Plan
 from ldm.runs.processes import asked_for
@@ -125,15 +126,22 @@ def run_seconds(
     `pace` returns that of a precision: images are encoded in float32.
     """
     inits = {(batch.job.init, batch.size) for batch in batches if batch.job.init is not None}
+    controls = control_costs((batch.job for batch in batches), work, precision)
     return (
         texts * pace(precision.beside).seconds(work.read)
         + sum(_encode_seconds(size, work, pace) for _, size in inits)
-        + sum(times * _batch_seconds(batch, work, pace, precision) for batch, times in batches.items())
+        + sum(
+            times * _batch_seconds(batch, work, pace, precision, controls) for batch, times in batches.items()
+        )
     )
 
 
 def _batch_seconds(
-    batch: Batch, work: NetworkWork, pace: Callable[[Precision], Pace], precision: Precision
+    batch: Batch,
+    work: NetworkWork,
+    pace: Callable[[Precision], Pace],
+    precision: Precision,
+    controls: Mapping[str, Cost],
 ) -> float:
     own, beside, last = pace(precision), pace(precision.beside), batch.job.upscaled_size
     branch = (*batch.job.cache_steps, 0, 0)[1]
@@ -151,8 +159,8 @@ def _batch_seconds(
         + (calls - guided) * call(size, batch.images * batch.parts, full)
         for (size, calls, guided), full in zip(batch.passes(), batch.full_shares(), strict=True)
     )
-    if batch.job.controls:
-        denoising += len(batch.job.controls) * sum(
+    if networks := sum(controls[file].runs_each_step for file, *_ in batch.job.controls):
+        denoising += networks * sum(
             calls * beside.seconds(work.control(*size), batch.samples) for size, calls, _ in batch.passes()
         )
     each = beside.seconds(work.decode(*last))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ldm.runs.added_costs import control_costs, upscaler_cost
 from ldm.runs.estimate import Batch, batch_kinds
 from ldm.runs.models import edits_images, latent_factor
 from ldm.runs.options import RunOptions
@@ -25,11 +26,15 @@ PROGRAM = 350 * 2**20  # bytes of Python, torch and their imports; measured on L
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of weights, and of activations at the peak; `peak` names the stage of the peak."""
+    """Bytes of weights, and of activations at the peak; `peak` names the stage of the peak.
+
+    `added` are the bytes of those of the weights that are not the model's, by the names of their files.
+    """
 
     weights: int
     computed: float
     peak: str
+    added: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 def needed_memory(
@@ -56,12 +61,17 @@ def needed_memory(
     encoded |= {batch.job.upscaled_size for batch in batches if batch.encodes_again}
     passing = {size: tiling.needed_memory(widths, _area(size)) * share(size) for size in {largest, *encoded}}
     to_encode = work.encode(*largest).alive / work.decode(*largest).alive  # always in float32
+    costs = dict(control_costs((batch.job for batch in batches), work, precision))
     denoised = {
-        (size, batch.samples, bool(batch.job.controls))
+        (size, batch.samples, any(costs[file].runs_each_step for file, *_ in batch.job.controls))
         for batch in batches
         for size, steps, _ in batch.passes()
         if steps
     }
+
+    if options.upscaler is not None:
+        enlarged = max((batch.size if batch.job.upscale > 1 else largest for batch in batches), key=_area)
+        costs[options.upscaler] = upscaler_cost(options.upscaler, enlarged)
 
     def maps(size: tuple[int, int], controlled: bool) -> int:
         return work.predict(*size).alive + (work.control(*size).alive if controlled else 0)
@@ -73,14 +83,16 @@ def needed_memory(
             (precision.dtype.itemsize * maps(size, controlled) * samples, f"denoising {_words(size)}")
             for size, samples, controlled in denoised
         ),
+        *((cost.needed, cost.stage) for cost in costs.values()),
     ]
-    networks = [*weight_bytes(model, precision, encodes=bool(encoded)).values()]
-    if files := {file for batch in batches for file, *_ in batch.job.controls}:
-        networks += [work.control_weights * precision.dtype.itemsize] * len(files)
-    weights = max(networks) if options.lowmem else sum(networks)
-    if options.lowmem and device.type == "cpu":
-        weights = min(weights, LOW_MEMORY)
-    return Memory(weights, *max(peaks))
+    packed = [*weight_bytes(model, precision, encodes=bool(encoded)).values()]
+    packed += [cost.weights for cost in costs.values() if cost.runs_each_step]
+    whole = [cost.weights for cost in costs.values() if not cost.runs_each_step]
+    if not options.lowmem:
+        added = {name: cost.weights for name, cost in costs.items()}
+        return Memory(sum(packed) + sum(whole), *max(peaks), added)
+    limit = LOW_MEMORY if device.type == "cpu" else max(packed)  # of what is there only while it runs
+    return Memory(min(max(packed), limit) + sum(whole), *max(peaks))
 
 
 def check_batches(
@@ -99,8 +111,8 @@ def check_batches(
     width = section(config, "unet_config").get("model_channels", 320)
     cells = max(_area(size) * batch.samples for batch in batches for size, *_ in batch.passes())
     bound = MOST_MAPS * 4 * width * cells // latent_factor(config) ** 2
-    controlled = any(batch.job.controls for batch in batches)  # whose weights the bound leaves out
-    if total is None or (2 * bound < total and not controlled):
+    adds = options.upscaler is not None or any(batch.job.controls for batch in batches)  # not in the bound
+    if total is None or (2 * bound < total and not adds):
         return
     try:
         model = build_model(config)

@@ -28,7 +28,7 @@ from ldm.runtime import kernels
 from ldm.runtime.device import Precision
 from ldm.runtime.fast import accelerate
 from ldm.runtime.packing import Packer
-from ldm.runtime.prepare import halved, rounded_layers, use_int8
+from ldm.runtime.prepare import halved, narrow_layers, rounded_layers, use_int8
 from ldm.runtime.shortcuts import CachedBlocks
 from ldm.util import is_list
 
@@ -190,10 +190,13 @@ class NetworkWork:
         with torch.device("meta"):
             return ControlNet(**{**settings, **own}).eval()
 
-    @property
-    def control_weights(self) -> int:
-        """How many weights a control network has."""
-        return sum(parameter.numel() for parameter in self._control_network.parameters())
+    def control_bytes(self, precision: Precision) -> int:
+        """Returns the bytes of a control network's weights as run in `precision` on a CPU, see `prepare_control`."""
+        network = self._control_network
+        narrow = {id(layer.weight): precision.dtype.itemsize for layer in narrow_layers(network)}
+        if precision.int8:
+            narrow |= {id(layer.weight): 1 for layer in rounded_layers(network)}
+        return sum(weight.numel() * narrow.get(id(weight), 4) for weight in network.parameters())
 
     def _decode(self, height: int, width: int) -> Work:
         z = self._latents(height, width)

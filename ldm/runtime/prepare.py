@@ -71,10 +71,24 @@ def prepare_control(
         return
     exact = Packer(torch.float32, forget)
     accelerate(network, packer)
-    for part in (network.time_embed, network.input_hint_block):
+    for part in _exact_parts(network):
         accelerate(part, exact)
     if int8:
         use_int8(rounded_layers(network))
+
+
+def _exact_parts(network: ControlNet) -> list[nn.Module]:
+    return [network.time_embed, network.input_hint_block]
+
+
+def narrow_layers(network: ControlNet) -> list[nn.Conv2d | nn.Linear]:
+    """Returns the layers of a control network whose weights `prepare_control` packs in half precision."""
+    exact = {layer for part in _exact_parts(network) for layer in part.modules()}
+    return [
+        layer
+        for layer in network.modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer not in exact
+    ]
 
 
 def use_int8(layers: Iterable[nn.Module]) -> None:

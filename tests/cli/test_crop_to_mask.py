@@ -1,11 +1,10 @@
 """Only the region around a mask: made as if it were cut out, and put back exactly."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-import torch
-from omegaconf import OmegaConf
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 import scripts.inpaint as inpaint
 import scripts.replay as replay
@@ -13,7 +12,8 @@ from ldm.data.scenes import image_at
 from ldm.job import Init, Job
 from ldm.metadata.read import read_job
 from ldm.pipeline import Pipeline
-from tests.support.golden_data import inpainting_config, small_config, tiny_model
+from tests.support.golden_data import inpainting_config, small_config, tiny_model, written_model
+from tests.support.metadata import png
 
 FAST = ["--ddim_steps", "2", "--device", "cpu", "--precision", "full", "--quiet"]
 BOX = (60, 10, 124, 74)  # left, top, right, bottom of the region of 64x64 in the image of 150x90
@@ -87,10 +87,7 @@ def test_grey_masks_and_second_passes_go_with_it(photo):
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["any model", "inpainting model"])
 def test_the_command_and_its_replay(photo, tmp_path, capsys, kind):
-    config = configs()[kind]
-    OmegaConf.save({"model": config}, "config.yaml")
-    torch.save({"state_dict": tiny_model(config).state_dict()}, "model.ckpt")
-    model = ["--config", "config.yaml", "--ckpt", "model.ckpt"]
+    model = written_model(configs()[kind])
     typed = ["--init-img", "photo.png", "--mask", "mask.png", "--crop_to_mask", "5", "--n_samples", "2"]
     assert inpaint.main([*FAST, *model, *typed, "--outdir", "out"]) == 0
     file = tmp_path / "out/samples/00000.png"
@@ -107,13 +104,11 @@ def test_the_command_and_its_replay(photo, tmp_path, capsys, kind):
 
 @pytest.mark.long
 def test_an_image_of_the_web_ui_is_made_in_its_way(photo, tmp_path):
-    info = PngInfo()
-    info.add_text(
-        "parameters",
+    text = (
         "a cube\nSteps: 2, Sampler: DDIM, CFG scale: 7, Seed: 5, Size: 64x64, Denoising strength: 0.75, "
-        "Mask blur: 4, Inpaint area: Only masked, Masked area padding: 16, Version: v1.10.1",
+        "Mask blur: 4, Inpaint area: Only masked, Masked area padding: 16, Version: v1.10.1"
     )
-    Image.new("RGB", (150, 90)).save("theirs.png", pnginfo=info)
+    png(Path("theirs.png"), parameters=text)
     given = ["--init-img", "photo.png", "--mask", "mask.png", "--device", "cpu", "--quiet"]
     assert replay.main(["theirs.png", *given, "--outdir", "again"]) == 0
     made = read_job("again/theirs.png").job

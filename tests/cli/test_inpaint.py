@@ -4,8 +4,6 @@ import re
 
 import numpy as np
 import pytest
-import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
 import scripts.inpaint as inpaint
@@ -13,7 +11,7 @@ import scripts.txt2img as txt2img
 from ldm.data.scenes import image_at
 from ldm.images.watermark import INPAINTING_TEXT, Watermark
 from ldm.metadata.infotext import job_from_infotext
-from tests.support.golden_data import inpainting_config, small_config, tiny_model
+from tests.support.golden_data import inpainting_config, small_config, written_model
 
 FAST = ["--ddim_steps", "3", "--device", "cpu", "--precision", "full", "--quiet", "--skip_grid"]
 SAMPLERS = ["--seed=42", "--plms", "--dpm_solver", "--ddim_eta=1"]
@@ -38,11 +36,7 @@ def draw(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def nine_channels(tmp_path_factory):
     """Options that choose a tiny inpainting model in files."""
-    folder = tmp_path_factory.mktemp("inpainting")
-    config = inpainting_config(small_config())
-    OmegaConf.save({"model": config}, folder / "config.yaml")
-    torch.save({"state_dict": tiny_model(config).state_dict()}, folder / "model.ckpt")
-    return ["--config", str(folder / "config.yaml"), "--ckpt", str(folder / "model.ckpt")]
+    return written_model(inpainting_config(small_config()), tmp_path_factory.mktemp("inpainting"))
 
 
 def pixels(path):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 import ldm.places
 import scripts.inpaint
@@ -22,6 +21,7 @@ from ldm.images.writer import encode_png
 from ldm.job import Init, Job
 from ldm.metadata.read import Recipe, read_job
 from ldm.metadata.record import record
+from tests.support.metadata import png
 from tests.support.paths import ROOT
 
 HERE = Path()
@@ -118,13 +118,11 @@ def test_a_name_is_known_in_either_case_where_no_hash_is() -> None:
 
 
 def test_files_that_another_program_names_are_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    info = PngInfo()
-    info.add_text(
-        "parameters",
+    text = (
         "a <lora:ink:0.8>\nNegative prompt: easyneg\nSteps: 2, Sampler: DDIM, CFG scale: 7, Seed: 5, Size: 64x64, "
-        'Lora hashes: "ink: 0123456789ab", TI hashes: "easyneg: c74b4e810b03", Version: v1.6.0',
+        'Lora hashes: "ink: 0123456789ab", TI hashes: "easyneg: c74b4e810b03", Version: v1.6.0'
     )
-    Image.new("RGB", (64, 64)).save("a.png", pnginfo=info)
+    png(Path("a.png"), parameters=text)
     written("here/ink.pt", b"another file of that name")
     code, [line] = replayed(capsys, "a.png", "--lora_dir", "here", "--embedding_dir", "here")
     assert code == 2 and line.startswith("error: a.png: it needs the textual inversion easyneg")

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
 import scripts.img2img as img2img
@@ -26,7 +25,15 @@ from ldm.metadata.read import read_job
 from ldm.models.diffusion.guidance import Guidance
 from ldm.pipeline import Pipeline
 from ldm.util import InputError, instantiate_from_config
-from tests.support.golden_data import edit_config, keys, relative_error, small_config, tiny_model, weight_of
+from tests.support.golden_data import (
+    edit_config,
+    keys,
+    relative_error,
+    small_config,
+    tiny_model,
+    weight_of,
+    written_model,
+)
 
 JOB = Job(
     "make it blue", negative_prompt="grey", width=64, height=64, steps=4, seed=11, scale=6.0, image_scale=1.6
@@ -192,10 +199,9 @@ def test_the_command_and_its_replay(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    OmegaConf.save({"model": edit_config(small_config())}, "config.yaml")
-    torch.save({"state_dict": model.state_dict()}, "model.ckpt")
     Image.fromarray(photo()).save("photo.png")
-    options = ["--config", "config.yaml", "--ckpt", "model.ckpt", "--device", "cpu", "--precision", "full"]
+    chosen = written_model(edit_config(small_config()), model=model)
+    options = [*chosen, "--device", "cpu", "--precision", "full"]
     typed = ["--init-img", "photo.png", "--prompt", "make it blue", "--ddim_steps", "2", "--n_samples", "1"]
     assert img2img.main([*options, *typed, "--image_scale", "1.2", "--outdir", "out"]) == 0
     assert "edits the image that it sees, and starts from noise" in capsys.readouterr().err

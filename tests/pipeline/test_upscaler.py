@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -22,7 +21,7 @@ from ldm.job import Job
 from ldm.pipeline import Pipeline
 from ldm.pipeline.upscaler import load_upscaler
 from ldm.util import InputError
-from tests.support.golden_data import small_config, tiny_model, weight_of
+from tests.support.golden_data import small_config, tiny_model, weight_of, written_model
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +64,24 @@ def test_it_is_spandrels_result(spandrel: Any, file: Path) -> None:
         upscaler = load_upscaler(str(path))
         assert upscaler.scale == 2
         assert torch.allclose(upscaler(image()), expected, atol=1e-6)
+
+
+def test_its_memory_is_that_of_its_weights_and_maps(file: Path) -> None:
+    """At least the largest map of the network at a time, at most all; and the enlarged image."""
+    upscaler, maps = load_upscaler(str(file)), list[int]()
+    network = upscaler._network.model
+    weights = torch.load(file, weights_only=True)["params_ema"].values()
+    assert upscaler.weight_bytes == 4 * sum(tensor.numel() for tensor in weights)
+    hooks = [
+        layer.register_forward_hook(lambda module, given, out: maps.append(out.numel()))
+        for layer in network.body
+    ]
+    upscaler(image())
+    for hook in hooks:
+        hook.remove()
+    enlarged = 3 * 3 * 80 * 112
+    assert 4 * max(maps) <= upscaler.needed_memory((40, 56)) - 4 * enlarged <= 8 * sum(maps)
+    assert upscaler.needed_memory((2000, 2000)) < 4 * 4 * 3 * 4000**2, "it works in tiles"
 
 
 def test_esrgan_itself_is_known(spandrel: Any, tmp_path: Path) -> None:
@@ -151,9 +168,7 @@ def test_the_command_and_its_replay(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    OmegaConf.save({"model": small_config()}, "config.yaml")
-    torch.save({"state_dict": tiny_model(small_config()).state_dict()}, "model.ckpt")
-    options = ["--config", "config.yaml", "--ckpt", "model.ckpt", "--device", "cpu", "--quiet"]
+    options = [*written_model(small_config()), "--device", "cpu", "--quiet"]
     typed = [
         "--prompt",
         "a cube",

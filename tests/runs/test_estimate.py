@@ -5,11 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import scripts.txt2img as txt2img
-from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG, INPAINTING_CONFIG, V1_CONFIG
+from ldm.checkpoints.configs import (
+    BUNDLED_CKPT,
+    BUNDLED_CONFIG,
+    BUNDLED_CONTROL,
+    INPAINTING_CONFIG,
+    V1_CONFIG,
+)
 from ldm.checkpoints.load import build_model
 from ldm.cli.dry_run import tell_memory, tell_time
 from ldm.cli.values import options_of, request_of
@@ -17,6 +25,7 @@ from ldm.config import read_config
 from ldm.images.canvas import open_canvas
 from ldm.job import Init, Job
 from ldm.modules.attention import CrossAttention
+from ldm.modules.diffusionmodules.adapter import T2IAdapter
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.pipeline import LOW_MEMORY, Pipeline, load_model
 from ldm.runs.estimate import Batch, batch_kinds, count_texts, parallel, run_seconds
@@ -27,6 +36,8 @@ from ldm.runs.starts import Start
 from ldm.runtime.device import BF16, FULL, resolve_precision
 from ldm.runtime.estimate import NetworkWork, Pace, Work, count_work, measure_pace, weight_bytes
 from ldm.runtime.shortcuts import shortcuts
+from tests.support.control import ip_weights
+from tests.support.paths import ROOT
 from tests.support.precision import needs_bf16_kernels, needs_int8_kernels
 
 CPU = torch.device("cpu")
@@ -353,13 +364,15 @@ def test_a_network_that_needs_its_weights_is_no_fault(capsys, tmp_path, monkeypa
 
 def controlled(*files):
     return Job(
-        "", width=128, height=128, steps=4, controls=tuple((file, "h", 1.0, 0.0, 1.0) for file in files)
+        "", width=128, height=128, steps=4, controls=tuple((str(file), "h", 1.0, 0.0, 1.0) for file in files)
     )
 
 
-def test_control_networks_take_time_and_memory(model, work):
+def test_control_networks_take_time_and_memory(model, work, tmp_path):
     """Twice the file is once its weights; a call is of the size of the U-Net's way down."""
-    batches = [Batch(controlled(*files), 1, True) for files in ((), ("a",), ("a", "a"), ("a", "b"))]
+    a, b = ROOT / BUNDLED_CONTROL, tmp_path / "b.safetensors"
+    b.symlink_to(a)
+    batches = [Batch(controlled(*files), 1, True) for files in ((), (a,), (a, a), (a, b))]
     weights = [needed_memory(RunOptions(outdir=""), [b], model, work, CPU, FULL).weights for b in batches]
     own = sum(p.numel() for p in ControlNet(**model.model.diffusion_model.settings).parameters())
     assert [w - weights[0] for w in weights] == [0, 4 * own, 4 * own, 8 * own]
@@ -369,10 +382,41 @@ def test_control_networks_take_time_and_memory(model, work):
     assert 0.25 < call / (2 * 4 * sum(work.predict(*SIDE).products.values())) < 0.35
 
 
+def test_adapters_count_by_what_their_files_hold(model, work, tmp_path):
+    """In float32, as they are saved here; the image encoder is there only while it reads. Steps take no longer."""
+    adapter, prompt, encoder = (
+        tmp_path / name for name in ("t2i.safetensors", "ip.safetensors", "image_encoder")
+    )
+    save_file(T2IAdapter(3, [64, 128, 128]).state_dict(), adapter)
+    save_file(ip_weights(model), prompt)
+    encoder.mkdir()
+    (encoder / "config.json").write_text("{}")
+    save_file({"any": torch.zeros(20_000_000)}, encoder / "model.safetensors")
+    batches = [Batch(controlled(*files), 1, True) for files in ((), (adapter,), (prompt,))]
+    none, t2i, ip = (bytes_needed(model, work, batch, precision=BF16) for batch in batches)
+    for found, file in ((t2i, adapter), (ip, prompt)):
+        held = file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little")  # without its header
+        assert found.weights - none.weights == held == found.added[str(file)]
+    assert (ip.peak, ip.computed) == ("reading images for an IP-Adapter", 80_000_000)
+    assert t2i.computed == none.computed
+    assert len({seconds(work, {batch: 1}) for batch in batches}) == 1
+
+
+def test_a_dry_run_names_what_controls_take(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.runtime.estimate.TRIAL", 0.0)
+    Image.new("RGB", (128, 128)).save(tmp_path / "hint.png")
+    file = ROOT / BUNDLED_CONTROL
+    typed = ("--control", f"{file}:{tmp_path / 'hint.png'}", "--n_iter", "1", "--n_samples", "1")
+    memory = dry_run(capsys, tmp_path, *typed)[-2]
+    assert (
+        f"among them {2 * file.stat().st_size / 2**20:.2g} of control.safetensors" in memory
+    )  # fp16 in the file
+
+
 def test_more_controls_than_memory():
     """v1's, in float32: 1.35 GiB each."""
     memory = Memory(weights=0, computed=1.0, peak="denoising 512x512")
     v1 = NetworkWork(build_model(read_config(V1_CONFIG)))
-    assert round(4 * v1.control_weights / 2**30, 2) == 1.35
-    too_much = beyond_memory(replace(memory, weights=10**6 * v1.control_weights), CPU, 1)
+    assert round(v1.control_bytes(FULL) / 2**30, 2) == 1.35
+    too_much = beyond_memory(replace(memory, weights=10**6 * v1.control_bytes(FULL)), CPU, 1)
     assert too_much is not None and "denoising 512x512 in batches of 1 needs about" in too_much

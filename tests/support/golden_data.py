@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,3 +153,10 @@ def relative_error(actual: torch.Tensor | np.ndarray, expected: torch.Tensor | n
     b = torch.as_tensor(np.asarray(expected)).double()
     assert a.shape == b.shape, (a.shape, b.shape)
     return float((a - b).norm() / b.norm().clamp_min(1e-300))
+
+
+def written_model(config: dict[str, Any], folder: Path = Path(), model: Any = None) -> list[str]:
+    """Writes a config, and the weights of its tiny model or of `model`, into a folder; returns their options."""
+    OmegaConf.save({"model": config}, folder / "config.yaml")
+    torch.save({"state_dict": (model or tiny_model(config)).state_dict()}, folder / "model.ckpt")
+    return ["--config", str(folder / "config.yaml"), "--ckpt", str(folder / "model.ckpt")]

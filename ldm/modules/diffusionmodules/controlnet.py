@@ -57,4 +57,6 @@ class ControlNet(UNetEncoder):
         context = None if context is None else context.to(self.dtype)
         emb = self.embed_time(timesteps)
         maps = self.encode(x, emb, context, {0: features})
-        return [conv(h, emb) for conv, h in zip([*self.zero_convs, self.middle_block_out], maps, strict=True)]
+        for i, conv in enumerate([*self.zero_convs, self.middle_block_out]):
+            maps[i] = conv(maps[i], emb)  # in place of a second list, which would take as much memory
+        return maps

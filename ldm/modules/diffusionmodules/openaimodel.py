@@ -373,8 +373,7 @@ class UNetModel(UNetEncoder):
 
         `control` are maps, one for each input block and one for the middle block, that are added to theirs on the
         way up (Zhang et al. 2023, ControlNet, equation 4), `features` maps that are added on the way down, see
-        `encode`. There are no classes, so `y` must be None; a warning
-        names `kwargs`, which are ignored, once.
+        `encode`. There are no classes, so `y` must be None; a warning names `kwargs`, which are ignored, once.
         """
         only_with("UNetModel.forward", y=(y, None))
         if kwargs and not self._ignored.issuperset(kwargs):
@@ -384,7 +383,8 @@ class UNetModel(UNetEncoder):
         context = None if context is None else context.to(self.dtype)
         skips = self.encode(x, emb, context, features)
         if control is not None:
-            skips = [self.with_control(h, added) for h, added in zip(skips, control, strict=True)]
+            for i, (h, added) in enumerate(zip(skips, control, strict=True)):
+                skips[i] = self.with_control(h, added)  # one by one, so that memory holds few of them twice
         h = skips.pop()
         for block in list(self.output_blocks)[-len(skips) :]:
             h = self.with_skip(h, skips.pop())
