@@ -25,6 +25,15 @@ def encoder_folder(adapter: Path) -> Path:
     )
 
 
+def encoder_hash(control: Path) -> str:
+    """The SHA-256 of the image encoder that a file for `--control` needs; empty for one that is not an IP-Adapter."""
+    from ldm.checkpoints.adapters.control import read_control
+    from ldm.checkpoints.hashing import file_sha256
+
+    needs = read_control(control).is_image_prompt
+    return file_sha256(encoder_weights(encoder_folder(control))) if needs else ""
+
+
 def encoder_weights(folder: Path) -> Path:
     """The weights in a folder that `encoder_folder` found."""
     return next(folder / name for name in _WEIGHTS if (folder / name).is_file())

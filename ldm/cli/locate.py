@@ -193,6 +193,7 @@ def _locate_controls(recipe: Recipe, folder: Path, given: Mapping[str, object], 
     if not recipe.job.controls or "control" in given:
         return
     from ldm.checkpoints.hashing import file_sha256
+    from ldm.checkpoints.image_encoder import encoder_hash
 
     places = [place for name in ("models", "models/ControlNet") for place in candidates(name)]
     files = [
@@ -208,7 +209,7 @@ def _locate_controls(recipe: Recipe, folder: Path, given: Mapping[str, object], 
         key: {
             _plain(name): digest for name, digest in _hashes(recipe.extras.get(f"{key} hashes", "")).items()
         }
-        for key in ("Control", "Hint")
+        for key in ("Control", "Hint", "Image encoder")
     }
     values = []
     for file, image, *rest in recipe.job.controls:
@@ -220,6 +221,11 @@ def _locate_controls(recipe: Recipe, folder: Path, given: Mapping[str, object], 
                     f"it needs the {what} {printable(name or 'of unknown name')[:100]}; give both with --control"
                 )
         _note_hashes(located, (("ControlNet", path, same), ("hint", hint, same_hint)))
+        encoder = hashes["Image encoder"].get(_plain(file), "")
+        if path is not None and encoder and not _agrees(path, encoder, encoder_hash):
+            located.notes.append(
+                f"the image encoder for {printable(path)} is another one than that which it was made with"
+            )
         values.append((str(path), str(hint), *rest))
     located.changes["control"] = values
 

@@ -142,9 +142,19 @@ class Draft:
             ]
             self.loras.append((lora_name(file_name(name)), weights[0], weights[1]))
 
-    def control(self, file: str, image: str, weight: float, start: float, end: float) -> None:
-        """Adds a ControlNet by the names of its file and its hint, which may be empty."""
-        self.controls.append((file_name(file), file_name(image), weight, start, end))
+    def control(
+        self,
+        file: str,
+        image: str,
+        weight: float,
+        start: float,
+        end: float,
+        needs: str = "the ControlNet {} and its hint {}",
+    ) -> None:
+        """Adds a control network by the names of its file and its image, which may be empty."""
+        names = file_name(file), file_name(image)
+        self.controls.append((*names, weight, start, end))
+        self.note(f"it needs {needs.format(names[0], names[1] or 'image')}, which are not in the file")
 
     def start_from(self, name: str, strength: object) -> None:
         """Sets the image that the job starts from; its name may be empty."""
@@ -174,10 +184,6 @@ class Draft:
                 self.note(f"signs in its prompts are weights to {self.source}")
         for name, *_ in self.loras:
             self.note(f"it needs the LoRA {name}")
-        for name, image, *_ in self.controls:
-            self.note(
-                f"it needs the ControlNet {name} and its hint {image or 'image'}, which are not in the file"
-            )
         self.values |= {"loras": tuple(self.loras), "controls": tuple(self.controls)}
         self._check()
         self.values.setdefault("prompt", "")

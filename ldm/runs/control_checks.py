@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
-from ldm.job import Job
+from ldm.job import MODEL_ENDINGS, Job
+from ldm.places import find
+from ldm.util import InputError, printable
+
+_NUMBER = re.compile(r"[-+]?[0-9.]+")
 
 
 def check_control_files(job: Job, side: int) -> None:
@@ -21,8 +26,31 @@ def check_control_files(job: Job, side: int) -> None:
     from ldm.images.source import read_image
 
     for file, image, *_ in job.controls:
+        _check_order(file, image)
         if read_control(control_file(file)).is_image_prompt:
             encoder_folder(control_file(file))
             read_image(image)
             continue
         read_hint(job, image, (job.height, job.width), partial(open_canvas, own_side=side))
+
+
+def _check_order(file: str, image: str) -> None:
+    """Raises `InputError`, with what to type instead, where one of the two is what the other should be."""
+    from ldm.images.source import EXTENSIONS
+
+    first, second = printable(file), printable(image)
+    typed = f"--control {first}:{second}"[:200]
+    if _NUMBER.fullmatch(file) and not find(file).exists():
+        raise InputError(f"{typed}: the weight comes last; give --control {second}:{first}")
+    is_image, is_network = file.lower().endswith(EXTENSIONS), image.lower().endswith((*MODEL_ENDINGS, ".pth"))
+    if is_image and is_network:
+        raise InputError(f"{typed}: the network comes first; give --control {second}:{first}")
+    if is_image:
+        raise InputError(
+            f"{typed}: {first} is an image, where the file of a network belongs; give --control FILE:{first}"
+        )
+    if is_network:
+        raise InputError(
+            f"{typed}: {second} holds weights, where the image belongs; each network has a --control and an image "
+            f"of its own: --control {first}:IMAGE"
+        )

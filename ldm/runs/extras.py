@@ -31,6 +31,7 @@ def extras_of(
     from ldm.checkpoints.adapters.control import control_file, control_parts
     from ldm.checkpoints.adapters.lora_files import lora_hash
     from ldm.checkpoints.hashing import file_sha256, files_sha256
+    from ldm.checkpoints.image_encoder import encoder_hash
     from ldm.config import section
     from ldm.metadata.infotext import file_name, model_name
 
@@ -67,8 +68,10 @@ def extras_of(
         loras = {lora_name(file_name(name)): lora_hash(source.find_lora(name)) for name, *_ in job.loras}
         parts = {file: files_sha256(control_parts(control_file(file)))[:12] for file, *_ in job.controls}
         networks = {file_name(file): digest for file, digest in parts.items()}
+        encoders = {file_name(file): encoder_hash(control_file(file))[:12] for file, *_ in job.controls}
         hints = {file_name(image): file_sha256(Path(image))[:12] for _, image, *_ in job.controls}
         entries |= {"Control hashes": _listed(networks), "Hint hashes": _listed(hints)}
+        entries |= {"Image encoder hashes": _listed({name: one for name, one in encoders.items() if one})}
         used = embeddings.used_in(job.prompt, job.negative_prompt) if embeddings else []
         inversions = {e.name: file_sha256(e.path)[:12] for e in used}
         return {**entries, "Lora hashes": _listed(loras), "TI hashes": _listed(inversions)}

@@ -26,6 +26,7 @@ def settings(options: RunOptions, plan: Plan, source: Source) -> dict[str, Any]:
     from ldm.checkpoints.adapters.control import control_file, control_parts
     from ldm.checkpoints.adapters.lora_files import settings_file
     from ldm.checkpoints.hashing import files_sha256
+    from ldm.checkpoints.image_encoder import encoder_hash
 
     inits = dict.fromkeys(job.init for job in plan.kinds() if job.init is not None)
     images = dict.fromkeys(path for init in inits for path in (init.image, init.mask) if path)
@@ -37,6 +38,7 @@ def settings(options: RunOptions, plan: Plan, source: Source) -> dict[str, Any]:
     )
     embeddings = [*(Path(path) for path, _ in options.embedding), *below]
     controls = {name: files_sha256(control_parts(control_file(name))) for name in plan.controls()}
+    encoders = {name: digest for name in plan.controls() if (digest := encoder_hash(control_file(name)))}
     loras = {name: source.find_lora(name) for name in plan.loras()}
     lora_settings = {name: file for name, path in loras.items() if (file := settings_file(path))}
     return {
@@ -50,6 +52,7 @@ def settings(options: RunOptions, plan: Plan, source: Source) -> dict[str, Any]:
         "safety_model": file_digests(_safety_files(options)),
         "pictures": {printable(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in images},
         **({"control_files": controls} if controls else {}),  # runs from before there were any lack them
+        **({"image_encoders": encoders} if encoders else {}),
         "lora_files": {name: file_digest(path) for name, path in loras.items()},
         "lora_settings": {name: file_digest(path) for name, path in lora_settings.items()},
         "embeddings": file_digests(embeddings),

@@ -123,7 +123,19 @@ def test_a_run_with_control_resumes(draw, control):
             "is a ControlNet for Stable Diffusion v1 of 320 channels, and the model has 64; give",
         ),
         ("v2.safetensors:hint.png", "is a ControlNet for Stable Diffusion v2, and this toolkit runs"),
-        ("hint.png:hint.png", "hint.png: "),
+        (
+            "hint.png:hint.png",
+            "hint.png is an image, where the file of a network belongs; give --control FILE:",
+        ),
+        ("hint.png:net.safetensors", "the network comes first; give --control net.safetensors:hint.png"),
+        (
+            "net.safetensors:v1.safetensors",
+            "v1.safetensors holds weights, where the image belongs; each network has",
+        ),
+        ("0.5:net.safetensors:hint.png", "--control 0.5:net.safetensors:hint.png: the weight comes last"),
+        ("net.safetensors:hint.png:0:1", "two numbers at its end; give a weight, or a weight and two shares"),
+        ("net.safetensors", "not two files; give FILE:IMAGE[:WEIGHT[:START:END]]"),
+        ("net.safetensors:0.5", "not two files; give FILE:IMAGE[:WEIGHT[:START:END]]"),
     ],
 )
 def test_mistakes_are_one_line(draw, control, monkeypatch, typed, said):

@@ -294,6 +294,48 @@ def test_several_controlnets_are_read_with_their_steps_and_hints() -> None:
     assert noted(recipe, "hint was made by node Canny") and noted(recipe, "levels of noise")
 
 
+PROMPTED = {
+    "91": ("IPAdapterModelLoader", {"ipadapter_file": "sd15/ip-adapter_sd15.bin"}),
+    "92": ("LoadImage", {"image": "cat.png"}),
+    "93": ("CLIPVisionLoader", {"clip_name": "ViT-H.safetensors"}),
+    "94": ("IPAdapterUnifiedLoader", {"model": ["4", 0], "preset": "PLUS FACE (portraits)"}),
+}
+
+
+def test_ip_adapters_are_read_with_their_images() -> None:
+    """One by its file, one by a preset: both act on the model."""
+    first = {"model": ["94", 0], "ipadapter": ["94", 1], "image": ["92", 0], "weight": 0.7, "start_at": 0.0,
+             "end_at": 0.5, "weight_type": "standard"}  # fmt: skip
+    second = {"model": ["95", 0], "ipadapter": ["91", 0], "image": ["92", 0], "clip_vision": ["93", 0], "weight": 1.2,
+              "weight_type": "linear", "combine_embeds": "concat", "start_at": 0, "end_at": 1,
+              "embeds_scaling": "V only"}  # fmt: skip
+    more = {"95": ("IPAdapter", first), "96": ("IPAdapterAdvanced", second)}
+    recipe = read(nodes(PROMPTED, more, _3={"model": ["96", 0]}))
+    assert recipe.model == "m.safetensors"
+    assert sorted(recipe.job.controls) == [
+        ("ip-adapter-plus-face_sd15", "cat.png", 0.7, 0.0, 0.5), ("ip-adapter_sd15.bin", "cat.png", 1.2, 0.0, 1.0),
+    ]  # fmt: skip
+    assert noted(recipe, "the IP-Adapter ip-adapter_sd15.bin and its image cat.png", "not in the file")
+    assert noted(recipe, "levels of noise") and noted(recipe, "ViT-H.safetensors", "image_encoder")
+    assert not noted(recipe, "left out")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"weight_type": "style transfer"}, "weight_type of its IP-Adapter: style transfer"),
+        ({"embeds_scaling": "K+V"}, "embeds_scaling of its IP-Adapter: K+V"),
+        ({"attn_mask": ["92", 1]}, "attn_mask"),
+        ({"ipadapter": ["97", 1]}, "node IPAdapterAdvanced"),
+    ],
+)
+def test_what_an_ip_adapter_does_otherwise_is_named(inputs: dict[str, Any], said: str) -> None:
+    own = {"model": ["4", 0], "ipadapter": ["91", 0], "image": ["92", 0], "weight": 1.0}
+    more = {"96": ("IPAdapterAdvanced", {**own, **inputs}),
+            "97": ("IPAdapterUnifiedLoaderFaceID", {"model": ["4", 0], "preset": "FACEID PLUS V2"})}  # fmt: skip
+    assert noted(read(nodes(PROMPTED, more, _3={"model": ["96", 0]})), "left out", said)
+
+
 def test_zeros_are_not_the_empty_prompt() -> None:
     more = {"90": ("ConditioningZeroOut", {"conditioning": ["6", 0]})}
     recipe = read(nodes(more, _3={"negative": ["90", 0]}))

@@ -532,6 +532,15 @@ def test_units_of_the_controlnet_extension_are_read() -> None:
     assert not noted(recipe, "left out")
 
 
+@pytest.mark.parametrize("module", ["ip-adapter_clip_sd15", "CLIP-ViT-H (IPAdapter)"])
+def test_units_that_are_ip_adapters_have_images_and_no_hints(module: str) -> None:
+    text = f"Module: {module}, Model: ip-adapter_sd15 [6a3f6166], Weight: 0.7, Resize Mode: Crop and Resize"
+    recipe = read(f', ControlNet 0: "{text}", Version: v1.10.1')
+    assert recipe.job.controls == (("ip-adapter_sd15", "", 0.7, 0.0, 1.0),)
+    assert (recipe.job.hint, recipe.job.control_resize) == ("none", "none")
+    assert noted(recipe, "the IP-Adapter ip-adapter_sd15 and its image") and not noted(recipe, "hint")
+
+
 def test_older_units_and_hints_of_networks_are_read() -> None:
     """The name without a number, brackets around the steps; a depth network makes the second hint."""
     old = (

@@ -11,10 +11,14 @@ from safetensors.torch import save_file
 from ldm.images.canvas import open_canvas
 from ldm.images.hints import make_hint, read_hint, shown_hint
 from ldm.job import Init, Job
+from ldm.modules.diffusionmodules.adapter import T2IAdapter
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.pipeline import Pipeline
+from ldm.runtime.device import resolve_precision
 from ldm.util import InputError
+from tests.support.control import ENCODER, ip_weights
 from tests.support.golden_data import inpainting_config, small_config, tiny_model, weight_of
+from tests.support.precision import needs_int8_kernels
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,78 @@ def test_two_halves_are_a_whole(pipeline, files):
         0
     ]
     assert abs(once - twice.astype(int)).max() <= 1
+
+
+# --- several kinds at a time --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kinds(model, files):
+    """A file of each kind that acts on the small model: a control of each with its image."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    unet = model.model.diffusion_model
+    base, shapes = unet.state_dict(), ControlNet(**unet.settings).state_dict()
+    weights = {key: weight_of(f"control_model.{key}", value.shape) for key, value in shapes.items()}
+    changes = {key: value - base[key] if key in base else value for key, value in weights.items()}
+    save_file({**changes, "difference": torch.zeros(1)}, files / "difference.safetensors")
+    adapter = T2IAdapter(3, [unet.model_channels * mult for mult in unet.channel_mult]).state_dict()
+    save_file({key: weight_of(key, value.shape) for key, value in adapter.items()}, files / "t2i.safetensors")
+    save_file(ip_weights(model), files / "ip.safetensors")
+    torch.manual_seed(0)
+    CLIPVisionModelWithProjection(CLIPVisionConfig(**ENCODER)).save_pretrained(files / "image_encoder")
+    names = ("some", "difference", "t2i", "ip")
+    return {name: (str(files / f"{name}.safetensors"), str(files / "hint.png")) for name in names}
+
+
+def mixed(kinds, weights, job=JOB):
+    """A job with a control of each of these kinds, in this order."""
+    return replace(job, controls=tuple((*kinds[kind], weight, 0.0, 1.0) for kind, weight in weights.items()))
+
+
+def test_a_difference_is_the_network_that_it_makes(pipeline, kinds):
+    """The file holds the difference of another network from the U-Net's weights."""
+    whole, parts = pixels(pipeline, mixed(kinds, {"some": 0.7}), mixed(kinds, {"difference": 0.7}))
+    assert np.abs(whole.astype(int) - parts).max() <= 1
+
+
+WAYS = {
+    "text to image": ({}, {}),
+    "an image": ({"strength": 0.5}, {}),
+    "a second pass": ({"upscale": 2.0}, {}),
+    "in tiles": ({"upscale": 2.0}, {"tiles": "on"}),
+    "in little memory": ({}, {"lowmem": True}),
+    "without guidance": ({"scale": 1.0}, {}),
+    "int8": ({}, {"precision": "int8"}),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=needs_int8_kernels if way == "int8" else ()) for way in WAYS]
+)
+def test_kinds_act_together(files, kinds, way):
+    """Their order does not matter, each changes the image, and one with the weight 0 changes no bit."""
+    fields, options = WAYS[way]
+    rounds = "precision" in options
+    precision = resolve_precision("int8" if rounds else "full", torch.device("cpu"))
+    rest = {key: value for key, value in options.items() if key != "precision"}
+    pipeline = Pipeline(tiny_model(small_config()), precision, **rest)
+    init = {"init": Init(str(files / "hint.png"))} if "strength" in fields else {}
+    job = replace(JOB, **fields, **init)
+    weights = {"some": 0.4, "difference": 0.3, "t2i": 0.5, "ip": 0.6}
+
+    def made(own):
+        return pixels(pipeline, mixed(kinds, own, job))[0].astype(int)
+
+    together, backwards = made(weights), made(dict(reversed(weights.items())))
+    difference = np.abs(together - backwards)  # of sums in another order
+    assert difference.mean() < 2 if rounds else difference.max() <= 1
+    for kind in weights:
+        without = {name: weight for name, weight in weights.items() if name != kind}
+        assert np.array_equal(made({**weights, kind: 0.0}), made(without))
+        assert not np.array_equal(made(without), together)
+    assert np.array_equal(made(dict.fromkeys(weights, 0.0)), pixels(pipeline, job)[0])
 
 
 @pytest.mark.parametrize("mode", ["prompt", "control", "guess"])

@@ -20,14 +20,12 @@ from ldm.checkpoints.convert import convert
 from ldm.checkpoints.formats.detect import CheckpointError
 from ldm.checkpoints.formats.read import Checkpoint, read_checkpoint
 from ldm.job import Job
-from ldm.modules.attention import cross_attentions
 from ldm.pipeline import Pipeline
 from ldm.pipeline.image_prompt import prepared, see
 from ldm.util import InputError
-from tests.support.golden_data import relative_error, small_config, tiny_model, weight_of
+from tests.support.control import ENCODER, ip_layers, ip_weights, weights_of
+from tests.support.golden_data import relative_error, small_config, tiny_model, weight_of, written_model
 
-ENCODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
-           "image_size": 28, "patch_size": 14, "projection_dim": 24, "hidden_act": "gelu"}  # fmt: skip
 JOB = Job("a red cube", width=64, height=64, steps=2, seed=11, scale=6.0)
 
 
@@ -41,21 +39,6 @@ def pipeline(model: Any) -> Pipeline:
     return Pipeline(model)
 
 
-def layers_of(model: Any) -> dict[str, tuple[int, int]]:
-    """The shapes of keys and values under a file's names: odd numbers, down, up, then the middle."""
-    sizes = [
-        (one.to_k.out_features, one.to_k.in_features) for one in cross_attentions(model.model.diffusion_model)
-    ]
-    return {
-        f"ip_adapter.{2 * i + 1}.to_{kind}_ip.weight": size for i, size in enumerate(sizes) for kind in "kv"
-    }
-
-
-def plain(model: Any) -> dict[str, Tensor]:
-    shapes = {"proj.weight": (64, 24), "proj.bias": (64,), "norm.weight": (16,), "norm.bias": (16,)}
-    return drawn({f"image_proj.{name}": shape for name, shape in shapes.items()} | layers_of(model))
-
-
 def plus(model: Any) -> dict[str, Tensor]:
     """Two heads, as many layers as the published one."""
     shapes = {"latents": (1, 6, 48), "proj_in.weight": (48, 32), "proj_in.bias": (48,), "proj_out.weight": (16, 48),
@@ -66,11 +49,7 @@ def plus(model: Any) -> dict[str, Tensor]:
         feed = {"0.weight": (48,), "0.bias": (48,), "1.weight": (192, 48), "3.weight": (48, 192)}
         shapes |= {f"layers.{i}.0.{name}": shape for name, shape in attention.items()}
         shapes |= {f"layers.{i}.1.{name}": shape for name, shape in feed.items()}
-    return drawn({f"image_proj.{name}": shape for name, shape in shapes.items()} | layers_of(model))
-
-
-def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    return {key: weight_of(key, shape) for key, shape in shapes.items()}
+    return weights_of({f"image_proj.{name}": shape for name, shape in shapes.items()} | ip_layers(model))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +60,7 @@ def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ip")
     torch.manual_seed(0)
     CLIPVisionModelWithProjection(CLIPVisionConfig(**ENCODER)).save_pretrained(folder / "image_encoder")
-    for name, weights in (("plain", plain(model)), ("plus", plus(model))):
+    for name, weights in (("plain", ip_weights(model)), ("plus", plus(model))):
         save_file(weights, folder / f"{name}.safetensors")
         parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
         for key, tensor in weights.items():
@@ -216,7 +195,7 @@ def test_the_plus_adapter_sees_all_states(folder: Path) -> None:
 
 
 def changed(model: Any, name: str) -> dict[str, Tensor]:
-    weights = plain(model)
+    weights = ip_weights(model)
     if name == "SDXL":
         return {key: torch.zeros(64, 2048) if key.endswith("_ip.weight") else t for key, t in weights.items()}
     if name == "FaceID":
@@ -230,7 +209,10 @@ def changed(model: Any, name: str) -> dict[str, Tensor]:
     ("name", "said"),
     [
         ("SDXL", "is an IP-Adapter for SDXL, and this toolkit runs Stable Diffusion v1"),
-        ("FaceID", "is an IP-Adapter FaceID, which needs a network for faces"),
+        (
+            "FaceID",
+            "is an IP-Adapter FaceID, which reads faces by InsightFace's network.*give ip-adapter-plus-face",
+        ),
         ("layers", "layers of attention, of other sizes than the model's"),
         ("norm", "image_proj is incomplete"),
     ],
@@ -242,7 +224,7 @@ def test_other_files_are_named(model: Any, tmp_path: Path, name: str, said: str)
 
 
 def test_without_an_encoder_its_place_is_named(model: Any, tmp_path: Path, folder: Path) -> None:
-    save_file(plain(model), tmp_path / "a.safetensors")
+    save_file(ip_weights(model), tmp_path / "a.safetensors")
     job = replace(JOB, controls=((str(tmp_path / "a.safetensors"), str(folder / "one.png"), 1.0, 0.0, 1.0),))
     with pytest.raises(InputError, match="needs CLIP's image encoder: put the folder image_encoder"):
         Pipeline(model).make([job])
@@ -252,21 +234,31 @@ def test_without_an_encoder_its_place_is_named(model: Any, tmp_path: Path, folde
 def test_the_command_and_its_replay(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from omegaconf import OmegaConf
+    from transformers import CLIPVisionModelWithProjection
 
     import scripts.replay as replay
     import scripts.txt2img as txt2img
 
     monkeypatch.chdir(tmp_path)
-    OmegaConf.save({"model": small_config()}, "config.yaml")
-    torch.save({"state_dict": tiny_model(small_config()).state_dict()}, "model.ckpt")
-    options = ["--config", "config.yaml", "--ckpt", "model.ckpt", "--device", "cpu", "--quiet"]
+    options = [*written_model(small_config()), "--device", "cpu", "--quiet"]
     control = f"{folder / 'plain.bin'}:{folder / 'one.png'}:0.6"
     typed = ["--prompt", "a red cube", "--W", "64", "--H", "64", "--ddim_steps", "2", "--n_samples", "1"]
     assert txt2img.main([*options, *typed, "--n_iter", "1", "--control", control, "--save_hints"]) == 0
     file = tmp_path / "outputs/txt2img-samples/samples/00000.png"
     entries = Image.open(file).text
     assert json.dumps(["plain.bin", "one.png", 0.6, 0.0, 1.0])[1:-1] in entries["ldm"]
+    for name in ("plain.bin", "one.png"):
+        (file.parent / name).write_bytes((folder / name).read_bytes())
+    (file.parent / "image_encoder").symlink_to(folder / "image_encoder")
+    assert replay.main([str(file), "--verify", *options]) == 0
+    assert "another one" not in (said := capsys.readouterr()).err and "identical" in said.out
+    encoder = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder")
+    for weight in encoder.parameters():
+        weight.data *= 1.01
+    (file.parent / "image_encoder").unlink()
+    encoder.save_pretrained(file.parent / "image_encoder")
+    replay.main([str(file), "--outdir", "again", *options])
+    assert "the image encoder for" in capsys.readouterr().err
     assert not list(tmp_path.rglob("hints/*"))
     assert replay.main([str(file), "--verify", "--control", control, *options]) == 0
     assert "identical" in capsys.readouterr().out

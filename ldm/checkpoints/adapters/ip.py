@@ -36,7 +36,8 @@ def check_ip(weights: Mapping[str, Tensor]) -> None:
     for name, key in _OTHERS:
         if key in weights and ("image_proj.proj.3.weight" not in weights or lora):
             raise CheckpointError(
-                f"is an IP-Adapter {name}, which needs a network for faces; give a plain or plus one"
+                f"is an IP-Adapter {name}, which reads faces by InsightFace's network, that is not here; for a face "
+                "give ip-adapter-plus-face_sd15.safetensors, which reads the image itself"
             )
     if not context or not {"image_proj.proj.weight", "image_proj.latents"} & weights.keys():
         raise CheckpointError("is an IP-Adapter of an unknown kind; give a plain or a plus one for v1")

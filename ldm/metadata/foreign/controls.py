@@ -8,6 +8,7 @@ from ldm.metadata.recipe import Draft
 
 _ENTRY = re.compile(r"ControlNet(?: (\d{1,2}))?")
 _PAIR = re.compile(r"([A-Za-z][\w /]*?): (\([^()]*\)|[^,]*)(?:, |$)")
+_IMAGE_PROMPT = re.compile("ip-?adapter")  # ip-adapter_clip_sd15, and CLIP-ViT-H (IPAdapter) of Forge
 _HASH = re.compile(r" \[[0-9a-fA-F]{6,}\]$")
 # the hints that are made here; a module of any other name is a network, or a method that is not here
 _HINTS = {
@@ -32,8 +33,12 @@ def read_controls(entries: dict[str, str], draft: Draft) -> None:
             draft.leave_out(key, text)
             continue
         start, end = _interval(pairs)
-        draft.control(name, "", _number(pairs.get("weight"), 1.0), start, end)
         module = (pairs.get("module") or pairs.get("preprocessor") or "none").lower()
+        is_prompt = _IMAGE_PROMPT.search(module) is not None
+        needs = "the IP-Adapter {} and its {}" if is_prompt else "the ControlNet {} and its hint {}"
+        draft.control(name, "", _number(pairs.get("weight"), 1.0), start, end, needs)
+        if is_prompt:
+            continue
         _set(draft, "hint", _HINTS.get(module, "none"))
         if module not in _HINTS:
             draft.note(f"its hint was made by {module[:60]}; give that image with --control")

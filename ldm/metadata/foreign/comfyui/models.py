@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ldm.metadata.foreign.comfyui.graph import Graph, Node, as_number, as_whole, widget_text
+from ldm.metadata.foreign.comfyui.image_prompts import read_image_prompt
 from ldm.metadata.foreign.comfyui.nodes import NO_FILE, TOWARDS_MODEL
 from ldm.metadata.foreign.comfyui.passes import Passes
 from ldm.metadata.infotext import file_name
@@ -55,7 +56,8 @@ def _read_checkpoint(passes: Passes, chains: Sequence[Sequence[Node]]) -> Node |
     loader: Node | None = None
     loras: list[_Lora] = []
     for node in list(graph.chain(passes.sampler, *TOWARDS_MODEL))[1:]:
-        passes.expect(node)
+        if not read_image_prompt(passes, node):
+            passes.expect(node)
         loras += reversed(_loras(passes, node, acts_on_text=on_text is None or node.name in on_text))
         name = graph.text(node, "ckpt_name", "unet_name", "base_ckpt_name")
         if name is not None:

@@ -27,6 +27,6 @@ UNDERSTOOD = SAMPLERS | {
     "FromBasicPipe", "ImpactSwitch", "Any Switch (rgthree)", "ComfySwitchNode", "LoadImageMask", "InvertMask",
     "LoadImageOutput", "RandomNoise", "DisableNoise", "BasicGuider", "CFGGuider", "BasicScheduler", "KarrasScheduler",
     "ExponentialScheduler", "PolyexponentialScheduler", "LaplaceScheduler", "VPScheduler", "BetaSamplingScheduler",
-    "SDTurboScheduler", "AlignYourStepsScheduler", "GITSScheduler",
+    "SDTurboScheduler", "AlignYourStepsScheduler", "GITSScheduler", "IPAdapterUnifiedLoader",
 }  # fmt: skip
 NO_FILE = {"", "none", "[none]", "baked vae"}  # file names that mean "no file"
