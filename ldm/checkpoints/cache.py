@@ -1,4 +1,8 @@
-"""A copy of a model's weights on disk in the types in which they run: half the bytes to read at the next start."""
+"""Weights on disk as a CPU multiplies them: the next process maps them, and packs nothing.
+
+The folder is trusted as a program is, since its files describe memory to oneDNN: one that others can write to is
+not used.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +10,25 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+import stat
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from ldm import __version__
 from ldm.checkpoints.formats.detect import CheckpointError, reading
-from ldm.checkpoints.formats.read import Checkpoint, read_checkpoint
+from ldm.checkpoints.formats.safetensors_file import read_safetensors
 from ldm.checkpoints.formats.write import write_safetensors
-from ldm.checkpoints.layouts.recognise import EMA_PREFIX
-from ldm.checkpoints.load import Ema, load_into
-from ldm.files import without_leftovers, written_whole
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.files import open_regular, without_leftovers, written_whole
+from ldm.json_value import Json, load_json
 from ldm.util import printable
 
 logger = logging.getLogger(__name__)
 
-_NAMES = r"[0-9a-f]{32}\.safetensors"  # of all that `cached_file` gives
-
-
-def cached_file(folder: Path, files: Sequence[Path], choice: str) -> Path:
-    """The cached file for the weights of `files` under a `choice` of them.
-
-    Its name is a hash of each file's path, size, time and inode, for the choice and for this version, so that
-    what is found under it is never out of date.
-    """
-    text = json.dumps([__version__, choice, identity(files)])
-    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+_NAMES = r"[\w.-]+\.safetensors"
+_ALIGNED = 64  # bytes: a line of the CPU's cache, which its kernels load at once
+_DESCRIBED = "packed"  # of the metadata
 
 
 def identity(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
@@ -51,64 +45,80 @@ def _identity(path: Path) -> tuple[str, int, int, int]:
         return str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino
 
 
-def through_cache(
-    path: Path,
-    model: LatentDiffusion,
-    checkpoint: Checkpoint,
-    ema: Ema,
-    mmap: bool,
-    halved: Callable[[LatentDiffusion], Collection[str]],
-    rounded: Collection[str] = (),
-) -> tuple[Checkpoint, Ema]:
-    """The checkpoint and the choice of weights to load into `model`: the cached weights, made if they are missing.
+class PackedWeights:
+    """The packed weights of a model's `files`, in a folder of their own below `folder`, one file for each weight.
 
-    The cache holds the weights whose keys `halved` gives in bf16, and those of the keys `rounded` as int8. Where
-    it can be neither read nor made, this is `checkpoint` and `ema`.
+    Its name is a hash of each file's path, size, time and inode, of what else the weights depend on (`choices`), and
+    of this version, so that what is found there is never out of date. A full disk, or a folder that others can write
+    to, costs the cache only.
     """
-    own = {key: value.shape for key, value in model.state_dict().items() if not key.startswith(EMA_PREFIX)}
-    cached = read_cached(path, checkpoint, own, mmap)
-    if cached is None:
-        load_into(model, checkpoint, None, ema)
-        weights = {key: value for key, value in model.state_dict().items() if key in own}
-        halves = halved(model)
-        types = {key: torch.bfloat16 if key in halves else value.dtype for key, value in weights.items()}
-        write_cached(path, weights, types, rounded)
-        cached = read_cached(path, checkpoint, own, mmap)
-    return (checkpoint, ema) if cached is None else (cached, "off")
 
+    def __init__(self, folder: Path, files: Sequence[Path], choices: Sequence[Json]) -> None:
+        text = json.dumps([__version__, list(choices), identity(files)])
+        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
+        self._works, self._damaged = True, False
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            others = _others_that_write(self.folder)
+        except OSError as error:
+            self._fail(error)
+            return
+        if others:
+            self._works = False
+            logger.warning(
+                "weights are not kept in %s: %s; choose another folder, or take that right from them",
+                printable(folder),
+                others,
+            )
 
-def read_cached(
-    path: Path, checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], mmap: bool
-) -> Checkpoint | None:
-    """`checkpoint` with the cached weights instead of its own, or None if there are none that can be read.
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
-    They must be exactly the tensors of `shapes`; a file with others is removed as one that is damaged.
-    """
-    if not path.exists():
-        return None
-    try:
-        cached = read_checkpoint(path, mmap).state_dict
-        if {key: tensor.shape for key, tensor in cached.items()} != shapes:
-            raise CheckpointError(f"{printable(path)}: holds other weights than this model has")
-        return replace(checkpoint, state_dict=cached)
-    except (CheckpointError, OSError) as error:
-        logger.warning("the cached weights cannot be used and are written again: %s", printable(error))
+    def read(self, name: str) -> tuple[Json, list[Tensor]] | None:
+        """Returns what was written under a name, with tensors that are views of the file; None if nothing was.
+
+        A damaged file is removed.
+        """
+        path = self._file(name)
+        if not self._works or not path.exists():
+            return None
+        try:
+            with reading(path), open_regular(path) as file:
+                tensors, metadata = read_safetensors(file, use_mmap=True)
+                return load_json(metadata[_DESCRIBED]), [tensors[str(i)] for i in range(len(tensors))]
+        except (CheckpointError, LookupError, OSError, ValueError):
+            self.remove(name)
+            return None
+
+    def write(self, name: str, described: Json, tensors: Sequence[Tensor]) -> None:
+        """Keeps a packed weight, whole or not at all."""
+        if not self._works:
+            return
+        path, held = self._file(name), {str(i): tensor for i, tensor in enumerate(tensors)}
+        try:
+            with without_leftovers(path, _NAMES), written_whole(path, overwrite=True) as part:
+                write_safetensors(part, held, None, {_DESCRIBED: json.dumps(described)}, aligned=_ALIGNED)
+        except OSError as error:
+            self._fail(error)
+
+    def remove(self, name: str) -> None:
+        """Removes a file that is damaged."""
+        path = self._file(name)
+        level = logging.DEBUG if self._damaged else logging.WARNING
+        logger.log(level, "%s is damaged: this weight is packed again", printable(path))
+        self._damaged = True
         path.unlink(missing_ok=True)
-        return None
+
+    def _fail(self, error: OSError) -> None:
+        self._works = False
+        logger.warning("weights are not kept in %s: %s", printable(self.folder), error.strerror)
 
 
-def write_cached(
-    path: Path,
-    weights: Mapping[str, torch.Tensor],
-    types: Mapping[str, torch.dtype],
-    rounded: Collection[str] = (),
-) -> None:
-    """Keeps weights in their types for the next start, whole or not at all; a full disk is only logged."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with without_leftovers(path, _NAMES), written_whole(path, overwrite=True) as part:
-            write_safetensors(part, weights, types, {"format": "pt"}, rounded)
-    except OSError as error:
-        logger.warning("the weights could not be cached in %s: %s", printable(path.parent), error.strerror)
-        return
-    logger.info("weights cached in %s (%.1f GB)", printable(path), path.stat().st_size / 1e9)
+def _others_that_write(folder: Path) -> str:
+    """Returns which other users can write to a folder; empty if none can, and where there are no such rights."""
+    if os.name != "posix":
+        return ""
+    state = folder.stat()
+    if state.st_uid != os.geteuid():
+        return "it belongs to another user"
+    return "every user can write to it" if state.st_mode & stat.S_IWOTH else ""

@@ -73,7 +73,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         nargs="?",
         const="",
-        help="keep the weights as bf16 or int8 needs them, for a faster next start (default DIR: the user's cache)",
+        help="keep the weights as this CPU multiplies them, for a faster next start (default DIR: the user's cache)",
     )
     group.add_argument(
         "--compile",

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ldm import __version__
-from ldm.checkpoints.cache import cached_file, through_cache
 from ldm.checkpoints.configs import config_for
 from ldm.checkpoints.formats.read import Checkpoint
 from ldm.checkpoints.hashing import file_sha256, files_sha256
@@ -21,7 +20,6 @@ from ldm.config import read_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.places import find
 from ldm.runtime.device import Precision, resolve_precision
-from ldm.runtime.prepare import halved, rounded_keys
 from ldm.safety.load import find_safety_model, load_safety_model
 from ldm.safety.screen import Screen
 from ldm.util import need
@@ -36,17 +34,14 @@ def load_model(
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
     dtype: torch.dtype | None = torch.float32,
-    cache: Path | None = None,
     prediction: Choice = "auto",
-    int8: bool = False,
     checkpoint: Checkpoint | None = None,
 ) -> LatentDiffusion:
     """The model of a checked config with the weights of a checkpoint in `dtype` (None: the file's), ready to sample.
 
     `ckpt` is a file or a folder of diffusers, `vae` and `text_encoder` files or folders with another part. The
     model is built without memory of its own and takes the checkpoint's tensors; see `ldm.checkpoints` for what
-    is refused. The checkpoint states what it predicts, unless `prediction` does. In the folder `cache` the weights
-    are kept as a CPU runs them in bf16, or with `int8` in 8 bits, for the next time. `checkpoint` is what these files
+    is refused. The checkpoint states what it predicts, unless `prediction` does. `checkpoint` is what these files
     hold, if they have been read.
     """
     model = build_model(config)  # a fault of the config is named before anything is read
@@ -58,11 +53,6 @@ def load_model(
         not model.zero_terminal_snr or torch.device(device).type != "mps",
         "a model with zero terminal SNR needs float64, which MPS has not; use --device cpu",
     )
-    if cache is not None:
-        files = [file for path in (ckpt, vae, text_encoder) if path is not None for file in model_files(path)]
-        path = cached_file(cache, files, f"{ema} int8" if int8 else ema)
-        keys: set[str] = set(rounded_keys(model)) if int8 else set()
-        checkpoint, ema = through_cache(path, model, checkpoint, ema, mmap, halved, keys)
     load_into(model, checkpoint, dtype, ema)
     use_vocabulary(model, checkpoint.vocabulary)
     if model.use_ema:  # sampling needs one set of weights, and `load_into` has chosen it
@@ -94,7 +84,7 @@ def load_pretrained(
     chosen = config or config_for(read_model(ckpt).state_dict)
     held = resolve_precision(precision, device)
     model = load_model(
-        read_config(find(chosen)), ckpt, device, ema, True, vae, text_encoder, None, None, prediction
+        read_config(find(chosen)), ckpt, device, ema, True, vae, text_encoder, None, prediction
     )
     entries = {
         "Model hash": file_sha256(ckpt)[:10] if ckpt.is_file() else "",

@@ -26,6 +26,7 @@ from ldm.pipeline.noise import sampling_noise, start_noise
 from ldm.pipeline.placement import Placement
 from ldm.pipeline.start_latents import OpenCanvas
 from ldm.runtime.device import FULL, Precision, resolve_device
+from ldm.runtime.packing import PackedFiles
 from ldm.runtime.tiling import Tiling
 from ldm.safety.screen import Screen
 
@@ -50,13 +51,14 @@ class Pipeline:
         find_lora: Callable[[str], Path] = lora_file,
         lowmem: bool = False,
         compiled: bool = False,
+        packed: PackedFiles | None = None,
     ):
         self.model = model
         self.precision = precision
         self.entries: Mapping[str, str] = {}  # metadata of `GeneratedImage.save` besides the job
         self.screen = Screen(None)
         self.loras = LoraStack(model, find_lora)
-        self.maker = BatchMaker(model, Placement(model, precision, lowmem, compiled), tiles, canvases)
+        self.maker = BatchMaker(model, Placement(model, precision, lowmem, compiled, packed), tiles, canvases)
         self.starts, self.first_stage = self.maker.starts, self.maker.first_stage
         self.control = self.maker.control
 

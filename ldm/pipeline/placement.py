@@ -14,6 +14,7 @@ from ldm.modules.diffusionmodules.adapter import T2IAdapter
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.image_prompt import IPAdapter
 from ldm.runtime.device import Precision
+from ldm.runtime.packing import PackedFiles
 from ldm.runtime.prepare import prepare, prepare_control
 
 LOW_MEMORY = 300_000_000  # bytes of weights that stay in memory with `lowmem`
@@ -22,15 +23,22 @@ LOW_MEMORY = 300_000_000  # bytes of weights that stay in memory with `lowmem`
 class Placement:
     """Brings a model to a precision, and with `lowmem` each of its networks to the device only while it runs.
 
-    `packer` holds the weights that are packed for a CPU, None on other devices. With `compiled` the U-Net is left
-    to torch's compiler.
+    `packer` holds the weights that are packed for a CPU, None on other devices; `packed` keeps them for the next
+    process. With `compiled` the U-Net is left to torch's compiler.
     """
 
-    def __init__(self, model: LatentDiffusion, precision: Precision, lowmem: bool, compiled: bool) -> None:
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        precision: Precision,
+        lowmem: bool,
+        compiled: bool,
+        packed: PackedFiles | None = None,
+    ) -> None:
         self.precision = precision
         self._model, self._lowmem = model, lowmem
         self.packer = prepare(
-            model, precision.dtype, forget, LOW_MEMORY if lowmem else None, compiled, precision.int8
+            model, precision.dtype, forget, LOW_MEMORY if lowmem else None, compiled, precision.int8, packed
         )
 
     @property

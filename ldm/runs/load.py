@@ -14,15 +14,15 @@ from ldm.runs.options import RunOptions
 from ldm.runs.plan import Plan
 from ldm.runs.processes import ProcessInfo
 from ldm.runs.source import Source
-from ldm.runs.weights import weights_identity
+from ldm.runs.weights import weight_files, weights_identity
 
 if TYPE_CHECKING:
     import torch
 
     from ldm.checkpoints.adapters.embeddings import Embeddings
+    from ldm.checkpoints.cache import PackedWeights
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.pipeline import Pipeline
-    from ldm.runtime.device import Precision
     from ldm.safety.screen import Screen
 
 logger = logging.getLogger("ldm")
@@ -74,8 +74,6 @@ def _load_pipeline(options: RunOptions, plan: Plan, source: Source) -> Pipeline:
         text_encoder=options.text_encoder,
         prediction=options.prediction,
         dtype=None,
-        cache=_weights_cache(options, source.here.device, source.precision),
-        int8=source.precision.int8,
     )
     shape = partial(
         Pipeline,
@@ -85,11 +83,13 @@ def _load_pipeline(options: RunOptions, plan: Plan, source: Source) -> Pipeline:
         compiled=options.compile,
     )
     files = weights_identity(options, source.ckpt)
-    key = model.keywords, shape.keywords, files
+    folder = _weights_cache(options, source.here.device)
+    key = model.keywords, shape.keywords, files, folder
 
     def load_model_of_run() -> Pipeline:
         opened = source.cache.take_opened(files)
-        return shape(model(checkpoint=None if options.no_mmap else opened))
+        packed = None if folder is None else _packed_weights(folder, options, source)
+        return shape(model(checkpoint=None if options.no_mmap else opened), packed=packed)
 
     pipeline = source.cache.get(key, load_model_of_run)
     source.cache.opened = None
@@ -98,18 +98,26 @@ def _load_pipeline(options: RunOptions, plan: Plan, source: Source) -> Pipeline:
     return pipeline
 
 
-def _weights_cache(options: RunOptions, device: torch.device, precision: Precision) -> Path | None:
-    """Returns the folder of cached weights, if they are enabled and of use."""
+def _weights_cache(options: RunOptions, device: torch.device) -> Path | None:
+    """Returns the folder below which packed weights are kept, if they are enabled and of use."""
     if options.cache_weights is None:
         return None
-    if device.type != "cpu" or precision.name not in ("bf16", "int8"):
-        logger.info(
-            "--cache_weights is for bf16 and int8 on a CPU; %s on %s reads the checkpoint",
-            precision.name,
-            device,
-        )
+    from ldm.runtime import opaque
+
+    if device.type != "cpu" or not opaque.works():
+        reason = "this torch cannot map packed weights" if device.type == "cpu" else f"not {device}"
+        logger.info("--cache_weights is for the CPU, %s: the weights are read from the checkpoint", reason)
         return None
     return Path(options.cache_weights) if options.cache_weights else cache_path("weights")
+
+
+def _packed_weights(folder: Path, options: RunOptions, source: Source) -> PackedWeights:
+    """Returns the packed weights below a folder that are those of this run's model on this machine."""
+    from ldm.checkpoints.cache import PackedWeights
+    from ldm.runtime.opaque import machine
+
+    files = [file for of_part in weight_files(options, source.ckpt).values() for file in of_part]
+    return PackedWeights(folder, files, [*machine(), options.ema, source.precision.name])
 
 
 def _embeddings(options: RunOptions, model: LatentDiffusion) -> Embeddings | None:

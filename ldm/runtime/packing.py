@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from ldm.runtime import kernels
+from ldm.json_value import Json
+from ldm.runtime import kernels, opaque
 
 Forget = Callable[[Tensor], object]
 Made = TypeVar("Made")
@@ -17,40 +18,104 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """The packed form of a weight, and its size in bytes."""
+    """The packed form of a weight, its size in bytes, and the tensors of a file that hold it, if it is from one."""
 
     weight: Tensor
     version: int
     made: Any
     size: int
+    file: Sequence[Tensor]
+
+
+class PackedFiles(Protocol):
+    """Where packed weights are kept from one process to the next, under names."""
+
+    def read(self, name: str) -> tuple[Json, list[Tensor]] | None:
+        """Returns what was written under a name, with tensors that are views of a file; None if nothing was."""
+        ...
+
+    def write(self, name: str, described: Json, tensors: Sequence[Tensor]) -> None: ...
+
+    def remove(self, name: str) -> None: ...
+
+
+class _Named(NamedTuple):
+    """A weight as the checkpoint has it, and its key."""
+
+    weight: Tensor
+    version: int
+    key: str
 
 
 class Packer:
     """Casts and packs weights, once for each layer, within a `budget` in bytes (None: no limit).
 
     Weights that do not fit are packed at each use. `forget` is called with each weight that was read, so that a
-    file's pages can leave memory.
+    file's pages can leave memory. With `files` the packed weights of `model`, as it is now, are kept there.
     """
 
-    def __init__(self, dtype: torch.dtype, forget: Forget, budget: int | None = None):
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        forget: Forget,
+        budget: int | None = None,
+        files: PackedFiles | None = None,
+        model: nn.Module | None = None,
+    ):
         self.dtype = dtype
         self._forget = forget
         self._budget = budget
         self._kept: dict[nn.Module, _Kept] = {}
+        self._passing: Sequence[Tensor] = ()  # of a file, in use, and too large to stay
+        self._files = files
+        named = () if model is None else model.named_parameters()
+        self._names = {id(weight): _Named(weight, _version(weight), key) for key, weight in named}
 
-    def get(self, user: nn.Module, weight: Tensor, make: Callable[[Tensor], Made]) -> Made:
-        """Returns `make(weight)` for `user`, cached until the weight is another object or was changed in place."""
-        version = 0 if weight.is_inference() else weight._version
+    def get(
+        self, user: nn.Module, weight: Tensor, make: Callable[[Tensor], Made], size: Sequence[int] = ()
+    ) -> Made:
+        """Returns `make(weight)` for `user`, cached until the weight is another object or was changed in place.
+
+        `size` is that of the input, if the layout depends on it.
+        """
+        version = _version(weight)
         kept = self._kept.get(user)
         if kept is not None and kept.weight is weight and kept.version == version:
             return kept.made
-        self._kept.pop(user, None)
-        made = make(weight)
+        self._release(self._kept.pop(user, None))
+        for tensor in self._passing:
+            self._forget(tensor)
+        made, file = self._made(user, weight, version, make, size)
         self._forget(weight)
-        size = weight.numel() * _itemsize(made)
-        if self._budget is None or size + self.size <= self._budget:
-            self._kept[user] = _Kept(weight, version, made, size)
+        length = weight.numel() * _itemsize(made)
+        fits = self._budget is None or length + self.size <= self._budget
+        self._passing = () if fits else file
+        if fits:
+            self._kept[user] = _Kept(weight, version, made, length, file)
         return made
+
+    def _made(
+        self,
+        user: nn.Module,
+        weight: Tensor,
+        version: int,
+        make: Callable[[Tensor], Any],
+        size: Sequence[int],
+    ) -> tuple[Any, Sequence[Tensor]]:
+        """Returns the packed form of a weight, from its file if there is one, and the tensors of that file."""
+        named = self._names.get(id(weight))
+        if self._files is None or named is None or named.weight is not weight or named.version != version:
+            return make(weight), ()
+        form = "x".join([type(user).__name__, *map(str, size)])
+        name = f"{named.key}-{form}-{str(self.dtype).removeprefix('torch.')}"
+        if (found := self._files.read(name)) is not None:
+            try:
+                return opaque.of_bytes(*found), found[1]
+            except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
+                self._files.remove(name)
+        made = make(weight)
+        self._files.write(name, *opaque.to_bytes(made))
+        return made, ()
 
     @property
     def size(self) -> int:
@@ -60,7 +125,15 @@ class Packer:
     def drop(self, module: nn.Module) -> None:
         """Frees the cached weights of the layers of `module`."""
         for layer in module.modules():
-            self._kept.pop(layer, None)
+            self._release(self._kept.pop(layer, None))
+
+    def _release(self, kept: _Kept | None) -> None:
+        for tensor in () if kept is None else kept.file:
+            self._forget(tensor)
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
 
 
 def _itemsize(made: Any) -> int:
@@ -128,6 +201,7 @@ class PackedConv2d(nn.Conv2d):
             lambda weight: self.kernels.pack_convolution(
                 weight, self.packer.dtype, stride, padding, input.shape
             ),
+            input.shape,
         )
         bias = self.bias
         if shift is not None:
@@ -143,6 +217,7 @@ class PackedConv2d(nn.Conv2d):
                 self.kernels.pack_convolution(part, self.packer.dtype, (1, 1), (1, 1), x.shape)
                 for part in kernels.parity_weights(weight)
             ],
+            x.shape,
         )
         return self.kernels.convolve_doubled(x, packed, self.bias)
 

@@ -18,7 +18,7 @@ from ldm.places import cache_path
 from ldm.runtime import int8 as int8_kernels
 from ldm.runtime import kernels
 from ldm.runtime.fast import accelerate
-from ldm.runtime.packing import Forget, Kernels, PackedConv2d, PackedLinear, Packer
+from ldm.runtime.packing import Forget, Kernels, PackedConv2d, PackedFiles, PackedLinear, Packer
 
 
 def prepare(
@@ -28,12 +28,13 @@ def prepare(
     budget: int | None = None,
     compiled: bool = False,
     int8: bool = False,
+    files: PackedFiles | None = None,
 ) -> Packer | None:
     """Converts a loaded model's networks to `dtype`: packed copies on a CPU, else the parameters themselves.
 
     Parts that matter for precision more than for speed stay in float32, see `_parts`. Returns the holder of the
-    packed weights; `forget` and `budget` are as in `Packer`. With `compiled` the U-Net is left to torch's compiler;
-    with `int8` most layers of the U-Net compute with 8-bit numbers, see `rounded_layers`.
+    packed weights; `forget`, `budget` and `files` are as in `Packer`. With `compiled` the U-Net is left to torch's
+    compiler; with `int8` most layers of the U-Net compute with 8-bit numbers, see `rounded_layers`.
     """
     fast, exact = _parts(model)
     network = model.model.diffusion_model
@@ -45,8 +46,11 @@ def prepare(
         for part in fast:
             part.to(dtype)
         return None
-    packer = Packer(dtype, forget, budget)
-    for parts, of_parts in ((fast, packer), (exact, Packer(torch.float32, forget))):
+    packer = Packer(dtype, forget, budget, files, model)
+    for parts, of_parts in (
+        (fast, packer),
+        (exact, Packer(torch.float32, forget, files=files, model=model)),
+    ):
         for part in parts:
             accelerate(part, of_parts)
     if int8:

@@ -33,7 +33,7 @@ FLOAT8 = {
 }
 
 
-_maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+_maps: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()  # and their addresses
 
 
 def forget(tensor: torch.Tensor) -> None:
@@ -46,8 +46,8 @@ def forget(tensor: torch.Tensor) -> None:
     if tensor.is_inference() or tensor._version or not tensor.is_contiguous() or os.name != "posix":
         return
     start = tensor.data_ptr()
-    for mapped in _maps:
-        offset = start - torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
+    for mapped, address in _maps.items():
+        offset = start - address
         if offset >= 0 and offset + tensor.nbytes <= len(mapped):
             first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
             whole = (offset + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
@@ -69,7 +69,7 @@ class FileBytes:
         self._map = None
         if use_mmap:
             mapped = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
-            _maps.add(mapped)
+            _maps[mapped] = torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
             self._map = memoryview(mapped)
 
     def read(self, start: int, length: int) -> memoryview:

@@ -24,11 +24,13 @@ def write_safetensors(
     types: Mapping[str, torch.dtype] | None,
     metadata: Mapping[str, str],
     rounded: Collection[str] = (),
+    aligned: int = 8,
 ) -> None:
     """Writes tensors in their `types` (None: their own), large types first as other writers do, and text metadata.
 
     Weights of the keys `rounded` become int8, each with its scales, see `ldm.scaled`. If `metadata` has
-    `HASH_ENTRY`, its value becomes the SHA-256 of the tensors' bytes. Tensors are cast piece by piece, without
+    `HASH_ENTRY`, its value becomes the SHA-256 of the tensors' bytes. The first one begins at a multiple of `aligned`
+    bytes (of 8). Tensors are cast piece by piece, without
     a second copy of one in memory. Raises `OSError`.
     """
     types = types_for(tensors) if types is None else types
@@ -47,7 +49,7 @@ def write_safetensors(
         }
     sha = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(_header(entries, metadata))
+        file.write(_header(entries, metadata, aligned))
         for key in order:
             value = round_weight(tensors[key])[0] if key in rounded else tensors[key].detach()
             for piece in torch.split(value.contiguous().reshape(-1), _PIECE):
@@ -56,7 +58,7 @@ def write_safetensors(
                 file.write(data)
         if HASH_ENTRY in metadata:
             file.seek(0)
-            file.write(_header(entries, {**metadata, HASH_ENTRY: f"0x{sha.hexdigest()}"}))
+            file.write(_header(entries, {**metadata, HASH_ENTRY: f"0x{sha.hexdigest()}"}, aligned))
 
 
 def data_order(keys: Iterable[str], types: Mapping[str, torch.dtype]) -> list[str]:
@@ -64,9 +66,9 @@ def data_order(keys: Iterable[str], types: Mapping[str, torch.dtype]) -> list[st
     return sorted(keys, key=lambda key: (-types[key].itemsize, key))
 
 
-def _header(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+def _header(entries: Mapping[str, Any], metadata: Mapping[str, str], aligned: int) -> bytes:
     text = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % aligned)
     return len(text).to_bytes(8, "little") + text
 
 
