@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ldm.checkpoints.model_files import read_json
 from ldm.places import find
 from ldm.util import InputError, printable
 
@@ -23,6 +24,20 @@ def encoder_folder(adapter: Path) -> Path:
         f"the IP-Adapter {printable(adapter)} needs CLIP's image encoder: put the folder {_FOLDER} of h94/IP-Adapter "
         f"(config.json and model.safetensors) next to it, or into models"
     )
+
+
+def check_encoder(folder: Path, states: bool, width: int) -> None:
+    """Raises `InputError` where an image encoder has another width than an IP-Adapter reads.
+
+    It is that of the embedding, or with `states` of the layers, by its config, with the defaults of transformers.
+    """
+    name, usual = ("hidden_size", 768) if states else ("projection_dim", 512)
+    own = read_json(folder / "config.json").get(name, usual)
+    if own != width:
+        raise InputError(
+            f"{printable(folder)} is an image encoder of {printable(own)} numbers, and the IP-Adapter reads {width}; "
+            "give the one that it was trained with (CLIP ViT-H/14)"
+        )
 
 
 def encoder_hash(control: Path) -> str:

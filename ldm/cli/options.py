@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ _DEFAULTS: Mapping[str, Any] = {
     "typed": None,  # the arguments of the interpreter, if that started the script
     "images_per_prompt": None,
 }
+# hints that other programs make by networks
+_BY_NETWORKS = re.compile("depth|midas|zoe|pose|line_?art|mlsd|normal|seg|hed|soft_?edge|pidi")
 _SWEPT = [row.name for row in FIELDS if not row.of_run and row.name not in ("loras", "controls")]
 
 
@@ -104,8 +107,19 @@ def _numbers(name: str, form: str) -> Callable[[str], tuple[Any, ...]]:
 
 
 # readers of options that accept more than the type of their field, or explain its form
+def _hint(text: str) -> str:
+    word = SETTINGS["hint"].spell(text)
+    if _BY_NETWORKS.search(word):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is made by a network, which is not here; make that image with controlnet_aux or a web UI's "
+            "preprocessor, and give it as the IMAGE of --control"
+        )
+    return word
+
+
 _KINDS: Mapping[str, Callable[[str], Any]] = {
     "seed": _seed,
+    "hint": _hint,
     "sigmas": _numbers("sigmas", "a list of numbers such as 14.6,3.2,0"),
     "timesteps": _numbers("timesteps", "a list of numbers such as 999,759,499,259"),
     "init.outpaint": _numbers("init.outpaint", "four whole numbers such as 0,0,64,0"),

@@ -11,11 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoints.formats.read import read_checkpoint
-from ldm.checkpoints.image_encoder import encoder_folder, encoder_weights
+from ldm.checkpoints.image_encoder import check_encoder, encoder_folder, encoder_weights
 from ldm.checkpoints.load import load_into, skip_init
 from ldm.checkpoints.model_files import read_json
 from ldm.images.source import read_image
-from ldm.util import InputError, printable
 
 # mean and standard deviation of red, green and blue, of CLIP's preprocessing
 _MEAN, _SPREAD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -53,6 +52,7 @@ def see(file: Path, image: str, states: bool, width: int, device: torch.device) 
     No image is zeros: of the embedding, or with `states` of the encoder's input.
     """
     folder = encoder_folder(file)
+    check_encoder(folder, states, width)
     encoder = load_encoder(folder).to(device)
     pixels = prepared(np.asarray(read_image(image).color), encoder.config.image_size).to(device)
     if states:
@@ -62,9 +62,4 @@ def see(file: Path, image: str, states: bool, width: int, device: torch.device) 
     else:
         embedding = encoder(pixels).image_embeds
         seen = torch.cat([torch.zeros_like(embedding), embedding])
-    if seen.shape[-1] != width:
-        raise InputError(
-            f"{printable(folder)} is an image encoder of {seen.shape[-1]} numbers, and the IP-Adapter reads {width}; "
-            "give the one that it was trained with (CLIP ViT-H/14)"
-        )
     return seen

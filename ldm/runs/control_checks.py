@@ -20,15 +20,20 @@ def check_control_files(job: Job, side: int) -> None:
     if not job.controls:
         return
     from ldm.checkpoints.adapters.control import control_file, read_control
-    from ldm.checkpoints.image_encoder import encoder_folder
+    from ldm.checkpoints.adapters.ip import image_width
+    from ldm.checkpoints.image_encoder import check_encoder, encoder_folder
     from ldm.images.canvas import open_canvas
     from ldm.images.hints import read_hint
     from ldm.images.source import read_image
 
     for file, image, *_ in job.controls:
         _check_order(file, image)
-        if read_control(control_file(file)).is_image_prompt:
-            encoder_folder(control_file(file))
+        path = control_file(file)
+        network = read_control(path)
+        if network.is_image_prompt:
+            folder, (states, width) = encoder_folder(path), image_width(network.weights)
+            if width:  # else the file will be refused
+                check_encoder(folder, states, width)
             read_image(image)
             continue
         read_hint(job, image, (job.height, job.width), partial(open_canvas, own_side=side))

@@ -152,6 +152,13 @@ def test_mistakes_are_one_line(draw, control, monkeypatch, typed, said):
     assert code == 2 and said in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("kind", ["depth", "OpenPose", "lineart_anime"])
+def test_a_hint_that_needs_a_network_has_its_tool_named(draw, kind):
+    code, _, err = draw("--control", "a.pth:b.png", "--hint", kind)
+    assert code == 2
+    assert f"{kind!r} is made by a network, which is not here; make that image with controlnet_aux" in err
+
+
 @pytest.mark.parametrize(
     "fields", [{}, {"hint": "canny"}, {"control_mode": "guess", "control_resize": "pad"}]
 )

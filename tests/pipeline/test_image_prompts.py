@@ -263,3 +263,14 @@ def test_the_command_and_its_replay(
     assert replay.main([str(file), "--verify", "--control", control, *options]) == 0
     assert "identical" in capsys.readouterr().out
     assert txt2img.main([*options, *typed, "--control", f"{folder / 'plain.bin'}:none.png"]) == 2
+    settings = file.parent / "image_encoder/config.json"
+    settings.write_text(settings.read_text().replace('"projection_dim": 24', '"projection_dim": 48'))
+    capsys.readouterr()
+    monkeypatch.setattr(
+        "ldm.pipeline.load.load_into", lambda *rest, **more: pytest.fail("weights were loaded")
+    )
+    assert (
+        txt2img.main([*options, *typed, "--control", f"{file.parent / 'plain.bin'}:{folder / 'one.png'}"])
+        == 2
+    )
+    assert "is an image encoder of 48 numbers, and the IP-Adapter reads 24" in capsys.readouterr().err

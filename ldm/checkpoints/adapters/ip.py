@@ -43,6 +43,16 @@ def check_ip(weights: Mapping[str, Tensor]) -> None:
         raise CheckpointError("is an IP-Adapter of an unknown kind; give a plain or a plus one for v1")
 
 
+def image_width(weights: Mapping[str, Tensor]) -> tuple[bool, int]:
+    """Whether an IP-Adapter of these weights reads states instead of an embedding, and of how many numbers.
+
+    0 in a file that is not whole.
+    """
+    states = "image_proj.latents" in weights
+    key = "image_proj.proj_in.weight" if states else "image_proj.proj.weight"
+    return states, weights[key].shape[-1] if key in weights else 0
+
+
 def ip_network(checkpoint: Checkpoint, unet: UNetModel) -> IPAdapter:
     """The network of an IP-Adapter's weights for a U-Net; `CheckpointError` where the shapes disagree."""
     weights = checkpoint.state_dict
