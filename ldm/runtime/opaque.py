@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -122,8 +122,8 @@ def _tensor(data: Tensor, shape: Sequence[int], dtype: torch.dtype, layout: byte
         raise ValueError("torch cannot make a packed weight of this description")
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    steal: Callable[[object], Tensor] = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr  # pyright: ignore
-    tensor = steal(capsule(made.value, None, None))
+    steal = cast(Any, torch._C._aoti).alloc_tensor_by_stealing_from_void_ptr  # pyright: ignore
+    tensor: Tensor = steal(capsule(made.value, None, None))
     if torch.ops.mkldnn._nbytes(tensor) != data.nbytes:
         raise ValueError("a packed weight has other bytes than its layout needs")
     setattr(tensor, "memory", data)  # noqa: B010 - it lives as long as the tensor does
