@@ -103,9 +103,10 @@ def _row(opt: argparse.Namespace, precision: str, peers: Sequence[str]) -> list[
     """Returns our subject in one precision, and the peers in the corresponding one."""
     dtype = _peer_dtype(opt, precision)
     ours = _ours(opt, precision)
+    packed = "packed" if opt.cache_weights else ""  # the folder is known later
     own = {peer: PEERS[peer].type_for(precision, dtype) for peer in peers}
     return [
-        *(replace(ours, fast=choice) for choice in opt.fast.split(",")),
+        *(replace(ours, fast=choice, packed=packed) for choice in opt.fast.split(",")),
         *(replace(ours, subject=peer, precision=own[peer], malloc=opt.peer_malloc) for peer in peers),
     ]
 
@@ -152,12 +153,13 @@ def _prepare(opt: argparse.Namespace, peer_dtypes: Sequence[str]) -> dict[str, A
             "peer_dtypes": sorted(set(peer_dtypes)),
             "picture": opt.mode == "img2img",
         }
-        return process.ask("prepare", fields)
+        return {**process.ask("prepare", fields), "packed": str(cache / "packed")}
 
 
 def _with_files(setting: Setting, prepared: Mapping[str, Any]) -> Setting:
     folder = prepared["folders"][_held_in(setting)] if _has_folder(setting) else ""
-    return replace(setting, ckpt=prepared["ckpt"], picture=prepared["picture"], folder=folder)
+    packed = prepared["packed"] if setting.packed else ""
+    return replace(setting, ckpt=prepared["ckpt"], picture=prepared["picture"], folder=folder, packed=packed)
 
 
 def _has_folder(setting: Setting) -> bool:
@@ -224,6 +226,11 @@ def _steps_run(opt: argparse.Namespace) -> int:
     return int(opt.steps * opt.strength) if opt.mode == "img2img" else opt.steps
 
 
+def _least_steps(opt: argparse.Namespace) -> int:
+    """Returns the number of steps of a run that warms up."""
+    return min(opt.steps, 3 if opt.mode == "txt2img" else math.ceil(2 / opt.strength))
+
+
 def _work(size: int, steps: int, limit: int, number: int, outdir: str = "") -> dict[str, Any]:
     return {"size": size, "steps": steps, "limit": limit, "number": number, "outdir": outdir}
 
@@ -232,7 +239,7 @@ def _turns(
     opt: argparse.Namespace, processes: Mapping[str, Process], size: int, parts: Sequence[str]
 ) -> Iterator[Sample]:
     """Yields samples of processes that are kept running, after a warm-up."""
-    few = min(opt.steps, 3 if opt.mode == "txt2img" else math.ceil(2 / opt.strength))
+    few = _least_steps(opt)
     steps = opt.steps if "step" in parts else few
     limit = 0 if "decode" in parts else _steps_run(opt)
     compiled: dict[str, Mapping[str, Sequence[float]]] = {}
@@ -249,6 +256,11 @@ def _fresh_turns(
     opt: argparse.Namespace, settings: Sequence[Setting], size: int, recipe: str, scratch: Path
 ) -> Iterator[Sample]:
     """Yields samples of processes that are started for each sample."""
+    for setting in settings:
+        if setting.packed:
+            with Process(setting) as process:
+                process.ask("load", {})
+                process.ask("run", _work(size, _least_steps(opt), 0, number=-1))
     for number, setting in itertools.product(range(1, opt.rounds + 1), settings):
         name = setting.name
         with Process(setting) as process:

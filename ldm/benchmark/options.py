@@ -86,6 +86,12 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", metavar="N", type=int, default=0, help="CPU threads (0: torch's choice)")
     group.add_argument("--compile", action="store_true", help="torch.compile the U-Nets, the peer's too")
 
+    group.add_argument(
+        "--cache_weights",
+        action="store_true",
+        help="time our fresh processes with weights that an earlier one has packed, see txt2img.py",
+    )
+
     group = parser.add_argument_group("comparison")
     group.add_argument(
         "--peers",

@@ -38,11 +38,13 @@ class Setting:
     seed: int
     spawned: float
     fast: str = "exact"  # of `ldm.cli.fast`; ours only
+    packed: str = ""  # the folder below which packed weights are kept; ours only
 
     @property
     def name(self) -> str:
         """The subject in tables."""
-        return " ".join((self.subject, self.precision, *([self.fast] if self.fast != "exact" else [])))
+        fast, packed = self.fast if self.fast != "exact" else "", "packed" if self.packed else ""
+        return " ".join(word for word in (self.subject, self.precision, fast, packed) if word)
 
 
 @dataclass(frozen=True)
@@ -187,14 +189,16 @@ class Ours:
 
     def __init__(self, setting: Setting) -> None:
         from ldm.config import read_config
-        from ldm.pipeline import Pipeline, load_model
+        from ldm.pipeline import Pipeline, load_model, packed_weights
         from ldm.runtime.device import resolve_device, resolve_precision
 
         self.setting, self.compiling = setting, 0.0
         device = resolve_device(setting.device)
         precision = resolve_precision(setting.precision, device)
         model = load_model(read_config(setting.config), setting.ckpt, device, dtype=None)
-        self.pipeline = Pipeline(model, precision, tiles="off", compiled=setting.compiled)
+        folder, files = Path(setting.packed), [Path(setting.ckpt)]
+        packed = packed_weights(folder, files, "auto", precision) if setting.packed else None
+        self.pipeline = Pipeline(model, precision, tiles="off", compiled=setting.compiled, packed=packed)
         self.watch = watch = Stopwatch(device)
         model.get_learned_conditioning = watch.timed("text", model.get_learned_conditioning)
         model.encode_first_stage = watch.timed("encode", model.encode_first_stage)

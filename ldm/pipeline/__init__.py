@@ -11,6 +11,7 @@ from ldm.pipeline.image import OnStep as OnStep
 from ldm.pipeline.image import Pending as Pending
 from ldm.pipeline.image import StepInfo as StepInfo
 from ldm.pipeline.load import load_model as load_model
+from ldm.pipeline.load import packed_weights as packed_weights
 from ldm.pipeline.pipeline import Pipeline as Pipeline
 from ldm.pipeline.placement import LOW_MEMORY as LOW_MEMORY
 

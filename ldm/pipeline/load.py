@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ldm import __version__
+from ldm.checkpoints.cache import PackedWeights
 from ldm.checkpoints.configs import config_for
 from ldm.checkpoints.formats.read import Checkpoint
 from ldm.checkpoints.hashing import file_sha256, files_sha256
@@ -20,6 +21,7 @@ from ldm.config import read_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.places import find
 from ldm.runtime.device import Precision, resolve_precision
+from ldm.runtime.opaque import machine
 from ldm.safety.load import find_safety_model, load_safety_model
 from ldm.safety.screen import Screen
 from ldm.util import need
@@ -59,6 +61,11 @@ def load_model(
         model.use_ema = False
         del model.model_ema
     return model.eval().to(device)
+
+
+def packed_weights(folder: Path, files: Sequence[Path], ema: Ema, precision: Precision) -> PackedWeights:
+    """The packed weights, kept below a folder, of the model in `files` as this machine runs it."""
+    return PackedWeights(folder, files, [*machine(), ema, precision.name])
 
 
 class Pretrained(NamedTuple):

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from ldm.checkpoints.adapters.embeddings import Embeddings
-    from ldm.checkpoints.cache import PackedWeights
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.pipeline import Pipeline
     from ldm.safety.screen import Screen
@@ -61,7 +60,7 @@ def load(options: RunOptions, plan: Plan, source: Source, claim: Claim, started:
 
 def _load_pipeline(options: RunOptions, plan: Plan, source: Source) -> Pipeline:
     """Loads the model to its device, or takes the one that is kept from the run before."""
-    from ldm.pipeline import Pipeline, load_model
+    from ldm.pipeline import Pipeline, load_model, packed_weights
 
     model = partial(
         load_model,
@@ -88,7 +87,9 @@ def _load_pipeline(options: RunOptions, plan: Plan, source: Source) -> Pipeline:
 
     def load_model_of_run() -> Pipeline:
         opened = source.cache.take_opened(files)
-        packed = None if folder is None else _packed_weights(folder, options, source)
+        read = [file for of_part in weight_files(options, source.ckpt).values() for file in of_part]
+        ema, precision = options.ema, source.precision
+        packed = None if folder is None else packed_weights(folder, read, ema, precision)
         return shape(model(checkpoint=None if options.no_mmap else opened), packed=packed)
 
     pipeline = source.cache.get(key, load_model_of_run)
@@ -109,15 +110,6 @@ def _weights_cache(options: RunOptions, device: torch.device) -> Path | None:
         logger.info("--cache_weights is for the CPU, %s: the weights are read from the checkpoint", reason)
         return None
     return Path(options.cache_weights) if options.cache_weights else cache_path("weights")
-
-
-def _packed_weights(folder: Path, options: RunOptions, source: Source) -> PackedWeights:
-    """Returns the packed weights below a folder that are those of this run's model on this machine."""
-    from ldm.checkpoints.cache import PackedWeights
-    from ldm.runtime.opaque import machine
-
-    files = [file for of_part in weight_files(options, source.ckpt).values() for file in of_part]
-    return PackedWeights(folder, files, [*machine(), options.ema, source.precision.name])
 
 
 def _embeddings(options: RunOptions, model: LatentDiffusion) -> Embeddings | None:
