@@ -64,10 +64,11 @@ def write_lesson(name: str, folder: Path, count: int = 20, usual: int = 200) -> 
     """Renders what a lesson is learnt from, 128x128, with captions: `000.png` and `000.txt` and so on.
 
     `count` images of the new thing are in the folder `N_NAME`, where N repeats make them as many as the `usual`
-    ones, which are in `usual`: scenes that the model knows, which keep it from forgetting them.
+    ones, which are in `usual`: scenes that the model knows, which keep it from forgetting them. Holes are learnt from
+    usual scenes alone.
     """
-    new = folder / f"{max(1, usual // count)}_{name}"
-    for number in range(count):
+    for number in range(count if name != HOLE else 0):
+        new = folder / f"{max(1, usual // count)}_{name}"
         scene = lesson_scene(name, number)
         _write(new, number, scene, lesson_caption(name, scene, number))
     for number in range(usual):

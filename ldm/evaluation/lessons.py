@@ -68,7 +68,7 @@ def _rows(name: str, folder: Path, count: int) -> list[dict[str, Any]]:
         for file, pixels in zip(files, (image, mask), strict=True):
             Image.fromarray(pixels).save(file)
         start = {"image": str(files[0].absolute()), "mask": str(files[1].absolute())}
-        rows.append({"prompt": plain_caption(target), "init": start})
+        rows.append({"prompt": plain_caption(target), "init": start, "strength": 1.0})  # from noise alone
     return rows
 
 

@@ -60,7 +60,8 @@ def _embedding(model: LatentDiffusion, settings: Settings) -> Part:
 
 def _network(model: LatentDiffusion, settings: Settings) -> Part:
     rates = settings.learning_rate, settings.text_rate
-    return NetworkPart(model, *rates, settings.ema_decay, DTYPES[settings.dtype])
+    keep = settings.class_target == "model"
+    return NetworkPart(model, *rates, settings.ema_decay, DTYPES[settings.dtype], keep)
 
 
 def _control(model: LatentDiffusion, settings: Settings) -> Part:

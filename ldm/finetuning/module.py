@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.finetuning.batches import Batch
 from ldm.finetuning.latents import Placed, Placer
-from ldm.finetuning.objective import Objective
-from ldm.finetuning.parts import Groups, Part
+from ldm.finetuning.objective import Objective, usual_target
+from ldm.finetuning.parts import Groups, LoraPart, NetworkPart, Part
 from ldm.finetuning.settings import Settings
 from ldm.lr_scheduler import LambdaLinearScheduler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -94,7 +94,27 @@ class FineTuning(pl.LightningModule):
         """Returns the mean of the batch's weighted losses."""
         cond = self.conditioning(batch)
         latents = self.model.get_first_stage_encoding(batch.latents)
-        return (batch.weights * self.objective(self.model, latents, batch.t, batch.noise, cond)).mean()
+        target = self._kept(batch, latents) if self.settings.class_target == "model" else None
+        return (
+            batch.weights * self.objective(self.model, latents, batch.t, batch.noise, cond, target)
+        ).mean()
+
+    @torch.no_grad()
+    def _kept(self, batch: Batch, latents: Tensor) -> Tensor:
+        """Returns targets that are, for images of the class, what the model predicted before the training.
+
+        So it learns not to forget (Li and Hoiem 2016): images alone would also change what the class looks like.
+        """
+        target = usual_target(self.model, latents, batch.t, batch.noise).clone()
+        general = [index for index, image in enumerate(batch.images) if image.example.regular]
+        if general:
+            assert isinstance(self.part, LoraPart | NetworkPart)  # other kinds have no such setting
+            t = batch.t[general]
+            with self.part.original():
+                context = self.prompts([batch.captions[index] for index in general])
+                x = self.model.q_sample(latents[general], t, batch.noise[general])
+                target[general] = self.model.apply_model(x, t, context).to(target)
+        return target
 
     def training_step(self, batch: Batch) -> Tensor:
         loss = self.loss(batch)

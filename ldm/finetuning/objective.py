@@ -31,6 +31,11 @@ def snr_weights(
     return weights
 
 
+def usual_target(model: LatentDiffusion, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Returns what a model is trained to predict, [N, ...]: the noise, or v."""
+    return velocity(model, latents, t, noise) if model.parameterization == "v" else noise
+
+
 def velocity(model: LatentDiffusion, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Returns v = sqrt(abar) noise - sqrt(1 - abar) latents, [N, ...] (Salimans and Ho 2022, section 4)."""
     tables = (model.sqrt_alphas_cumprod, model.sqrt_one_minus_alphas_cumprod)
@@ -47,12 +52,22 @@ class Objective:
     loss: Literal["l2", "huber"] = "l2"
 
     def __call__(
-        self, model: LatentDiffusion, latents: Tensor, t: Tensor, noise: Tensor, cond: Conditioning
+        self,
+        model: LatentDiffusion,
+        latents: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        cond: Conditioning,
+        target: Tensor | None = None,
     ) -> Tensor:
-        """Returns the loss of each image [N] for scaled latents [N, C, h, w] (Ho et al. 2020, equation 14)."""
+        """Returns the loss of each image [N] for scaled latents [N, C, h, w] (Ho et al. 2020, equation 14).
+
+        `target` is what should be predicted, by default `usual_target`.
+        """
         x = model.q_sample(latents, t, noise)
         predicted = model.apply_model(x, t, cond).float()
-        target = velocity(model, latents, t, noise) if model.parameterization == "v" else noise
+        if target is None:
+            target = usual_target(model, latents, t, noise)
         error = (predicted - target.float()).square()
         if self.loss == "huber":
             error = 0.2 * ((error + 0.01).sqrt() - 0.1)

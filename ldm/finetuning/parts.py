@@ -5,7 +5,8 @@ The loop knows only `Part`. A new kind of training is a class here and a row of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,6 +96,10 @@ class LoraPart:
     def after_step(self) -> None:
         pass
 
+    def original(self) -> AbstractContextManager[None]:
+        """The model is what it was before the training, as long as this lasts."""
+        return self.module.off()
+
     def write(self, path: Path, notes: Mapping[str, str]) -> None:
         write_lora(path, lora_tensors(self.module, self.model, self.layout, self.dtype), notes)
 
@@ -175,20 +180,27 @@ class EmbeddingPart:
 
 @dataclass
 class NetworkPart:
-    """Whole networks of the model: the U-Net, and with a `text_rate` the text encoder; averaged with `ema_decay`."""
+    """Whole networks of the model: the U-Net, and with a `text_rate` the text encoder; averaged with `ema_decay`.
+
+    With `keep_original` their weights before the training stay in memory.
+    """
 
     model: LatentDiffusion
     rate: float
     text_rate: float
     ema_decay: float | None
     dtype: torch.dtype | None = None
+    keep_original: bool = False
 
     def __post_init__(self) -> None:
         networks: dict[str, nn.Module] = {"unet": self.model.model}
         if self.text_rate:
             networks["text"] = self.model.cond_stage_model
+        self._before: list[tuple[nn.Parameter, Tensor]] = []
         for network in networks.values():
             for parameter in network.requires_grad_(True).parameters():
+                if self.keep_original:
+                    self._before.append((parameter, parameter.data))
                 parameter.data = parameter.data.clone()  # those of a mapped file may not change
         if self.ema_decay is not None:
             networks["ema"] = LitEma(self.model.model, self.ema_decay)
@@ -209,6 +221,18 @@ class NetworkPart:
     def after_step(self) -> None:
         if "ema" in self.module:
             self.module["ema"](self.model.model)
+
+    @contextmanager
+    def original(self) -> Generator[None, None, None]:
+        """The model is what it was before the training, as long as this lasts; needs `keep_original`."""
+        trained = [parameter.data for parameter, _ in self._before]
+        for parameter, before in self._before:
+            parameter.data = before
+        try:
+            yield
+        finally:
+            for (parameter, _), own in zip(self._before, trained, strict=True):
+                parameter.data = own
 
     def write(self, path: Path, notes: Mapping[str, str]) -> None:
         from ldm.checkpoints.formats.write import types_for, write_safetensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from ldm.util import InputError, need, printable
 
 logger = logging.getLogger("ldm")
 
+_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 _MAY_CHANGE = {
     "steps", "checkpoint_steps", "sample_steps", "sample_prompt", "precision", "dtype", "layout", "tensorboard"
 }  # fmt: skip
@@ -110,6 +112,15 @@ class Training:
         if settings.class_data is not None:
             general = replace(defaults, caption=settings.class_caption, regular=True)
             found += read_examples(settings.class_data, general, settings.caption_extension)
+        need(
+            settings.class_target == "image" or any(example.regular for example in found),
+            f"--class_target {settings.class_target} is for images of the class, and there are none; give them with "
+            "--class_data",
+        )
+        if sided := sum(example.flip and bool(_SIDES.search(example.caption)) for example in found):
+            logger.warning(
+                "%d captions say left or right, which is wrong of mirrored images; leave out --flip", sided
+            )
         if settings.hints is not None:
             found = with_hints(found, Path(settings.hints))
         if self.kind == "controlnet":

@@ -56,6 +56,10 @@ class Settings:
     )
     class_caption: str = setting("", "caption of these", group="data", metavar="TEXT")
     class_weight: float = setting(1.0, "how much their loss counts", 0, group="data", metavar="W")
+    class_target: str = setting(
+        "image", "what they teach: how they look, or what the model made of them before the training",
+        group="data", choices=("image", "model"), only=("lora", "dreambooth", "finetune"),
+    )  # fmt: skip
 
     # --- optimisation
     steps: int = setting(1000, "steps of the optimiser", 1, metavar="N")

@@ -60,12 +60,11 @@ class LoraLayer(nn.Module):
         x = inputs[0]
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.down)
-        if isinstance(layer, nn.Linear):
-            change = F.linear(F.linear(x, self.down), self.up)
+        if isinstance(layer, nn.Linear):  # the scale is applied where the tensor is small
+            change = F.linear(self.scale * F.linear(x, self.down), self.up)
         else:
             inner = F.conv2d(x, self.down, None, layer.stride, layer.padding, layer.dilation)
-            change = F.conv2d(inner, self.up[:, :, None, None])
-        change = self.scale * change
+            change = F.conv2d(self.scale * inner, self.up[:, :, None, None])
         if self.magnitude is None:
             return output + change.to(output.dtype)
         return self._with_magnitude(layer, output, change)

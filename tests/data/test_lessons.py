@@ -41,6 +41,12 @@ def test_a_folder_holds_as_many_visits_of_the_new_thing_as_of_usual_scenes(tmp_p
     assert len(usual) == 4 and not any("pyramid" in example.caption for example in usual)
 
 
+def test_holes_are_learnt_from_usual_scenes_alone(tmp_path):
+    write_lesson(HOLE, tmp_path / "h", usual=3)
+    assert [path.name for path in (tmp_path / "h").iterdir()] == ["usual"]
+    assert len(read_examples(tmp_path / "h/usual", Example(tmp_path, ""))) == 3
+
+
 def test_a_hole_hides_a_solid_and_little_else():
     for number in range(4):
         image, mask, target = hole(number)

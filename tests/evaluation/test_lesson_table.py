@@ -51,7 +51,7 @@ def test_the_code_of_a_run_that_fails_is_kept(tmp_path):
     [
         (["blue"], "blue is not a lesson; choose from orange, pyramid, totem, hole"),
         (["orange"], "what was trained is missing; write it after --, such as -- --lora orange.safetensors"),
-        (["hole", "--images", "x"], "the lesson hole has no images of its own; train on those of another"),
+        (["hole", "--images", "x", "--usual", "0"], "--usual is 0; give 1 to "),
         (["orange", "--images", "."], "--images . exists; give a new folder"),
         (["orange", "--count", "0"], "--count is 0; give 1 to "),
     ],

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ from PIL import Image
 from ldm.checkpoints.configs import config_for
 from ldm.checkpoints.formats.read import read_checkpoint
 from ldm.config import read_config
+from ldm.data.captions import plain_caption
+from ldm.data.scenes import render, scene_at
 from ldm.finetuning import module as module_of_loop
 from ldm.finetuning.batches import Batch
 from ldm.finetuning.kinds import KINDS
@@ -48,9 +51,16 @@ def tensors(path):
 
 
 @pytest.mark.long
-def test_a_resumed_run_ends_as_an_unbroken_one(data, monkeypatch):
-    options = ["--batch_size", "2", "--accumulate", "2", "--noise_offset", "0.05", "--flip"]
-    assert train("lora", "whole.safetensors", *options) == 0
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("lora", ["--noise_offset", "0.05", "--flip"]),
+        ("controlnet", ["--hint", "grey", "--ema_decay", "0.5"]),
+    ],
+)
+def test_a_resumed_run_ends_as_an_unbroken_one(data, monkeypatch, kind, more):
+    options = ["--batch_size", "2", "--accumulate", "2", *more]
+    assert train(kind, "whole.safetensors", *options) == 0
     step = module_of_loop.FineTuning.optimizer_step
 
     def killed(self, *args, **kwargs):
@@ -59,10 +69,10 @@ def test_a_resumed_run_ends_as_an_unbroken_one(data, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(module_of_loop.FineTuning, "optimizer_step", killed)
-    assert train("lora", "broken.safetensors", *options) == 128 + signal.SIGINT
+    assert train(kind, "broken.safetensors", *options) == 128 + signal.SIGINT
     assert not os.path.exists("broken.safetensors")
     monkeypatch.setattr(module_of_loop.FineTuning, "optimizer_step", step)
-    assert train("lora", "broken.safetensors", *options, "--resume") == 0
+    assert train(kind, "broken.safetensors", *options, "--resume") == 0
     whole, broken = tensors("whole.safetensors"), tensors("broken.safetensors")
     assert whole.keys() == broken.keys()
     assert all(torch.equal(whole[key], broken[key]) for key in whole)
@@ -171,6 +181,16 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_state(data, monkeypatch, 
     assert not os.path.exists("x.safetensors")
 
 
+@pytest.mark.long
+def test_captions_with_sides_are_no_good_for_mirrored_images(data, capsys):
+    (data / "a.txt").write_text("A cube Left of a ball")
+    words = [word for word in QUICK if word != "--quiet"]
+    assert main(["lora", "--data", ".", "--out", "x.safetensors", "--steps", "1", "--flip", *words]) == 0
+    assert "1 captions say left or right, which is wrong of mirrored images" in capsys.readouterr().err
+    assert main(["lora", "--data", ".", "--out", "y.safetensors", "--steps", "1", *words]) == 0
+    assert "left or right" not in capsys.readouterr().err
+
+
 def test_what_does_not_fit_the_model_is_said_before_images_are_encoded(data, capsys):
     assert train("lora", "x.safetensors", "--rank", "900") == 2
     assert "the rank 900 is larger than the layer's" in capsys.readouterr().err
@@ -213,46 +233,82 @@ sys.exit(code)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--text_rate", "1e-4", "--clip_skip", "2"]], ids=["unet", "text"])
-def test_two_processes_make_the_steps_of_one_that_accumulates_two_batches(data, more):
-    for name in "de":
-        Image.fromarray(np.full((64, 64, 3), ord(name), np.uint8)).save(f"{name}.png")
-        (data / f"{name}.txt").write_text(f"a cube, {name}")
-    words = [
-        "lora",
-        "--data",
-        ".",
-        "--steps",
-        "3",
-        "--resolution",
-        "64",
-        "--precision",
-        "full",
-        "--seed",
-        "3",
-    ]
-    words += ["--dtype", "fp32", "--device", "cpu", *more]
-    two = [
-        sys.executable,
-        str(ROOT / "scripts/train.py"),
-        *words,
-        "--out",
-        "two.safetensors",
-        "--devices",
-        "2",
-    ]
-    done = subprocess.run(two, cwd=data, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("5 images, 5 batches an epoch") == 1
+def same_training(data, other, words):
+    """Whether `other` ended as one process does that makes a step of two batches."""
     assert main([*words, "--out", "one.safetensors", "--accumulate", "2", "--quiet"]) == 0
-    one, both = tensors("one.safetensors"), tensors("two.safetensors")
+    one, both = tensors("one.safetensors"), tensors(f"{other}.safetensors")
     assert one.keys() == both.keys()
     for key in one:
         assert relative_error(both[key], one[key]) < 1e-4 or torch.equal(both[key], one[key]), key
-    losses = [read_losses(data / f"{name}.training/loss.csv") for name in ("one", "two")]
+    losses = [read_losses(data / f"{name}.training/loss.csv") for name in ("one", other)]
     assert [row[0] for row in losses[0]] == [row[0] for row in losses[1]] == [1, 2, 3]
     assert [row[1] for row in losses[0]] == pytest.approx([row[1] for row in losses[1]], rel=1e-5)
+
+
+@pytest.fixture
+def five(data):
+    """Five images, and options for three steps on them."""
+    for name in "de":
+        Image.fromarray(np.full((64, 64, 3), ord(name), np.uint8)).save(f"{name}.png")
+        (data / f"{name}.txt").write_text(f"a cube, {name}")
+    options = "--data . --steps 3 --resolution 64 --precision full --seed 3 --dtype fp32 --device cpu"
+    return options.split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind",
+    [["lora"], ["lora", "--text_rate", "1e-4", "--clip_skip", "2"], ["controlnet", "--hint", "grey"]],
+    ids=["unet", "text", "controlnet"],
+)
+def test_two_processes_make_the_steps_of_one_that_accumulates_two_batches(data, five, kind):
+    script, words = str(ROOT / "scripts/train.py"), [*kind, *five]
+    two = [sys.executable, script, *words, "--out", "two.safetensors", "--devices", "2"]
+    done = subprocess.run(two, cwd=data, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("5 images, 5 batches an epoch") == 1
+    same_training(data, "two", words)
+
+
+@pytest.mark.long
+def test_two_machines_make_the_steps_of_one_that_accumulates_two_batches(data, five):
+    """Two nodes of torchrun, here both on this machine."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    words = ["lora", *five]
+    nodes = []
+    for rank in range(2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank)]
+        launch += ["--nproc_per_node", "1", "--master_addr", "localhost", "--master_port", str(port)]
+        launch += [str(ROOT / "scripts/train.py"), *words, "--out", "nodes.safetensors", "--num_nodes", "2"]
+        nodes.append(subprocess.Popen(launch, cwd=data, text=True, stderr=subprocess.PIPE))
+    said = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert "".join(said).count("5 images, 5 batches an epoch") == 1
+    same_training(data, "nodes", words)
+
+
+@pytest.mark.long
+def test_the_loss_falls_on_rendered_images(data):
+    """A U-Net whose last layer is zero predicts nothing: its loss is the noise's variance, 1, until it learns."""
+    blank = dict(tensors(ROOT / "models/ldm/shapes/model.ckpt"))
+    blank["model.diffusion_model.out.2.weight"] = torch.zeros_like(
+        blank["model.diffusion_model.out.2.weight"]
+    )
+    blank["model.diffusion_model.out.2.bias"] = torch.zeros_like(blank["model.diffusion_model.out.2.bias"])
+    torch.save({"state_dict": blank}, data / "blank.ckpt")
+    (data / "scenes").mkdir()
+    for number in range(8):
+        scene = scene_at(number, "train")
+        Image.fromarray(render(scene, number, 64)).save(data / f"scenes/{number}.png")
+        (data / f"scenes/{number}.txt").write_text(plain_caption(scene))
+    words = ["finetune", "--data", "scenes", "--ckpt", "blank.ckpt", "--out", "own.safetensors", *QUICK]
+    words += ["--steps", "20", "--batch_size", "8", "--learning_rate", "1e-3"]
+    assert main(words) == 0
+    losses = [row[1] for row in read_losses(data / "own.training/loss.csv")]
+    assert losses[0] == pytest.approx(1, abs=0.05)
+    assert np.mean(losses[-5:]) < 0.6
 
 
 @pytest.mark.long
@@ -303,6 +359,7 @@ def test_the_memory_and_time_of_a_dry_run_are_those_of_the_run(data, kind):
         (["lora", "--data", ".", "--out", "x.safetensors", "--text_only"], "--text_rate is 0; give a rate"),
         (["lora", "--data", ".", "--out", "x.safetensors", "--rank", "900"], "the rank 900 is larger than the"),
         (["lora", "--data", ".", "--out", "x.safetensors", "--max_time", "1h"], "--max_time is 1h; write DD"),
+        (["lora", "--data", ".", "--out", "x.safetensors", "--class_target", "model"], "give them with --class_data"),
         (["embedding", "--data", ".", "--out", "x.safetensors"], "an embedding needs --word"),
         (["embedding", "--data", ".", "--out", "x.pt", "--word", "zog", "--init", "cube"], "no caption has the word"),
     ],

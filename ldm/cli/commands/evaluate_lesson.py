@@ -34,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--count", metavar="N", type=int, help="images of the new thing (20), or prompts (100)"
     )
+    group.add_argument(
+        "--usual", metavar="N", type=int, default=200, help="images of what the model knows (default: 200)"
+    )
     group = options.add_argument_group("output")
     group.add_argument(
         "--outdir", metavar="DIR", type=Path, default=Path("outputs/lesson"), help="folder of what is drawn"
@@ -44,15 +47,15 @@ def parser() -> argparse.ArgumentParser:
 
 def run(opt: argparse.Namespace) -> int:
     """Writes the images, or measures and prints the table."""
+    need(1 <= opt.usual <= MAX_COUNT, f"--usual is {opt.usual}; give 1 to {MAX_COUNT}")
     need(opt.count is None or 1 <= opt.count <= MAX_COUNT, f"--count is {opt.count}; give 1 to {MAX_COUNT}")
     from ldm.data.lessons import HOLE, LESSONS, write_lesson
 
     names = (*LESSONS, HOLE)
     need(opt.lesson in names, f"{printable(opt.lesson)} is not a lesson; choose from {', '.join(names)}")
     if opt.images is not None:
-        need(opt.lesson != HOLE, "the lesson hole has no images of its own; train on those of another")
         need(not opt.images.exists(), f"--images {printable(opt.images)} exists; give a new folder")
-        write_lesson(opt.lesson, opt.images, opt.count or 20)
+        write_lesson(opt.lesson, opt.images, opt.count or 20, opt.usual)
         return 0
     if not opt.passed:
         raise InputError(
