@@ -29,6 +29,7 @@ LISTS = ("metadata.jsonl", "metadata.csv", "prompt.json")
 _FILE, TEXT_COLUMNS = ("file_name", "file", "image", "target"), ("text", "caption", "prompt")
 _HINT = ("conditioning_image", "conditioning_image_file_name", "source")
 _REPEATED = re.compile(r"(\d+)_(.*)", re.DOTALL)
+_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 _SUBSET = {  # what a subset of a TOML file can have, and the type
     "image_dir": str, "num_repeats": int, "class_tokens": str, "caption_extension": str, "is_reg": bool,
     "flip_aug": bool, "shuffle_caption": bool, "keep_tokens": int, "caption_dropout_rate": float,
@@ -154,6 +155,15 @@ def with_hints(examples: Sequence[Example], folder: Path) -> list[Example]:
             f"{printable(lost[0].name)}: a hint has the name of its image"
         )
     return [replace(example, hint=hints[example.path.stem]) for example in examples]
+
+
+def warn_of_sides(examples: Sequence[Example]) -> None:
+    """Warns of captions that say left or right if their images are also trained on mirrored."""
+    wrong = sum(example.flip and bool(_SIDES.search(example.caption)) for example in examples)
+    if wrong:
+        logger.warning(
+            "%d captions say left or right, which is wrong of mirrored images; leave out --flip", wrong
+        )
 
 
 # --- lists ---------------------------------------------------------------------------------------------------------

@@ -244,7 +244,9 @@ class NetworkPart:
             assert isinstance(ema, LitEma)
             ema.copy_to(self.model.model)
         state = {
-            k: v.detach().cpu() for k, v in self.model.state_dict().items() if not k.startswith(EMA_PREFIX)
+            k: v.detach().cpu().contiguous()
+            for k, v in self.model.state_dict().items()
+            if not k.startswith(EMA_PREFIX)
         }
         state |= marks_of(self.model)
         weights = {name for name, _ in self.model.named_parameters()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from ldm.files import written_whole
 from ldm.finetuning.batches import Epochs, batch_maker
 from ldm.finetuning.buckets import Size, bucket_sizes, step_for
-from ldm.finetuning.data import Example, read_examples, with_hints
+from ldm.finetuning.data import Example, read_examples, warn_of_sides, with_hints
 from ldm.finetuning.kinds import KINDS
 from ldm.finetuning.latents import Placer, moments, place_all, weights_key
 from ldm.finetuning.logs import (
@@ -41,7 +40,6 @@ from ldm.util import InputError, need, printable
 
 logger = logging.getLogger("ldm")
 
-_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 _MAY_CHANGE = {
     "steps", "checkpoint_steps", "sample_steps", "sample_prompt", "precision", "dtype", "layout", "tensorboard"
 }  # fmt: skip
@@ -104,23 +102,23 @@ class Training:
     def examples(self) -> list[Example]:
         """Reads the list of images and captions, those of the class in general after the user's own."""
         settings = self.settings
+        # what no caption means is kept as well, so images of the class alone go without one
+        keeps = settings.class_target == "model"
         defaults = Example(
             Path(), settings.caption, flip=settings.flip, shuffle=settings.shuffle_captions,
-            keep_tokens=settings.keep_tokens, drop=settings.drop_captions,
+            keep_tokens=settings.keep_tokens, drop=0.0 if keeps else settings.drop_captions,
         )  # fmt: skip
         found = read_examples(self.data, defaults, settings.caption_extension)
         if settings.class_data is not None:
-            general = replace(defaults, caption=settings.class_caption, regular=True)
+            general = replace(
+                defaults, caption=settings.class_caption, regular=True, drop=settings.drop_captions
+            )
             found += read_examples(settings.class_data, general, settings.caption_extension)
         need(
-            settings.class_target == "image" or any(example.regular for example in found),
-            f"--class_target {settings.class_target} is for images of the class, and there are none; give them with "
-            "--class_data",
+            not keeps or any(example.regular for example in found),
+            "--class_target model is for images of the class, and there are none; give them with --class_data",
         )
-        if sided := sum(example.flip and bool(_SIDES.search(example.caption)) for example in found):
-            logger.warning(
-                "%d captions say left or right, which is wrong of mirrored images; leave out --flip", sided
-            )
+        warn_of_sides(found)
         if settings.hints is not None:
             found = with_hints(found, Path(settings.hints))
         if self.kind == "controlnet":
@@ -190,7 +188,10 @@ def run_training(
     if kind.frozen and precision != torch.float32:
         model.model.to(precision)
         model.cond_stage_model.to(precision)
-    _use_checkpointing([model.model, part.module], settings.checkpointing)
+    networks = model.model, part.module
+    _use_checkpointing(networks, settings.checkpointing)
+    for network in networks:  # as attention returns its maps: convolutions would rearrange their weights
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     folder = cache_path("latents") / weights_key(model.first_stage_model.parameters())
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:

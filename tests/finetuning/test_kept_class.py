@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from PIL import Image
 
 from ldm.finetuning.batches import Batch
 from ldm.finetuning.data import Example
 from ldm.finetuning.kinds import KINDS
 from ldm.finetuning.latents import Placed
 from ldm.finetuning.module import FineTuning
+from ldm.finetuning.run import Training
 from ldm.finetuning.settings import make_settings
 from tests.support.golden_data import relative_error, tiny_model
 
@@ -53,3 +55,17 @@ def test_the_target_is_what_the_model_predicted_before(kind, values):
     assert losses[1] == pytest.approx(float(sum(own)) / 2, rel=1e-4)
     assert relative_error(new, old) > 1e-3
     assert all(parameter.grad is not None for group in module.part.groups() for parameter in group["params"])
+
+
+def test_no_caption_keeps_its_meaning(tmp_path):
+    for name in ("own", "general"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    shares = {}
+    for target in ("image", "model"):
+        values = {"class_target": target, "class_data": str(tmp_path / "general"), "class_caption": "a thing"}
+        settings = make_settings("lora", {**values, "caption": "my thing", "drop_captions": 0.2})
+        found = Training("lora", tmp_path / "own", tmp_path / "x.safetensors", settings).examples()
+        shares[target] = [(example.caption, example.drop) for example in found]
+    assert shares["image"] == [("my thing", 0.2), ("a thing", 0.2)]
+    assert shares["model"] == [("my thing", 0.0), ("a thing", 0.2)]
