@@ -14,6 +14,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ldm import __version__
@@ -83,7 +84,8 @@ class PackedWeights:
         if not self._works or not path.exists():
             return None
         try:
-            with reading(path), open_regular(path) as file:
+            # no tensors of inference mode, which `forget` leaves in memory
+            with torch.inference_mode(False), reading(path), open_regular(path) as file:
                 tensors, metadata = read_safetensors(file, use_mmap=True)
                 return load_json(metadata[_DESCRIBED]), [tensors[str(i)] for i in range(len(tensors))]
         except (CheckpointError, LookupError, OSError, ValueError):

@@ -13,6 +13,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.adapter import T2IAdapter
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.image_prompt import IPAdapter
+from ldm.runtime.allocator import return_freed
 from ldm.runtime.device import Precision
 from ldm.runtime.packing import PackedFiles
 from ldm.runtime.prepare import prepare, prepare_control
@@ -82,3 +83,4 @@ class Placement:
             network.to("cpu")
         else:
             self.packer.drop(network)
+            return_freed()

@@ -48,6 +48,14 @@ def restart_tuned() -> None:
         allow_interrupts()  # a failure only costs time
 
 
+def return_freed() -> None:
+    """Returns the memory of freed blocks, which `restart_tuned` has the allocator keep, to the system."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def allow_interrupts() -> None:
     """Unblocks Ctrl-C after `restart_tuned`: one since then raises KeyboardInterrupt here."""
     if hasattr(signal, "pthread_sigmask"):

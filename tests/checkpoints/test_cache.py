@@ -9,6 +9,7 @@ import torch
 
 from ldm.checkpoints import cache
 from ldm.checkpoints.cache import PackedWeights
+from ldm.checkpoints.formats import tensor_bytes
 from ldm.checkpoints.formats.tensor_bytes import forget
 from ldm.pipeline import load_model
 from ldm.runtime import int8, kernels, opaque
@@ -84,11 +85,30 @@ def test_the_same_numbers_without_packing(checkpoint, tmp_path, kind, monkeypatc
 
 
 @pytest.mark.parametrize("budget", [0, 10_000])
-def test_weights_that_do_not_stay_are_mapped_at_each_use(checkpoint, written, budget):
-    model, packer, _ = loaded(checkpoint, written[0].parent, budget=budget)
+def test_weights_that_do_not_stay_are_mapped_at_each_use(checkpoint, written, budget, monkeypatch):
+    given_back = []
+
+    def recorded(tensor):
+        if not tensor.is_inference():  # whose pages would stay
+            given_back.append(tensor.data_ptr())
+        tensor_bytes.forget(tensor)
+
+    monkeypatch.setattr("tests.checkpoints.test_cache.forget", recorded)
+    model, packer, folder = loaded(checkpoint, written[0].parent, budget=budget)
     for _ in range(2):
         assert equal(outputs(model), written[1])
         packer.drop(model)
+    mapped = {address for address in given_back if _maps_of(address, folder)}
+    assert len(mapped) > 50
+
+
+def _maps_of(address, folder):
+    """Whether an address is in a file of a folder that this process maps."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if begin <= address < end:
+            return str(folder) in line
+    return False
 
 
 def test_weights_begin_at_a_line_of_the_cpu_cache(written):
