@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from ldm.data.layout import anywhere, centres
+from ldm.data.layout import anywhere, centres, write_anywhere
 from ldm.data.scenes import render
 
 
@@ -31,6 +32,14 @@ def test_solids_stand_anywhere_and_in_the_frame():
     assert np.ptp(places, axis=0).min() > 50
     edges = [mask[0].any() or mask[:, 0].any() or mask[:, -1].any() or mask[-1].any() for mask in masks]
     assert not any(edges)
+
+
+def test_images_to_train_on_have_solids_in_the_middle_too(tmp_path):
+    write_anywhere(tmp_path / "set", 3)
+    for number in range(3):
+        scene, pixels = anywhere(number)
+        written = np.asarray(Image.open(tmp_path / f"set/{number:03}.png"))
+        assert np.array_equal(written, render(scene, number) if number == 0 else pixels)
 
 
 def test_centres_are_those_of_what_changes_with_the_colour():

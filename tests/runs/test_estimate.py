@@ -289,7 +289,7 @@ def test_weights_in_float32_are_all_parameters(model):
     "name",
     [pytest.param("bf16", marks=needs_bf16_kernels), pytest.param("int8", marks=needs_int8_kernels)],
 )
-def test_weights_are_what_a_run_packs(model, name):
+def test_weights_are_what_a_run_packs(model, work, name, tmp_path):
     precision = resolve_precision(name, CPU)
     loaded = load_model(read_config(BUNDLED_CONFIG), BUNDLED_CKPT)
     pipeline = Pipeline(loaded, precision)
@@ -297,7 +297,15 @@ def test_weights_are_what_a_run_packs(model, name):
     packer = pipeline.maker.placement.packer
     assert packer is not None
     told = sum(weight_bytes(model, precision, encodes=False).values())
-    assert packer.size == pytest.approx(told, rel=0.15)  # without embeddings, norms, biases
+    alone = packer.size
+    assert alone == pytest.approx(told, rel=0.15)  # without embeddings, norms, biases
+    Image.new("RGB", (64, 64)).save(tmp_path / "hint.png")
+    control = (str(ROOT / BUNDLED_CONTROL), str(tmp_path / "hint.png"), 1.0, 0.0, 1.0)
+    pipeline.make([Job("a cube", width=64, height=64, steps=1, controls=(control,))])
+    network = pipeline.control.read(control[0])
+    exact = [*network.input_hint_block.parameters(), *network.time_embed.parameters()]  # packed by another
+    own = work.control_bytes(precision) - 4 * sum(weight.numel() for weight in exact)
+    assert packer.size - alone == pytest.approx(own, rel=0.05)
 
 
 def bytes_needed(model, work, *batches, precision=FULL, tiles="off", lowmem=False):
