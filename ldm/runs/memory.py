@@ -11,7 +11,7 @@ from ldm.runs.estimate import Batch, batch_kinds
 from ldm.runs.models import edits_images, latent_factor
 from ldm.runs.options import RunOptions
 from ldm.runs.plan import Plan
-from ldm.util import InputError
+from ldm.util import InputError, printable
 
 if TYPE_CHECKING:
     import torch
@@ -133,16 +133,23 @@ def beyond_memory(memory: Memory, device: torch.device, images: int) -> str | No
     if total is None or needed <= total:
         return None
     fitting = int(images * max(total - memory.weights - program, 0) / memory.computed)
+    added = ", ".join(
+        f"{_gib(size)} GiB of it {printable(name)[:100]}" for name, size in memory.added.items()
+    )
     advice = (
         f"--n_samples {fitting} would fit"
         if 1 <= fitting < images
-        else "use a smaller --W and --H, or --lowmem"
+        else f"use a smaller --W and --H, {'fewer of these files, ' if added else ''}or --lowmem"
     )
     whose = "this machine" if device.type == "cpu" else f"{device}"
     return (
-        f"{memory.peak} in batches of {images} needs about {needed / 2**30:.0f} GiB, and {whose} has "
-        f"{total / 2**30:.0f} GiB; {advice}"
+        f"{memory.peak} in batches of {images} needs about {_gib(needed)} GiB{f' ({added})' if added else ''}, "
+        f"and {whose} has {_gib(total)} GiB; {advice}"
     )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.0f}" if size >= 10 * 2**30 else f"{size / 2**30:.2g}"
 
 
 def program_bytes(device: torch.device) -> int:

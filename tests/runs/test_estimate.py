@@ -426,5 +426,9 @@ def test_more_controls_than_memory():
     memory = Memory(weights=0, computed=1.0, peak="denoising 512x512")
     v1 = NetworkWork(build_model(read_config(V1_CONFIG)))
     assert round(v1.control_bytes(FULL) / 2**30, 2) == 1.35
-    too_much = beyond_memory(replace(memory, weights=10**6 * v1.control_bytes(FULL)), CPU, 1)
+    size = v1.control_bytes(FULL)
+    too_much = beyond_memory(replace(memory, weights=10**6 * size, added={"a": size, "b": size}), CPU, 1)
     assert too_much is not None and "denoising 512x512 in batches of 1 needs about" in too_much
+    assert (
+        "(1.3 GiB of it a, 1.3 GiB of it b)" in too_much and "fewer of these files, or --lowmem" in too_much
+    )
