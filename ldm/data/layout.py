@@ -31,7 +31,7 @@ def anywhere(number: int, split: str = "train") -> tuple[Scene, np.ndarray]:
 def write_anywhere(folder: Path, count: int) -> None:
     """Writes images of scenes, and captions: `000.png` and `000.txt` and so on.
 
-    In every third the solids stand in the middle, as in all that the bundled model has seen, in the others anywhere.
+    The solids of every third are in the middle, as in all that the bundled model has seen; of the others anywhere.
     """
     folder.mkdir(parents=True)
     for number in range(count):
