@@ -63,11 +63,13 @@ class Example:
         return str(self.path) if self.member is None else self.member
 
 
-def read_examples(source: str | Path, defaults: Example, extension: str = ".txt") -> list[Example]:
+def read_examples(
+    source: str | Path, defaults: Example, extension: str = ".txt", option: str = "--data"
+) -> list[Example]:
     """Reads the examples of a folder or of a TOML file; what it does not state is as in `defaults`.
 
     The caption of `defaults` is that of images without a caption of their own; if it is empty these images are an
-    `InputError`, as are an empty folder and files that cannot be read.
+    `InputError`, as are an empty folder and files that cannot be read; `option` is what it calls the source.
     """
     source = Path(source)
     if source.suffix == ".toml" and source.is_file():
@@ -78,7 +80,7 @@ def read_examples(source: str | Path, defaults: Example, extension: str = ".txt"
         found = _of_folder(source, defaults, extension)
     else:
         raise InputError(
-            f"--data {printable(source)} is not a folder, a TOML file or a tar file; give one of images"
+            f"{option} {printable(source)} is not a folder, a TOML file or a tar file; give one of images"
         )
     if not found:
         raise InputError(f"there are no images in {printable(source)}; put PNG, JPEG or WEBP files there")

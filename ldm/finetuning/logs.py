@@ -77,8 +77,8 @@ class FiniteLoss(pl.Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if not trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(loss.detach())), all=True):
             raise InputError(
-                f"the loss is {float(loss):g} at step {trainer.global_step + 1}; the last good state is kept: lower "
-                "--learning_rate, or use --precision full, and add --resume"
+                f"the loss is {float(loss.detach()):g} at step {trainer.global_step + 1}; the last good state is "
+                "kept: lower --learning_rate, or use --precision full, and add --resume"
             )
 
 

@@ -113,7 +113,7 @@ class Training:
             general = replace(
                 defaults, caption=settings.class_caption, regular=True, drop=settings.drop_captions
             )
-            found += read_examples(settings.class_data, general, settings.caption_extension)
+            found += read_examples(settings.class_data, general, settings.caption_extension, "--class_data")
         need(
             not keeps or any(example.regular for example in found),
             "--class_target model is for images of the class, and there are none; give them with --class_data",

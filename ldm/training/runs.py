@@ -31,6 +31,10 @@ from ldm.util import InputError, printable
 logger = logging.getLogger(__name__)
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # it advertises other packages
 warnings.filterwarnings("ignore", message=".*LeafSpec")  # about its calls of torch
+warnings.filterwarnings(
+    "ignore", message="Checkpoint directory .* exists and is not empty"
+)  # losses are there
+warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode")  # intended: what is frozen is
 
 STATE = "last.ckpt"
 MakeBatch = Callable[[int, np.random.Generator], Any]

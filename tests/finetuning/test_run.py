@@ -362,6 +362,7 @@ def test_the_memory_and_time_of_a_dry_run_are_those_of_the_run(data, kind):
         (["lora", "--data", ".", "--out", "x.safetensors", "--rank", "900"], "the rank 900 is larger than the"),
         (["lora", "--data", ".", "--out", "x.safetensors", "--max_time", "1h"], "--max_time is 1h; write DD"),
         (["lora", "--data", ".", "--out", "x.safetensors", "--class_target", "model"], "give them with --class_data"),
+        (["lora", "--data", ".", "--out", "x.safetensors", "--class_data", "no"], "--class_data no is not a folder"),
         (["embedding", "--data", ".", "--out", "x.safetensors"], "an embedding needs --word"),
         (["embedding", "--data", ".", "--out", "x.pt", "--word", "zog", "--init", "cube"], "no caption has the word"),
     ],
@@ -408,6 +409,13 @@ def test_nothing_is_overwritten(data, capsys):
     assert train("lora", "x.safetensors") == 2
     assert "--out x.safetensors exists" in capsys.readouterr().err
     assert (data / "x.safetensors").read_bytes() == b"mine"
+
+
+def test_a_kind_that_does_not_exist_is_named(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["lroa", "--data", ".", "--out", "x.safetensors"])
+    assert caught.value.code == 2
+    assert "'lroa' is unknown (did you mean lora?)" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_stages_of_the_bundled_model_may_be_named_as_such(capsys):

@@ -77,4 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ldm.cli.commands.finetune import main as finetune
 
         return finetune(first[0], argv)
+    if first and not first[0].startswith("-") and first[0] not in (*CONFIGS, "shapes"):
+        names = cli.make_parser(_DESCRIPTION, "KIND | STAGE ...", _EXAMPLES)
+        names.add_argument("kind", choices=(*DEFAULTS, *CONFIGS))
+        return cli.main(names, run, first)  # says what is meant; the options that follow depend on it
     return cli.main(parser(first == ["shapes"]), run, argv)
