@@ -80,5 +80,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if first and not first[0].startswith("-") and first[0] not in (*CONFIGS, "shapes"):
         names = cli.make_parser(_DESCRIPTION, "KIND | STAGE ...", _EXAMPLES)
         names.add_argument("kind", choices=(*DEFAULTS, *CONFIGS))
-        return cli.main(names, run, first)  # says what is meant; the options that follow depend on it
+        return cli.main(names, run, first)  # the options that follow depend on it
     return cli.main(parser(first == ["shapes"]), run, argv)
