@@ -147,9 +147,9 @@ class Training:
 
 def _same_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for name in sorted(now):
-        if name not in _MAY_CHANGE and before.get(name) != now[name]:
+        if name not in _MAY_CHANGE and name in before and before[name] != now[name]:
             raise InputError(
-                f"--resume: {name} was {printable(before.get(name))} and is {printable(now[name])}; give it as it was"
+                f"--resume: {name} was {printable(before[name])} and is {printable(now[name])}; give it as it was"
             )
 
 

@@ -404,6 +404,19 @@ def test_a_full_disk_is_one_line(data):
     assert sorted(path.name for path in (data / "x.training").iterdir()) == ["loss.csv", "settings.json"]
 
 
+@pytest.mark.long
+def test_a_resumed_run_has_the_settings_of_the_first(data, capsys):
+    assert train("lora", "x.safetensors", "--checkpoint_steps", "1", steps=1) == 0
+    os.remove("x.safetensors")
+    stated = data / "x.training/settings.json"
+    facts = json.loads(stated.read_text())
+    del facts["class_target"]  # an earlier version did not know it
+    stated.write_text(json.dumps(facts))
+    assert train("lora", "x.safetensors", "--resume", "--rank", "3") == 2
+    assert "--resume: rank was 8 and is 3; give it as it was" in capsys.readouterr().err
+    assert train("lora", "x.safetensors", "--resume", steps=2) == 0
+
+
 def test_nothing_is_overwritten(data, capsys):
     (data / "x.safetensors").write_bytes(b"mine")
     assert train("lora", "x.safetensors") == 2
