@@ -117,7 +117,7 @@ class PackedWeights:
 
 
 def _others_that_write(folder: Path) -> str:
-    """Returns which other users can write to a folder; empty if none can, and where there are no such rights."""
+    """Returns why other users can write to a folder; empty if they cannot, and on systems without owners of files."""
     if os.name != "posix":
         return ""
     state = folder.stat()

@@ -106,7 +106,6 @@ def _numbers(name: str, form: str) -> Callable[[str], tuple[Any, ...]]:
     return read
 
 
-# readers of options that accept more than the type of their field, or explain its form
 def _hint(text: str) -> str:
     word = SETTINGS["hint"].spell(text)
     if _BY_NETWORKS.search(word):
@@ -117,6 +116,7 @@ def _hint(text: str) -> str:
     return word
 
 
+# readers of options that accept more than the type of their field, or explain its form
 _KINDS: Mapping[str, Callable[[str], Any]] = {
     "seed": _seed,
     "hint": _hint,

@@ -47,7 +47,6 @@ def measure(
     0. A colour that is not in an image is as far away as its side is long.
     """
     captioned, reader = Captioned.draw(count, seed=0), load_reader(find(READER))
-    folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in captioned.prompts]
     drawn = draw(folder / "without", rows, options, make)
     found: list[Measured] = []

@@ -14,7 +14,7 @@ from ldm.runs.options import RunOptions
 from ldm.runs.plan import Plan
 from ldm.runs.processes import ProcessInfo
 from ldm.runs.source import Source
-from ldm.runs.weights import weight_files, weights_identity
+from ldm.runs.weights import files_of_model, weights_identity
 
 if TYPE_CHECKING:
     import torch
@@ -87,9 +87,10 @@ def _load_pipeline(options: RunOptions, plan: Plan, source: Source) -> Pipeline:
 
     def load_model_of_run() -> Pipeline:
         opened = source.cache.take_opened(files)
-        read = [file for of_part in weight_files(options, source.ckpt).values() for file in of_part]
-        ema, precision = options.ema, source.precision
-        packed = None if folder is None else packed_weights(folder, read, ema, precision)
+        packed = None
+        if folder is not None:
+            own = [file for of_part in files_of_model(options, source.ckpt).values() for file in of_part]
+            packed = packed_weights(folder, own, options.ema, source.precision)
         return shape(model(checkpoint=None if options.no_mmap else opened), packed=packed)
 
     pipeline = source.cache.get(key, load_model_of_run)

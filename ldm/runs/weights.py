@@ -20,6 +20,14 @@ def weight_hashes(options: RunOptions, ckpt: Path) -> dict[str, Callable[[], str
 
 def weight_files(options: RunOptions, ckpt: Path) -> dict[str, list[Path]]:
     """Returns the files of weights, by their names in the metadata."""
+    files = files_of_model(options, ckpt)
+    if options.upscaler is not None:
+        files["Upscaler"] = [Path(options.upscaler)]
+    return files
+
+
+def files_of_model(options: RunOptions, ckpt: Path) -> dict[str, list[Path]]:
+    """Returns the files that the model's own weights are in, by their names in the metadata."""
     from ldm.checkpoints.model_files import model_files
 
     files = {"Model": model_files(ckpt)}
@@ -27,8 +35,6 @@ def weight_files(options: RunOptions, ckpt: Path) -> dict[str, list[Path]]:
         files["VAE"] = model_files(options.vae, "vae")
     if options.text_encoder is not None:
         files["Text encoder"] = model_files(options.text_encoder, "text_encoder")
-    if options.upscaler is not None:
-        files["Upscaler"] = [Path(options.upscaler)]
     return files
 
 

@@ -68,7 +68,7 @@ class Packer:
         self._kept: dict[nn.Module, _Kept] = {}
         self._passing: Sequence[Tensor] = ()  # of a file, in use, and too large to stay
         self._files = files
-        named = () if model is None else model.named_parameters()
+        named = () if files is None or model is None else model.named_parameters()
         self._names = {id(weight): _Named(weight, _version(weight), key) for key, weight in named}
 
     def get(

@@ -30,8 +30,7 @@ def write_safetensors(
 
     Weights of the keys `rounded` become int8, each with its scales, see `ldm.scaled`. If `metadata` has
     `HASH_ENTRY`, its value becomes the SHA-256 of the tensors' bytes. The first one begins at a multiple of `aligned`
-    bytes (of 8). Tensors are cast piece by piece, without
-    a second copy of one in memory. Raises `OSError`.
+    bytes, itself one of 8. Tensors are cast piece by piece, without a second copy of one in memory. Raises `OSError`.
     """
     types = types_for(tensors) if types is None else types
     scales = {key + SCALE: round_weight(tensors[key])[1] for key in rounded}
