@@ -1,6 +1,9 @@
+import platform
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 VERSION = next(
@@ -25,6 +28,24 @@ ASSETS = {
     "ldm.assets.configs": ("configs", ["*/*.yaml"]),
     "ldm.assets.models": ("models", [f"ldm/shapes/{name}" for name in MODEL_FILES]),
 }
+
+
+class BuildLibrary(build_ext):
+    """Compiles a library that is no Python module: `ldm.runtime.native` loads it by the name of its file."""
+
+    def get_ext_filename(self, fullname):
+        return fullname.replace(".", "/") + ".so"
+
+
+# Optional: without a compiler, or with one that does not know the instructions, torch's operations do the same.
+# OpenMP is compiled in but not linked, so that the threads are those of the OpenMP that torch brings.
+NATIVE = Extension(
+    "ldm.runtime.libnative",
+    ["ldm/runtime/native.c"],
+    extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off"],  # a product is rounded where it is written
+    optional=True,
+)
+HAS_NATIVE = sys.platform == "linux" and platform.machine() == "x86_64"
 
 setup(
     name="latent-diffusion-v1",
@@ -54,6 +75,8 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["ldm", "ldm.*"]), *ASSETS],
     package_dir={package: folder for package, (folder, _) in ASSETS.items()},
+    ext_modules=[NATIVE] if HAS_NATIVE else [],
+    cmdclass={"build_ext": BuildLibrary},
     package_data={"ldm": ["py.typed"], **{package: files for package, (_, files) in ASSETS.items()}},
     entry_points={"console_scripts": ["ldm = ldm.cli.commands:main"]},
     install_requires=[

@@ -1,6 +1,7 @@
 """An installed wheel is a working tool anywhere: no checkout, no network, no copies in the repository."""
 
 import os
+import platform
 import shutil
 import site
 import subprocess
@@ -9,6 +10,7 @@ import venv
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.paths import ROOT
 
@@ -73,6 +75,15 @@ def test_an_installed_wheel_makes_the_same_image_as_the_checkout(installed, tmp_
         run(*command, *IMAGE, cwd=tmp_path / folder)
     images = [(tmp_path / folder / "out/samples/00000.png").read_bytes() for folder in ("wheel", "checkout")]
     assert images[0] == images[1]
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64" or not shutil.which("gcc"), reason="no compiler"
+)
+def test_an_installed_wheel_has_the_compiled_library(installed, tmp_path):
+    code = "from ldm.runtime import native; print(native.LIBRARY.is_file(), native.library() is not None)"
+    found = run(installed / "python", "-c", code, cwd=tmp_path).split()
+    assert found == ["True", str(torch.backends.cpu.get_cpu_capability() == "AVX512")]
 
 
 def test_an_installed_wheel_finds_its_own_files_only(installed, tmp_path):

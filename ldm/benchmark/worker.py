@@ -168,7 +168,7 @@ def _machine() -> dict[str, Any]:
     """Returns the facts of the machine that the figures depend on."""
     import torch
 
-    from ldm.runtime import kernels
+    from ldm.runtime import kernels, native
 
     settings = ("GLIBC_TUNABLES", "LD_PRELOAD", "OMP_NUM_THREADS", "KMP_AFFINITY")
     return {
@@ -177,6 +177,7 @@ def _machine() -> dict[str, Any]:
         "cpu kernels": torch.backends.cpu.get_cpu_capability(),
         "amx": kernels.has_matrix_units(),
         "avx512_bf16": kernels.has_bf16(),
+        "own library": native.library() is not None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "environment": {k: v for k, v in os.environ.items() if k in settings or k.startswith("MALLOC_")},
         "load average": _load_average(),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.runtime import kernels
+from ldm.runtime import kernels, native
 from ldm.scaled import round_weight
 
 LEVELS = 254  # between the least and the greatest input; one is left for the rounding of the zero point
@@ -64,41 +64,44 @@ def unsupported() -> str:
 
 def as_input(x: Tensor | Rounded, dtype: torch.dtype = torch.float32) -> Rounded:
     """Rounds x to bytes, unless it is rounded."""
-    if isinstance(x, Rounded):
-        return x
-    low, high = (float(value) for value in x.aminmax())
-    return _rounded(x, low, high)
+    return x if isinstance(x, Rounded) else _rounded(x)
 
 
 def silu(x: Tensor) -> Rounded:
     """Rounds the SiLU of x to bytes, in one pass."""
-    low, high = (float(value) for value in x.aminmax())
-    return _rounded(
-        x, _SILU_LEAST if low < 0 else 0.0, high / (1 + math.exp(-high)) if high > 0 else 0.0, True
-    )
+    return _rounded(x, silu=True)
 
 
-def _rounded(x: Tensor, low: float, high: float, silu: bool = False) -> Rounded:
+def _rounded(x: Tensor, silu: bool = False) -> Rounded:
+    flat = (x.permute(0, 2, 3, 1) if x.dim() == 4 else x).reshape(-1)  # a view of channels-last memory
+    fast = native.can_round(flat)
+    low, high = native.extremes(flat) if fast else (float(value) for value in flat.aminmax())
+    if silu:
+        low = _SILU_LEAST if low < 0 else 0.0
+        high = high / (1 + math.exp(-high)) if high > 0 else 0.0
     low, high = min(low, 0.0), max(high, 0.0)
     scale = (high - low) / LEVELS or 1.0
     zero = round(-low / scale) if math.isfinite(scale) else 0
-    maps = x.dim() == 4
-    flat = (x.permute(0, 2, 3, 1) if maps else x).reshape(-1)  # a view of channels-last memory
     out = torch.empty(flat.shape, dtype=torch.uint8)
-    piece = PIECE * torch.get_num_threads()
-    values = torch.empty(min(piece, len(flat)))
-    offset = torch.tensor(_TO_WHOLE + zero)
-    for start in range(0, len(flat), piece):
-        part = flat[start : start + piece]
-        some = values[: len(part)].copy_(part)
-        if silu:
-            F.silu(some, inplace=True)
-        torch.add(offset, some, alpha=1 / scale, out=some)
-        out[start : start + piece].copy_(some.view(torch.int32))  # keeps the lowest byte
-    if maps:
+    write = native.to_bytes if fast else _to_bytes
+    write(flat, 1 / scale, _TO_WHOLE + zero, silu, out)
+    if x.dim() == 4:
         n, c, h, w = x.shape
         return Rounded(out.view(n, h, w, c).permute(0, 3, 1, 2), scale, zero)
     return Rounded(out.view(x.shape), scale, zero)
+
+
+def _to_bytes(x: Tensor, by: float, offset: float, silu: bool, out: Tensor) -> None:
+    """Does what `native.to_bytes` does, in pieces."""
+    piece = PIECE * torch.get_num_threads()
+    values = torch.empty(min(piece, len(x)))
+    for start in range(0, len(x), piece):
+        part = x[start : start + piece]
+        some = values[: len(part)].copy_(part)
+        if silu:
+            F.silu(some, inplace=True)
+        torch.add(torch.tensor(offset), some, alpha=by, out=some)
+        out[start : start + piece].copy_(some.view(torch.int32))  # keeps the lowest byte
 
 
 # --- weights ----------------------------------------------------------------------------------------------------

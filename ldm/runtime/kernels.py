@@ -6,12 +6,15 @@ once. The operations are oneDNN's, under the names by which torch's compiler cal
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ldm.runtime import native
 
 # How many attention scores are computed at a time for each thread: 2 MB in bf16, so that they stay in its cache.
 SCORES = 2**20
@@ -24,8 +27,10 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def has_matrix_units() -> bool:
-    """Returns whether this CPU has AMX tiles."""
-    return torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
+    """Returns whether this CPU has AMX tiles, and oneDNN is not limited to less."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    allowed = limit == "DEFAULT" or "AMX" in limit or limit.startswith("AVX10")
+    return allowed and torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
 
 
 def has_bf16() -> bool:
@@ -140,9 +145,11 @@ def convolve_doubled(
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Computes multi-head attention of q [B, N, heads * d] on k and v [B, M, heads * d] -> [B, N, heads * d].
 
-    torch's kernel is the fastest for float32, and for bf16 on CPUs that have matrix units; elsewhere it multiplies
-    bf16 numbers no faster than float32, and separate products in slices are faster.
+    On CPUs that have matrix units, the library's kernel is the fastest for bf16, or torch's, as it is for float32
+    everywhere. Without matrix units torch's multiplies bf16 numbers no faster than float32, products in slices do.
     """
+    if has_matrix_units() and native.can_attend(q, heads):
+        return native.attend(q, k, v, heads)
     if q.dtype != torch.bfloat16 or has_matrix_units():
         q, k, v = (torch.unflatten(y, -1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -1,0 +1,102 @@
+"""Calls of the library that `setup.py` compiles of `native.c`; without it, torch's own operations do the same.
+
+It is for Linux on x86-64 and optional: whoever lacks a compiler, or a CPU with AVX-512, has the same results but for
+rounding, and waits longer. `LDM_NATIVE=off` leaves it alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SWITCH = "LDM_NATIVE"  # "off" uses torch's operations only
+LIBRARY = Path(__file__).with_name("libnative.so")
+VERSION = 1  # as in native.c: a library that an older checkout has built is not used
+MOST_WIDTH = 160  # of a head: with more, torch's products are faster
+
+_pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_ARGUMENTS = {
+    "version": [],
+    "has_wide_vectors": [],
+    "extremes": [_pointer, _int, _long, _pointer, _int],
+    "to_bytes": [_pointer, _int, _long, _float, _float, _int, _pointer, _int],
+    "attend": [*[_pointer] * 4, *[_long] * 4, _int, _pointer, _float, _int],
+}
+
+
+@cache
+def library() -> Any:
+    """Returns the library; None if there is none for this machine, or the user wants none."""
+    if os.environ.get(SWITCH) == "off" or not LIBRARY.is_file():
+        return None
+    try:
+        # its threads are those of torch's OpenMP, whose names are found in the process
+        found = ctypes.CDLL(str(LIBRARY))
+        for name, arguments in _ARGUMENTS.items():
+            getattr(found, name).argtypes = arguments
+    except (OSError, AttributeError):
+        return None
+    return found if found.version() == VERSION and found.has_wide_vectors() else None
+
+
+def can_round(x: Tensor) -> bool:
+    """Returns whether `extremes` and `to_bytes` take x."""
+    return x.dtype in (torch.bfloat16, torch.float32) and x.is_contiguous() and library() is not None
+
+
+def extremes(x: Tensor) -> tuple[float, float]:
+    """Returns the least and the greatest value of x, NaN if it contains one."""
+    found = (ctypes.c_float * 2)()
+    library().extremes(x.data_ptr(), x.dtype is torch.bfloat16, x.numel(), found, torch.get_num_threads())
+    return found[0], found[1]
+
+
+def to_bytes(x: Tensor, by: float, offset: float, silu: bool, out: Tensor) -> None:
+    """Writes to the bytes `out` the lowest byte of the bits of offset + by * x; with `silu`, of the SiLU of x."""
+    narrow = x.dtype is torch.bfloat16
+    library().to_bytes(
+        x.data_ptr(), narrow, x.numel(), by, offset, silu, out.data_ptr(), torch.get_num_threads()
+    )
+
+
+def can_attend(q: Tensor, heads: int) -> bool:
+    """Returns whether `attend` takes q [batch, queries, heads * width], on a CPU with matrix units."""
+    width = q.shape[-1] // heads
+    return q.dtype is torch.bfloat16 and width % 2 == 0 and width <= MOST_WIDTH and _tiles_allowed()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Computes attention of q [batch, queries, heads * width] on k and v [batch, keys, heads * width], in q's shape.
+
+    Scores and sums are float32, weights bf16, as in torch's kernel for CPUs (Dao et al. 2022, "FlashAttention",
+    algorithm 1). Raises MemoryError.
+    """
+    batch, queries, channels = q.shape
+    q, k, v = (x.to(q.dtype).expand(batch, -1, -1) for x in (q, k, v))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    width = channels // heads
+    out = torch.empty(q.shape, dtype=q.dtype)
+    strides = (_long * 6)(*(n for x in (q, k, v) for n in x.stride()[:2]))
+    failed = library().attend(
+        *(x.data_ptr() for x in (q, k, v, out)),
+        *(batch, heads, queries, k.shape[1], width),
+        strides,
+        width**-0.5 * math.log2(math.e),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("attention found no memory for its keys and values")
+    return out
+
+
+@cache
+def _tiles_allowed() -> bool:
+    """Asks the system for the use of matrix units, which Linux wants a process to do."""
+    return library() is not None and torch.cpu._init_amx()  # pyright: ignore[reportPrivateUsage]
