@@ -16,7 +16,7 @@ def setup_metadata():
     """The arguments of setup(), from running setup.py with a replacement of setuptools' function."""
     script = (
         "import json, runpy, setuptools\n"
-        "setuptools.setup = lambda long_description, **rest: print(json.dumps(rest))\n"
+        "setuptools.setup = lambda long_description, **rest: print(json.dumps(rest, default=repr))\n"
         f"runpy.run_path({str(ROOT / 'setup.py')!r})"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
