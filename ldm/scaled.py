@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 _DIVIDE = (torch.ops.aten.split.Tensor, torch.ops.aten.chunk.default)  # along the output channels
+_PIECE = 2**20  # values rounded at a time: large weights are rounded without copies of their size
 SCALE = "_scale"  # a weight `x` of int8 has its scales under `x_scale`
 
 
@@ -73,10 +74,16 @@ def round_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     if isinstance(weight, ScaledWeight) and weight.by_channel:
         return weight.whole, weight.scale
-    values = weight.detach().float()
-    scale = values.flatten(1).abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    shape = [-1] + [1] * (values.dim() - 1)
-    return (values / scale.view(shape)).round_().to(torch.int8), scale
+    given = weight.values() if isinstance(weight, ScaledWeight) else weight.detach()
+    whole = torch.empty(given.shape, dtype=torch.int8, device=given.device)
+    scale = torch.empty(len(given), device=given.device)
+    channels = max(_PIECE * len(given) // max(given.numel(), 1), 1)
+    for start in range(0, len(given), channels):
+        part = slice(start, start + channels)
+        values = given[part].flatten(1).float()
+        scale[part] = values.abs().amax(1).clamp_(min=torch.finfo(torch.float32).tiny) / 127
+        whole[part] = (values / scale[part, None]).round_().view(whole[part].shape)
+    return whole, scale
 
 
 def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,9 @@ from ldm.pipeline.colours import colours_of, fit_colours, half_images
 from ldm.pipeline.placement import Placement
 from ldm.runtime.device import widened
 from ldm.runtime.memory import available_memory
-from ldm.runtime.tiling import Tiling, choose_tile, decode_in_tiles, encode_in_tiles
+from ldm.runtime.tiling import Tiling, choose_tile, decode_in_tiles, encode_in_tiles, needed_memory
+
+LARGE = 500_000_000  # bytes: v1 at 512x512 needs more, in bf16 too
 
 
 class FirstStage:
@@ -70,6 +72,8 @@ class FirstStage:
     def decode(self, latent: Tensor) -> Tensor:
         """The image [1, 3, H, W] of scaled latents; in half precision it may have overflowed, see `repaired`."""
         with self._lock, self._placement.running(self._model.first_stage_model):
+            if self._is_large(latent):
+                self._placement.make_room(self._model.cond_stage_model)
             return self._decoder(latent)(latent)
 
     def repaired(self, latent: Tensor, decoded: Tensor) -> tuple[Tensor, bool]:
@@ -100,6 +104,12 @@ class FirstStage:
         decoder = read_small_decoder(path, self._model.channels)
         decoder.to(self._model.device, self._placement.precision.dtype)
         return partial(half_images, decoder.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+
+    def _is_large(self, latent: Tensor) -> bool:
+        """Whether decoding needs so much memory that others should first give back what they do not need now."""
+        pixels = latent.shape[-2:].numel() * self.factor**2
+        needed = needed_memory(self._model.first_stage_model.widths, pixels)
+        return needed * self._placement.precision.dtype.itemsize / 4 > LARGE
 
     def _decoder(self, latent: Tensor) -> Callable[[Tensor], Tensor]:
         """The function that decodes latents of this size, as a whole or in tiles."""

@@ -18,7 +18,7 @@ from ldm.runtime.device import Precision
 from ldm.runtime.packing import PackedFiles
 from ldm.runtime.prepare import prepare, prepare_control
 
-LOW_MEMORY = 300_000_000  # bytes of weights that stay in memory with `lowmem`
+LOW_MEMORY = 200_000_000  # bytes of weights that stay in memory with `lowmem`
 
 
 class Placement:
@@ -63,6 +63,12 @@ class Placement:
         if self.packer is not None:
             self.packer.drop(network)
 
+    def make_room(self, idle: nn.Module) -> None:
+        """Frees on a CPU what is packed of a network until it runs again, and what the allocator has kept."""
+        if self.packer is not None:
+            self.packer.drop(idle)
+            return_freed()
+
     @contextmanager
     def running(self, network: nn.Module) -> Generator[None]:
         """Has `network` on the device, and runs it in the pipeline's precision."""
@@ -82,5 +88,4 @@ class Placement:
         if self.packer is None:
             network.to("cpu")
         else:
-            self.packer.drop(network)
-            return_freed()
+            self.make_room(network)

@@ -24,8 +24,11 @@ from ldm.modules.diffusionmodules import model as autoencoder
 from ldm.modules.diffusionmodules import openaimodel as unet
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.runtime import kernels
+from ldm.runtime.allocator import return_freed
 from ldm.runtime.packing import PackedConv2d, PackedLinear, Packer, WideEmbedding
 from ldm.runtime.sharing import FastControlNet, FastUNet, repeated
+
+_LARGE_MAP = 2**21  # values; giving back memory takes 1 to 3 ms
 
 
 class FusedGEGLU(GEGLU):
@@ -118,10 +121,11 @@ class FastResBlock(unet.ResBlock):
             return super()._forward(x, emb)
         emb = self.emb_layers(emb)
         if len(emb) == 1:
-            h = _norm_silu(self.in_layers[0], x, self.in_layers[2], shift=emb)
+            h = _silu_convolution(self.in_layers[0](x), self.in_layers[2], shift=emb)
         else:
-            h = _norm_silu(self.in_layers[0], x, self.in_layers[2]) + emb[:, :, None, None]
-        return _norm_silu(self.out_layers[0], h, self.out_layers[3], add=self.skip_connection(x))
+            h = _silu_convolution(self.in_layers[0](x), self.in_layers[2]) + emb[:, :, None, None]
+        h = self.out_layers[0](h)  # the map before it is freed now
+        return _silu_convolution(h, self.out_layers[3], add=self.skip_connection(x))
 
 
 class FastUpsample(unet.Upsample):
@@ -138,8 +142,9 @@ class FastResnetBlock(autoencoder.ResnetBlock):
     """Norm and SiLU in one buffer; the residual is added inside the convolution."""
 
     def forward(self, x: Tensor, temb: None = None) -> Tensor:
-        h = _norm_silu(self.norm1, x, self.conv1)
-        return _norm_silu(self.norm2, h, self.conv2, add=self.nin_shortcut(x))
+        h = _silu_convolution(self.norm1(x), self.conv1)
+        h = self.norm2(h)  # the map before it is freed now: in a decoder it is large
+        return _silu_convolution(h, self.conv2, add=self.nin_shortcut(x))
 
 
 class FastAttnBlock(autoencoder.AttnBlock):
@@ -153,15 +158,17 @@ class FastAttnBlock(autoencoder.AttnBlock):
 
 
 class FastImageUpsample(autoencoder.Upsample):
-    """Doubles the size within the convolution."""
+    """Doubles the size within the convolution; what the small maps before needed is given back for the large ones."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.numel() >= _LARGE_MAP:
+            return_freed()
         return self.conv.doubled(x, self) if isinstance(self.conv, PackedConv2d) else super().forward(x)
 
 
-def _norm_silu(norm: nn.Module, x: Tensor, convolution: nn.Module, **fused: Tensor) -> Tensor:
-    """Norm, SiLU and convolution, with what the convolution adds."""
-    return convolution(cast(PackedConv2d, convolution).kernels.silu(norm(x)), **fused)
+def _silu_convolution(x: Tensor, convolution: nn.Module, **fused: Tensor) -> Tensor:
+    """SiLU, in the place of x, and convolution, with what the convolution adds."""
+    return convolution(cast(PackedConv2d, convolution).kernels.silu(x), **fused)
 
 
 def _shared(x: Tensor, *layers: nn.Module) -> Any:

@@ -5,6 +5,7 @@ import struct
 import pytest
 import torch
 
+import ldm.scaled
 import scripts.convert as convert_script
 from ldm.checkpoints.configs import BUNDLED_CKPT, BUNDLED_CONFIG
 from ldm.checkpoints.formats.detect import CheckpointError
@@ -39,6 +40,17 @@ def test_a_rounded_weight_is_a_float_weight_to_others():
     linear.load_state_dict({"weight": matrix, "bias": torch.zeros(6)}, assign=True)
     assert isinstance(linear.weight, ScaledWeight)
     assert torch.equal(linear(torch.eye(4)), matrix.values().t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_weight_is_rounded_the_same_in_pieces(dtype, monkeypatch):
+    weight = values(7, 5, 3, 3).to(dtype)
+    weight[3] = 0
+    whole, scale = round_weight(weight)
+    assert torch.equal(scale, (weight.float().abs().amax((1, 2, 3)) / 127).clamp(min=scale[3]))
+    assert torch.equal(whole, (weight.float() / scale[:, None, None, None]).round().to(torch.int8))
+    monkeypatch.setattr(ldm.scaled, "_PIECE", 100)  # two channels at a time
+    assert all(torch.equal(a, b) for a, b in zip(round_weight(weight), (whole, scale), strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -303,6 +303,23 @@ def test_with_little_memory_a_network_is_on_the_device_where_it_runs(tmp_path, m
     assert ran["get_learned_conditioning"] == 3
 
 
+def test_a_large_image_has_the_room_of_the_text_encoder(tiny, monkeypatch):
+    pipeline = Pipeline(tiny)
+    expected, packed = pixels(pipeline, [JOB]), pipeline.maker.placement.packer.size
+    monkeypatch.setattr(ldm.pipeline.first_stage, "LARGE", 0)
+    other = dataclasses.replace(JOB, seed=12)
+    pixels(pipeline, [other])
+    encoder = sum(
+        layer.weight.nbytes
+        for layer in tiny.cond_stage_model.modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+    )
+    assert pipeline.maker.placement.packer.size == packed - encoder > 0
+    again = dataclasses.replace(JOB, prompt="another prompt")
+    assert not torch.equal(pixels(pipeline, [again]), expected)  # its text is encoded
+    assert torch.equal(pixels(pipeline, [JOB]), expected)
+
+
 def test_a_picture_is_decoded_again_while_no_other_is_decoded(tiny, monkeypatch):
     decoder, at_work, tried = tiny.first_stage_model.decoder, threading.Lock(), Counter()
 
