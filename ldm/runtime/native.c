@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define VERSION 1 /* as in native.py: a library of another version is not used */
+#define VERSION 2 /* as in native.py: a library of another version is not used */
 
 #define WIDE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #define TILES __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
@@ -61,12 +61,12 @@ static WIDE void extremes_of(const void *x, int narrow, int64_t from, int64_t to
 }
 
 /* The byte of a value is the lowest of the bits of offset + value * by; with `silu`, of x * sigmoid(x) for a value x. */
-static WIDE void bytes_of(const void *x, int narrow, int64_t from, int64_t to, float by, float offset, int silu,
+static WIDE void bytes_of(const void *x, int narrow, int64_t from, int64_t n, float by, float offset, int silu,
                           uint8_t *out) {
     const __m512 minus_log2_e = _mm512_set1_ps(-1.44269504f), one = _mm512_set1_ps(1);
-    for (int64_t i = from; i < to; i += 16) {
-        __mmask16 some = lanes(to - i);
-        __m512 values = load(x, narrow, i, some);
+    for (int64_t i = 0; i < n; i += 16) {
+        __mmask16 some = lanes(n - i);
+        __m512 values = load(x, narrow, from + i, some);
         if (silu) {
             __m512 divisor = _mm512_add_ps(one, power_of_two(_mm512_mul_ps(values, minus_log2_e)));
             values = _mm512_div_ps(values, divisor);
@@ -76,15 +76,12 @@ static WIDE void bytes_of(const void *x, int narrow, int64_t from, int64_t to, f
     }
 }
 
-/* Both in pieces of as many values, a multiple of 16, as each thread gets. */
-static int64_t share(int64_t n, int threads) { return ((n + threads - 1) / threads + 15) / 16 * 16; }
-
 /* Writes the least and the greatest of n values, of bf16 if `narrow`, else float32; NaN if one of them is. */
 void extremes(const void *x, int narrow, int64_t n, float *found, int threads) {
     float low = INFINITY, high = -INFINITY;
     int undefined = 0;
-    const int64_t piece = share(n, threads);
-#pragma omp parallel for num_threads(threads) reduction(min : low) reduction(max : high) reduction(| : undefined)
+    const int64_t piece = 1 << 16;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(min : low) reduction(max : high) reduction(| : undefined)
     for (int64_t from = 0; from < n; from += piece) {
         float least, most;
         extremes_of(x, narrow, from, from + piece < n ? from + piece : n, &least, &most);
@@ -96,12 +93,16 @@ void extremes(const void *x, int narrow, int64_t n, float *found, int threads) {
     found[1] = undefined ? NAN : high;
 }
 
-/* Rounds n values, of bf16 if `narrow`, else float32, or their SiLU: see `bytes_of`. */
-void to_bytes(const void *x, int narrow, int64_t n, float by, float offset, int silu, uint8_t *out, int threads) {
-    const int64_t piece = share(n, threads);
-#pragma omp parallel for num_threads(threads)
-    for (int64_t from = 0; from < n; from += piece)
-        bytes_of(x, narrow, from, from + piece < n ? from + piece : n, by, offset, silu, out);
+/* Rounds values, of bf16 if `narrow`, else float32, or their SiLU: see `bytes_of`. Rows of `length` values, and images of
+ * as many rows, follow each other in x; in `out` they are `row_stride` and `image_stride` bytes apart. */
+void to_bytes(const void *x, int narrow, int64_t images, int64_t rows, int64_t length, float by, float offset, int silu,
+              uint8_t *out, int64_t image_stride, int64_t row_stride, int threads) {
+    const int64_t piece = length > 1 << 15 ? 1 : (1 << 15) / length;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t start = 0; start < images * rows; start += piece)
+        for (int64_t row = start; row < start + piece && row < images * rows; row++)
+            bytes_of(x, narrow, row * length, length, by, offset, silu,
+                     out + row / rows * image_stride + row % rows * row_stride);
 }
 
 /* --- attention -------------------------------------------------------------------------------------------------- */
@@ -335,7 +336,7 @@ int attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, int64_t batch
     const Head head = {.keys = keys, .chunks = (keys + 31) / 32, .width = width, .steps = (width + 31) / 32,
                        .columns = (width + 15) / 16, .scale = scale};
     int failed = 0;
-#pragma omp parallel for num_threads(threads) reduction(| : failed)
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
     for (int64_t job = 0; job < all * parts; job++) {
         const int64_t sample = job / parts / heads, at = job / parts % heads * width, row = job % parts * rows;
         const int64_t n = queries - row < rows ? queries - row : rows;

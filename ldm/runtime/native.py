@@ -18,7 +18,7 @@ from torch import Tensor
 
 SWITCH = "LDM_NATIVE"  # "off" uses torch's operations only
 LIBRARY = Path(__file__).with_name("libnative.so")
-VERSION = 1  # as in native.c: a library that an older checkout has built is not used
+VERSION = 2  # as in native.c: a library that an older checkout has built is not used
 MOST_WIDTH = 160  # of a head: with more, torch's products are faster
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -26,7 +26,7 @@ _ARGUMENTS = {
     "version": [],
     "has_wide_vectors": [],
     "extremes": [_pointer, _int, _long, _pointer, _int],
-    "to_bytes": [_pointer, _int, _long, _float, _float, _int, _pointer, _int],
+    "to_bytes": [_pointer, _int, *[_long] * 3, _float, _float, _int, _pointer, *[_long] * 2, _int],
     "attend": [*[_pointer] * 4, *[_long] * 4, _int, _pointer, _float, _int],
 }
 
@@ -59,10 +59,15 @@ def extremes(x: Tensor) -> tuple[float, float]:
 
 
 def to_bytes(x: Tensor, by: float, offset: float, silu: bool, out: Tensor) -> None:
-    """Writes to the bytes `out` the lowest byte of the bits of offset + by * x; with `silu`, of the SiLU of x."""
-    narrow = x.dtype is torch.bfloat16
+    """Writes to the bytes `out` the lowest byte of the bits of offset + by * x; with `silu`, of the SiLU of x.
+
+    x is contiguous, and `out` has its shape; maps [N, H, W, C] may be written into larger ones.
+    """
+    images, rows = x.shape[:2] if x.dim() == 4 else (1, x.numel() // x.shape[-1])
+    strides = out.stride()[:2] if x.dim() == 4 else (0, x.shape[-1])
     library().to_bytes(
-        x.data_ptr(), narrow, x.numel(), by, offset, silu, out.data_ptr(), torch.get_num_threads()
+        *(x.data_ptr(), x.dtype is torch.bfloat16, images, rows, x.numel() // (images * rows)),
+        *(by, offset, silu, out.data_ptr(), *strides, torch.get_num_threads()),
     )
 
 

@@ -58,8 +58,8 @@ def to_bytes(made: Any) -> tuple[Json, list[Tensor]]:
 def _described(made: Any, tensors: list[Tensor]) -> Json:
     if isinstance(made, Packed):
         weight = as_object(_described(made.weight, tensors))
-        tensors.append(made.scale)
-        return {**weight, "scale": len(tensors) - 1, "results": _name(made.dtype)}
+        tensors += [made.scale, made.sum]
+        return {**weight, "scale": len(tensors) - 2, "sum": len(tensors) - 1, "results": _name(made.dtype)}
     if not isinstance(made, Tensor):
         return [_described(each, tensors) for each in made]
     mkldnn = torch.ops.mkldnn
@@ -91,13 +91,11 @@ def of_bytes(described: Json, tensors: Sequence[Tensor]) -> Any:
         return [of_bytes(each, tensors) for each in as_list(described)]
     entry: dict[str, Any] = as_object(described)
     dtype, layout = getattr(torch, entry["dtype"]), bytes.fromhex(entry["layout"])
-    held: dict[str, Tensor] = {part: tensors[entry[part]] for part in ("bytes", "scale") if part in entry}
-    weight = _tensor(held["bytes"], entry["shape"], dtype, layout)
-    if "scale" not in held:
+    weight = _tensor(tensors[entry["bytes"]], entry["shape"], dtype, layout)
+    if "scale" not in entry:
         return weight
-    scale = held["scale"]
-    zero = torch.zeros(len(scale), dtype=torch.int32)
-    return Packed(weight, scale, zero, getattr(torch, entry["results"]))
+    scale, total = (tensors[entry[part]] for part in ("scale", "sum"))
+    return Packed(weight, scale, total, getattr(torch, entry["results"]))
 
 
 def _tensor(data: Tensor, shape: Sequence[int], dtype: torch.dtype, layout: bytes) -> Tensor:

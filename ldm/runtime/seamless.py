@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ldm.modules.diffusionmodules import model as autoencoder
 from ldm.modules.diffusionmodules import openaimodel as unet
-from ldm.runtime.int8 import Rounded
+from ldm.runtime.int8 import Silu
 from ldm.util import is_list
 
 Axes = Literal["none", "x", "y", "both"]
@@ -85,8 +84,8 @@ def _hooked(network: nn.Module, axes: Axes) -> Iterable[RemovableHandle]:
 
 def _extended(x: Any, margins: Any) -> Any:
     rows, columns = margins
-    if isinstance(x, Rounded):
-        return replace(x, bytes=_extended(x.bytes, margins))
+    if isinstance(x, Silu):
+        return Silu(_extended(x.x, margins))
     return F.pad(x, (columns, columns, rows, rows), mode="circular")
 
 

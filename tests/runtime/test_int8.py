@@ -57,13 +57,13 @@ def test_maps_keep_their_place_in_memory():
 def test_silu_is_rounded_once(shift):
     x = 2 * values(2, 8, 6, 6) + shift
     expected = F.silu(x)
-    error = (value_of(int8.silu(x.clone())) - expected).abs().max()
+    error = (value_of(int8.as_input(int8.silu(x.clone()))) - expected).abs().max()
     assert error <= step(expected, low=-0.2785)
 
 
 def test_what_is_not_a_number_stays_visible():
     assert math.isnan(int8.as_input(torch.tensor([[1.0, math.nan]])).scale)
-    assert not math.isfinite(int8.silu(torch.tensor([[1.0, math.inf]])).scale)
+    assert not math.isfinite(int8.as_input(int8.silu(torch.tensor([[1.0, math.inf]]))).scale)
 
 
 @needs_int8_kernels
@@ -150,12 +150,12 @@ def test_layers_that_matter_are_not_rounded():
 @pytest.mark.long
 def test_pictures_of_the_bundled_model_and_a_change_of_weights():
     loaded = load_model(read_config(BUNDLED_CONFIG), BUNDLED_CKPT)
-    job = Job("a red cube", width=64, height=64, steps=4, sampler="dpm_solver")
+    job = Job("a red cube", width=128, height=128, steps=10, sampler="dpm_solver")
     (exact,) = Pipeline(load_model(read_config(BUNDLED_CONFIG), BUNDLED_CKPT)).make(job)
     pipeline = Pipeline(loaded, resolve_precision("int8", CPU))
     (first,) = pipeline.make(job)
     error = (torch.tensor(first.pixels).float() - torch.tensor(exact.pixels).float()).square().mean()
-    assert 10 * math.log10(255**2 / float(error)) >= 30
+    assert 10 * math.log10(255**2 / float(error)) >= 40
     lowered = Pipeline(loaded, resolve_precision("int8", CPU), lowmem=True).make(job)[0]
     assert (lowered.pixels == first.pixels).all()
     weight = loaded.model.diffusion_model.middle_block[0].in_layers[2].weight
