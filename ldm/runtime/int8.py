@@ -123,9 +123,9 @@ def _surrounded(shape: torch.Size, margin: tuple[int, int], zero: int) -> tuple[
 def _to_bytes(x: Tensor, by: float, offset: float, silu: bool, out: Tensor) -> None:
     """Does what `native.to_bytes` does, in pieces."""
     flat = torch.empty(x.numel(), dtype=torch.uint8)
-    parts = x.view(-1).split(PIECE * torch.get_num_threads())
+    parts = torch.split(x.view(-1), PIECE * torch.get_num_threads())
     values = torch.empty(len(parts[0]))
-    for part, found in zip(parts, flat.split(len(parts[0])), strict=True):
+    for part, found in zip(parts, torch.split(flat, len(parts[0])), strict=True):
         some = values[: len(part)].copy_(part)
         if silu:
             F.silu(some, inplace=True)

@@ -91,11 +91,13 @@ def of_bytes(described: Json, tensors: Sequence[Tensor]) -> Any:
         return [of_bytes(each, tensors) for each in as_list(described)]
     entry: dict[str, Any] = as_object(described)
     dtype, layout = getattr(torch, entry["dtype"]), bytes.fromhex(entry["layout"])
-    weight = _tensor(tensors[entry["bytes"]], entry["shape"], dtype, layout)
-    if "scale" not in entry:
+    held: dict[str, Tensor] = {
+        part: tensors[entry[part]] for part in ("bytes", "scale", "sum") if part in entry
+    }
+    weight = _tensor(held["bytes"], entry["shape"], dtype, layout)
+    if "scale" not in held:
         return weight
-    scale, total = (tensors[entry[part]] for part in ("scale", "sum"))
-    return Packed(weight, scale, total, getattr(torch, entry["results"]))
+    return Packed(weight, held["scale"], held["sum"], getattr(torch, entry["results"]))
 
 
 def _tensor(data: Tensor, shape: Sequence[int], dtype: torch.dtype, layout: bytes) -> Tensor:

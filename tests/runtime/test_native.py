@@ -138,6 +138,14 @@ def test_bytes_are_those_of_torch(dtype, count, threads, monkeypatch):
     assert differences.sum() <= 1 + count / 500
 
 
+def test_a_margin_holds_zeros():
+    x = torch.randn(2, 5, 4, 3).contiguous(memory_format=torch.channels_last)
+    plain, wide = int8.as_input(x), int8.as_input(x, margin=(1, 2))
+    assert wide.bytes.shape == (2, 5, 6, 7)
+    assert wide.shape == plain.shape == x.shape
+    assert torch.equal(wide.bytes, F.pad(plain.bytes, (2, 2, 1, 1), value=plain.zero))
+
+
 @needs_library
 @pytest.mark.parametrize("amiss", [math.nan, math.inf])
 def test_extremes_show_what_is_not_a_number(amiss):
