@@ -6,7 +6,6 @@ once. The operations are oneDNN's, under the names by which torch's compiler cal
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,10 +26,8 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def has_matrix_units() -> bool:
-    """Returns whether this CPU has AMX tiles, and oneDNN is not limited to less."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
-    allowed = limit == "DEFAULT" or "AMX" in limit or limit.startswith("AVX10")
-    return allowed and torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
+    """Returns whether this CPU has AMX tiles."""
+    return torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
 
 
 def has_bf16() -> bool:
@@ -148,7 +145,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     On CPUs that have matrix units, the library's kernel is the fastest for bf16, or torch's, as it is for float32
     everywhere. Without matrix units torch's multiplies bf16 numbers no faster than float32, products in slices do.
     """
-    if has_matrix_units() and native.can_attend(q, heads):
+    if native.can_attend(q, heads):
         return native.attend(q, k, v, heads)
     if q.dtype != torch.bfloat16 or has_matrix_units():
         q, k, v = (torch.unflatten(y, -1, (heads, -1)).transpose(1, 2) for y in (q, k, v))

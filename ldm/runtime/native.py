@@ -72,9 +72,15 @@ def to_bytes(x: Tensor, by: float, offset: float, silu: bool, out: Tensor) -> No
 
 
 def can_attend(q: Tensor, heads: int) -> bool:
-    """Returns whether `attend` takes q [batch, queries, heads * width], on a CPU with matrix units."""
+    """Returns whether `attend` takes q [batch, queries, heads * width], and this CPU has matrix units for it."""
     width = q.shape[-1] // heads
-    return q.dtype is torch.bfloat16 and width % 2 == 0 and width <= MOST_WIDTH and _tiles_allowed()
+    return q.dtype is torch.bfloat16 and width % 2 == 0 and width <= MOST_WIDTH and _has_tiles()
+
+
+def _has_tiles() -> bool:
+    """Returns whether matrix units may be used: a limit of the user's for oneDNN holds here too."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return library() is not None and (limit in ("", "ALL", "DEFAULT") or "AMX" in limit) and _allowed_tiles()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -102,6 +108,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 @cache
-def _tiles_allowed() -> bool:
-    """Asks the system for the use of matrix units, which Linux wants a process to do."""
-    return library() is not None and torch.cpu._init_amx()  # pyright: ignore[reportPrivateUsage]
+def _allowed_tiles() -> bool:
+    """Asks the system for the use of matrix units, which Linux wants a process to do; False without such units."""
+    return torch.cpu._init_amx()  # pyright: ignore[reportPrivateUsage]
