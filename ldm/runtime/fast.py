@@ -23,7 +23,7 @@ from ldm.modules.attention import (
 from ldm.modules.diffusionmodules import model as autoencoder
 from ldm.modules.diffusionmodules import openaimodel as unet
 from ldm.modules.diffusionmodules.controlnet import ControlNet
-from ldm.runtime import kernels
+from ldm.runtime import kernels, native
 from ldm.runtime.allocator import return_freed
 from ldm.runtime.packing import PackedConv2d, PackedLinear, Packer, WideEmbedding
 from ldm.runtime.sharing import FastControlNet, FastUNet, repeated
@@ -128,6 +128,27 @@ class FastResBlock(unet.ResBlock):
         return _silu_convolution(h, self.out_layers[3], add=self.skip_connection(x))
 
 
+class FastGroupNorm(nn.GroupNorm):
+    """Normalises maps of bf16 in channels-last memory in two passes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 4:
+            x = input.permute(0, 2, 3, 1)
+            if native.can_normalise(x, self.weight, self.bias):
+                out = native.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+                return out.permute(0, 3, 1, 2)
+        return super().forward(input)
+
+
+class FastLayerNorm(nn.LayerNorm):
+    """Normalises tokens of bf16 in one pass."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if len(self.normalized_shape) == 1 and native.can_normalise(input, self.weight, self.bias):
+            return native.layer_norm(input, self.weight, self.bias, self.eps)
+        return super().forward(input)
+
+
 class FastUpsample(unet.Upsample):
     """Doubles the size within the convolution."""
 
@@ -181,6 +202,8 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: PackedConv2d,
     nn.Linear: PackedLinear,
     nn.Embedding: WideEmbedding,
+    nn.GroupNorm: FastGroupNorm,
+    nn.LayerNorm: FastLayerNorm,
     GEGLU: FusedGEGLU,
     FeedForward: FastFeedForward,
     CrossAttention: FastCrossAttention,

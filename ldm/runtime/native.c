@@ -1,5 +1,5 @@
-/* Work that torch's operations spread over several passes, for x86-64 with AVX-512: attention on matrix units (AMX),
- * and the rounding of activations to bytes. `setup.py` compiles this file if it can, `native.py` calls it. A number of
+/* Work that torch's operations spread over several passes, for x86-64 with AVX-512: attention on matrix units (AMX), the
+ * rounding of activations to bytes, and norms of bf16. `setup.py` compiles this file if it can, `native.py` calls it. A number of
  * type bf16 is the upper half of a float32. */
 
 #include <float.h>
@@ -9,9 +9,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define VERSION 2 /* as in native.py: a library of another version is not used */
+#define VERSION 3 /* as in native.py: a library of another version is not used */
 
 #define WIDE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define NARROW __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define TILES __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
 
 typedef uint16_t bf16;
@@ -103,6 +104,122 @@ void to_bytes(const void *x, int narrow, int64_t images, int64_t rows, int64_t l
         for (int64_t row = start; row < start + piece && row < images * rows; row++)
             bytes_of(x, narrow, row * length, length, by, offset, silu,
                      out + row / rows * image_stride + row % rows * row_stride);
+}
+
+/* --- norms ------------------------------------------------------------------------------------------------------ */
+
+static inline NARROW void store(bf16 *out, __mmask16 some, __m512 values) {
+    _mm256_mask_storeu_epi16(out, some, (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+/* Layer norm (Ba et al. 2016) of rows of `width` numbers. */
+static NARROW void normalise_row(const bf16 *x, int64_t width, const float *weight, const float *bias, float eps,
+                                 bf16 *out) {
+    __m512 sum = _mm512_setzero_ps(), squares = sum;
+    for (int64_t i = 0; i < width; i += 16) sum = _mm512_add_ps(sum, load(x, 1, i, lanes(width - i)));
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+    for (int64_t i = 0; i < width; i += 16) {
+        __m512 from_mean = _mm512_maskz_sub_ps(lanes(width - i), load(x, 1, i, lanes(width - i)), mean);
+        squares = _mm512_fmadd_ps(from_mean, from_mean, squares);
+    }
+    const __m512 by = _mm512_set1_ps(1 / sqrtf(_mm512_reduce_add_ps(squares) / width + eps));
+    for (int64_t i = 0; i < width; i += 16) {
+        __mmask16 some = lanes(width - i);
+        __m512 values = _mm512_mul_ps(_mm512_sub_ps(load(x, 1, i, some), mean), by);
+        values = _mm512_fmadd_ps(values, _mm512_maskz_loadu_ps(some, weight + i), _mm512_maskz_loadu_ps(some, bias + i));
+        store(out + i, some, values);
+    }
+}
+
+void layer_norm(const bf16 *x, int64_t rows, int64_t width, const float *weight, const float *bias, float eps,
+                bf16 *out, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < rows; row++)
+        normalise_row(x + row * width, width, weight, bias, eps, out + row * width);
+}
+
+#define PIXELS 64 /* that are summed up in float32, and then in float64 */
+
+/* Adds each channel's sum, and its sum of squares, of n pixels to `sums` [2, channels]. */
+static NARROW void add_moments(const bf16 *x, int64_t n, int64_t channels, double *sums) {
+    for (int64_t i = 0; i < channels; i += 16) {
+        const __mmask16 some = lanes(channels - i);
+        __m512 parts[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int64_t pixel = 0; pixel < n; pixel++) {
+            __m512 values = load(x, 1, pixel * channels + i, some);
+            parts[0] = _mm512_add_ps(parts[0], values);
+            parts[1] = _mm512_fmadd_ps(values, values, parts[1]);
+        }
+        for (int part = 0; part < 2; part++) {
+            float found[16];
+            _mm512_storeu_ps(found, parts[part]);
+            for (int64_t j = 0; j < 16 && i + j < channels; j++) sums[part * channels + i + j] += found[j];
+        }
+    }
+}
+
+/* From the sums of an image's pixels what each channel is multiplied by and what is added: `affine` [2, channels]. */
+static void moments_to_affine(const double *sums, int64_t pixels, int64_t channels, int64_t groups, const float *weight,
+                              const float *bias, float eps, float *affine) {
+    const int64_t width = channels / groups;
+    for (int64_t group = 0; group < groups; group++) {
+        double mean = 0, square = 0;
+        for (int64_t i = group * width; i < (group + 1) * width; i++) mean += sums[i], square += sums[channels + i];
+        mean /= pixels * width;
+        const double variance = square / (pixels * width) - mean * mean;
+        const double by = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
+        for (int64_t i = group * width; i < (group + 1) * width; i++) {
+            affine[i] = by * weight[i];
+            affine[channels + i] = bias[i] - mean * by * weight[i];
+        }
+    }
+}
+
+static NARROW void apply_affine(const bf16 *x, int64_t n, int64_t channels, const float *affine, bf16 *out) {
+    for (int64_t at = 0; at < n * channels; at += channels)
+        for (int64_t i = 0; i < channels; i += 16) {
+            __mmask16 some = lanes(channels - i);
+            __m512 by = _mm512_maskz_loadu_ps(some, affine + i);
+            __m512 add = _mm512_maskz_loadu_ps(some, affine + channels + i);
+            store(out + at + i, some, _mm512_fmadd_ps(load(x, 1, at + i, some), by, add));
+        }
+}
+
+/* Group norm (Wu and He 2018) of images [images, pixels, channels]; returns whether memory was lacking. */
+int group_norm(const bf16 *x, int64_t images, int64_t pixels, int64_t channels, int64_t groups, const float *weight,
+               const float *bias, float eps, bf16 *out, int threads) {
+    double *sums = calloc(images * threads * 2 * channels, sizeof(double));
+    float *affine = malloc(images * 2 * channels * sizeof(float));
+    const int64_t part = ((pixels + threads - 1) / threads + PIXELS - 1) / PIXELS * PIXELS;
+    const int failed = !sums || !affine;
+    if (!failed) {
+#pragma omp parallel num_threads(threads)
+        {
+#pragma omp for
+            for (int64_t job = 0; job < images * threads; job++) {
+                const int64_t start = job % threads * part, end = start + part < pixels ? start + part : pixels;
+                for (int64_t at = start; at < end; at += PIXELS)
+                    add_moments(x + (job / threads * pixels + at) * channels, end - at < PIXELS ? end - at : PIXELS,
+                                channels, sums + job * 2 * channels);
+            }
+#pragma omp for
+            for (int64_t image = 0; image < images; image++) {
+                double *first = sums + image * threads * 2 * channels;
+                for (int thread = 1; thread < threads; thread++)
+                    for (int64_t i = 0; i < 2 * channels; i++) first[i] += first[thread * 2 * channels + i];
+                moments_to_affine(first, pixels, channels, groups, weight, bias, eps, affine + image * 2 * channels);
+            }
+#pragma omp for
+            for (int64_t job = 0; job < images * threads; job++) {
+                const int64_t image = job / threads, start = job % threads * part;
+                const int64_t n = start + part < pixels ? part : pixels - start, at = (image * pixels + start) * channels;
+                if (n > 0) apply_affine(x + at, n, channels, affine + image * 2 * channels, out + at);
+            }
+        }
+    }
+    free(sums);
+    free(affine);
+    return failed;
 }
 
 /* --- attention -------------------------------------------------------------------------------------------------- */

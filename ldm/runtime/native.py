@@ -18,7 +18,7 @@ from torch import Tensor
 
 SWITCH = "LDM_NATIVE"  # "off" uses torch's operations only
 LIBRARY = Path(__file__).with_name("libnative.so")
-VERSION = 2  # as in native.c: a library that an older checkout has built is not used
+VERSION = 3  # as in native.c: a library that an older checkout has built is not used
 MOST_WIDTH = 160  # of a head: with more, torch's products are faster
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -27,6 +27,8 @@ _ARGUMENTS = {
     "has_wide_vectors": [],
     "extremes": [_pointer, _int, _long, _pointer, _int],
     "to_bytes": [_pointer, _int, *[_long] * 3, _float, _float, _int, _pointer, *[_long] * 2, _int],
+    "layer_norm": [_pointer, *[_long] * 2, _pointer, _pointer, _float, _pointer, _int],
+    "group_norm": [_pointer, *[_long] * 4, _pointer, _pointer, _float, _pointer, _int],
     "attend": [*[_pointer] * 4, *[_long] * 4, _int, _pointer, _float, _int],
 }
 
@@ -69,6 +71,39 @@ def to_bytes(x: Tensor, by: float, offset: float, silu: bool, out: Tensor) -> No
         *(x.data_ptr(), x.dtype is torch.bfloat16, images, rows, x.numel() // (images * rows)),
         *(by, offset, silu, out.data_ptr(), *strides, torch.get_num_threads()),
     )
+
+
+def can_normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Returns whether `layer_norm` and, for maps [N, H, W, C], `group_norm` take x."""
+    affine = all(part is not None and part.dtype is torch.float32 for part in (weight, bias))
+    return (
+        x.dtype is torch.bfloat16 and x.is_contiguous() and affine and library() is not None and _has_bf16()
+    )
+
+
+@cache
+def _has_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalises x [..., width] over its last dimension; weight and bias [width] are float32, and so are sums."""
+    out, width = torch.empty_like(x), x.shape[-1]
+    affine = weight.data_ptr(), bias.data_ptr(), eps
+    library().layer_norm(
+        x.data_ptr(), x.numel() // width, width, *affine, out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalises x [N, H, W, C] over groups of channels; weight and bias [C] are float32. Raises MemoryError."""
+    out, (images, height, width, channels) = torch.empty_like(x), x.shape
+    shape = images, height * width, channels, groups
+    affine = weight.data_ptr(), bias.data_ptr(), eps
+    if library().group_norm(x.data_ptr(), *shape, *affine, out.data_ptr(), torch.get_num_threads()):
+        raise MemoryError("a group norm found no memory for its sums")
+    return out
 
 
 def can_attend(q: Tensor, heads: int) -> bool:

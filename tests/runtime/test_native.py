@@ -8,11 +8,16 @@ import torch
 from torch.nn import functional as F
 
 from ldm.runtime import int8, kernels, native
+from ldm.runtime.fast import FastGroupNorm, FastLayerNorm
 from tests.support.golden_data import relative_error
 
 needs_library = pytest.mark.skipif(native.library() is None, reason="the library was not compiled here")
 needs_tiles = pytest.mark.skipif(
     not kernels.has_matrix_units() or native.library() is None, reason="no matrix units, or no library"
+)
+
+needs_bf16 = pytest.mark.skipif(
+    not kernels.has_bf16() or native.library() is None, reason="no instructions for bf16, or no library"
 )
 
 
@@ -161,6 +166,68 @@ def test_silu_of_the_largest_and_smallest_numbers():
     rounded = int8.as_input(int8.silu(x.clone()))
     value = rounded.scale * (rounded.bytes.float() - rounded.zero)
     assert (value - F.silu(x)).abs().max() <= rounded.scale / 2 * 1.001
+
+
+@needs_bf16
+@pytest.mark.parametrize(("shape", "groups"), [((2, 320, 9, 7), 32), ((3, 48, 20, 5), 4), ((1, 6, 1, 3), 2)])
+@torch.inference_mode()
+def test_group_norm(shape, groups, threads):
+    x = (3 * torch.randn(shape) + 5).bfloat16().contiguous(memory_format=torch.channels_last)
+    norm = FastGroupNorm(groups, shape[1], eps=1e-5)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    expected = F.group_norm(x.double(), groups, norm.weight.double(), norm.bias.double(), 1e-5)
+    for count in (1, 3):
+        threads(count)
+        got = norm(x)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert relative_error(got.double(), expected) <= 2.5e-3  # the rounding of results to bf16
+
+
+@needs_bf16
+@pytest.mark.parametrize("shape", [(2, 5, 320), (77, 40), (1, 3)])
+@torch.inference_mode()
+def test_layer_norm(shape):
+    x = (3 * torch.randn(shape) + 5).bfloat16()
+    norm = FastLayerNorm(shape[-1])
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    expected = F.layer_norm(x.double(), shape[-1:], norm.weight.double(), norm.bias.double(), 1e-5)
+    assert relative_error(norm(x).double(), expected) <= 2.5e-3
+
+
+@needs_bf16
+def test_norms_show_what_is_not_a_number_where_torch_does():
+    x = normal(2, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    x[1, 5, 0, 0] = math.nan
+    found = FastGroupNorm(4, 8)(x).isnan()
+    assert torch.equal(found, F.group_norm(x, 4).isnan())
+    tokens = normal(3, 16)
+    tokens[2, 4] = math.inf
+    assert torch.equal(FastLayerNorm(16)(tokens).isnan(), F.layer_norm(tokens, (16,)).isnan())
+
+
+@needs_bf16
+def test_equal_values_are_normalised_to_the_bias():
+    x = torch.full((1, 8, 4, 4), 300.0).bfloat16().contiguous(memory_format=torch.channels_last)
+    assert FastGroupNorm(2, 8)(x).abs().max() <= 300 / 1e-5**0.5 * 2**-23
+    assert FastLayerNorm(16)(torch.full((2, 16), -70.0).bfloat16()).eq(0).all()
+
+
+@needs_bf16
+def test_norms_of_other_inputs_are_left_to_torch(monkeypatch):
+    def fail(*args):
+        raise AssertionError(args)
+
+    monkeypatch.setattr(native, "group_norm", fail)
+    monkeypatch.setattr(native, "layer_norm", fail)
+    x = normal(2, 8, 3, 3)
+    FastGroupNorm(4, 8)(x)  # not channels-last
+    FastGroupNorm(4, 8)(x.float().contiguous(memory_format=torch.channels_last))
+    FastGroupNorm(4, 8, affine=False)(x.contiguous(memory_format=torch.channels_last))
+    FastGroupNorm(4, 8)(normal(2, 8, 9))
+    FastLayerNorm((3, 3))(x)
+    FastLayerNorm(3, bias=False)(x)
 
 
 @pytest.mark.parametrize("amiss", ["off", "missing", "damaged", "older"])
