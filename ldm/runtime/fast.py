@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ldm.modules.attention import (
     GEGLU,
@@ -120,24 +121,24 @@ class FastResBlock(unet.ResBlock):
         if self.use_scale_shift_norm:
             return super()._forward(x, emb)
         emb = self.emb_layers(emb)
-        if len(emb) == 1:
-            h = _silu_convolution(self.in_layers[0](x), self.in_layers[2], shift=emb)
-        else:
-            h = _silu_convolution(self.in_layers[0](x), self.in_layers[2]) + emb[:, :, None, None]
-        h = self.out_layers[0](h)  # the map before it is freed now
-        return _silu_convolution(h, self.out_layers[3], add=self.skip_connection(x))
+        first, second = self.in_layers[2], self.out_layers[3]
+        h = _norm_silu(self.in_layers[0], x, first)
+        h = first(h, shift=emb) if len(emb) == 1 else first(h) + emb[:, :, None, None]
+        h = _norm_silu(self.out_layers[0], h, second)  # the map before it is freed now
+        return second(h, add=self.skip_connection(x))
 
 
 class FastGroupNorm(nn.GroupNorm):
-    """Normalises maps of bf16 in channels-last memory in two passes."""
+    """Normalises maps of bf16 in channels-last memory in two passes, of which the second computes a SiLU too."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, silu: bool = False) -> Tensor:
         if input.dim() == 4:
             x = input.permute(0, 2, 3, 1)
             if native.can_normalise(x, self.weight, self.bias):
-                out = native.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+                out = native.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu)
                 return out.permute(0, 3, 1, 2)
-        return super().forward(input)
+        out = super().forward(input)
+        return F.silu(out, inplace=True) if silu else out
 
 
 class FastLayerNorm(nn.LayerNorm):
@@ -163,9 +164,9 @@ class FastResnetBlock(autoencoder.ResnetBlock):
     """Norm and SiLU in one buffer; the residual is added inside the convolution."""
 
     def forward(self, x: Tensor, temb: None = None) -> Tensor:
-        h = _silu_convolution(self.norm1(x), self.conv1)
-        h = self.norm2(h)  # the map before it is freed now: in a decoder it is large
-        return _silu_convolution(h, self.conv2, add=self.nin_shortcut(x))
+        h = self.conv1(_norm_silu(self.norm1, x, self.conv1))
+        h = _norm_silu(self.norm2, h, self.conv2)  # the map before it is freed now: in a decoder it is large
+        return cast(PackedConv2d, self.conv2)(h, add=self.nin_shortcut(x))
 
 
 class FastAttnBlock(autoencoder.AttnBlock):
@@ -187,9 +188,9 @@ class FastImageUpsample(autoencoder.Upsample):
         return self.conv.doubled(x, self) if isinstance(self.conv, PackedConv2d) else super().forward(x)
 
 
-def _silu_convolution(x: Tensor, convolution: nn.Module, **fused: Tensor) -> Tensor:
-    """SiLU, in the place of x, and convolution, with what the convolution adds."""
-    return convolution(cast(PackedConv2d, convolution).kernels.silu(x), **fused)
+def _norm_silu(norm: nn.Module, x: Tensor, convolution: nn.Module) -> Any:
+    """Returns the SiLU of the normalised x, in the form that the convolution computes with."""
+    return cast(PackedConv2d, convolution).kernels.norm_silu(norm, x)
 
 
 def _shared(x: Tensor, *layers: nn.Module) -> Any:

@@ -8,7 +8,7 @@ inference", sections 2.1 and 3). Sums are exact; results and what is added to th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -86,9 +86,9 @@ def as_input(
     return _rounded(x.x, margin, True) if isinstance(x, Silu) else _rounded(x, margin)
 
 
-def silu(x: Tensor) -> Silu:
-    """Marks x as the input of a SiLU, see `as_input`."""
-    return Silu(x)
+def norm_silu(norm: Callable[..., Tensor], x: Tensor) -> Silu:
+    """Returns norm(x), marked as the input of a SiLU, see `as_input`."""
+    return Silu(norm(x))
 
 
 def _rounded(x: Tensor, margin: tuple[int, int], silu: bool = False) -> Rounded:

@@ -45,9 +45,9 @@ def as_input(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def silu(x: Tensor) -> Tensor:
-    """Replaces x by its SiLU."""
-    return F.silu(x, inplace=True)
+def norm_silu(norm: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """Returns the SiLU of norm(x); the norm computes both."""
+    return norm(x, silu=True)
 
 
 def pack_convolution(

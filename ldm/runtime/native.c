@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define VERSION 3 /* as in native.py: a library of another version is not used */
+#define VERSION 4 /* as in native.py: a library of another version is not used */
 
 #define WIDE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #define NARROW __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
@@ -61,17 +61,19 @@ static WIDE void extremes_of(const void *x, int narrow, int64_t from, int64_t to
     *high = undefined ? NAN : _mm512_reduce_max_ps(most);
 }
 
-/* The byte of a value is the lowest of the bits of offset + value * by; with `silu`, of x * sigmoid(x) for a value x. */
+/* x * sigmoid(x) */
+static inline WIDE __m512 silu_of(__m512 x) {
+    const __m512 power = power_of_two(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), power));
+}
+
+/* The byte of a value is the lowest of the bits of offset + value * by; with `silu`, that of its SiLU. */
 static WIDE void bytes_of(const void *x, int narrow, int64_t from, int64_t n, float by, float offset, int silu,
                           uint8_t *out) {
-    const __m512 minus_log2_e = _mm512_set1_ps(-1.44269504f), one = _mm512_set1_ps(1);
     for (int64_t i = 0; i < n; i += 16) {
         __mmask16 some = lanes(n - i);
         __m512 values = load(x, narrow, from + i, some);
-        if (silu) {
-            __m512 divisor = _mm512_add_ps(one, power_of_two(_mm512_mul_ps(values, minus_log2_e)));
-            values = _mm512_div_ps(values, divisor);
-        }
+        if (silu) values = silu_of(values);
         __m512 sum = _mm512_fmadd_ps(values, _mm512_set1_ps(by), _mm512_set1_ps(offset));
         _mm512_mask_cvtepi32_storeu_epi8(out + i, some, _mm512_castps_si512(sum));
     }
@@ -175,19 +177,20 @@ static void moments_to_affine(const double *sums, int64_t pixels, int64_t channe
     }
 }
 
-static NARROW void apply_affine(const bf16 *x, int64_t n, int64_t channels, const float *affine, bf16 *out) {
+static NARROW void apply_affine(const bf16 *x, int64_t n, int64_t channels, const float *affine, int silu, bf16 *out) {
     for (int64_t at = 0; at < n * channels; at += channels)
         for (int64_t i = 0; i < channels; i += 16) {
             __mmask16 some = lanes(channels - i);
             __m512 by = _mm512_maskz_loadu_ps(some, affine + i);
             __m512 add = _mm512_maskz_loadu_ps(some, affine + channels + i);
-            store(out + at + i, some, _mm512_fmadd_ps(load(x, 1, at + i, some), by, add));
+            __m512 values = _mm512_fmadd_ps(load(x, 1, at + i, some), by, add);
+            store(out + at + i, some, silu ? silu_of(values) : values);
         }
 }
 
-/* Group norm (Wu and He 2018) of images [images, pixels, channels]; returns whether memory was lacking. */
+/* Group norm (Wu and He 2018) of images [images, pixels, channels], or its SiLU; returns whether memory was lacking. */
 int group_norm(const bf16 *x, int64_t images, int64_t pixels, int64_t channels, int64_t groups, const float *weight,
-               const float *bias, float eps, bf16 *out, int threads) {
+               const float *bias, float eps, int silu, bf16 *out, int threads) {
     double *sums = calloc(images * threads * 2 * channels, sizeof(double));
     float *affine = malloc(images * 2 * channels * sizeof(float));
     const int64_t part = ((pixels + threads - 1) / threads + PIXELS - 1) / PIXELS * PIXELS;
@@ -213,7 +216,7 @@ int group_norm(const bf16 *x, int64_t images, int64_t pixels, int64_t channels, 
             for (int64_t job = 0; job < images * threads; job++) {
                 const int64_t image = job / threads, start = job % threads * part;
                 const int64_t n = start + part < pixels ? part : pixels - start, at = (image * pixels + start) * channels;
-                if (n > 0) apply_affine(x + at, n, channels, affine + image * 2 * channels, out + at);
+                if (n > 0) apply_affine(x + at, n, channels, affine + image * 2 * channels, silu, out + at);
             }
         }
     }

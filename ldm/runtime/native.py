@@ -18,7 +18,7 @@ from torch import Tensor
 
 SWITCH = "LDM_NATIVE"  # "off" uses torch's operations only
 LIBRARY = Path(__file__).with_name("libnative.so")
-VERSION = 3  # as in native.c: a library that an older checkout has built is not used
+VERSION = 4  # as in native.c: a library that an older checkout has built is not used
 MOST_WIDTH = 160  # of a head: with more, torch's products are faster
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -28,7 +28,7 @@ _ARGUMENTS = {
     "extremes": [_pointer, _int, _long, _pointer, _int],
     "to_bytes": [_pointer, _int, *[_long] * 3, _float, _float, _int, _pointer, *[_long] * 2, _int],
     "layer_norm": [_pointer, *[_long] * 2, _pointer, _pointer, _float, _pointer, _int],
-    "group_norm": [_pointer, *[_long] * 4, _pointer, _pointer, _float, _pointer, _int],
+    "group_norm": [_pointer, *[_long] * 4, _pointer, _pointer, _float, _int, _pointer, _int],
     "attend": [*[_pointer] * 4, *[_long] * 4, _int, _pointer, _float, _int],
 }
 
@@ -96,12 +96,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return out
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalises x [N, H, W, C] over groups of channels; weight and bias [C] are float32. Raises MemoryError."""
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+    """Normalises x [N, H, W, C] over groups of channels; with `silu`, returns the SiLU of that.
+
+    Weight and bias [C] are float32, and so are all values in between. Raises MemoryError.
+    """
     out, (images, height, width, channels) = torch.empty_like(x), x.shape
-    shape = images, height * width, channels, groups
-    affine = weight.data_ptr(), bias.data_ptr(), eps
-    if library().group_norm(x.data_ptr(), *shape, *affine, out.data_ptr(), torch.get_num_threads()):
+    given = x.data_ptr(), images, height * width, channels, groups, weight.data_ptr(), bias.data_ptr(), eps
+    if library().group_norm(*given, silu, out.data_ptr(), torch.get_num_threads()):
         raise MemoryError("a group norm found no memory for its sums")
     return out
 

@@ -144,13 +144,13 @@ def _itemsize(made: Any) -> int:
 class Kernels(Protocol):
     """The functions that a layer with packed weights calls: `ldm.runtime.kernels` or `ldm.runtime.int8`.
 
-    `as_input` and `silu` give an input, or its SiLU, in the form that `convolve` and `multiply` compute with; layers
-    with the same kernels can share it. What they return is in the dtype of the packed weight.
+    `as_input` and `norm_silu` give an input, or the SiLU of it normalised, in the form that `convolve` and `multiply`
+    compute with; layers with the same kernels can share it. What they return is in the dtype of the packed weight.
     """
 
     def as_input(self, x: Any, dtype: torch.dtype) -> Any: ...
 
-    def silu(self, x: Tensor) -> Any: ...
+    def norm_silu(self, norm: Callable[..., Tensor], x: Tensor) -> Any: ...
 
     def pack_convolution(
         self,

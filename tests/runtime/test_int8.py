@@ -57,13 +57,13 @@ def test_maps_keep_their_place_in_memory():
 def test_silu_is_rounded_once(shift):
     x = 2 * values(2, 8, 6, 6) + shift
     expected = F.silu(x)
-    error = (value_of(int8.as_input(int8.silu(x.clone()))) - expected).abs().max()
+    error = (value_of(int8.as_input(int8.Silu(x.clone()))) - expected).abs().max()
     assert error <= step(expected, low=-0.2785)
 
 
 def test_what_is_not_a_number_stays_visible():
     assert math.isnan(int8.as_input(torch.tensor([[1.0, math.nan]])).scale)
-    assert not math.isfinite(int8.as_input(int8.silu(torch.tensor([[1.0, math.inf]]))).scale)
+    assert not math.isfinite(int8.as_input(int8.Silu(torch.tensor([[1.0, math.inf]]))).scale)
 
 
 @needs_int8_kernels

@@ -133,7 +133,7 @@ def test_bytes_are_those_of_torch(dtype, count, threads, monkeypatch):
     for there in (True, False):
         threads(2)
         monkeypatch.setattr(native, "can_round", lambda x, there=there: there)
-        found.append((int8.as_input(x), int8.as_input(int8.silu(x.clone()))))
+        found.append((int8.as_input(x), int8.as_input(int8.Silu(x.clone()))))
     (plain, soft), (other, other_soft) = found
     assert (plain.scale, plain.zero) == (other.scale, other.zero)
     assert torch.equal(plain.bytes, other.bytes)
@@ -163,7 +163,7 @@ def test_extremes_show_what_is_not_a_number(amiss):
 @needs_library
 def test_silu_of_the_largest_and_smallest_numbers():
     x = torch.tensor([-3e38, -100.0, -20.0, 0.0, 20.0, 100.0, 200.0])
-    rounded = int8.as_input(int8.silu(x.clone()))
+    rounded = int8.as_input(int8.Silu(x.clone()))
     value = rounded.scale * (rounded.bytes.float() - rounded.zero)
     assert (value - F.silu(x)).abs().max() <= rounded.scale / 2 * 1.001
 
@@ -182,6 +182,7 @@ def test_group_norm(shape, groups, threads):
         got = norm(x)
         assert got.is_contiguous(memory_format=torch.channels_last)
         assert relative_error(got.double(), expected) <= 2.5e-3  # the rounding of results to bf16
+        assert relative_error(norm(x, silu=True).double(), F.silu(expected)) <= 2.5e-3
 
 
 @needs_bf16
