@@ -1,6 +1,6 @@
 /* Work that torch's operations spread over several passes, for x86-64 with AVX-512: attention on matrix units (AMX), the
- * rounding of activations to bytes, and norms of bf16. `setup.py` compiles this file if it can, `native.py` calls it. A number of
- * type bf16 is the upper half of a float32. */
+ * rounding of activations to bytes, and norms of bf16. `setup.py` compiles this file if it can, `native.py` calls it. A
+ * number of type bf16 is the upper half of a float32. */
 
 #include <float.h>
 #include <immintrin.h>
