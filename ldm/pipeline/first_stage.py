@@ -107,7 +107,9 @@ class FirstStage:
 
     def _is_large(self, latent: Tensor) -> bool:
         """Whether decoding needs so much memory that others should first give back what they do not need now."""
-        pixels = latent.shape[-2:].numel() * self.factor**2
+        height, width = (side * self.factor for side in latent.shape[-2:])
+        tile = self.tile_side(height, width)
+        pixels = height * width if tile is None else (tile * self.factor) ** 2
         needed = needed_memory(self._model.first_stage_model.widths, pixels)
         return needed * self._placement.precision.dtype.itemsize / 4 > LARGE
 

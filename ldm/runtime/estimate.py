@@ -277,7 +277,7 @@ def measure_pace(device: torch.device, precision: Precision) -> Pace:
                 "matrix": took(lambda: layers["matrix"](tokens)) / (4 * multiplied),
                 "attention": took(lambda: attend(tokens, tokens, tokens, HEADS)) / (4 * x.numel() * side**2),
             },
-            took(lambda: F.silu(layers["norm"](x), inplace=True)) / (2 * x.numel()),
+            took(lambda: kernels.norm_silu(layers["norm"], x)) / (2 * x.numel()),
             took(lambda: [layers["tiny"](tiny) for _ in range(100)]) / 100,
         )
 

@@ -131,6 +131,8 @@ class FastResBlock(unet.ResBlock):
 class FastGroupNorm(nn.GroupNorm):
     """Normalises maps of bf16 in channels-last memory in two passes, of which the second computes a SiLU too."""
 
+    computes_silu = True
+
     def forward(self, input: Tensor, silu: bool = False) -> Tensor:
         if input.dim() == 4:
             x = input.permute(0, 2, 3, 1)

@@ -96,8 +96,8 @@ def _rounded(x: Tensor, margin: tuple[int, int], silu: bool = False) -> Rounded:
     fast = native.can_round(rows)
     low, high = native.extremes(rows) if fast else (float(value) for value in rows.aminmax())
     if silu:
-        low = _SILU_LEAST if low < 0 else 0.0
-        high = high / (1 + math.exp(-high)) if high > 0 else 0.0
+        low = low if low == -math.inf else _SILU_LEAST if low < 0 else 0.0  # what is not finite stays visible
+        high = 0.0 if high <= 0 else high / (1 + math.exp(-high))
     low, high = min(low, 0.0), max(high, 0.0)
     scale = (high - low) / LEVELS or 1.0
     zero = round(-low / scale) if math.isfinite(scale) else 0

@@ -46,8 +46,8 @@ def as_input(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def norm_silu(norm: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """Returns the SiLU of norm(x); the norm computes both."""
-    return norm(x, silu=True)
+    """Returns the SiLU of norm(x); a norm that `computes_silu` does both."""
+    return norm(x, silu=True) if getattr(norm, "computes_silu", False) else F.silu(norm(x), inplace=True)
 
 
 def pack_convolution(

@@ -2,6 +2,7 @@
  * rounding of activations to bytes, and norms of bf16. `setup.py` compiles this file if it can, `native.py` calls it. A
  * number of type bf16 is the upper half of a float32. */
 
+#include <cpuid.h>
 #include <float.h>
 #include <immintrin.h>
 #include <math.h>
@@ -9,11 +10,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define VERSION 4 /* as in native.py: a library of another version is not used */
+#define VERSION 5 /* as in native.py: a library of another version is not used */
 
 #define WIDE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #define NARROW __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define TILES __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
+
+/* Around the use of tiles: compilers do not know which memory they read and write. */
+#define IN_MEMORY __asm__ volatile("" ::: "memory")
 
 typedef uint16_t bf16;
 
@@ -23,6 +27,13 @@ int version(void) { return VERSION; }
 int has_wide_vectors(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+/* Returns whether it has those of the functions marked TILES: AMX-TILE, AMX-BF16 and AVX512-BF16. */
+int has_tiles(void) {
+    unsigned a, b, c, d, narrow;
+    if (!__get_cpuid_count(7, 1, &narrow, &b, &c, &d) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    return (d >> 24 & 1) && (d >> 22 & 1) && (narrow >> 5 & 1);
 }
 
 /* The first n of 16 lanes, for any n. */
@@ -254,6 +265,7 @@ static TILES void configure_tiles(void) {
         uint8_t rows[16];
     } __attribute__((aligned(64))) layout = {.palette = 1};
     for (int tile = 0; tile < 8; tile++) layout.bytes[tile] = 64, layout.rows[tile] = 16;
+    IN_MEMORY;
     _tile_loadconfig(&layout);
 }
 
@@ -290,6 +302,7 @@ static WIDE void pack_values(const Head *head, const bf16 *v, int64_t stride) {
 static TILES void multiply_by_keys(const Head *head, Rows *rows, int64_t start, int64_t tiles) {
     const int steps = head->steps;
     const uint32_t *keys = head->packed_keys + start / 16 * steps * 256;
+    IN_MEMORY;
     for (int64_t tile = 0; tile < tiles; tile++) {
         _tile_zero(0);
         _tile_zero(1);
@@ -310,6 +323,7 @@ static TILES void add_values(const Head *head, Rows *rows, int64_t start, int64_
     const int columns = head->columns, stride = columns * 64;
     const uint32_t *values = head->packed_values + start / 32 * columns * 256;
     const float *weights = rows->scores, *lower_weights = rows->scores + 16 * STRIDE;
+    IN_MEMORY;
     for (int column = 0; column < columns; column += 2) {
         float *out = rows->out + column * 16, *lower = out + 16 * columns * 16;
         const int two = column + 1 < columns;
@@ -371,7 +385,7 @@ static TILES void raise_most(const Head *head, Rows *rows, int64_t n) {
     }
 }
 
-/* A score's weight. The product is rounded before the difference, as in `raise_most`: the greatest gets exactly 1. */
+/* A score's weight. The product is rounded before the difference, as in `raise_most`, so the greatest gets 1. */
 static inline TILES __m512 weight(const float *scores, __m512 scale, __m512 most) {
     return power_of_two(_mm512_sub_ps(_mm512_mul_ps(_mm512_load_ps(scores), scale), most));
 }
@@ -409,9 +423,11 @@ static TILES void attend_rows(const Head *head, Rows *rows, const bf16 *q, int64
     for (int64_t start = 0; start < head->keys; start += BLOCK) {
         const int64_t left = head->keys - start, some = left < BLOCK ? left : BLOCK, chunks = (some + 31) / 32;
         multiply_by_keys(head, rows, start, chunks * 2);
+        IN_MEMORY;
         raise_most(head, rows, some);
         weigh(head, rows, some);
         add_values(head, rows, start, chunks);
+        IN_MEMORY;
     }
     for (int64_t row = 0; row < n; row++) {
         const __m512 by = _mm512_set1_ps(1 / _mm512_reduce_add_ps(_mm512_load_ps(rows->sums + row * 16)));

@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ISA_LIMITS = "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"  # of the environment: the most that oneDNN may use
 SWITCH = "LDM_NATIVE"  # "off" uses torch's operations only
 LIBRARY = Path(__file__).with_name("libnative.so")
-VERSION = 4  # as in native.c: a library that an older checkout has built is not used
+VERSION = 5  # as in native.c: a library that an older checkout has built is not used
 MOST_WIDTH = 160  # of a head: with more, torch's products are faster
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
     "version": [],
     "has_wide_vectors": [],
+    "has_tiles": [],
     "extremes": [_pointer, _int, _long, _pointer, _int],
     "to_bytes": [_pointer, _int, *[_long] * 3, _float, _float, _int, _pointer, *[_long] * 2, _int],
     "layer_norm": [_pointer, *[_long] * 2, _pointer, _pointer, _float, _pointer, _int],
@@ -75,9 +77,16 @@ def to_bytes(x: Tensor, by: float, offset: float, silu: bool, out: Tensor) -> No
 
 def can_normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Returns whether `layer_norm` and, for maps [N, H, W, C], `group_norm` take x."""
-    affine = all(part is not None and part.dtype is torch.float32 for part in (weight, bias))
+    affine = all(part is not None and _is_plain(part, x.shape[-1:]) for part in (weight, bias))
     return (
         x.dtype is torch.bfloat16 and x.is_contiguous() and affine and library() is not None and _has_bf16()
+    )
+
+
+def _is_plain(part: Tensor, shape: torch.Size) -> bool:
+    """Returns whether a parameter has this shape and its values, in float32, in memory: 8-bit ones compute theirs."""
+    return (
+        part.shape == shape and part.dtype is torch.float32 and part.is_contiguous() and part.data_ptr() != 0
     )
 
 
@@ -116,21 +125,28 @@ def can_attend(q: Tensor, heads: int) -> bool:
 
 def _has_tiles() -> bool:
     """Returns whether matrix units may be used: a limit of the user's for oneDNN holds here too."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    return library() is not None and (limit in ("", "ALL", "DEFAULT") or "AMX" in limit) and _allowed_tiles()
+    limits = [os.environ.get(name, "ALL").upper() for name in ISA_LIMITS]
+    allowed = all(limit in ("", "ALL", "DEFAULT") or "AMX" in limit for limit in limits)
+    return allowed and library() is not None and _allowed_tiles()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Computes attention of q [batch, queries, heads * width] on k and v [batch, keys, heads * width], in q's shape.
 
     Scores and sums are float32, weights bf16, as in torch's kernel for CPUs (Dao et al. 2022, "FlashAttention",
-    algorithm 1). Raises MemoryError.
+    algorithm 1). Raises MemoryError; ValueError for shapes that do not fit.
     """
     batch, queries, channels = q.shape
+    if k.shape != v.shape or k.shape[-1] != channels or channels % heads:
+        raise ValueError(
+            f"no attention with {heads} heads of {list(q.shape)} on {list(k.shape)} and {list(v.shape)}"
+        )
     q, k, v = (x.to(q.dtype).expand(batch, -1, -1) for x in (q, k, v))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     width = channels // heads
     out = torch.empty(q.shape, dtype=q.dtype)
+    if not out.numel():
+        return out
     strides = (_long * 6)(*(n for x in (q, k, v) for n in x.stride()[:2]))
     failed = library().attend(
         *(x.data_ptr() for x in (q, k, v, out)),
@@ -147,4 +163,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 @cache
 def _allowed_tiles() -> bool:
     """Asks the system for the use of matrix units, which Linux wants a process to do; False without such units."""
-    return torch.cpu._init_amx()  # pyright: ignore[reportPrivateUsage]
+    return bool(library().has_tiles()) and torch.cpu._init_amx()  # pyright: ignore[reportPrivateUsage]

@@ -20,18 +20,15 @@ from torch import Tensor
 from ldm.json_value import Json, as_list, as_object
 from ldm.runtime import int8, kernels
 from ldm.runtime.int8 import Packed
+from ldm.runtime.native import ISA_LIMITS
 
 _LIBRARY = "libtorch_cpu.so"
-_ISA = (
-    "ONEDNN_MAX_CPU_ISA",
-    "DNNL_MAX_CPU_ISA",
-)  # of the environment: they limit which kernels oneDNN chooses
 
 
 def machine() -> list[Any]:
     """Identifies what the layout of packed weights depends on: torch, the CPU's instructions, threads."""
     vector = torch.backends.cpu.get_cpu_capability()
-    limits = [os.environ.get(name) for name in _ISA]
+    limits = [os.environ.get(name) for name in ISA_LIMITS]
     return [
         torch.__version__,
         vector,

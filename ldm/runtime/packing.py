@@ -120,7 +120,7 @@ class Packer:
     @property
     def size(self) -> int:
         """The bytes of the cached weights."""
-        return sum(kept.size for kept in self._kept.values())
+        return sum(kept.size for kept in list(self._kept.values()))  # others may drop some meanwhile
 
     def drop(self, module: nn.Module) -> None:
         """Frees the cached weights of the layers of `module`."""

@@ -63,7 +63,8 @@ def test_silu_is_rounded_once(shift):
 
 def test_what_is_not_a_number_stays_visible():
     assert math.isnan(int8.as_input(torch.tensor([[1.0, math.nan]])).scale)
-    assert not math.isfinite(int8.as_input(int8.Silu(torch.tensor([[1.0, math.inf]]))).scale)
+    for amiss in (math.inf, -math.inf, math.nan):
+        assert not math.isfinite(int8.as_input(int8.Silu(torch.tensor([[1.0, amiss]]))).scale)
 
 
 @needs_int8_kernels

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ldm.runtime import int8, kernels, native
 from ldm.runtime.fast import FastGroupNorm, FastLayerNorm
+from ldm.scaled import ScaledWeight
 from tests.support.golden_data import relative_error
 
 needs_library = pytest.mark.skipif(native.library() is None, reason="the library was not compiled here")
@@ -108,6 +109,17 @@ def test_the_number_of_threads_changes_nothing(threads):
         threads(count)
         results.append(native.attend(q, k, v, 2))
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@needs_tiles
+def test_shapes_that_do_not_fit_are_refused():
+    q, k = normal(1, 5, 40), normal(1, 7, 40)
+    for others in ((k, normal(1, 6, 40)), (normal(1, 7, 48), normal(1, 7, 48))):
+        with pytest.raises(ValueError, match="no attention with 2 heads"):
+            native.attend(q, *others, 2)
+    with pytest.raises(ValueError, match="no attention with 3 heads"):
+        native.attend(q, k, k, 3)
+    assert native.attend(q[:0], k[:0], k[:0], 2).shape == (0, 5, 40)
 
 
 @needs_tiles
@@ -229,6 +241,10 @@ def test_norms_of_other_inputs_are_left_to_torch(monkeypatch):
     FastGroupNorm(4, 8)(normal(2, 8, 9))
     FastLayerNorm((3, 3))(x)
     FastLayerNorm(3, bias=False)(x)
+    eight_bits = FastLayerNorm(3)
+    scaled = ScaledWeight(torch.ones(3, dtype=torch.int8), torch.full((3,), 2.0))
+    eight_bits.load_state_dict({"weight": scaled, "bias": torch.zeros(3)}, assign=True)
+    assert relative_error(eight_bits(x).detach().float(), 2 * F.layer_norm(x.float(), (3,))) <= 1e-2
 
 
 @pytest.mark.parametrize("amiss", ["off", "missing", "damaged", "older"])
