@@ -42,6 +42,7 @@ class BuildLibrary(build_ext):
 NATIVE = Extension(
     "ldm.runtime.libnative",
     ["ldm/runtime/native.c"],
+    libraries=["m"],
     extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off"],  # a product is rounded where it is written
     optional=True,
 )
