@@ -104,8 +104,8 @@ def test_the_file_changes_a_model_as_the_training_did(model, layout, dora, tmp_p
     with torch.no_grad():
         loaded = model.apply_model(x, t, context), model.get_learned_conditioning(["a cube"])
     stack.apply([])
-    assert relative_error(loaded[0], trained[0]) < 2e-6
-    assert relative_error(loaded[1], trained[1]) < 2e-6
+    assert relative_error(loaded[0], trained[0]) < 5e-6
+    assert relative_error(loaded[1], trained[1]) < 5e-6
     assert relative_error(plain.detach(), trained[0]) > 1e-3
 
 
