@@ -31,7 +31,7 @@ ASSETS = {
 
 
 class BuildLibrary(build_ext):
-    """Compiles a library that is no Python module: `ldm.runtime.native` loads it by the name of its file."""
+    """Compiles a library that is not a Python module: `ldm.runtime.native` loads it by the name of its file."""
 
     def get_ext_filename(self, fullname):
         return fullname.replace(".", "/") + ".so"

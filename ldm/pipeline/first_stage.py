@@ -107,15 +107,18 @@ class FirstStage:
 
     def _is_large(self, latent: Tensor) -> bool:
         """Whether decoding needs so much memory that others should first give back what they do not need now."""
-        height, width = (side * self.factor for side in latent.shape[-2:])
-        tile = self.tile_side(height, width)
-        pixels = height * width if tile is None else (tile * self.factor) ** 2
+        tile = self._tile(latent)
+        cells = latent.shape[-2:].numel() if tile is None else tile**2
+        pixels = cells * self.factor**2
         needed = needed_memory(self._model.first_stage_model.widths, pixels)
         return needed * self._placement.precision.dtype.itemsize / 4 > LARGE
 
     def _decoder(self, latent: Tensor) -> Callable[[Tensor], Tensor]:
         """The function that decodes latents of this size, as a whole or in tiles."""
-        decode, factor = self._model.decode_first_stage, self.factor
-        if tile := self.tile_side(*(side * factor for side in latent.shape[-2:])):
-            return partial(decode_in_tiles, decode, factor=factor, tile=tile, overlap=tile // 4)
+        decode = self._model.decode_first_stage
+        if tile := self._tile(latent):
+            return partial(decode_in_tiles, decode, factor=self.factor, tile=tile, overlap=tile // 4)
         return decode
+
+    def _tile(self, latent: Tensor) -> int | None:
+        return self.tile_side(*(side * self.factor for side in latent.shape[-2:]))

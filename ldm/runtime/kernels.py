@@ -30,14 +30,9 @@ def has_matrix_units() -> bool:
     return torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
 
 
-def has_bf16() -> bool:
-    """Returns whether this CPU has vector instructions for bf16 (AVX512-BF16)."""
-    return torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
-
-
 def fast_bf16() -> bool:
     """Returns whether this CPU multiplies bf16 numbers faster than float32."""
-    return (has_matrix_units() or has_bf16()) and can_pack(torch.bfloat16)
+    return (has_matrix_units() or native.has_bf16()) and can_pack(torch.bfloat16)
 
 
 def as_input(x: Tensor, dtype: torch.dtype) -> Tensor:

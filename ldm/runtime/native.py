@@ -78,9 +78,7 @@ def to_bytes(x: Tensor, by: float, offset: float, silu: bool, out: Tensor) -> No
 def can_normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Returns whether `layer_norm` and, for maps [N, H, W, C], `group_norm` take x."""
     affine = all(part is not None and _is_plain(part, x.shape[-1:]) for part in (weight, bias))
-    return (
-        x.dtype is torch.bfloat16 and x.is_contiguous() and affine and library() is not None and _has_bf16()
-    )
+    return x.dtype is torch.bfloat16 and x.is_contiguous() and affine and library() is not None and has_bf16()
 
 
 def _is_plain(part: Tensor, shape: torch.Size) -> bool:
@@ -90,8 +88,8 @@ def _is_plain(part: Tensor, shape: torch.Size) -> bool:
     )
 
 
-@cache
-def _has_bf16() -> bool:
+def has_bf16() -> bool:
+    """Returns whether this CPU has vector instructions for bf16 (AVX512-BF16)."""
     return torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
 
 

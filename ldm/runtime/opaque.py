@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm.json_value import Json, as_list, as_object
 from ldm.runtime import int8, kernels
 from ldm.runtime.int8 import Packed
-from ldm.runtime.native import ISA_LIMITS
+from ldm.runtime.native import ISA_LIMITS, has_bf16
 
 _LIBRARY = "libtorch_cpu.so"
 
@@ -32,7 +32,7 @@ def machine() -> list[Any]:
     return [
         torch.__version__,
         vector,
-        kernels.has_bf16(),
+        has_bf16(),
         kernels.has_matrix_units(),
         int8.unsupported(),
         limits,

@@ -88,6 +88,7 @@ def test_gradients_and_a_step_are_those_of_peft(model, dora):
 @pytest.mark.long
 @pytest.mark.parametrize(("layout", "dora"), [("kohya", True), ("diffusers", False)])
 def test_the_file_changes_a_model_as_the_training_did(model, layout, dora, tmp_path):
+    torch.manual_seed(0)  # of the factors that `filled` leaves as they are
     x, t, context, _ = inputs()
     lora = filled(usual_lora(model, rank=4, alpha=2.0, conv_rank=2, conv_alpha=1.0, text=True, dora=dora))
     for layer in lora.paths.values():
@@ -104,8 +105,8 @@ def test_the_file_changes_a_model_as_the_training_did(model, layout, dora, tmp_p
     with torch.no_grad():
         loaded = model.apply_model(x, t, context), model.get_learned_conditioning(["a cube"])
     stack.apply([])
-    assert relative_error(loaded[0], trained[0]) < 5e-6
-    assert relative_error(loaded[1], trained[1]) < 5e-6
+    assert relative_error(loaded[0], trained[0]) < 2e-6
+    assert relative_error(loaded[1], trained[1]) < 2e-6
     assert relative_error(plain.detach(), trained[0]) > 1e-3
 
 

@@ -18,7 +18,7 @@ needs_tiles = pytest.mark.skipif(
 )
 
 needs_bf16 = pytest.mark.skipif(
-    not kernels.has_bf16() or native.library() is None, reason="no instructions for bf16, or no library"
+    not native.has_bf16() or native.library() is None, reason="no instructions for bf16, or no library"
 )
 
 
@@ -249,7 +249,7 @@ def test_norms_of_other_inputs_are_left_to_torch(monkeypatch):
 
 @pytest.mark.parametrize("amiss", ["off", "missing", "damaged", "older"])
 def test_without_the_library_there_is_none(amiss, tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)  # not the one that is cached
     if amiss == "off":
         monkeypatch.setenv(native.SWITCH, "off")
     elif amiss == "older":

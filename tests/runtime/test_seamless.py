@@ -32,8 +32,12 @@ def networks(request):
             accelerate(part, Packer(dtype, lambda weight: None))
     if request.param == "int8":
         use_int8(rounded_layers(model.model.diffusion_model))
-    # a change in the last bit of a float moves some bytes by one: 5e-2 were measured for it
-    return model, {torch.bfloat16: 2e-2, "int8": 8e-2}.get(request.param, 5e-6)
+    if (
+        request.param == "int8"
+    ):  # a change in the last bit of a float moves some bytes: 5e-2 were measured for it
+        return model, 8e-2, 4 * 8e-2
+    allowed = 2e-2 if request.param == torch.bfloat16 else 5e-6
+    return model, allowed, 10 * allowed
 
 
 def inputs():
@@ -45,7 +49,7 @@ def inputs():
 @pytest.mark.parametrize("axes", [pytest.param("x", marks=pytest.mark.slow), "y", "both"])
 @torch.inference_mode()
 def test_what_is_rolled_comes_out_rolled(networks, axes):
-    model, allowed = networks
+    model, allowed, distinct = networks
     unet, vae, shift = model.model.diffusion_model, model.first_stage_model, SHIFTS[axes]
     x, t, context = inputs()
     plain = unet(x, t, context)
@@ -56,7 +60,7 @@ def test_what_is_rolled_comes_out_rolled(networks, axes):
     try:
         found = unet(x.roll(shift, (2, 3)), t, context).roll((-rows, -columns), (2, 3))
         assert relative_error(found.float(), unet(x, t, context).float()) <= allowed
-        assert relative_error(found.float(), plain.float()) > 4 * allowed
+        assert relative_error(found.float(), plain.float()) > distinct
         decoded = vae.decode(x.roll(shift, (2, 3))).roll((-8 * rows, -8 * columns), (2, 3))
         assert relative_error(decoded.float(), vae.decode(x).float()) <= allowed
         encoded = vae.encode(image.roll((8 * (rows > 0), 8 * (columns > 0)), (2, 3))).mean
